@@ -1,0 +1,926 @@
+"""vit.py against numbers of the official modules, timm, and files laid out as published."""
+import argparse
+import math
+import os
+import pathlib
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vit
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are so small that threads cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+TINY = dict(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3)
+BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
+
+
+def build(seed=0, scramble=True, **arguments):
+    """A small ViT in eval mode; every trained parameter random, so that none can be overlooked."""
+    torch.manual_seed(seed)
+    model = vit.ViT(**{**TINY, **arguments})
+    if scramble:
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * 0.05)
+    return model.eval()
+
+
+def images(batch=2, size=32, width=None, seed=1):
+    shape = (batch, 3, size, width or size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+# --------------------------------------------------------------------------------- arithmetic
+
+def wave(shape, s, amp):
+    k = torch.arange(math.prod(shape), dtype=torch.float64)
+    return amp * torch.sin(0.7 * k + s).view(shape)
+
+
+def golden_block():
+    block = vit.Block(8, 2, qkv_bias="split", layer_scale=0.1).double()
+    names = ("ls1.gamma ls2.gamma norm1.weight norm1.bias norm2.weight norm2.bias attn.q_bias "
+             "attn.v_bias attn.qkv.weight attn.proj.weight attn.proj.bias mlp.fc1.weight "
+             "mlp.fc1.bias mlp.fc2.weight mlp.fc2.bias").split()
+    state = block.state_dict()
+    assert set(names) == set(state)
+    block.load_state_dict({name: wave(state[name].shape, s, 0.5) + (name[-8:] == "1.weight" and
+                           name.startswith("norm") or name == "norm2.weight")
+                           for s, name in enumerate(names, 1)})
+    return block
+
+
+def test_block_with_split_bias_and_layer_scale_gives_the_official_numbers():
+    out = golden_block()(wave((1, 5, 8), 40, 1.0))
+    close(out[0, 0], torch.tensor([-0.528401, -3.337466, -1.923337, 0.689427, -3.490365, -2.848510,
+                                   -1.886143, 1.091664], dtype=torch.float64), 1e-6)
+    assert out.sum().item() == pytest.approx(-3.686508375, abs=1e-8)
+    assert out.square().sum().item() == pytest.approx(329.954383039, abs=1e-8)
+
+
+def golden_bias(transposed=False):
+    index = vit.relative_index((2, 2))
+    return wave((12, 2), 50, 1.0)[index.T if transposed else index].permute(2, 0, 1)[None]
+
+
+def test_block_with_relative_bias_gives_the_official_numbers_and_a_transposed_index_does_not():
+    x = wave((1, 5, 8), 40, 1.0)
+    out = golden_block()(x, golden_bias())
+    close(out[0, 4], torch.tensor([6.376596, -0.244028, 0.623187, 2.319633, 2.650622, -0.407713,
+                                   1.127355, 2.690164], dtype=torch.float64), 1e-6)
+    assert out.sum().item() == pytest.approx(-3.935034833, abs=1e-8)
+    assert out.square().sum().item() == pytest.approx(327.785663951, abs=1e-8)
+    assert (golden_block()(x, golden_bias(transposed=True)) - out).abs().max() > 0.01
+
+
+def test_relative_index_has_the_published_entries():
+    index = vit.relative_index((14, 14))
+    spots = {(0, 0): 731, (0, 1): 729, (1, 0): 730, (1, 1): 364, (1, 2): 363, (2, 1): 365,
+             (1, 15): 337, (1, 196): 0, (196, 1): 728}
+    assert {spot: index[spot].item() for spot in spots} == spots
+    assert len(index.unique()) == 732
+    close(index[1:, 1:] + index[1:, 1:].T, torch.full((196, 196), 728), 0)
+    assert torch.equal(vit.relative_index((14, 14), prefix=0), index[1:, 1:])
+
+
+@pytest.mark.parametrize("rel_pos", [None, "shared", "block"])
+@pytest.mark.parametrize("local", [False, True])
+def test_explicit_attention_equals_fused_and_its_rows_sum_to_one(rel_pos, local):
+    model = build(rel_pos=rel_pos, layer_scale=0.1)
+    mask = model.local_mask(3) if local else None
+    tokens, maps = model.layers(images(), [1], attention=(0, 1), attn_mask=mask)
+    close(tokens[0], model(images(), attn_mask=mask))
+    for a in maps.values():
+        close(a.sum(-1), torch.ones(2, 3, 17))
+        assert not local or (a[:, :, ~mask] == 0).all() and (a[:, :, mask] > 0).all()
+
+
+def test_local_mask_is_a_window_around_each_patch_and_the_class_token_sees_all():
+    model = build()
+    for grid in ((4, 4), (2, 5)):
+        mask = model.local_mask(3, grid)
+        assert mask[0].all() and mask[:, 0].all()
+        for q in range(grid[0] * grid[1]):
+            for k in range(grid[0] * grid[1]):
+                near = abs(q // grid[1] - k // grid[1]) <= 1 and abs(q % grid[1] - k % grid[1]) <= 1
+                assert mask[1 + q, 1 + k] == near
+    assert model.local_mask(7).all()
+    with pytest.raises(ValueError, match="odd"):
+        model.local_mask(4)
+
+
+def test_local_mask_cuts_what_a_token_can_know():
+    model, a = build(class_token=False, depth=1), images()
+    b = a.clone()
+    b[:, :, 24:, 24:] += 1                                    # only the last patch differs
+    far, near = slice(0, 10), 15
+    mask = model.local_mask(3)
+    change = (model(a, attn_mask=mask) - model(b, attn_mask=mask)).abs().amax((0, 2))
+    assert (change[far] == 0).all() and change[near] > 0.01
+    assert ((model(a) - model(b)).abs().amax((0, 2))[far] > 0).all()
+
+
+def test_bf16_on_cpu_takes_the_explicit_form_and_stays_near_fp32():
+    model, x = build(**BEIT), images()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x)
+        assert model.embed(x)[0].dtype == torch.float32
+    assert half.dtype == torch.float32
+    assert (half - model(x)).abs().mean() < 0.02
+
+
+# ---------------------------------------------------------------------------------- positions
+
+def published_sincos(dim, side, row_first):
+    """The formula of the two papers' code, number by number."""
+    table, q = np.zeros((side * side, dim)), dim // 4
+    for n in range(side * side):
+        first, second = (n // side, n % side) if row_first else (n % side, n // side)
+        for k in range(q):
+            a, b = first * 10000 ** (-k / q), second * 10000 ** (-k / q)
+            quarters = (math.sin(a), math.cos(a), math.sin(b), math.cos(b))
+            table[n, [k, q + k, 2 * q + k, 3 * q + k]] = quarters
+    return torch.from_numpy(table).float()
+
+
+def test_sincos_orders_are_the_published_ones_and_differ():
+    row, col = (vit.sincos(64, (14, 14), order) for order in ("sincos_row", "sincos_col"))
+    close(row, published_sincos(64, 14, True), 1e-6)
+    close(col, published_sincos(64, 14, False), 1e-6)
+    close(torch.cat([col[:, 32:], col[:, :32]], 1), row, 1e-6)
+    assert (row - col).abs().max() > 1.5
+
+
+def test_sincos_table_is_stored_and_never_trained():
+    model = build(pos="sincos_col")
+    assert not model.pos_embed.requires_grad and "pos_embed" in model.state_dict()
+    assert (model.pos_embed[:, 0] == 0).all()
+    close(model.pos_embed[0, 1:], vit.sincos(192, (4, 4), "sincos_col"), 0)
+    assert build(pos="learned").pos_embed.requires_grad
+
+
+def table14():
+    patches = torch.sin(0.37 * torch.arange(14 * 14 * 2)).view(1, 196, 2)
+    return torch.cat([torch.full((1, 1, 2), 7.0), patches], 1)
+
+
+@pytest.mark.parametrize("rule, first, last, middle", [
+    ("size", (0.004034, 0.213890, 0.576619, 0.950761), (-0.412058, -0.035488, 0.184989), 0.510112),
+    ("dino", (0.004029, 0.212362, 0.573516, 0.947406), (-0.441123, -0.062187, 0.182407), 0.472122)])
+def test_positions_at_480_px_have_the_official_values(rule, first, last, middle):
+    out = vit.resize_positions(table14(), (14, 14), (30, 30), rule=rule)
+    grid = out[0, 1:].view(30, 30, 2)
+    assert (out[0, 0] == 7).all()
+    close(grid[0, :4, 0], torch.tensor(first), 2e-6)
+    close(grid[29, -3:, 1], torch.tensor(last), 2e-6)
+    close(grid[15, 15, 0], torch.tensor(middle), 2e-6)
+
+
+def test_stored_positions_are_used_unchanged_at_their_size_and_resampled_for_another_shape():
+    for rule in ("size", "dino"):
+        same = vit.resize_positions(table14(), (14, 14), (14, 14), rule=rule)
+        assert torch.equal(same, table14())
+        assert not torch.equal(vit.resize_positions(table14(), (14, 14), (7, 28), rule=rule), same)
+
+
+def test_rows_and_columns_are_not_exchanged_in_images_that_are_not_square():
+    grid = torch.stack([torch.arange(14.0).repeat_interleave(14), torch.arange(14.0).repeat(14)], 1)
+    out = vit.resize_positions(grid[None], (14, 14), (7, 28), prefix=0, rule="size")[0]
+    out = out.view(7, 28, 2)
+    close(out[:, 0, 0], out[:, 9, 0], 1e-5)                   # channel 0 is the row, constant in it
+    close(out[0, :, 1], out[5, :, 1], 1e-5)
+    assert out[-1, 0, 0] > 12 and out[0, -1, 1] > 12
+    for model in (build(pos="sincos_row"), build(rel_pos="block", pos="none")):
+        assert model(images(size=24, width=56)).shape == (2, 1 + 3 * 7, 192)
+
+
+def test_relative_tables_grow_by_the_geometric_spline_rule():
+    """Numbers from SciPy's RectBivariateSpline on BEiT's grid of coordinates."""
+    offsets = torch.sin(0.37 * torch.arange(27 * 27 * 2)).view(729, 2)
+    table = torch.cat([offsets, torch.tensor([[5.0, 6.0]] * 3)])
+    out = vit.resize_table(table, (14, 14), (30, 30))
+    assert out.shape == (59 * 59 + 3, 2) and torch.equal(out[-3:], table[-3:])
+    grid, old = out[:-3].view(59, 59, 2), offsets.view(27, 27, 2)
+    close(grid[28:31, 28:31], old[12:15, 12:15], 1e-5)        # 0 and +-1 stay where they are
+    close(grid[0, 0], old[0, 0], 1e-3)                        # so do the ends
+    close(grid[3, 5], torch.tensor(GOLDEN_TABLE[0]), 1e-5)
+    close(grid[20, 50], torch.tensor(GOLDEN_TABLE[1]), 1e-5)
+    smaller = vit.resize_table(table, (14, 14), (6, 6))[:-3].view(11, 11, 2)
+    close(smaller[2, 9], torch.tensor(GOLDEN_TABLE[2]), 1e-5)
+
+
+GOLDEN_TABLE = ((1.01556498, 0.89146510), (0.04366464, 0.40065158), (-0.95151538, -0.77605642))
+
+
+def test_relative_bias_at_another_size_reaches_the_model():
+    model, large = build(**BEIT, depth=1), images(size=64)
+    table = model.rel_pos_bias.relative_position_bias_table
+    _, maps = model.layers(large, attention=[0])
+    with torch.no_grad():
+        native = build(**BEIT, depth=1, img_size=64)          # the same model made for that size
+        native.load_state_dict({**model.state_dict(), "rel_pos_bias.relative_position_bias_table":
+                                vit.resize_table(table, (4, 4), (8, 8))})
+        close(model(large), native(large), 0)
+        table[24] += 1                                        # the offset (0, 0)
+    _, moved = model.layers(large, attention=[0])
+    diagonal = torch.eye(65, dtype=torch.bool)[1:]
+    assert (moved[0][:, :, 1:][:, :, diagonal] > maps[0][:, :, 1:][:, :, diagonal]).all()
+
+
+# ------------------------------------------------------------------------------------- inputs
+
+@pytest.mark.parametrize("more", [{}, BEIT, {"pos": "sincos_col", "class_token": False},
+                                  {"pos": "none", "rel_pos": "block"}])
+def test_all_patches_kept_in_any_order_give_the_full_forward_in_that_order(more):
+    model, x = build(**more), images()
+    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(s))
+                         for s in range(2)])
+    mask = model.local_mask(3)
+    for extra in ({}, {"attn_mask": mask}):
+        cls, patches = model.split(model(x, **extra))
+        cls_kept, kept = model.split(model(x, keep=order, **extra))
+        close(kept, patches.gather(1, order[:, :, None].expand(-1, -1, 192)))
+        if cls is not None:
+            close(cls_kept, cls)
+
+
+def test_patches_not_kept_have_no_influence():
+    model, x = build(rel_pos="shared"), images()
+    y = x.clone()
+    y[:, :, :8, :8] += 1                                      # patch 0
+    keep = torch.tensor([[3, 7, 9]] * 2)
+    assert torch.equal(model(x, keep=keep), model(y, keep=keep))
+    assert model(x, keep=keep).shape == (2, 4, 192)
+    assert not torch.equal(model(x, keep=keep), model(x, keep=keep + 1))
+
+
+def test_masked_patches_are_the_mask_token_plus_position_whatever_the_image():
+    model, token = build(), torch.randn(1, 1, 192)
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, 5], mask[1] = True, True
+    x, (h, w) = model.embed(images(), mask=mask, mask_token=token)
+    plain = model.embed(images())[0]
+    assert (h, w) == (4, 4)
+    close(x[0, 6], (token + model.pos_embed[:, 6])[0, 0], 1e-6)
+    close(x[1, 1:], (token + model.pos_embed[:, 1:])[0], 1e-6)
+    others = [n for n in range(17) if n != 6]
+    assert torch.equal(x[0, others], plain[0, others])
+    assert torch.equal(x[:, 0], plain[:, 0])                                 # never the class token
+    with pytest.raises(ValueError, match="mask_token"):
+        model(images(), mask=mask)
+
+
+def test_patch_embedding_equals_the_convolution():
+    model = build()
+    conv = F.conv2d(images(), model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=8)
+    close(model.patch_embed(images()), conv.flatten(2).transpose(1, 2))
+
+
+def test_sizes_and_blocks_that_do_not_fit_are_refused():
+    model = build()
+    for call, words in ((lambda: model(images(size=36)), "36x36 is not a multiple of patch size 8"),
+                        (lambda: model.layers(images(), [2]), "0 to 1"),
+                        (lambda: model.layers(images(), []), "0 to 1"),
+                        (lambda: vit.ViT(img_size=30), "multiple of patch size"),
+                        (lambda: build(num_heads=5), "multiple of 5 heads"),
+                        (lambda: build(pos="sincos"), "pos is one of"),
+                        (lambda: build(qkv_bias=True), "qkv_bias is one of"),
+                        (lambda: build(drop_path=1.0), "drop_path")):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_layers_give_every_block_with_and_without_the_norm():
+    model, x = build(depth=3), images()
+    normed, _ = model.layers(x)
+    raw, _ = model.layers(x, norm=False)
+    assert len(raw) == 3 and torch.equal(normed[2], model(x))
+    for a, b in zip(normed, raw):
+        assert torch.equal(a, model.norm(b))
+    step, _ = model.embed(x)
+    for block, expected in zip(model.blocks, raw):
+        step = block(step)
+        assert torch.equal(step, expected)
+    (last, first), maps = model.layers(x, [2, 0], attention=[1])
+    assert torch.equal(first, normed[0]) and list(maps) == [1]
+    close(last, normed[2])                                    # block 1 took the explicit form
+    cls, patches = model.split(last)
+    assert torch.equal(cls, last[:, 0]) and torch.equal(patches, last[:, 1:])
+    assert build(class_token=False).split(last)[0] is None
+    bare = build(final_norm=False)
+    assert torch.equal(bare(x), bare.layers(x, norm=False)[0][-1])
+
+
+# ---------------------------------------------------------------------------------- drop path
+
+def test_drop_path_with_handed_noise_follows_the_formula():
+    model, x = build(depth=3, drop_path=0.5).train(), images()
+    u = torch.tensor([[0.9, 0.0, 0.1, 0.3, 0.6, 0.4], [0.0, 0.0, 0.26, 0.24, 0.2, 0.5]])
+    rates = (0, 0, 0.25, 0.25, 0.5, 0.5)
+    expected, _ = model.embed(x)
+    for i, block in enumerate(model.blocks):
+        for half, (norm, inner) in enumerate(((block.norm1, block.attn), (block.norm2, block.mlp))):
+            rate = rates[2 * i + half]
+            kept = (u[:, 2 * i + half] >= rate).float() / (1 - rate)
+            expected = expected + kept[:, None, None] * inner(norm(expected))
+    close(model(x, drop=u), model.norm(expected))
+    assert not torch.allclose(model(x, drop=1 - u), model(x, drop=u))
+    assert torch.equal(model(x, drop=torch.full((2, 6), 0.9)), model(x, drop=torch.ones(2, 6)))
+
+
+def test_drop_path_keeps_the_expectation_and_is_off_in_eval_mode():
+    model = build(depth=3, drop_path=0.4).train()
+    factors = model.drop_factors(20000)
+    close(factors.mean(0), torch.ones(6), 0.03)
+    close((factors == 0).float().mean(0), torch.tensor([0, 0, 0.2, 0.2, 0.4, 0.4]), 0.02)
+    assert torch.equal(factors.unique(), torch.tensor([0, 1, 1 / 0.8, 1 / 0.6]).unique())
+    x = images()
+    assert torch.equal(model.eval()(x, drop=torch.zeros(2, 6)), model(x))
+    assert not torch.equal(model.train()(x, drop=torch.zeros(2, 6)), model.eval()(x))
+
+
+# ------------------------------------------------------------------------------------ weights
+
+def test_tensors_and_parameters_are_as_many_as_published():
+    def count(size, **more):
+        with torch.device("meta"):                            # no memory, no initial values
+            model = vit.ViT(**vit.SIZES[size], **more)
+        state = model.state_dict()
+        return len(state), sum(value.numel() for value in state.values())
+
+    assert count("base") == (150, 85_798_656)
+    assert count("small") == (150, 21_665_664)
+    assert count("base", pos="sincos_col", init="mae") == (150, 85_798_656)
+    assert count("large") == (294, 303_301_632)
+    assert count("base", **BEIT) == (186, 85_665_360)         # BEiT's 91,965,776 less head and mask
+    assert 85_665_360 + 768 == 85_666_128                     # SimMIM's encoder and mask token
+    assert count("base", qkv_bias="split") == (162, 85_798_656 - 12 * 768)
+    assert count("base", pos="sincos_row", layer_scale=0.1, qkv_bias="split")[0] == 186     # CAE
+
+
+def linears(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def test_initial_weights_follow_the_published_rules():
+    D, pixels = 192, 3 * 8 * 8
+    models = {init: build(scramble=False, init=init)
+              for init in ("trunc", "beit", "mae", "cae", "moco")}
+    for init, model in models.items():
+        patch = model.patch_embed.proj
+        assert all((layer.bias == 0).all() for layer in linears(model).values())
+        assert (patch.bias == 0).all() == (init in ("beit", "cae", "moco"))
+        block = model.blocks[1]
+        bounds = {"mae": (6 / (4 * D), 6 / (2 * D), 6 / (pixels + D)),
+                  "cae": (6 / (4 * D), 6 / (2 * D), 0.0004),
+                  "moco": (6 / (2 * D), 6 / (2 * D), 6 / (pixels + D)),
+                  "beit": (0.0004, 0.0004 / 4, 0.0004)}
+        weights = (block.attn.qkv.weight, block.attn.proj.weight, patch.weight)
+        for weight, bound in zip(weights, bounds.get(init, ())):
+            assert 0.97 * bound**0.5 < weight.abs().max() <= bound**0.5 * 1.000001
+        if init == "trunc":
+            close(torch.stack([w.std() for w in weights[:2]]), torch.full((2,), 0.02), 5e-4)
+            assert weights[0].abs().max() > 0.06
+        if init in ("beit", "cae"):                           # the real std of a one-sigma cut
+            assert patch.weight.std().item() == pytest.approx(0.0108, abs=2e-4)
+    assert models["moco"].cls_token.abs().max() < 1e-5 < models["mae"].cls_token.std()
+    assert models["beit"].blocks[0].mlp.fc2.weight.abs().max() > 0.97 * 0.02 / 2**0.5
+    assert models["beit"].blocks[1].mlp.fc2.weight.abs().max() <= 0.02 / 2
+    assert (build(scramble=False, **BEIT).rel_pos_bias.relative_position_bias_table == 0).all()
+
+
+def test_a_fresh_beit_treats_patches_as_a_set_until_its_table_is_filled():
+    model, x = build(scramble=False, **BEIT), images()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
+    cut = x.unflatten(3, (4, 8)).unflatten(2, (4, 8)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    mixed = cut[:, order].unflatten(1, (4, 4)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    close(model(mixed)[:, 1:], model(x)[:, 1:][:, order])
+    torch.nn.init.normal_(model.rel_pos_bias.relative_position_bias_table)
+    assert (model(mixed)[:, 1:] - model(x)[:, 1:][:, order]).abs().max() > 1e-3
+
+
+def test_split_bias_equals_a_fused_one_and_a_key_bias_changes_nothing():
+    split, fused = build(qkv_bias="split"), build(seed=5, qkv_bias="fused")
+    state = {}
+    for key, value in split.state_dict().items():
+        if key.endswith("q_bias"):
+            v = split.state_dict()[key.replace("q_bias", "v_bias")]
+            state[key.replace("q_bias", "qkv.bias")] = torch.cat([value, torch.zeros_like(v), v])
+        elif not key.endswith("v_bias"):
+            state[key] = value
+    fused.load_state_dict(state)
+    assert torch.equal(fused(images()), split(images()))
+    with torch.no_grad():
+        fused.blocks[0].attn.qkv.bias[192:384] = torch.randn(192)
+    close(fused(images()), split(images()))
+
+
+def test_config_builds_the_model_again():
+    model = build(**BEIT, drop_path=0.1)
+    again = vit.ViT(**model.config)
+    again.load_state_dict(model.state_dict())
+    assert again.config == model.config and torch.equal(again.eval()(images()), model(images()))
+
+
+def test_gradients_reach_every_trained_parameter():
+    model = build(**BEIT, drop_path=0.1).train()
+    model(images(), drop=torch.full((2, 4), 0.5)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------- timm
+
+@pytest.mark.parametrize("size, side", [("tiny", 224), ("small", 64)])
+def test_state_dicts_go_to_and_from_timm_unchanged(size, side):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(f"vit_{size}_patch16_224", img_size=side, num_classes=0).eval()
+    ours = vit.ViT(**vit.SIZES[size], img_size=side).eval()
+    x = images(1, side)
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        close(ours(x), theirs.forward_features(x))
+        torch.manual_seed(1)
+        ours.initialise("mae")
+        theirs.load_state_dict(ours.state_dict())
+        close(ours(x), theirs.forward_features(x))
+        wrong = vit.ViT(**{**vit.SIZES[size], "num_heads": 12}, img_size=side).eval()
+        wrong.load_state_dict(ours.state_dict())
+        assert (wrong(x) - ours(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rel_pos", ["shared", "block"])
+def test_relative_bias_and_layer_scale_equal_timms_beit(rel_pos):
+    beit = pytest.importorskip("timm.models.beit")
+    torch.manual_seed(0)
+    theirs = beit.Beit(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3,
+                       num_classes=0, global_pool="token", init_values=0.1, use_abs_pos_emb=False,
+                       use_rel_pos_bias=rel_pos == "block",
+                       use_shared_rel_pos_bias=rel_pos == "shared").eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    state = {key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): value
+             for key, value in theirs.state_dict().items()}
+    ours = build(**{**BEIT, "rel_pos": rel_pos})
+    ours.load_state_dict(state)
+    close(ours(images()), theirs.forward_features(images()))
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+def split_names(state):
+    """Our names -> those of BEiT, CAE and SimMIM."""
+    return {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
+            for key, value in state.items()}
+
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def norm_layer(name, affine=True):
+    out = {f"{name}.running_mean": torch.randn(8), f"{name}.running_var": torch.rand(8),
+           f"{name}.num_batches_tracked": torch.tensor(3)}
+    return {**out, **({f"{name}.weight": torch.randn(8), f"{name}.bias": torch.randn(8)}
+                      if affine else {})}
+
+
+def projector():
+    return {"0.weight": torch.randn(8, 192), **norm_layer("1"), "3.weight": torch.randn(8, 8),
+            **norm_layer("4"), "6.weight": torch.randn(8, 8), **norm_layer("7", affine=False)}
+
+
+def predictor():
+    return {"0.weight": torch.randn(8, 8), **norm_layer("1"), "3.weight": torch.randn(8, 8),
+            **norm_layer("4", affine=False)}
+
+
+def dino_head():
+    out = {f"mlp.{n}.{kind}": torch.randn(8, 8) if kind == "weight" else torch.randn(8)
+           for n in (0, 2, 4) for kind in ("weight", "bias")}
+    weights = {"last_layer.weight_g": torch.ones(9, 1), "last_layer.weight_v": torch.randn(9, 8)}
+    return {**out, **weights}
+
+
+def ibot_head():
+    head = dino_head()
+    return {**head, **{key.replace("last_layer.", "last_layer2."): value.clone()
+                       for key, value in head.items() if "last_layer" in key}}
+
+
+ARGS = argparse.Namespace(arch="vit_small", output_dir=pathlib.PosixPath("/data"), lr=np.float64(1))
+OPTIMISER = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
+TWELVE = dict(num_heads=12)
+
+
+def fine_tuned(model):
+    return {"model": {**split_names(model.state_dict()), "fc_norm.weight": torch.ones(192),
+                      "fc_norm.bias": torch.zeros(192), "head.weight": torch.zeros(10, 192)}}
+
+
+def official():
+    """Name -> (layout, branch, source model, content of the file) with the published key names."""
+    plain = build(seed=1, resize="size")
+    dino, other = build(seed=2), build(seed=3)
+    moco, momentum = (build(seed=s, pos="sincos_row", resize="size", **TWELVE) for s in (4, 5))
+    mae = build(seed=6, pos="sincos_col", resize="size")
+    beit, beit1k = build(seed=7, **BEIT), build(seed=8, qkv_bias="split", resize="size")
+    cae = build(seed=9, pos="sincos_row", layer_scale=0.1, qkv_bias="split", resize="size",
+                **TWELVE)
+    head = {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}
+    mask, lm_head = {"mask_token": torch.randn(1, 1, 192)}, {"lm_head.weight": torch.zeros(9, 192),
+                                                            "lm_head.bias": torch.zeros(9)}
+    index = {"rel_pos_bias.relative_position_index": vit.relative_index((4, 4))}
+    moco_file = {
+        "epoch": 300, "arch": "vit_base", "optimizer": OPTIMISER, "scaler": {}, "state_dict": {
+            **under("module.base_encoder.", moco.state_dict()),
+            **under("module.base_encoder.head.", projector()),
+            **under("module.momentum_encoder.", momentum.state_dict()),
+            **under("module.momentum_encoder.head.", projector()),
+            **under("module.predictor.", predictor())}}
+
+    def pair(head, loss):
+        student = {**under("module.backbone.", other.state_dict()), **under("module.head.", head())}
+        if loss == "ibot_loss":
+            student["module.backbone.masked_embed"] = torch.zeros(1, 192)
+        teacher = {**under("backbone.", dino.state_dict()), **under("head.", head())}
+        return {"student": student, "teacher": teacher, "optimizer": OPTIMISER, "epoch": 400,
+                "args": ARGS, loss: {"center": torch.zeros(1, 9)}, "fp16_scaler": {"scale": 1.0}}
+
+    dino_file, ibot_file = pair(dino_head, "dino_loss"), pair(ibot_head, "ibot_loss")
+    decoder = {"embed.weight": torch.ones(64, 192), "pos_embed": torch.ones(1), "pred.bias":
+               torch.ones(3), **under("blocks.0.", vit.Block(64, 2).state_dict())}
+    rest_of_cae = {
+        **mask, **under("alignment_encoder.", cae.state_dict()), **{key: torch.ones(2) for key in (
+            "rd_pos_embed", "encoder_to_regresser.weight", "regresser.blocks.0.norm1.weight",
+            "pretext_neck.norm.weight", "decoder.blocks.0.norm1.weight")}}
+    return {
+        "deit": ("DeiT", None, plain, {"model": {**plain.state_dict(), **head}}),
+        "moco": ("MoCo v3", "base", moco, moco_file),
+        "moco momentum": ("MoCo v3", "momentum", momentum, moco_file),
+        "dino": ("DINO backbone", "teacher", dino, dict(dino.state_dict())),
+        "dino full": ("DINO full", "teacher", dino, dino_file),
+        "dino student": ("DINO full", "student", other, dino_file),
+        "ibot": ("iBOT backbone", "teacher", dino, {"state_dict": dino.state_dict()}),
+        "ibot full": ("iBOT full", "teacher", dino, ibot_file),
+        "ibot student": ("iBOT full", "student", other, ibot_file),
+        "mae": ("MAE", None, mae, {"model": mae.state_dict()}),
+        "mae full": ("MAE", None, mae, {"model": {
+            **mae.state_dict(), **mask, **under("decoder_", decoder)}}),
+        "beit": ("BEiT 22k", None, beit, {"model": {
+            **split_names(beit.state_dict()), **mask, **lm_head, **index}}),
+        "beit 1k": ("BEiT 1k", None, beit1k, {"model": {
+            **split_names(beit1k.state_dict()), **mask, **lm_head}}),
+        "cae": ("CAE", None, cae, {
+            "optimizer": OPTIMISER, "epoch": 1, "scaler": {}, "args": ARGS, "model": {
+                **under("encoder.", split_names(cae.state_dict())), **rest_of_cae}}),
+        "simmim": ("SimMIM", None, beit, {
+            "optimizer": OPTIMISER, "lr_scheduler": {"t": 1}, "max_accuracy": np.float64(0),
+            "epoch": 799, "amp": {}, "model": {
+                **under("encoder.", {**split_names(beit.state_dict()), **mask, **index}),
+                "decoder.0.weight": torch.ones(192, 192, 1, 1), "decoder.0.bias": torch.ones(1)}}),
+        "augreg": ("timm augreg", None, plain, {**plain.state_dict(), **head}),
+    }
+
+
+@pytest.fixture(scope="module")
+def files():
+    return official()
+
+
+def put(tmp_path, content, name="file.pth", **how):
+    torch.save(content, tmp_path / name, **how)
+    return tmp_path / name
+
+
+NAMES = ["deit", "moco", "moco momentum", "dino", "dino full", "dino student", "ibot", "ibot full",
+         "ibot student", "mae", "mae full", "beit", "beit 1k", "cae", "simmim", "augreg"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_official_layouts_load_bit_for_bit(name, files, tmp_path, capsys):
+    layout, branch, source, content = files[name]
+    path = put(tmp_path, content)
+    model = vit.load(path, branch=branch)
+    assert not model.training and model.source.layout == layout
+    assert torch.equal(model(images()), source(images()))
+    assert torch.equal(model(images(size=48)), source(images(size=48)))            # the resize rule
+    assert model.config["num_heads"] == source.config["num_heads"]
+    half = layout in ("BEiT 22k", "timm augreg")
+    assert model.source.mean == ((0.5, 0.5, 0.5) if half else vit.MEAN)
+    assert model.source.interpolation == ("bilinear" if layout == "MoCo v3" else "bicubic")
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and layout in said and "heads" in said
+    old = put(tmp_path, content, "legacy.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(vit.load(old, branch=branch, quiet=True)(images()), model(images()))
+    assert capsys.readouterr().out == ""
+
+
+def test_default_branch_is_the_one_to_evaluate(files, tmp_path):
+    for name, branch in (("moco", "base"), ("dino full", "teacher"), ("ibot full", "teacher"),
+                         ("dino", "teacher"), ("mae", "base")):
+        path = put(tmp_path, files[name][3])
+        model = vit.load(path, quiet=True)
+        assert model.source.branch == branch
+        assert torch.equal(model(images()), files[name][2](images()))
+    with pytest.raises(ValueError, match="has no student, only base"):
+        vit.load(path, branch="student")
+
+
+def test_heads_are_kept_beside_the_backbone(files, tmp_path):
+    def heads(name, branch=None, **change):
+        path = put(tmp_path, {**files[name][3], **change})
+        return vit.load(path, branch, quiet=True).source.heads
+
+    moco = files["moco"][3]["state_dict"]
+    found = heads("moco")
+    assert set(found) == {"projector", "predictor"}
+    assert set(heads("moco", "momentum")) == {"projector"}
+    assert len(found["projector"]) == 16 and len(found["predictor"]) == 10
+    assert torch.equal(found["projector"]["6.weight"], moco["module.base_encoder.head.6.weight"])
+    assert torch.equal(heads("moco", "momentum")["projector"]["6.weight"],
+                       moco["module.momentum_encoder.head.6.weight"])
+    assert set(heads("dino full")["head"]) == set(dino_head())
+    assert set(heads("ibot full", "student")["head"]) == set(dino_head())     # twins: one is kept
+    unshared = {**files["ibot full"][3]["teacher"], "head.last_layer2.weight_v": torch.ones(9, 8)}
+    assert set(heads("ibot full", teacher=unshared)["head"]) == set(ibot_head())
+    assert "blocks.0.norm1.weight" in heads("mae full")["decoder"] and heads("mae") == {}
+
+
+def test_numbers_of_heads_follow_the_layout_because_a_wrong_one_would_run(files, tmp_path):
+    content = files["moco"][3]["state_dict"]
+    state = {key[20:]: value for key, value in content.items()
+             if key.startswith("module.base_encoder.") and ".head." not in key}
+    moco = vit.load(put(tmp_path, files["moco"][3]), quiet=True)
+    wrong = vit.ViT(**{**moco.config, "num_heads": 3}).eval()
+    wrong.load_state_dict(state)
+    assert moco.config["num_heads"] == 12
+    assert (wrong(images()) - moco(images())).abs().max() > 0.01
+    with pytest.raises(ValueError, match="keys of DINO backbone, but its positions are not lear"):
+        vit.load(put(tmp_path, state))                        # MoCo v3's, stripped by somebody
+
+
+def test_swapped_halves_of_the_sincos_table_change_features(files, tmp_path):
+    layout, _, source, content = files["mae"]
+    state = dict(content["model"])
+    state["pos_embed"] = state["pos_embed"].roll(96, 2)
+    swapped = vit.load(put(tmp_path, {"model": state}), quiet=True)
+    assert (swapped(images()) - source(images())).abs().max() > 0.01
+
+
+def test_half_precision_files_become_fp32(files, tmp_path):
+    halved = {key: value.half() for key, value in files["dino"][3].items()}
+    model = vit.load(put(tmp_path, halved), quiet=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    close(model.cls_token, files["dino"][2].cls_token, 1e-3)
+
+
+def test_augreg_npz_loads_bit_for_bit(files, tmp_path):
+    source = files["augreg"][2]
+    arrays = {"cls": source.cls_token,
+              "head/kernel": torch.zeros(192, 10), "head/bias": torch.zeros(10),
+              "pre_logits/kernel": torch.zeros(192, 192), "pre_logits/bias": torch.zeros(192),
+              "Transformer/posembed_input/pos_embedding": source.pos_embed,
+              "embedding/kernel": source.patch_embed.proj.weight.permute(2, 3, 1, 0),
+              "embedding/bias": source.patch_embed.proj.bias,
+              "Transformer/encoder_norm/scale": source.norm.weight,
+              "Transformer/encoder_norm/bias": source.norm.bias}
+    for i, block in enumerate(source.blocks):
+        root = f"Transformer/encoderblock_{i}"
+        for name, norm in (("LayerNorm_0", block.norm1), ("LayerNorm_2", block.norm2)):
+            arrays |= {f"{root}/{name}/scale": norm.weight, f"{root}/{name}/bias": norm.bias}
+        for name, fc in (("Dense_0", block.mlp.fc1), ("Dense_1", block.mlp.fc2)):
+            arrays |= {f"{root}/MlpBlock_3/{name}/kernel": fc.weight.T,
+                       f"{root}/MlpBlock_3/{name}/bias": fc.bias}
+        attn = f"{root}/MultiHeadDotProductAttention_1"
+        for j, name in enumerate(("query", "key", "value")):
+            rows = slice(192 * j, 192 * (j + 1))
+            arrays[f"{attn}/{name}/kernel"] = block.attn.qkv.weight[rows].T.reshape(192, 3, 64)
+            arrays[f"{attn}/{name}/bias"] = block.attn.qkv.bias[rows].reshape(3, 64)
+        arrays |= {f"{attn}/out/kernel": block.attn.proj.weight.T.reshape(3, 64, 192),
+                   f"{attn}/out/bias": block.attn.proj.bias}
+    arrays = {key: value.detach().numpy() for key, value in arrays.items()}
+    np.savez(tmp_path / "B_16.npz", **arrays)
+    model = vit.load(tmp_path / "B_16.npz", quiet=True)
+    assert model.source.layout == "timm augreg" and model.source.mean == (0.5, 0.5, 0.5)
+    assert torch.equal(model(images()), source(images()))
+    del arrays["Transformer/encoderblock_1/MultiHeadDotProductAttention_1/key/kernel"]
+    np.savez(tmp_path / "B_16.npz", **arrays)
+    with pytest.raises(ValueError, match="missing: blocks.1.attn.qkv.weight"):
+        vit.load(tmp_path / "B_16.npz")
+
+
+@pytest.mark.parametrize("name", ["mae", "dino full", "cae", "augreg"])
+def test_missing_surplus_and_misshapen_keys_are_named(name, files, tmp_path):
+    _, branch, _, content = files[name]
+    inner = {"dino full": "teacher", "augreg": None}.get(name, "model")
+    prefix = {"dino full": "backbone.", "cae": "encoder."}.get(name, "")
+
+    def refused(change):
+        state = dict(content[inner] if inner else content)
+        change(state)
+        with pytest.raises(ValueError) as error:
+            vit.load(put(tmp_path, {**content, inner: state} if inner else state))
+        assert "\n" not in str(error.value) and "Layouts known: DeiT, MoCo v3" in str(error.value)
+        return str(error.value)
+
+    key = f"{prefix}blocks.1.mlp.fc2.weight"
+    assert "1 missing: blocks.1.mlp.fc2.weight" in refused(lambda state: state.pop(key))
+    assert "missing: patch_embed.proj.weight" in refused(
+        lambda state: state.pop(f"{prefix}patch_embed.proj.weight"))
+    assert "left over: blocks.1.extra" in refused(
+        lambda state: state.update({f"{prefix}blocks.1.extra": torch.ones(1)}))
+    assert "of another shape: norm.weight (7,) for (192,)" in refused(
+        lambda state: state.update({f"{prefix}norm.weight": torch.ones(7)}))
+    assert "of another shape: patch_embed.proj.weight (192, 192)" in refused(
+        lambda state: state.update({f"{prefix}patch_embed.proj.weight": torch.ones(192, 192)}))
+    assert "missing: blocks.0.norm1" in refused(lambda state: [
+        state.pop(key) for key in list(state) if ".0.norm1" in key])
+    assert "left over" in refused(lambda state: state.update({f"{prefix}note": "a string"}))
+
+
+def test_unknown_layouts_list_what_was_found_and_what_is_known(tmp_path):
+    one = torch.ones(1)
+    for content in ({"layer1.conv.weight": one}, {"model": {"stem.weight": one}}, {},
+                    {"student": {"a": one}, "teacher": {"b": one}}, {"state_dict": {"conv": 3}}):
+        with pytest.raises(ValueError, match="unknown layout with .* known are DeiT, MoCo v3, "):
+            vit.load(put(tmp_path, content))
+    with pytest.raises(ValueError, match="holds a list"):
+        vit.load(put(tmp_path, [1, 2]))
+    with pytest.raises(FileNotFoundError, match="no checkpoint file"):
+        vit.load(tmp_path / "nothing.pth")
+
+
+def test_models_that_are_not_this_one_are_refused_with_a_reason(files, tmp_path):
+    plain = files["deit"][3]["model"]
+    distilled = {**plain, "dist_token": torch.zeros(1, 1, 192), "head_dist.bias": torch.zeros(10)}
+    third = {**plain, "pos_embed": plain["pos_embed"][:, 1:]}
+    learned = files["dino"][3]
+    for content, words in (({"model": distilled}, "distilled DeiT"), ({"model": third}, "DeiT III"),
+                           (third, "DeiT III"), (fine_tuned(files["beit 1k"][2]), "fine-tuned"),
+                           (fine_tuned(build(rel_pos="block", pos="none")), "fine-tuned"),
+                           ({"model": learned}, "keys of MAE, but its positions are not sin")):
+        with pytest.raises(ValueError, match=words) as error:
+            vit.load(put(tmp_path, content))
+        assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------- untrusted
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(zipped, files, tmp_path):
+    proof = tmp_path / "executed"
+    path = put(tmp_path, {**files["dino full"][3], "args": Attack(proof)},
+               _use_new_zipfile_serialization=zipped)
+    for call in (vit.read, vit.load):
+        with pytest.raises(ValueError, match=r"not plain data \(\w+\.mkdir\)") as error:
+            call(path)
+        assert "\n" not in str(error.value)
+    assert not proof.exists()
+    torch.load(path, weights_only=False)                      # the attack does work on who lets it
+    assert proof.exists()
+
+
+def test_pickled_arrays_in_an_npz_are_refused_and_not_run(tmp_path):
+    proof = tmp_path / "executed"
+    np.savez(tmp_path / "a.npz", **{"embedding/kernel": np.array([Attack(proof)], dtype=object)})
+    with pytest.raises(ValueError, match="damaged"):
+        vit.read(tmp_path / "a.npz")
+    assert not proof.exists()
+
+
+def test_simmims_yacs_config_is_read_without_yacs(files, tmp_path, monkeypatch):
+    class CfgNode(dict):
+        """Pickles as yacs' does: a dict with attributes of its own, nested."""
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.__dict__.update(__immutable__=True, __deprecated_keys__=set(), __renamed_keys__={})
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    fake = types.ModuleType("yacs.config")
+    fake.CfgNode = CfgNode
+    content = {**files["simmim"][3], "config": CfgNode({"MODEL": CfgNode({"TYPE": "vit"})})}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", fake)
+        paths = [put(tmp_path, content, f"{zipped}.pth", _use_new_zipfile_serialization=zipped)
+                 for zipped in (True, False)]
+    for path in paths:
+        assert vit.read(path)["config"] == {"MODEL": {"TYPE": "vit"}}
+        assert torch.equal(vit.load(path, quiet=True)(images()), files["simmim"][2](images()))
+
+
+def test_other_classes_stay_unknown_after_reading(files, tmp_path):
+    vit.read(put(tmp_path, files["dino full"][3]))
+    with pytest.raises(pickle.UnpicklingError):               # allowed for that one call only
+        torch.load(tmp_path / "file.pth", weights_only=True)
+
+
+def test_damaged_files_give_one_sentence(files, tmp_path):
+    path = put(tmp_path, files["dino"][3])
+    data = path.read_bytes()
+    for bad in (data[:len(data) // 2], data[:100], b"", b"hello", b"\x80\x02]q\x00", data[5000:]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="damaged, cut off or not a PyTorch file") as error:
+            vit.load(path)
+        assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------ our own
+
+@pytest.mark.parametrize("more", [{}, BEIT, {"class_token": False, "pos": "sincos_row"}, TWELVE,
+                                  {"rel_pos": "block", "final_norm": False, "drop_path": 0.1}])
+def test_our_checkpoint_comes_back_as_it_was(more, tmp_path):
+    model, heads = build(**more), {"head": {"weight": torch.randn(3, 4)}}
+    path = tmp_path / "encoder.pt"
+    vit.save(path, model, branch="student", method="dino", data="toy", step=70, heads=heads,
+             mean=(0.5,) * 3, epochs=3)
+    again = vit.load(path, quiet=True)
+    assert torch.equal(again(images()), model(images())) and again.config == model.config
+    source = again.source
+    assert (source.layout, source.branch, source.method, source.data, source.step, source.mean) == (
+        "ours", "student", "dino", "toy", 70, (0.5,) * 3)
+    assert torch.equal(source.heads["head"]["weight"], heads["head"]["weight"])
+    assert vit.read(path)["epochs"] == 3 and vit.read(path)["format"] == "encoder/1"
+    assert os.listdir(tmp_path) == ["encoder.pt"]
+    with pytest.raises(ValueError, match="holds the student only, not the teacher"):
+        vit.load(path, branch="teacher")
+
+
+def test_equal_content_gives_equal_bytes_under_any_name(tmp_path):
+    paths = [tmp_path / "a.pt", tmp_path / "another.pt", tmp_path / "c.pt"]
+    for path, seed in zip(paths, (0, 0, 1)):
+        vit.save(path, build(seed), method="mae")
+    a, b, c = (path.read_bytes() for path in paths)
+    assert a == b and a != c
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "encoder.pt"
+    vit.save(path, build(), step=1)
+    before = path.read_bytes()
+
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        vit.save(path, build(1), step=2)
+    assert path.read_bytes() == before
+
+
+def test_only_plain_data_is_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint\['step'\] is a float64"):
+        vit.save(tmp_path / "encoder.pt", build(), step=np.float64(3))
+    assert os.listdir(tmp_path) == []
+
+
+def test_our_other_files_are_told_apart(tmp_path):
+    with pytest.raises(ValueError, match="that is a training state; use encoder.pt beside it"):
+        vit.load(put(tmp_path, {"format": "training/1", "model": {}}, "last.pt"))
+    vit.save(tmp_path / "encoder.pt", build())
+    good = vit.read(tmp_path / "encoder.pt")
+    for change, words in (({"format": "encoder/2"}, "encoder/2"),
+                          ({"model": None}, "is not known here"),
+                          ({"config": {**good["config"], "colour": 1}}, "does not describe a ViT"),
+                          ({"config": {**good["config"], "depth": 3}}, "missing: blocks.2")):
+        with pytest.raises(ValueError, match=words):
+            vit.load(put(tmp_path, {**good, **change}))
+
+
+def test_another_size_is_announced(tmp_path, capsys):
+    vit.save(tmp_path / "encoder.pt", build())
+    vit.load(tmp_path / "encoder.pt", img_size=48)
+    assert "grid 4 interpolated to 6" in capsys.readouterr().out
+    vit.load(tmp_path / "encoder.pt", img_size=32)
+    assert "interpolated" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="image size 50 is not a multiple of patch size 8"):
+        vit.load(tmp_path / "encoder.pt", img_size=50)

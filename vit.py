@@ -1,0 +1,764 @@
+"""The one Vision Transformer (Dosovitskiy et al., 2021) behind every method, and checkpoints of it.
+
+    images (B, 3, H, W)
+      | cut into patches, Linear                      patch_embed        (B, N, D)
+      | mask tokens put in, positions added           mask, pos_embed
+      | some patches only, class token in front       keep, cls_token    (B, P+N, D)
+      | depth x { x + ls1 * attn(norm1(x))            drop path on both branches
+      |           x + ls2 * mlp(norm2(x)) }
+      | LayerNorm                                     norm
+    tokens (B, P+N, D)          split() -> class token (B, D), patches (B, N, D)
+
+    B images, N patches row by row, P class tokens (1 or 0), L = P+N, D width, H heads
+
+Which arguments make which published backbone, ViT(**SIZES["base"], ...):
+
+    DeiT, DINO, iBOT      the defaults
+    MoCo v3               pos="sincos_row", init="moco"               (12 heads in ViT-S, too)
+    MAE                   pos="sincos_col", init="mae"
+    BEiT 22k, SimMIM      pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split",
+                          init="beit"
+    BEiT (paper; 1k)      qkv_bias="split", init="beit"
+    BEiT, fine-tuning     as BEiT 22k, but rel_pos="block", final_norm=False
+    CAE                   pos="sincos_row", layer_scale=0.1, qkv_bias="split",
+                          init="cae"                                  (12 heads in ViT-S, too)
+
+BEiT, SimMIM, CAE and the students of DINO and iBOT train with drop_path=0.1. Parameter names are
+timm's: a state dict goes to create_model("vit_base_patch16_224", num_classes=0) and back unchanged.
+The second half of the file reads and writes checkpoints: ours and the official ones of the methods.
+"""
+import argparse
+import functools
+import math
+import os
+import pathlib
+import re
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SIZES = {
+    "tiny":  dict(embed_dim=192, depth=12, num_heads=3),
+    "small": dict(embed_dim=384, depth=12, num_heads=6),
+    "base":  dict(embed_dim=768, depth=12, num_heads=12),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Positions: what tells one patch from another
+
+def coordinates(grid, device=None):
+    """Row and column of every patch of a grid (h, w): two (h*w,) int64 tensors."""
+    h, w = grid
+    row, col = torch.arange(h, device=device), torch.arange(w, device=device)
+    return row.repeat_interleave(w), col.repeat(h)
+
+
+def sincos(dim, grid, order="sincos_row"):
+    """Fixed 2-D sine-cosine table (h*w, D) float32, for integer coordinates.
+
+    Its quarters are sin(row), cos(row), sin(column), cos(column) in "sincos_row" (MoCo v3, CAE);
+    in "sincos_col" (MAE) the columns come first. Trained weights work with their own order only.
+    """
+    if dim % 4:
+        raise ValueError(f"sin-cos positions need a width that 4 divides, not {dim}")
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))         # (D/4,)
+    row, col = (axis[:, None] * omega for axis in coordinates(grid))                     # (N, D/4)
+    first, second = (row, col) if order == "sincos_row" else (col, row)
+    return torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], 1).float()
+
+
+def resize_positions(pos, old, new, prefix=1, rule="dino"):
+    """Positions (1, P+h*w, D) from grid `old` to grid `new`, bicubic; the class token's row stays.
+
+    "size" asks for the new size (DeiT, MAE, BEiT). "dino" (DINO, iBOT) gives a scale factor with
+    0.1 added against rounding down; that also moves the sampling points, so their features need it.
+    """
+    if new == old:
+        return pos
+    table = pos[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2)                   # (1, D, h, w)
+    target = dict(size=new)
+    if rule == "dino":
+        target = dict(scale_factor=tuple((n + 0.1) / o for n, o in zip(new, old)))
+    table = F.interpolate(table, mode="bicubic", **target)
+    return torch.cat([pos[:, :prefix], table.flatten(2).transpose(1, 2)], 1)
+
+
+def relative_index(grid, prefix=1, device=None):
+    """(L, L) int64: which row of the relative position table a (query, key) pair uses (BEiT).
+
+    The first (2h-1)(2w-1) rows are the offsets, query minus key; three more are for class token to
+    patch, patch to class token, and class token to itself.
+    """
+    h, w = grid
+    row, col = coordinates(grid, device)
+    index = (row[:, None] - row + h - 1) * (2 * w - 1) + (col[:, None] - col + w - 1)    # (N, N)
+    if prefix:
+        offsets = (2 * h - 1) * (2 * w - 1)
+        index = F.pad(index, (1, 0, 1, 0), value=offsets)
+        index[1:, 0], index[0, 0] = offsets + 1, offsets + 2
+    return index
+
+
+@functools.lru_cache(maxsize=32)
+def _spline(old, new, dtype, device):
+    """(new, old) matrix from values at `old` offsets to values at `new` ones, by BEiT's rule.
+
+    The old offsets move to 0, +-1, +-(1+q), +-(1+q+q^2), ... with q such that they reach the new
+    ends: near neighbours keep their bias, far ones are stretched. Between them runs a not-a-knot
+    cubic spline; that is linear in the values, so all of it is one matrix.
+    """
+    n, reach, low, high = old // 2, new // 2, 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q**n) / (1 - q) > reach else (q, high)
+    x = np.cumsum(q ** np.arange(n))
+    x = np.concatenate([-x[::-1], [0], x])
+    y = np.arange(-reach, reach + 1).clip(x[0], x[-1])
+    x, y, knots = x / x[-1], y / x[-1], x[2:-2] / x[-1]        # to [-1, 1], or cubes lose digits
+
+    def basis(at):                                     # 1, x, x^2, x^3 and max(x - knot, 0)^3
+        return np.hstack([at[:, None] ** np.arange(4), np.maximum(at[:, None] - knots, 0) ** 3])
+
+    weights = np.linalg.solve(basis(x).T, basis(y).T).T
+    return torch.from_numpy(weights).to(device, dtype)
+
+
+def resize_table(table, old, new):
+    """Relative position table ((2h-1)(2w-1) [+3], H) from grid `old` to `new`; the last 3 stay."""
+    if min(old) < 3:
+        raise ValueError(f"relative positions of a {old[0]}x{old[1]} grid are too few to resize")
+    (a, b), (c, d) = [(2 * h - 1, 2 * w - 1) for h, w in (old, new)]
+    rows, cols = (_spline(*n, table.dtype, table.device) for n in ((a, c), (b, d)))
+    offsets = torch.einsum("ca,db,abh->cdh", rows, cols, table[:a * b].unflatten(0, (a, b)))
+    return torch.cat([offsets.flatten(0, 1), table[a * b:]])
+
+
+# --------------------------------------------------------------------------------------------------
+# Model
+
+class PatchEmbed(nn.Module):
+    """A convolution with stride = kernel: a Linear on each patch's pixels (4x faster so on CPU)."""
+
+    def __init__(self, patch_size, in_chans, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+
+    def forward(self, images):
+        p = self.proj.stride[0]
+        x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))                  # (B, 3, h, p, w, p)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                       # (B, N, 3pp)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)                  # (B, N, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. qkv_bias: "fused", "none", or "split": without one for the key.
+
+    BEiT's split changes nothing but the parameters: a key bias cancels in the softmax.
+    """
+
+    def __init__(self, dim, num_heads, qkv_bias="fused"):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of {num_heads} heads")
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias == "fused")
+        self.proj = nn.Linear(dim, dim)
+        self.split = qkv_bias == "split"
+        if self.split:
+            self.q_bias = nn.Parameter(torch.zeros(dim))
+            self.v_bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x, bias=None, weights=None):
+        """x (B, L, D). bias: added to logits (B, H, L, L). weights: a list, gets the softmax."""
+        qkv_bias = self.qkv.bias
+        if self.split:
+            qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                        # each (B, H, L, D/H)
+        bias = None if bias is None else bias.to(q.dtype)
+        # bf16 on CPU: for short sequences the explicit form is 1.8x faster than the fused one
+        short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256
+        if weights is None and not short:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            logits = (q * self.scale) @ k.transpose(2, 3)                            # (B, H, L, L)
+            a = (logits if bias is None else logits + bias).softmax(-1)
+            x = a @ v
+            if weights is not None:
+                weights.append(a)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim, value):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; decoders are made of it, too."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, qkv_bias="fused", layer_scale=None,
+                 norm_eps=1e-6):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
+    def forward(self, x, bias=None, drop=None, weights=None):
+        """x (B, L, D). drop (B, 2): a factor for each branch, 0 or 1/keep. Others: Attention."""
+        branch = self.ls1(self.attn(self.norm1(x), bias, weights))
+        x = x + (branch if drop is None else branch * drop[:, 0, None, None])
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + (branch if drop is None else branch * drop[:, 1, None, None])
+
+
+class ViT(nn.Module):
+    """All arguments stand in `vit.config`, and ViT(**vit.config) builds it again.
+
+    img_size   pixels a side that positions are made for; other sizes, square or not, interpolate
+    drop_path  share of branches dropped in the last block, growing linearly from 0 in the first
+    resize     "dino" or "size", see resize_positions; relative tables go by BEiT's rule instead
+    init       see initialise
+    """
+
+    def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
+                 mlp_ratio=4.0, in_chans=3, class_token=True, pos="learned", rel_pos=None,
+                 layer_scale=None, qkv_bias="fused", drop_path=0.0, norm_eps=1e-6, final_norm=True,
+                 resize="dino", init="trunc"):
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        for name, choice in (("pos", ("learned", "sincos_row", "sincos_col", "none")),
+                             ("rel_pos", (None, "shared", "block")), ("resize", ("dino", "size")),
+                             ("qkv_bias", ("fused", "split", "none")),
+                             ("init", ("trunc", "beit", "mae", "cae", "moco"))):
+            if config[name] not in choice:
+                raise ValueError(f"{name} is one of {choice}, not {config[name]!r}")
+        if img_size % patch_size:
+            raise ValueError(f"image size {img_size} is not a multiple of patch size {patch_size}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path is a share in [0, 1), not {drop_path}")
+        self.config, self.embed_dim, self.depth, self.patch_size = (
+            config, embed_dim, depth, patch_size)
+        self.grid, self.num_prefix = (img_size // patch_size,) * 2, int(class_token)
+        tokens = self.num_prefix + self.grid[0] ** 2
+
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.pos_embed = None
+        if pos != "none":                 # sin-cos: stored, as official files do, but never trained
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), pos == "learned")
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, layer_scale, norm_eps)
+            for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, norm_eps) if final_norm else nn.Identity()
+
+        self.rel_pos_bias = nn.Module() if rel_pos == "shared" else None
+        owners = {None: [], "shared": [self.rel_pos_bias], "block": [b.attn for b in self.blocks]}
+        for owner in owners[rel_pos]:
+            rows = (2 * self.grid[0] - 1) ** 2 + 3 * self.num_prefix             # zero at the start
+            owner.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+        index = relative_index(self.grid, self.num_prefix) if rel_pos else None
+        self.register_buffer("index", index, persistent=False)
+        rates = torch.linspace(0, drop_path, depth).repeat_interleave(2)
+        self.register_buffer("drop_rates", rates, persistent=False)
+        self.initialise(init)
+
+    @torch.no_grad()
+    def initialise(self, init):
+        """Weights as the official code draws them, from torch's global generator.
+
+        trunc  normal 0.02, the convolution as PyTorch does (DINO, iBOT; cut at 100 sigma: not cut)
+        beit   normal 0.02 cut at one sigma; attn.proj, mlp.fc2 of block l = 1.. over sqrt(2l)
+        mae    Xavier, q, k, v as one matrix; class token normal 0.02; convolution bias as PyTorch
+        cae    Linear layers as mae, the rest as beit
+        moco   Xavier, q, k, v as three matrices; class token normal 1e-6; convolution bias 0
+        """
+        def small(weight, std=0.02):
+            if init in ("beit", "cae"):
+                nn.init.trunc_normal_(weight, std=std, a=-std, b=std)
+            else:
+                nn.init.normal_(weight, std=std)
+
+        init_linear(self.blocks, init)
+        patch = self.patch_embed.proj
+        if init in ("mae", "moco"):
+            nn.init.xavier_uniform_(patch.weight.flatten(1))     # moco's sqrt(6/(3pp + D)) is this
+        elif init in ("beit", "cae"):
+            small(patch.weight)
+        if init in ("beit", "cae", "moco"):
+            nn.init.zeros_(patch.bias)
+        if self.cls_token is not None:
+            small(self.cls_token, std=1e-6 if init == "moco" else 0.02)
+        if self.config["pos"] == "learned":
+            small(self.pos_embed)
+        elif self.pos_embed is not None:                         # the class token's row stays zero
+            table = sincos(self.embed_dim, self.grid, self.config["pos"])
+            self.pos_embed[0, self.num_prefix:] = table
+        if init == "beit":
+            for number, block in enumerate(self.blocks, 1):
+                block.attn.proj.weight.div_(math.sqrt(2 * number))
+                block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+
+    def forward(self, x, keep=None, mask=None, mask_token=None, drop=None, attn_mask=None):
+        """Images (B, 3, H, W) -> tokens (B, P+N, D) after the final norm.
+
+        keep       (B, K) patch numbers: only these are run, in this order (MAE); N is then K
+        mask       (B, N) bool: patches replaced by mask_token (1, 1, D) before positions are added
+        drop       (B, 2*depth) numbers in [0, 1) that decide drop path: attention and MLP of block
+                   0, 1, ...; None draws them. For training mode only
+        attn_mask  (L, L) bool, True = may attend; for example local_mask()
+        """
+        same = dict(keep=keep, mask=mask, mask_token=mask_token, drop=drop, attn_mask=attn_mask)
+        return self.layers(x, [self.depth - 1], **same)[0][0]
+
+    def layers(self, x, blocks=None, norm=True, attention=(), *, keep=None, mask=None,
+               mask_token=None, drop=None, attn_mask=None):
+        """Tokens after the blocks asked for (from 0; default all), attention weights of others.
+
+        -> list of (B, P+N, D), through the final norm if `norm`; {block: (B, H, L, L)}.
+        Blocks after the last one asked for are not run.
+        """
+        blocks = range(self.depth) if blocks is None else blocks
+        wanted = {*blocks, *attention}
+        if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
+            raise ValueError(f"blocks are 0 to {self.depth - 1}, asked for: {sorted(wanted)}")
+        x, grid = self.embed(x, keep, mask, mask_token)
+        factors = self.drop_factors(len(x), drop)
+        outputs, maps = {}, {}
+        for i, block in enumerate(self.blocks[:max(wanted) + 1]):
+            if i == 0 or self.config["rel_pos"] == "block":           # else the same for all blocks
+                bias = self.attention_bias(block, grid, keep, attn_mask)
+            weights = [] if i in attention else None
+            x = block(x, bias, None if factors is None else factors[:, 2 * i:2 * i + 2], weights)
+            if i in blocks:
+                outputs[i] = self.norm(x) if norm else x
+            if weights:
+                maps[i] = weights[0]
+        return [outputs[i] for i in blocks], maps
+
+    def split(self, tokens):
+        """(B, P+N, D) -> class token (B, D), None in a model without; patches (B, N, D)."""
+        return (tokens[:, 0] if self.num_prefix else None), tokens[:, self.num_prefix:]
+
+    def local_mask(self, window, grid=None):
+        """An attn_mask (L, L): patches see window x window patches (Park et al., appendix D).
+
+        window is odd; the class token sees all and is seen by all (the paper leaves it open).
+        grid (h, w) of the input, if it is not img_size.
+        """
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"the window is an odd number of patches, not {window}")
+        row, col = coordinates(grid or self.grid, self.drop_rates.device)
+        steps = torch.maximum((row[:, None] - row).abs(), (col[:, None] - col).abs())    # (N, N)
+        return F.pad(steps <= window // 2, (self.num_prefix, 0, self.num_prefix, 0), value=True)
+
+    # what layers() is made of
+
+    def embed(self, images, keep=None, mask=None, mask_token=None):
+        """Images -> tokens (B, P+N, D) that enter the first block, and the grid (h, w)."""
+        p, (h, w) = self.patch_size, images.shape[2:]
+        if h % p or w % p:
+            raise ValueError(f"image size {h}x{w} is not a multiple of patch size {p}")
+        grid, pos = (h // p, w // p), None
+        x = self.patch_embed(images)                                                     # (B, N, D)
+        x = x.to(self.patch_embed.proj.weight.dtype)       # the residual stays fp32 under autocast
+        if mask is not None:
+            if mask_token is None:
+                raise ValueError("a mask needs its mask_token (1, 1, D)")
+            x = torch.where(mask[:, :, None], mask_token, x)
+        if self.pos_embed is not None:
+            pos = resize_positions(self.pos_embed, self.grid, grid, self.num_prefix,
+                                   self.config["resize"])
+            x = x + pos[:, self.num_prefix:]
+        if keep is not None:
+            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))                 # (B, K, D)
+        if self.cls_token is not None:
+            cls = self.cls_token if pos is None else self.cls_token + pos[:, :1]
+            x = torch.cat([cls.expand(len(x), -1, -1), x], 1)                          # (B, P+N, D)
+        return x, grid
+
+    def drop_factors(self, batch, drop=None):
+        """Stochastic depth (Huang et al., 2016): (B, 2*depth) factors, 0 or 1/keep; or None."""
+        if not self.training or not self.config["drop_path"]:
+            return None
+        if drop is None:
+            drop = torch.rand(batch, 2 * self.depth, device=self.drop_rates.device)
+        return (drop >= self.drop_rates) / (1 - self.drop_rates)
+
+    def attention_bias(self, block, grid, keep=None, attn_mask=None):
+        """Added to the logits: relative positions, -inf where attn_mask forbids. None if neither.
+
+        (1, H or 1, L, L), with `keep` (B, H or 1, P+K, P+K).
+        """
+        bias = None
+        if self.config["rel_pos"]:
+            owner = block.attn if self.config["rel_pos"] == "block" else self.rel_pos_bias
+            table, index = owner.relative_position_bias_table, self.index
+            if grid != self.grid:
+                table = resize_table(table, self.grid, grid)
+                index = relative_index(grid, self.num_prefix, table.device)
+            bias = table[index].permute(2, 0, 1)                                         # (H, L, L)
+        if attn_mask is not None:
+            wall = torch.zeros(attn_mask.shape, device=attn_mask.device)
+            wall = wall.masked_fill(~attn_mask, -math.inf)[None]                         # (1, L, L)
+            bias = wall if bias is None else bias + wall
+        if bias is None or keep is None:
+            return None if bias is None else bias[None]
+        rows = F.pad(keep + self.num_prefix, (self.num_prefix, 0))          # (B, P+K) token numbers
+        return bias[:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
+
+
+def init_linear(module, init):
+    """Weights of all nn.Linear inside by the rules of ViT.initialise, biases 0 (decoders, too)."""
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        if init == "moco" and name.endswith("qkv"):
+            bound = math.sqrt(6 / (2 * layer.in_features))
+            nn.init.uniform_(layer.weight, -bound, bound)
+        elif init in ("mae", "cae", "moco"):
+            nn.init.xavier_uniform_(layer.weight)
+        elif init == "beit":
+            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.02, b=0.02)
+        else:
+            nn.init.normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+# ==================================================================================================
+# Checkpoints. Whoever reads for a method can stop here.
+#
+# A file is untrusted: nothing in it is run, and a key that is missing or left over is an error.
+# The model comes back as it lies in the file: position tables are kept, not computed again, and
+# q and v biases in the split form stay split, so training goes on with the key bias at zero.
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                 # ImageNet's
+
+
+@dataclass
+class Layout:
+    """How an official file is laid out; keys without the wrapper ("model", "state_dict", none)."""
+    method: str
+    branches: dict                       # branch -> prefix of its keys; first the one to evaluate
+    heads: dict = field(default_factory=dict)               # branch -> {head: prefix of its keys}
+    drop: str = "(?!)"                   # keys that may be there and are not needed, a regex
+    pos: str = "learned"                 # "none": a shared relative table instead
+    resize: str = "size"
+    twelve: bool = False                 # 12 heads at every width below 1024, not width / 64
+    mean: tuple = MEAN
+    std: tuple = STD
+    interpolation: str = "bicubic"       # of the resize before the centre crop in evaluation
+
+
+INDEX = r"rel_pos_bias\.relative_position_index"
+HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+PAIR = dict(
+    branches={"teacher": "teacher.backbone.", "student": "student.module.backbone."},
+    heads={"teacher": {"head": "teacher.head."}, "student": {"head": "student.module.head."}},
+    drop=r"teacher\.head\.|student\.module\.(head\.|backbone\.masked_embed$)", resize="dino")
+LAYOUTS = {
+    "DeiT":          Layout("deit", {"base": ""}, drop=r"head\."),
+    "MoCo v3":       Layout("moco_v3", {"base": "module.base_encoder.",
+                                        "momentum": "module.momentum_encoder."},
+                            {"base": {"projector": "module.base_encoder.head.",
+                                      "predictor": "module.predictor."},
+                             "momentum": {"projector": "module.momentum_encoder.head."}},
+                            drop=r"module\.predictor\.", pos="sincos_row", twelve=True,
+                            interpolation="bilinear"),
+    "DINO backbone": Layout("dino", {"teacher": ""}, resize="dino"),
+    "DINO full":     Layout("dino", **PAIR),
+    "iBOT backbone": Layout("ibot", {"teacher": ""}, drop="masked_embed$", resize="dino"),
+    "iBOT full":     Layout("ibot", **PAIR),
+    "MAE":           Layout("mae", {"base": ""}, {"base": {"decoder": "decoder_"}},
+                            drop="mask_token$", pos="sincos_col"),
+    "BEiT 22k":      Layout("beit", {"base": ""}, pos="none", **HALF,
+                            drop=rf"mask_token$|lm_head\.|cls_pt_layers\.|{INDEX}"),
+    "BEiT 1k":       Layout("beit", {"base": ""}, drop=r"mask_token$|lm_head\."),
+    "CAE":           Layout("cae", {"base": "encoder."}, pos="sincos_row", twelve=True,
+                            drop=r"mask_token$|rd_pos_embed|alignment_encoder\.|teacher\."
+                                 r"|regresser\.|decoder\.|pretext_neck\.|encoder_to_"),
+    "SimMIM":        Layout("simmim", {"base": "encoder."}, pos="none",
+                            drop=rf"encoder\.mask_token$|decoder\.0\.|encoder\.{INDEX}"),
+    "timm augreg":   Layout("augreg", {"base": ""}, drop=r"head\.|pre_logits\.", **HALF),
+}
+
+
+def save(path, vit, **info):
+    """Write an encoder checkpoint ("encoder.pt"), atomically: plain data, equal bytes if equal.
+
+    info: branch, method, data, step, mean, std, interpolation, heads ({name: state dict}), or more.
+    """
+    content = dict(format="encoder/1", model=vit.state_dict(), config=vit.config,
+                   branch="untrained", method=None, data=None, step=0, mean=MEAN, std=STD,
+                   interpolation="bicubic", heads={})
+    content = _plain({**content, **info}, "checkpoint")
+    with open(f"{path}.tmp", "wb") as file:       # given a name, torch would write it into the file
+        torch.save(content, file)
+    os.replace(f"{path}.tmp", path)
+
+
+def _plain(x, where):
+    """A copy of nested plain data, tensors on the CPU; ValueError for what read() would refuse."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().cpu().clone()
+    if isinstance(x, dict):
+        return {name: _plain(value, f"{where}[{name!r}]") for name, value in x.items()}
+    if type(x) in (list, tuple):
+        return type(x)(_plain(value, where) for value in x)
+    if x is None or type(x) in (bool, int, float, str):
+        return x
+    raise ValueError(f"{where} is a {type(x).__name__}: make it a tensor, number, string or list")
+
+
+class Inert:
+    """Stands in for objects beside the weights: takes what it is given and does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# Beside tensors and plain types only these names in a file are known, and this is made of them.
+# SimMIM's yacs node is a dict subclass, which the weights-only reader will not fill; it fills this.
+STAND_INS = [(OrderedDict, "yacs.config.CfgNode"), (argparse.Namespace, "argparse.Namespace"),
+             (pathlib.PurePosixPath, "pathlib.PosixPath"),
+             (pathlib.PurePosixPath, "pathlib._local.PosixPath"), (Inert, "numpy.dtype"),
+             (Inert, "numpy.core.multiarray.scalar"), (Inert, "numpy._core.multiarray.scalar")]
+
+
+def read(path):
+    """The raw content of a checkpoint: the dict that was saved, or the tensors of an .npz.
+
+    FileNotFoundError if there is none; ValueError if it is damaged or holds more than plain data.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint file {path}")
+    try:
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        with torch.serialization.safe_globals(STAND_INS):
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                # bytes from anywhere may fail anyhow: one sentence
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise ValueError(f"{path} holds Python objects that are not plain data ({foreign[1]}); "
+                             "nothing was run or loaded: get a file with tensors only") from None
+        raise ValueError(f"{path} is damaged, cut off or not a PyTorch file "
+                         f"({type(error).__name__}): fetch or copy it again") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, not a dict with weights")
+    return raw
+
+
+def load(path, branch=None, img_size=None, quiet=False):
+    """The encoder in a checkpoint file, ours or an official one, as a ViT in eval mode.
+
+    branch    "teacher", "student", "base" or "momentum", as the file has; default: to be evaluated
+    img_size  pixels a side it will be fed; only checked and printed, as positions follow the input
+    Its `source` says what it is: path, layout, branch, method, data, step, mean, std, interpolation
+    (of the input in training), heads {name: state dict} (projectors, decoder). Prints one line.
+
+    The layout is told from the keys. Two things they do not tell: a flat file with head.weight is
+    taken for timm's augreg (mean 0.5), one without for DINO's backbone.
+    Errors: as read(), and ValueError for a layout, keys or shapes that do not fit.
+    """
+    raw = read(path)
+    form = str(raw.get("format", ""))
+    if form.startswith("training/"):
+        raise ValueError(f"{path}: that is a training state; use encoder.pt beside it")
+    parse = _ours if form.startswith("encoder/") else _official
+    name, config, state, source = parse(path, raw, branch)
+    try:
+        vit = ViT(**config)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path}: its config does not describe a ViT ({error})") from None
+    want = vit.state_dict()
+    _fit(path, name, want.keys() - state.keys(), state.keys() - want.keys(),
+         [f"{key} {tuple(value.shape)} for {tuple(want[key].shape)}" for key, value in state.items()
+          if key in want and value.shape != want[key].shape])
+    vit.load_state_dict(state)
+    vit.source = SimpleNamespace(path=str(path), layout=name, **source)
+
+    side, p = vit.grid[0], vit.patch_size
+    if img_size and img_size % p:
+        raise ValueError(f"image size {img_size} is not a multiple of patch size {p} of {path}")
+    other = f" interpolated to {img_size // p}" if img_size and img_size != side * p else ""
+    if not quiet:
+        print(f"{os.path.basename(path)}: {name}, {vit.source.branch}; {len(state)} tensors, width "
+              f"{vit.embed_dim}, depth {vit.depth}, heads {config['num_heads']}, patch {p}, "
+              f"grid {side}{other}; input mean {vit.source.mean[0]:g}; "
+              f"with {', '.join(vit.source.heads) or 'no heads'}")
+    return vit.eval()
+
+
+def _ours(path, raw, branch):
+    """A file by save() -> layout name, ViT arguments, state dict, source."""
+    names = ("branch", "method", "data", "step", "mean", "std", "interpolation", "heads")
+    whole = {"model", "config", *names} <= raw.keys() and all(
+        isinstance(raw[key], dict) for key in ("model", "config", "heads")) and all(
+        torch.is_tensor(value) for value in raw["model"].values())
+    if raw["format"] != "encoder/1" or not whole:
+        raise ValueError(f"{path}: format {raw['format']} with {list(raw)} is not known here")
+    if branch not in (None, raw["branch"]):
+        raise ValueError(f"{path} holds the {raw['branch']} only, not the {branch}")
+    return "ours", raw["config"], raw["model"], {name: raw[name] for name in names}
+
+
+def _official(path, raw, branch):
+    """A published file -> layout name, ViT arguments, state dict in our names, source."""
+    name, flat = recognise(path, raw)
+    if name is None:
+        some = ", ".join(str(key) for key in list(flat)[:8])
+        raise ValueError(f"{path}: unknown layout with {len(flat)} keys ({some} ...); known are "
+                         f"{', '.join(LAYOUTS)} and our encoder.pt")
+    layout = LAYOUTS[name]
+    branch = branch or next(iter(layout.branches))
+    if branch not in layout.branches:
+        raise ValueError(f"{path} ({name}) has no {branch}, only {', '.join(layout.branches)}")
+
+    state, heads, surplus, prefix = {}, {}, [], layout.branches[branch]
+    starts = {start: head for head, start in layout.heads.get(branch, {}).items()}
+    for key, value in flat.items():
+        start = next((start for start in starts if key.startswith(start)), None)
+        tensor = isinstance(value, torch.Tensor)
+        value = value.float() if tensor and value.is_floating_point() else value         # from fp16
+        if start:
+            heads.setdefault(starts[start], {})[key[len(start):]] = value
+        elif re.match(layout.drop, key):
+            continue
+        elif key.startswith(prefix) and tensor:
+            key = key[len(prefix):].replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+            state[key] = value
+        elif not tensor or not key.startswith(tuple(layout.branches.values())):
+            surplus.append(key)
+    for head in heads.values():                      # iBOT's shared head is listed twice: keep one
+        twins = {key: key.replace("layer2.", "layer.") for key in head if "last_layer2." in key}
+        if all(one in head and torch.equal(head[two], head[one]) for two, one in twins.items()):
+            for two in twins:
+                del head[two]
+
+    # arguments from shapes; the number of heads has none, and a wrong one would run all the same
+    table, fc1 = "rel_pos_bias.relative_position_bias_table", "blocks.0.mlp.fc1.weight"
+    anchors = ("patch_embed.proj.weight", fc1, table if layout.pos == "none" else "pos_embed")
+    flat_ones = [f"{key} {tuple(state[key].shape)}" for key, dims in zip(anchors, (4, 2, 3))
+                 if key in state and state[key].dim() != (2 if key == table else dims)]
+    _fit(path, name, set(anchors) - state.keys(), surplus, flat_ones)
+    dim, channels, p, _ = state["patch_embed.proj.weight"].shape
+    if layout.pos == "none":
+        side = (math.isqrt(len(state[table])) + 1) // 2                      # (2g-1)^2 + 3 rows
+    else:
+        side, cls_row = math.isqrt(state["pos_embed"].shape[1]), state["pos_embed"][:, 0]
+        if layout.pos.startswith("sincos") == bool(cls_row.any()):  # zero in sin-cos tables only
+            raise ValueError(f"{path} has the keys of {name}, but its positions are not "
+                             f"{layout.pos}: another model, whose number of heads may differ")
+    blocks = {key.split(".")[1] for key in state if re.match(r"blocks\.\d+\.", key)}
+    config = dict(
+        img_size=side * p, patch_size=p, embed_dim=dim, depth=len(blocks), in_chans=channels,
+        num_heads=(12 if dim < 1024 else 16) if layout.twelve else max(dim // 64, 1),
+        mlp_ratio=len(state[fc1]) / dim, pos=layout.pos,
+        rel_pos="shared" if layout.pos == "none" else None,
+        layer_scale=0.1 if "blocks.0.ls1.gamma" in state else None,
+        qkv_bias="split" if "blocks.0.attn.q_bias" in state else "fused", resize=layout.resize)
+    return name, config, state, dict(
+        branch=branch, method=layout.method, data=None, step=None, mean=layout.mean, std=layout.std,
+        interpolation=layout.interpolation, heads=heads)
+
+
+def recognise(path, raw):
+    """Key in LAYOUTS (None: unknown) and the flat dict of a raw checkpoint; ValueError: refused."""
+    if all(isinstance(raw.get(branch), dict) for branch in ("teacher", "student")):
+        flat = {f"{branch}.{key}": value for branch in ("teacher", "student")
+                for key, value in raw[branch].items()}
+        names = {"dino_loss": "DINO full", "ibot_loss": "iBOT full"}
+        return next((name for loss, name in names.items() if loss in raw), None), flat
+    if "embedding/kernel" in raw:
+        return "timm augreg", _from_npz(raw)
+    wrapper = next((key for key in ("state_dict", "model") if isinstance(raw.get(key), dict)), None)
+    flat = {str(key): value for key, value in (raw[wrapper] if wrapper else raw).items()}
+
+    def has(*prefixes):
+        return any(key.startswith(prefixes) for key in flat)
+
+    pos = flat.get("pos_embed")
+    rows = pos.shape[1] if torch.is_tensor(pos) and pos.dim() == 3 else 0
+    if has("dist_token", "head_dist"):
+        raise ValueError(f"{path} is a distilled DeiT, another model (two class tokens): "
+                         "use plain DeiT")
+    if rows and has("cls_token") and math.isqrt(rows) ** 2 == rows:
+        raise ValueError(f"{path} is a DeiT III, another model (class token without position): "
+                         "use plain DeiT")
+    if has("fc_norm."):
+        raise ValueError(f"{path} is a fine-tuned classifier (fc_norm), and does not tell how its "
+                         "input was normalised: use the pre-trained file")
+    plain = has("blocks.0.") and has("patch_embed.proj.")
+    tests = {                                                       # the first that holds, in order
+        "state_dict": (("MoCo v3", has("module.base_encoder.")), ("iBOT backbone", plain)),
+        "model": (("SimMIM", has("encoder.") and "decoder.0.weight" in flat),
+                  ("CAE", has("encoder.") and has("regresser.", "pretext_neck.", "mask_token")),
+                  ("BEiT 22k", has("lm_head.") and has("rel_pos_bias.")),
+                  ("BEiT 1k", has("lm_head.")), ("DeiT", plain and has("head.")), ("MAE", plain)),
+        None: (("timm augreg", plain and has("head.")), ("DINO backbone", plain))}
+    return next((name for name, holds in tests[wrapper] if holds), None), flat
+
+
+def _from_npz(arrays):
+    """The Flax names and axis orders of the original ViT release -> timm's."""
+    stems = {"embedding": "patch_embed.proj", "Transformer/encoder_norm": "norm", "head": "head",
+             "pre_logits": "pre_logits.fc"}
+    parts = {"LayerNorm_0": "norm1", "LayerNorm_2": "norm2", "MlpBlock_3/Dense_0": "mlp.fc1",
+             "MlpBlock_3/Dense_1": "mlp.fc2", "MultiHeadDotProductAttention_1/out": "attn.proj"}
+    numbers = {m[1] for key in arrays if (m := re.match(r"Transformer/encoderblock_(\d+)/", key))}
+    for n in numbers:
+        stems |= {f"Transformer/encoderblock_{n}/{k}": f"blocks.{n}.{v}" for k, v in parts.items()}
+    arrays, out = dict(arrays), {}
+    for theirs, ours in (("cls", "cls_token"),
+                         ("Transformer/posembed_input/pos_embedding", "pos_embed")):
+        if theirs in arrays:
+            out[ours] = arrays.pop(theirs)
+    for n in numbers:
+        root = f"Transformer/encoderblock_{n}/MultiHeadDotProductAttention_1"
+        for kind, name in (("kernel", "weight"), ("bias", "bias")):
+            keys = [f"{root}/{part}/{kind}" for part in ("query", "key", "value")]
+            if all(key in arrays for key in keys):        # (D, heads, D/heads) and (heads, D/heads)
+                qkv = [arrays.pop(key) for key in keys]
+                out[f"blocks.{n}.attn.qkv.{name}"] = torch.cat(
+                    [x.flatten(1).T if kind == "kernel" else x.flatten() for x in qkv])
+    for key, value in arrays.items():
+        stem, _, kind = key.rpartition("/")
+        if kind == "kernel":              # (p, p, 3, D), (heads, D/heads, D), or (in, out) as it is
+            value = value.permute(3, 2, 0, 1) if value.dim() == 4 else value.flatten(0, -2).T
+        ours = {"kernel": "weight", "scale": "weight", "bias": "bias"}.get(kind)
+        out[f"{stems[stem]}.{ours}" if stem in stems and ours else key] = value
+    return out
+
+
+def _fit(path, name, missing, surplus, shapes):
+    """ValueError with one sentence on what does not fit, if anything."""
+    found = []
+    for what, keys in (("missing", missing), ("left over", surplus), ("of another shape", shapes)):
+        some = ", ".join(sorted(map(str, keys))[:6]) + (" ..." if len(keys) > 6 else "")
+        found += [f"{len(keys)} {what}: {some}"] if keys else []
+    if found:
+        raise ValueError(f"{path}: recognised as {name}, but keys do not fit; {'; '.join(found)}. "
+                         f"Layouts known: {', '.join(LAYOUTS)} and our encoder.pt")
