@@ -1,0 +1,500 @@
+"""Probes: what did a checkpoint, ours or an official one, learn? Features in, a number out.
+
+    python evaluate.py                                        # kNN of the newest run in out/
+    python evaluate.py --task linear --checkpoint out/mmc-toy mae_pretrain_vit_base.pth
+    python evaluate.py --task part_retrieval --baseline pixels untrained --show
+
+Each model is a few rows of the printed table and one line of results.jsonl by its checkpoint.
+
+A probe is one function that reads like its protocol, task(model, args) -> report(rows, protocol),
+and one line in TASKS. It gets features from `features` (one pass over a split) or `extract` (one
+pass over any batches), scores from metrics.py, and its own flags from a line in FLAGS.
+"""
+import argparse
+import functools
+import json
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import save_image
+
+import data
+import metrics
+import rng
+import toy
+import training
+import vit
+
+# B images, N patches, D width, S pixels a side, C classes, L learning rates, P key-points
+
+
+def natural(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+FLAGS = {      # name: (type or choices, default, help); a list takes several values
+    "task":       (str, "knn", "what to measure, see below"),
+    "checkpoint": (str, [], "files or folders of runs; none: the newest run in --out"),
+    "baseline":   (("pixels", "untrained"), [], "floors: raw pixels, a ViT with random weights"),
+    "branch":     (("teacher", "student", "base", "momentum"), None, "which weights, if several"),
+    "data":       (str, None, "data set or folder; none: what the checkpoint was trained on"),
+    "data-root":  (str, None, "where data sets lie; none: $DATA_ROOT, else datasets/"),
+    "size":       (natural, None, "pixels a side of the input; none: as in training"),
+    "limit":      (natural, None, "use so many images of each split; none: all"),
+    "out":        (str, "out", "folder of the runs, and for pictures"),
+    "json":       (str, None, "file to append to; none: results.jsonl by the checkpoint"),
+    "seed":       (int, 0, "of what a probe draws, and of untrained weights"),
+    "device":     (str, "auto", "cuda, cuda:1, cpu or auto"),
+    "precision":  (str, "auto", "of the encoder: bf16, fp32; auto: bf16 where the device has it"),
+    "batch-size": (natural, 256, "images per forward"),
+    "workers":    (int, 2, "processes that decode images"),
+    "feature":    (("cls", "pat", "hyber"), None, "only this one; none: what the protocol says"),
+    "k":          (natural, [10, 20], "knn: numbers of neighbours"),
+    "recipe":     (("mae", "dino", "park"), "mae", "linear: whose settings"),
+    "epochs":     (natural, None, "linear: of the head's training; none: the recipe's"),
+    "crop":       (("code", "paper"), "code", "part_retrieval: geometry, see part_crops"),
+    "show":       (bool, False, "part_retrieval: write a contact sheet of the crops to --out"),
+}
+
+# ---- features ------------------------------------------------------------------------------------
+
+
+def pooled(encoder, x):
+    """(B, 3, S, S) -> three features of a picture, after the final norm: {name: (B, D or 2D)}.
+
+    cls: class token. pat: mean of the patch tokens. hyber: both, each brought to length 1 first, as
+    the shorter one would hardly count otherwise (the name is MMC's, the scaling our choice).
+    """
+    cls, patches = encoder.split(encoder(x))
+    pat = patches.float().mean(1)
+    cls = pat if cls is None else cls.float()            # no class token: the mean stands in for it
+    return {"cls": cls, "pat": pat, "hyber": torch.cat([F.normalize(cls), F.normalize(pat)], 1)}
+
+
+def last_blocks(encoder, x):
+    """What DINO's linear probe sees, after the final norm. Narrow models (ViT-S): class tokens of
+    the last four blocks. Wide ones (ViT-B): class token and patch mean of the last block."""
+    if encoder.embed_dim >= 768:
+        z = pooled(encoder, x)
+        return {"cls+pat": torch.cat([z["cls"], z["pat"]], 1)}
+    outputs, _ = encoder.layers(x, range(max(0, encoder.depth - 4), encoder.depth))
+    split = [encoder.split(tokens) for tokens in outputs]
+    return {"4 x cls": torch.cat([pat.mean(1) if cls is None else cls for cls, pat in split], 1)}
+
+
+def pixels(_, x):
+    """The floor below every encoder: the picture itself, as means over a 32 x 32 grid at most."""
+    x = F.interpolate(x, (32, 32), mode="area") if x.shape[-1] > 32 else x
+    return {"pixels": x.flatten(1)}
+
+
+@torch.no_grad()
+def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled):
+    """One pass over (x (B, 3, S, S), numbers (B,)) -> {name: (n, D) float32}, numbers (n,).
+
+    numbers: what goes with the images, such as labels or their place in the data set. names: the
+    features to keep; of a model that has none of them (pixels have no class token) all it has.
+    """
+    tokens, found, numbers = tokens if model.encoder else pixels, {}, []
+    for x, number in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            z = tokens(model.encoder, x)
+        for name in [name for name in z if name in names] or z:
+            found.setdefault(name, []).append(z[name].float())
+        numbers.append(number.to(x.device))
+    if not numbers:
+        raise ValueError(f"{args.task}: nothing to look at; raise --limit or change --data")
+    found = {name: torch.cat(z) for name, z in found.items()}
+    if not all(z.isfinite().all() for z in found.values()):
+        raise ValueError(f"{model.name}: its features are not finite; try --precision fp32, or an "
+                         f"earlier checkpoint")
+    return found, torch.cat(numbers)
+
+
+@functools.lru_cache                                     # several models look at the same images
+def load(name, root, split, size, limit, device):
+    """data.load; of a folder without train/ and val/, every fifth image is the test split."""
+    images = data.load(name, root, split, size, limit, device)
+    if images.split != "all":
+        return images
+    chosen = (torch.arange(len(images)) % 5 == 0) == (split == "test")
+    print(f"{name} has no train/ and val/: {split} is {chosen.sum()} of its {len(images)} images")
+    return replace(images, split=split, paths=[p for p, c in zip(images.paths, chosen) if c],
+                   labels=None if images.labels is None else images.labels[chosen])
+
+
+def features(model, args, split, names=("cls", "pat", "hyber"), tokens=pooled, mirror=False):
+    """One pass over a split in the standard test view -> {name: (n, D)}, labels (n,), classes C.
+
+    mirror: encode the mirror image of every picture, too -> {name: (n, 2, D)}.
+    """
+    images = load(args.data, args.data_root, split, model.size, args.limit, args.device)
+    if images.labels is None:
+        raise ValueError(f"this data set has no labels ({args.data}), and {args.task} needs them: "
+                         f"choose another --data, or give each class a sub-folder of its own")
+    batches = data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
+                           std=model.std, workers=args.workers, interpolation=model.interpolation)
+    if mirror:
+        batches = ((torch.cat([x, x.flip(-1)]), index.repeat(2)) for x, index in batches)
+    found, index = extract(model, batches, args, names, tokens)
+    if mirror:                                           # an image's two rows become neighbours
+        order = index.argsort(stable=True)
+        found = {name: z[order].view(-1, 2, z.shape[1]) for name, z in found.items()}
+        index = index[order][::2]
+    labels = images.labels.to(index.device)[index]
+    return found, labels, len(images.classes or range(int(labels.max()) + 1))
+
+
+def view(model, args):
+    """The standard test view in words: files lose their rim, small resident sets are seen whole."""
+    files = load(args.data, args.data_root, "test", model.size, args.limit, args.device).paths
+    rim = f"centre of short side {model.size * 256 // 224}" if files else "whole picture"
+    return f"{rim} at {model.size} px"
+
+
+def report(rows, protocol, notes=(), **images):
+    """What a probe returns. rows: {feature: {column: percent}}; images: their number, by role."""
+    return SimpleNamespace(rows=rows, protocol=protocol, notes=list(notes), images=images)
+
+
+# ---- probes --------------------------------------------------------------------------------------
+
+
+def knn(model, args):
+    """Nearest neighbours vote: the train split is the bank, the test split asks. No training."""
+    names = [args.feature] if args.feature else ["cls", "pat", "hyber"]
+    bank, labels, classes = features(model, args, "train", names)
+    queries, truth, _ = features(model, args, "test", names)
+    k = sorted({min(n, len(labels)) for n in args.k})
+    rows = {}
+    for name, z in bank.items():
+        predicted = metrics.knn(z, labels, queries[name], k, tau=0.07, classes=classes)
+        rows[name] = {f"k={n}": 100 * (predicted[n] == truth).double().mean().item() for n in k}
+    short = [f"the bank has {len(labels)} images: k ends there"] if max(args.k) > max(k) else []
+    return report(rows, "top-1; the k nearest by cosine vote with weight exp(cosine / 0.07); last "
+                  f"block, after the final norm; {view(model, args)}", short,
+                  train=len(labels), test=len(truth))
+
+
+# lr: at batch 256, else in proportion. mae, dino: as their released code. park: batch and epochs of
+# Park et al., table A.1; its lr 1 with decay 0.05 would shrink weights by 5 % a step: lr is ours.
+RECIPES = {
+    "mae":  dict(lr=0.1,   batch=16384, epochs=90,  warmup=10, lars=True,  standardise=True),
+    "dino": dict(lr=0.001, batch=1024,  epochs=100, warmup=0,  lars=False, standardise=False),
+    "park": dict(lr=0.1,   batch=1024,  epochs=50,  warmup=0,  lars=False, standardise=True)}
+SWEEP = (0.3, 1, 3, 10, 30, 100, 300)                    # times the recipe's lr: a head for each
+
+
+def linear(model, args):
+    """Linear classifier on frozen features: which classes are there for the taking?
+
+    The papers show the encoder a new random crop of every image in every epoch. Our choice: it sees
+    the test view and its mirror image, once, and each epoch draws one of the two: one pass instead
+    of 90, and numbers a little below the papers' protocol, for all models alike. Also ours: a batch
+    of at most 1/32 of the images, so that a small set gets enough steps; standardising by all
+    training features, which is what the recipes' BatchNorm without affine converges to; cosine per
+    step; a sweep of lr. The papers report the best epoch on the test images. Here a tenth of the
+    training images is held out to choose lr and epoch, and the test images are looked at once.
+    """
+    recipe, epochs = RECIPES[args.recipe], args.epochs or RECIPES[args.recipe]["epochs"]
+    tokens = last_blocks if args.recipe == "dino" and not args.feature else pooled
+    names = [args.feature or "cls"]                      # last_blocks has one, under its own name
+    found, y, classes = features(model, args, "train", names, tokens, mirror=True)
+    tests, truth, _ = features(model, args, "test", names, tokens)
+    [(name, x)], [x_test] = found.items(), tests.values()                   # (n, 2, D), (m, D)
+    if recipe["standardise"]:
+        var, mean = torch.var_mean(x, dim=(0, 1))
+        x, x_test = (x - mean) * (var + 1e-6).rsqrt(), (x_test - mean) * (var + 1e-6).rsqrt()
+    best, last, lr, epoch = train_heads(x, y, classes, recipe, epochs, args.seed)
+    top1, top5 = metrics.accuracy(F.linear(x_test, *best), truth)
+    end = metrics.accuracy(F.linear(x_test, *last), truth)[0]
+    how = ("LARS" if recipe["lars"] else "SGD") + ", standardised" * recipe["standardise"]
+    return report({name: {"top-1": top1, "top-5": top5, "last epoch": end}},
+                  f"linear head, recipe {args.recipe} ({how}, {epochs} epochs), after the final "
+                  f"norm; {view(model, args)} and its mirror image, no random crops; lr and epoch "
+                  f"chosen on a held-out tenth", train=len(y), test=len(truth),
+                  notes=[f"{model.name}: base lr {lr:.2g}, epoch {epoch} of {epochs}"])
+
+
+@torch.no_grad()                                         # the gradient stands in the loop
+def train_heads(x, y, classes, recipe, epochs, seed):
+    """Trains a linear head for each lr of SWEEP, side by side on the same batches.
+
+    x: (n, V, D) features of V views of each image, y: (n,). Returns (weight (C, D), bias (C,)) of
+    the head and epoch with the best accuracy on a held-out tenth of the images, the same head after
+    the last epoch, its base lr, and that epoch (counted from 1).
+    """
+    (n, views, width), heads, g = x.shape, len(SWEEP), rng.generator(seed, "linear")
+    if n < 10:
+        raise ValueError(f"linear holds out a tenth of the training images: {n} are too few")
+    held, train = torch.randperm(n, generator=g).to(x.device).tensor_split([n // 10])
+    batch = max(1, min(recipe["batch"], len(train) // 32))
+    total = epochs * -(-len(train) // batch)
+    warmup = total * recipe["warmup"] // recipe["epochs"]
+    lrs = torch.tensor(SWEEP, device=x.device) * recipe["lr"] * batch / 256
+    weight = 0.01 * torch.randn(classes, width, generator=g).to(x.device).repeat(heads, 1, 1)
+    bias = torch.zeros(heads, classes, 1, device=x.device)                  # (L, C, 1)
+    momenta = torch.zeros_like(weight), torch.zeros_like(bias)              # (L, C, D), (L, C, 1)
+
+    def scores(x):                                                          # (B, D) -> (B, L, C)
+        return (x @ weight.flatten(0, 1).T + bias.flatten()).view(-1, heads, classes)
+
+    step, best = 0, (-1,)
+    for epoch in range(1, epochs + 1):
+        for index in train[torch.randperm(len(train), generator=g).to(x.device)].split(batch):
+            shown = torch.randint(views, (len(index),), generator=g).to(x.device)
+            seen, labels = x[index, shown], F.one_hot(y[index], classes)[:, None]
+            slope = (scores(seen).softmax(2) - labels) / len(index)         # of the cross-entropy
+            grads = (slope.flatten(1).T @ seen).view_as(weight), slope.sum(0)[..., None]
+            lr = lrs * training.cosine(step, total, 1.0, 0.0, warmup)
+            descend((weight, bias), grads, momenta, lr, recipe["lars"])
+            step += 1
+        right = sum((scores(x[index, 0]).argmax(2) == y[index, None]).sum(0)
+                    for index in held.split(8192))                          # (L,)
+        if right.max() > best[0]:
+            head = int(right.argmax())
+            best = right.max(), head, epoch, weight[head].clone(), bias[head, :, 0].clone()
+    _, head, epoch, *winner = best
+    return winner, (weight[head], bias[head, :, 0]), SWEEP[head] * recipe["lr"], epoch
+
+
+def descend(params, grads, momenta, lrs, lars, trust=0.001):
+    """A step of SGD with momentum 0.9, in place, for heads side by side: params (L, ...), lrs (L,).
+
+    lars (You et al., 2017; as in MAE): the gradient of a weight is first brought to `trust` times
+    the length of the weight, so that lr is a relative step whatever the scale of the loss. Biases
+    (last axis 1) go without.
+    """
+    for p, grad, m in zip(params, grads, momenta):
+        if lars and p.shape[-1] > 1:
+            size, slope = p.flatten(1).norm(dim=1), grad.flatten(1).norm(dim=1)
+            scale = torch.where((size > 0) & (slope > 0), trust * size / slope, 1.0)
+            grad = grad * scale[:, None, None]
+        m.mul_(0.9).add_(grad)
+        p.sub_(lrs[:, None, None] * m)
+
+
+def part_retrieval(model, args):
+    """Do crops of one part find each other, over poses and species? Each asks for all others.
+
+    From the part-aware study, table 4 (left): does the feature of a crop say *what it shows*?
+    """
+    if args.data not in KEYPOINTS:
+        raise ValueError(f"part_retrieval reads no key-points of {args.data}; choose --data "
+                         f"{' or '.join(KEYPOINTS)}")
+    reader, parts, source = KEYPOINTS[args.data]
+
+    def crops():
+        return part_crops(reader(args), parts, model.size, args.crop)
+
+    if args.show:
+        contact_sheet(crops(), parts, Path(args.out) / f"part_crops-{args.data}.png")
+    names = [args.feature] if args.feature else ["cls", "pat"]
+    found, labels = extract(model, crop_batches(crops(), model, args), args, names)
+    rows, chance = {}, 100 * metrics.chance(labels).nanmean().item()
+    for name, z in found.items():
+        ap = metrics.retrieval(z, labels)
+        mean, by_part = ap.nanmean().item(), metrics.class_means(ap, labels).nanmean().item()
+        rows[name] = {"AP": 100 * mean, "AP by part": 100 * by_part, "chance": chance}
+    side = {"code": "2 round(d/4), d to the nearest of these", "paper": "d to the nearest of all"}
+    return report(rows, f"average precision by cosine, query left out; last block, after the final "
+                  f"norm; visible {', '.join(parts)} of {source}; squares, side {side[args.crop]} "
+                  f"key-points, kept if 20 < d/2 < 1000 px, resized to {model.size} px",
+                  crops=len(labels))
+
+
+def toy_keypoints(args):
+    """Yields image (3, H, W) uint8, key-points (P, 3): x, y, visibility; names of the P parts."""
+    for index in torch.arange(args.limit or 1000).split(64):
+        drawn = toy.draw(index, "test", size=256, annotate=True)   # at 64 px parts are too close
+        for image, points in zip(drawn["image"], drawn["keypoints"][:, 0]):
+            yield image, points, toy.PARTS
+
+
+KEYPOINTS = {  # data set: (reader, the parts that are asked for, what the printed protocol says)
+    "toy": (toy_keypoints, ("head", "leg", "wing", "tail"), "test creatures drawn at 256 px")}
+
+
+def part_crops(items, parts, size, rule="code"):
+    """Yields (square around a part (3, size, size) uint8, the part's position in `parts`).
+
+    items: as from toy_keypoints; only v = 2 counts as visible. The study's numbers were made with
+    its released code ("code"): d is the smallest non-zero distance to another *chosen* visible
+    part, the side 2 round(d/4). The text ("paper") says side d, over all visible key-points. Both:
+    kept if 20 < d/2 < 1000 px of the original; what lies outside of the picture is black.
+    """
+    for image, points, names in items:
+        visible, chosen = points[:, 2] == 2, torch.tensor([name in parts for name in names])
+        others = points[visible & chosen if rule == "code" else visible, :2]
+        for i in (visible & chosen).nonzero()[:, 0].tolist():
+            distances = (others - points[i, :2]).norm(dim=1)
+            d = min(distances[distances > 0].tolist(), default=0)           # alone: not kept
+            if 20 < d / 2 < 1000:
+                side = 2 * round(d / 4) if rule == "code" else round(d)
+                x, y = (points[i, :2] - side / 2).round().int().tolist()
+                crop = TF.crop(image, y, x, side, side)                     # fills with black
+                crop = TF.resize(crop, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
+                yield crop, parts.index(names[i])
+
+
+def crop_batches(crops, model, args):
+    """(crop (3, S, S) uint8, label) one by one -> batches (B, 3, S, S) normalised, labels (B,)."""
+    crops = iter(crops)
+    while batch := list(islice(crops, args.batch_size)):
+        x, labels = zip(*batch)
+        x = torch.stack(x).to(args.device).float() / 255
+        yield data.normalize(x, model.mean, model.std), torch.tensor(labels)
+
+
+def contact_sheet(crops, parts, path, across=16):
+    """Writes a PNG with the first crops of each part in a row: is the wing on the wing?"""
+    rows = [[] for _ in parts]
+    for crop, label in crops:
+        rows[label].append(crop)
+        if min(map(len, rows)) == across:
+            break
+    rows = [(row + [torch.zeros_like(crop)] * across)[:across] for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(torch.stack(sum(rows, [])) / 255, path, nrow=across)
+    print(f"{path}: {', '.join(parts)}, a row each")
+
+
+TASKS = {
+    "knn": knn,
+    "linear": linear,
+    "part_retrieval": part_retrieval,
+}
+
+# ---- models --------------------------------------------------------------------------------------
+
+SHAPE = dict(img_size=64, patch_size=8, embed_dim=192, depth=6, num_heads=3)   # of no checkpoint
+
+
+def models(args):
+    """Yields what is evaluated: the given checkpoints or the newest run in --out; then baselines.
+
+    A model has name, encoder (a ViT; None: raw pixels), size, mean, std, interpolation, source.
+    """
+    newest = sorted(Path(args.out).glob("*/encoder.pt"), key=lambda path: path.stat().st_mtime)[-1:]
+    paths, baselines = [Path(path) for path in args.checkpoint] or newest, args.baseline
+    paths = [path / "encoder.pt" if path.is_dir() else path for path in paths]
+    if not paths and not baselines:
+        print(f"no run in {args.out}/ yet: this is an untrained ViT. To train one: python mmc.py")
+        baselines = ["untrained"]
+    encoders = [vit.load(path, args.branch, args.size) for path in paths]
+    args.data = args.data or next((e.source.data for e in encoders if e.source.data), "toy")
+    names = [path.parent.name if path.name == "encoder.pt" else path.stem for path in paths]
+    shape = encoders[0].config if encoders else SHAPE    # baselines are like the first checkpoint
+    for baseline in baselines:
+        torch.manual_seed(args.seed)
+        encoders.append(vit.ViT(**shape).eval() if baseline == "untrained" else None)
+    unknown = SimpleNamespace(path=None, method=None, branch=None, step=None, mean=data.MEAN,
+                              std=data.STD, interpolation="bicubic")
+    for name, encoder in zip([*names, *baselines], encoders):
+        source = getattr(encoder, "source", unknown)
+        size = args.size or (encoder.config if encoder else shape)["img_size"]
+        yield SimpleNamespace(name=name, encoder=encoder and encoder.to(args.device), size=size,
+                              mean=source.mean, std=source.std, source=source,
+                              interpolation=source.interpolation)
+
+
+# ---- command line, table, JSON -------------------------------------------------------------------
+
+
+def parse(argv=None):
+    tasks = "\n".join(f"  {name:<16}{task.__doc__.splitlines()[0]}" for name, task in TASKS.items())
+    parser = training.Parser(description=__doc__, epilog=f"tasks:\n{tasks}", allow_abbrev=False,
+                             formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (kind, default, text) in FLAGS.items():
+        flags = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
+        how = dict(nargs="+") if isinstance(default, list) else {}
+        if kind is bool:
+            how = dict(action="store_true")
+        elif isinstance(kind, tuple):
+            how["choices"] = kind
+        else:
+            how |= dict(type=kind, metavar=name.upper())
+        shown = "" if default in (None, []) or kind is bool else f" [{default}]"
+        parser.add_argument(*flags, default=default, help=text + shown, **how)
+    args = parser.parse_args(argv)
+    if args.task not in TASKS:
+        raise ValueError(f"unknown task {args.task!r}{training.nearest(args.task, TASKS)}")
+    args.device = training.pick_device(args.device)
+    args.precision = training.pick_precision(args.precision, args.device)
+    return args
+
+
+def table(results):
+    """Prints a row for each model and feature, a column for each number, in percent."""
+    columns = list(dict.fromkeys(c for _, r in results for row in r.rows.values() for c in row))
+    lines = [("model", "feature", *columns)]
+    for model, result in results:
+        for i, (feature, row) in enumerate(result.rows.items()):
+            numbers = [f"{row[c]:.1f}" if c in row else "" for c in columns]
+            lines.append(("" if i else model.name, feature, *numbers))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        left, right = map(str.ljust, line[:2], widths), map(str.rjust, line[2:], widths[2:])
+        print(*left, *right, sep="  ")
+
+
+def record(model, result, args, seconds):
+    """A line of JSON: all that the table says, and all settings."""
+    return json.dumps(dict(
+        task=args.task, model=model.name, checkpoint=model.source.path, method=model.source.method,
+        branch=model.source.branch, step=model.source.step, data=args.data, images=result.images,
+        metrics=result.rows, protocol=result.protocol, notes=result.notes,
+        seconds=round(seconds, 1), torch=torch.__version__,
+        settings={**vars(args), "device": str(args.device)})) + "\n"
+
+
+def append(path):
+    """The file, open for a line at its end. OSError with a sentence if that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a")
+    except OSError as e:
+        raise OSError(f"cannot write {path} ({e.strerror}); name a file with --json") from None
+
+
+def main(argv=None):
+    args = parse(argv)
+    training.keep_memory()
+    results, folder, begin = [], Path(args.out), time.perf_counter()
+    for model in models(args):
+        start = time.perf_counter()
+        if model.source.path:
+            folder = Path(model.source.path).parent      # baselines: with the checkpoint before
+        path = Path(args.json or folder / "results.jsonl")
+        with append(path) as file:                       # opened first: no work for a bad path
+            result = TASKS[args.task](model, args)
+            if not model.encoder:
+                result.notes.append("pixels: the picture as 32 x 32 means at most, no encoder")
+            elif not model.encoder.num_prefix:
+                result.notes.append(f"{model.name} has no class token: its patch mean stands in")
+            file.write(record(model, result, args, time.perf_counter() - start))
+        results.append((model, result))
+    counts = ", ".join(f"{n:,} {role}" for role, n in result.images.items())
+    print(f"\n{args.task} on {args.data} ({counts}), {args.precision}, {args.device.type}; percent")
+    for protocol in dict.fromkeys(r.protocol for _, r in results):          # input sizes may differ
+        print(", ".join(m.name for m, r in results if r.protocol == protocol) + f": {protocol}")
+    table(results)
+    for note in dict.fromkeys(note for _, r in results for note in r.notes):
+        print(f"note: {note}")
+    for model, r in results:                             # in one line: the best of the first column
+        column = next(iter(next(iter(r.rows.values()))))
+        feature = max(r.rows, key=lambda name: r.rows[name][column])
+        print(f"{model.name}: {args.task} {r.rows[feature][column]:.1f} % ({column}, {feature})")
+    print(f"{time.perf_counter() - begin:.1f} s, appended to {path}")
+
+
+if __name__ == "__main__":
+    training.main(main)

@@ -1,0 +1,391 @@
+"""Probes: features against one-by-one forwards, training against torch.optim, crops against
+hand-made pictures, and the command line as a user meets it."""
+import ast
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import evaluate
+import metrics
+import rng
+import toy
+import training
+import vit
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=16, depth=5, num_heads=2)
+
+
+def model(**config):
+    torch.manual_seed(0)
+    encoder = vit.ViT(**{**SMALL, **config}).eval()
+    return SimpleNamespace(name="small", encoder=encoder, size=32, mean=data.MEAN, std=data.STD,
+                           interpolation="bicubic")
+
+
+def settings(*flags):
+    args = evaluate.parse([*flags, "--device", "cpu", "--precision", "fp32", "--workers", "0"])
+    args.data = args.data or "toy"
+    return args
+
+
+def checkpoint(folder, name, mtime, **info):
+    """A run's folder with an encoder of random weights, written at a given time."""
+    (folder / name).mkdir(parents=True)
+    path = folder / name / "encoder.pt"
+    vit.save(path, model().encoder, **{"method": name, "data": "toy", "branch": "teacher", **info})
+    os.utime(path, (mtime, mtime))
+    return path
+
+
+def run(tmp_path, *flags):
+    """What `python evaluate.py --limit 30 ...` appends to its JSON file."""
+    evaluate.main(["--limit", "30", "--device", "cpu", "--out", str(tmp_path), *flags])
+    return [json.loads(line) for file in tmp_path.rglob("*.jsonl") for line in file.open()]
+
+
+def message(capsys, *flags):
+    """The one line that a mistake earns on stderr, with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        training.main(lambda: evaluate.main(list(flags)))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_features_equal_one_forward_per_image_in_the_order_of_the_labels(class_token):
+    m, args = model(class_token=class_token), settings("--limit", "9", "--batch-size", "4")
+    found, labels, classes = evaluate.features(m, args, "test")
+    drawn = toy.draw(torch.arange(9), "test", 32)
+    assert labels.tolist() == drawn["label"].tolist() and classes == len(toy.CLASSES)
+    for i in range(9):
+        x = data.normalize(drawn["image"][i:i + 1].float() / 255, data.MEAN, data.STD)
+        tokens = m.encoder(x)[0].detach()
+        pat = tokens[int(class_token):].mean(0)
+        cls = tokens[0] if class_token else pat
+        assert torch.allclose(found["cls"][i], cls, atol=1e-5)
+        assert torch.allclose(found["pat"][i], pat, atol=1e-5)
+        halves = torch.cat([cls / cls.norm(), pat / pat.norm()])
+        assert torch.allclose(found["hyber"][i], halves, atol=1e-5)
+    assert not torch.allclose(found["pat"][0], found["pat"][1], atol=1e-3)     # they do differ
+
+
+def test_the_mirror_image_stands_beside_its_picture():
+    m, args = model(), settings("--limit", "10", "--batch-size", "4")
+    both, labels, _ = evaluate.features(m, args, "test", ["cls"], mirror=True)
+    plain, same, _ = evaluate.features(m, args, "test", ["cls"])
+    x = data.normalize(toy.draw(torch.arange(10), "test", 32)["image"].float() / 255)
+    mirrored = m.encoder(x.flip(-1))[:, 0].detach()
+    assert torch.allclose(both["cls"][:, 0], plain["cls"], atol=1e-5) and labels.equal(same)
+    assert torch.allclose(both["cls"][:, 1], mirrored, atol=1e-5)
+
+
+def test_dino_probes_see_four_blocks_of_a_narrow_and_two_parts_of_a_wide_model():
+    x = torch.randn(2, 3, 32, 32)
+    m = model().encoder
+    found = evaluate.last_blocks(m, x)["4 x cls"]
+    hidden = []
+    hooks = [block.register_forward_hook(lambda *a: hidden.append(a[2])) for block in m.blocks]
+    m(x)
+    [hook.remove() for hook in hooks]
+    assert torch.allclose(found, torch.cat([m.norm(h)[:, 0] for h in hidden[-4:]], 1), atol=1e-5)
+    wide = model(embed_dim=768, depth=1, num_heads=2).encoder
+    tokens = wide(x)
+    expected = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
+    assert torch.allclose(evaluate.last_blocks(wide, x)["cls+pat"], expected, atol=1e-5)
+
+
+def test_not_finite_features_are_an_error_and_not_a_number():
+    m = model()
+    m.encoder.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="small: its features are not finite"):
+        evaluate.features(m, settings("--limit", "4"), "test")
+
+
+def test_a_folder_without_splits_gives_every_fifth_image_to_the_test(tmp_path, capsys):
+    for i in range(20):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        picture = torch.full((40, 40, 3), 10 * i, dtype=torch.uint8).numpy()
+        Image.fromarray(picture).save(tmp_path / "ab"[i % 2] / f"{i:02}.png")
+    args = settings("--data", str(tmp_path))
+    train, y, _ = evaluate.features(model(), args, "train", ["pat"])
+    test, truth, _ = evaluate.features(model(), args, "test", ["pat"])
+    assert (len(y), len(truth)) == (16, 4) and truth.tolist() == [0, 0, 1, 1]
+    assert torch.cdist(test["pat"], train["pat"]).min() > 1e-4            # nobody is in both
+    assert "test is 4 of its 20 images" in capsys.readouterr().out
+
+
+# ---- linear --------------------------------------------------------------------------------------
+
+
+def cloud(n=400, width=6, classes=3):
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(classes, (n,), generator=g)
+    return torch.randn(n, 2, width, generator=g) + 3 * torch.eye(width)[y][:, None], y
+
+
+def test_a_head_trains_as_torch_optim_would(monkeypatch):
+    (x, y), epochs = cloud(), 7
+    recipe = dict(evaluate.RECIPES["dino"], lr=0.5, warmup=20)            # 20 of 100 epochs
+    monkeypatch.setattr(evaluate, "SWEEP", (1.0,))
+    _, (weight, bias), lr, _ = evaluate.train_heads(x, y, 3, recipe, epochs, seed=3)
+
+    g = rng.generator(3, "linear")                                        # the same draws, in order
+    train = torch.randperm(400, generator=g)[40:]
+    head = torch.nn.Linear(6, 3)
+    head.weight.data, head.bias.data = 0.01 * torch.randn(3, 6, generator=g), torch.zeros(3)
+    opt = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    step, batch = 0, 360 // 32
+    total = epochs * -(-360 // batch)
+    warm = total * 20 // 100
+    for _ in range(epochs):
+        for index in train[torch.randperm(360, generator=g)].split(batch):
+            view = torch.randint(2, (len(index),), generator=g)
+            angle = torch.tensor((step - warm) / (total - warm) * torch.pi)
+            factor = step / warm if step < warm else (1 + angle.cos().item()) / 2
+            # torch keeps the momentum without lr, as train_heads does: a changing lr is exact
+            opt.param_groups[0]["lr"] = 0.5 * batch / 256 * factor
+            opt.zero_grad()
+            F.cross_entropy(head(x[index, view]), y[index]).backward()
+            opt.step()
+            step += 1
+    assert lr == 0.5
+    assert torch.allclose(weight, head.weight, atol=1e-5)
+    assert torch.allclose(bias, head.bias, atol=1e-5)
+
+
+def test_heads_of_the_sweep_do_not_see_each_other(monkeypatch):
+    (x, y), recipe = cloud(), evaluate.RECIPES["mae"]
+    best, last, lr, epoch = evaluate.train_heads(x, y, 3, recipe, 5, seed=0)
+    monkeypatch.setattr(evaluate, "SWEEP", (lr / recipe["lr"],))
+    alone, end, same_lr, same_epoch = evaluate.train_heads(x, y, 3, recipe, 5, seed=0)
+    assert (lr, epoch) == (same_lr, same_epoch)
+    for a, b in zip([*best, *last], [*alone, *end]):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_lars_follows_its_formula_and_spares_the_biases():
+    g = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(2, 3, 4, generator=g), torch.randn(2, 3, 1, generator=g)
+    weight[1] = 0                                                         # no length: no scaling
+    grads = torch.randn(2, 3, 4, generator=g), torch.randn(2, 3, 1, generator=g)
+    momenta = torch.randn(2, 3, 4, generator=g), torch.randn(2, 3, 1, generator=g)
+    lrs = torch.tensor([0.3, 2.0])
+    results = {}
+    for lars in (True, False):
+        p, m = [weight.clone(), bias.clone()], [v.clone() for v in momenta]
+        evaluate.descend(p, grads, m, lrs, lars)
+        results[lars] = p
+    for head in range(2):
+        w, grad = weight[head], grads[0][head]
+        q = 0.001 * w.norm() / grad.norm() if head == 0 else 1.0
+        step = 0.9 * momenta[0][head] + q * grad
+        assert torch.allclose(results[True][0][head], w - lrs[head] * step, atol=1e-6)
+        step = 0.9 * momenta[1][head] + grads[1][head]
+        assert torch.allclose(results[True][1][head], bias[head] - lrs[head] * step, atol=1e-6)
+    assert not torch.allclose(results[True][0][0], results[False][0][0], atol=1e-3)
+
+
+def test_the_probe_finds_what_is_linear_and_nothing_in_noise():
+    for signal, low, high in ((1, 85, 100), (0, 0, 60)):
+        x, y = cloud(600)
+        x = x if signal else torch.randn(600, 2, 6, generator=torch.Generator().manual_seed(9))
+        best, *_ = evaluate.train_heads(x[:400], y[:400], 3, evaluate.RECIPES["mae"], 20, seed=0)
+        assert low <= metrics.accuracy(F.linear(x[400:, 0], *best), y[400:])[0] <= high
+
+
+def test_too_few_images_to_hold_out_a_tenth():
+    with pytest.raises(ValueError, match="9 are too few"):
+        x, y = torch.zeros(9, 1, 2), torch.zeros(9).long()
+        evaluate.train_heads(x, y, 2, evaluate.RECIPES["mae"], 1, seed=0)
+
+
+# ---- part retrieval ------------------------------------------------------------------------------
+
+
+def picture():
+    """300 x 200, every pixel another colour: (row, column mod 256, 7)."""
+    rows, columns = torch.meshgrid(torch.arange(200), torch.arange(300), indexing="ij")
+    return torch.stack([rows, columns % 256, torch.full_like(rows, 7)]).to(torch.uint8)
+
+
+NAMES = ["eye", "leg", "wing", "belly"]
+POINTS = torch.tensor([[100., 60, 2], [200, 60, 2], [100, 130, 1], [130, 60, 2]])
+
+
+def test_crops_have_the_side_and_place_of_the_released_code():
+    # eye and leg are 100 apart: side 2 * 25. The wing is hidden, and the belly is not asked for.
+    eye, leg = evaluate.part_crops([(picture(), POINTS, NAMES)], ("leg", "eye", "wing"), 50)
+    assert (eye[1], leg[1]) == (1, 0)                     # places in the given order
+    assert eye[0].equal(picture()[:, 35:85, 75:125])              # 50 pixels: resize is exact
+    assert leg[0].equal(picture()[:, 35:85, 175:225])
+
+
+def test_crops_of_the_paper_are_as_wide_as_the_distance_to_any_key_point():
+    # The belly is 30 from the eye (dropped: 15 px), 70 from the leg; black beyond the right edge.
+    shifted = POINTS + torch.tensor([75., 0, 0])
+    items = [(picture(), shifted, NAMES)]
+    [(crop, label)] = evaluate.part_crops(items, ("leg", "eye"), 70, "paper")
+    assert label == 0 and crop[:, :, 60:].max() == 0
+    assert crop[:, :, :60].equal(picture()[:, 25:95, 240:])
+
+
+def test_a_part_without_a_partner_or_with_a_twin_in_its_place_is_dropped():
+    alone = torch.tensor([[100., 60, 2], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
+    twins = torch.tensor([[100., 60, 2], [100, 60, 2], [0, 0, 0], [0, 0, 0]])
+    for points in (alone, twins):
+        assert list(evaluate.part_crops([(picture(), points, NAMES)], NAMES, 50)) == []
+
+
+def test_toy_key_points_lie_on_their_parts():
+    args = settings("--limit", "40")
+    parts = toy.draw(torch.arange(40), "test", size=256, annotate=True)["parts"]
+    visible = 0
+    for (image, points, names), mask in zip(evaluate.toy_keypoints(args), parts):
+        assert image.shape == (3, 256, 256) and len(points) == len(names)
+        for number, (x, y, v) in enumerate(points.tolist(), 1):
+            if v == 2:
+                visible += 1
+                assert mask[int(y), int(x)] == number
+    assert visible > 40
+
+
+def test_part_retrieval_is_perfect_for_an_oracle_and_chance_for_noise(monkeypatch):
+    args = settings("--task", "part_retrieval", "--limit", "60")
+    answers = torch.tensor([label for _, label in evaluate.part_crops(
+        evaluate.toy_keypoints(args), evaluate.KEYPOINTS["toy"][1], 8)])
+    noise = torch.randn(len(answers), 16, generator=torch.Generator().manual_seed(0))
+    for known, features in ((True, torch.eye(4)[answers]), (False, noise)):
+        monkeypatch.setattr(evaluate, "extract", lambda *a, **b: ({"cls": features}, answers))  # noqa: B023
+        row = evaluate.part_retrieval(model(), args).rows["cls"]
+        if known:
+            assert row["AP"] == pytest.approx(100) and row["AP by part"] == pytest.approx(100)
+        else:
+            assert row["AP"] == pytest.approx(row["chance"], abs=2.5) and row["AP by part"] < 40
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_without_a_run_an_untrained_model_is_evaluated_and_the_next_command_named(tmp_path, capsys):
+    [line] = run(tmp_path)
+    text = capsys.readouterr().out
+    assert "no run in" in text and "python mmc.py" in text
+    assert line["model"] == "untrained" and line["checkpoint"] is None and line["task"] == "knn"
+    assert set(line["metrics"]) == {"cls", "pat", "hyber"}
+    assert set(line["metrics"]["cls"]) == {"k=10", "k=20"}
+    assert line["images"] == {"train": 30, "test": 30} and line["settings"]["limit"] == 30
+    for word in ("cosine", "0.07", "last block", "final norm", "64 px", "whole picture"):
+        assert word in line["protocol"] and word in text
+
+
+def test_the_newest_run_is_taken_and_results_lie_beside_it(tmp_path):
+    checkpoint(tmp_path, "old", 1000)
+    checkpoint(tmp_path, "new", 2000)
+    [line] = run(tmp_path)
+    assert line["model"] == line["method"] == "new" and line["branch"] == "teacher"
+    assert (tmp_path / "new" / "results.jsonl").exists()
+    assert "32 px" in line["protocol"]                                    # its own size
+
+
+def test_checkpoints_and_baselines_are_rows_of_one_table(tmp_path, capsys):
+    a, b = (checkpoint(tmp_path, name, 1000) for name in "ab")
+    file = tmp_path / "all.jsonl"
+    lines = run(tmp_path, "--checkpoint", str(a.parent), str(b), "--json", str(file),
+                "--baseline", "pixels", "untrained", "--k", "3", "900")
+    assert [line["model"] for line in lines] == ["a", "b", "pixels", "untrained"]
+    assert set(lines[2]["metrics"]) == {"pixels"} and "k=30" in lines[0]["metrics"]["pat"]
+    assert lines[0]["metrics"] == lines[1]["metrics"]                     # equal weights
+    text = capsys.readouterr().out
+    assert "note: the bank has 30 images: k ends there" in text
+    table = text[text.index("\nmodel"):].splitlines()[1:12]
+    assert len({len(row) for row in table}) == 1                          # aligned
+    assert [row.split()[0] for row in table[1:]] == [
+        "a", "pat", "hyber", "b", "pat", "hyber", "pixels", "untrained", "pat", "hyber"]
+
+
+def test_knn_in_the_table_is_knn_of_the_features(tmp_path):
+    [line] = run(tmp_path, "--precision", "fp32", "--seed", "5", "--k", "7")
+    torch.manual_seed(5)
+    encoder = vit.ViT(**evaluate.SHAPE).eval()
+    sets = [toy.draw(torch.arange(30), split, 64) for split in ("train", "test")]
+    with torch.no_grad():
+        bank, queries = (encoder(data.normalize(s["image"].float() / 255))[:, 0] for s in sets)
+    found = metrics.knn(bank, sets[0]["label"], queries, k=(7,))[7]
+    right = 100 * (found == sets[1]["label"]).double().mean().item()
+    assert line["metrics"]["cls"]["k=7"] == pytest.approx(right)
+
+
+@pytest.mark.parametrize("recipe, feature", [("mae", "cls"), ("dino", "4 x cls"), ("park", "cls")])
+def test_linear_runs_by_every_recipe_and_again_with_equal_numbers(tmp_path, recipe, feature):
+    flags = ["--task", "linear", "--recipe", recipe, "--epochs", "2"]
+    one, two = run(tmp_path, *flags) and run(tmp_path, *flags)
+    assert one["metrics"] == two["metrics"] and set(one["metrics"]) == {feature}
+    assert set(one["metrics"][feature]) == {"top-1", "top-5", "last epoch"}
+    assert "held-out tenth" in one["protocol"] and "base lr" in one["notes"][0]
+
+
+@pytest.mark.parametrize("crop", ["code", "paper"])
+def test_part_retrieval_runs_and_shows_its_crops(tmp_path, crop):
+    [line] = run(tmp_path, "--task", "part_retrieval", "--show", "--crop", crop)
+    assert set(line["metrics"]) == {"cls", "pat"} and line["images"]["crops"] > 10
+    sheet = Image.open(tmp_path / "part_crops-toy.png")
+    assert sheet.width > 16 * 64 and sheet.height > 4 * 64
+
+
+def test_a_model_without_class_token_says_so(tmp_path):
+    (tmp_path / "r").mkdir()
+    vit.save(tmp_path / "r" / "encoder.pt", model(class_token=False).encoder, data="toy")
+    [line] = run(tmp_path)
+    assert line["notes"] == ["r has no class token: its patch mean stands in"]
+    assert line["metrics"]["cls"] == line["metrics"]["pat"]
+
+
+def test_a_task_is_a_function_and_a_line(tmp_path, monkeypatch):
+    def brightness(model, args):
+        """How often a picture is bright."""
+        found, _, _ = evaluate.features(model, args, "test", ["pat"])
+        share = (found["pat"].mean(1) > 0).double().mean().item()
+        return evaluate.report({"pat": {"bright": 100 * share}}, "mean above 0", test=30)
+
+    monkeypatch.setitem(evaluate.TASKS, "brightness", brightness)
+    [line] = run(tmp_path, "--task", "brightness")
+    assert 0 <= line["metrics"]["pat"]["bright"] <= 100 and line["protocol"] == "mean above 0"
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--task", "lineer"], "unknown task 'lineer'; did you mean linear?"),
+    (["--chekpoint", "x"], "unknown flag --chekpoint; did you mean --checkpoint?"),
+    (["--checkpoint", "nowhere.pt"], "no checkpoint file nowhere.pt"),
+    (["--limit", "0"], "expected a whole number of at least 1, not '0'"),
+    (["--data", "toyy"], "did you mean 'toy'?"),
+    (["--data", "synthetic"], "this data set has no labels (synthetic), and knn needs them"),
+    (["--json", "/dev/null/x.jsonl"], "cannot write /dev/null/x.jsonl ("),
+    (["--size", "60"], "is not a multiple of patch size 8"),
+    (["--task", "part_retrieval", "--data", "coco"], "no key-points of coco; choose --data toy"),
+])
+def test_mistakes_get_one_sentence(tmp_path, capsys, flags, expected):
+    assert expected in message(capsys, "--out", str(tmp_path), "--device", "cpu", *flags)
+
+
+def test_a_broken_checkpoint_gets_one_sentence(tmp_path, capsys):
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    assert "bad.pt is damaged" in message(capsys, "--checkpoint", str(tmp_path / "bad.pt"))
+
+
+def test_no_method_is_imported():
+    tree = ast.parse(open(evaluate.__file__).read())
+    names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    folder = os.path.dirname(evaluate.__file__)
+    ours = {name for name in names if os.path.exists(f"{folder}/{name}.py")}
+    assert ours == {"data", "metrics", "rng", "toy", "training", "vit"}
