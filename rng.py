@@ -1,14 +1,14 @@
-"""Derived randomness: every random number of a run is a function of (what, which image), of nothing else.
+"""Derived randomness: every random number is a function of what it is for and of which image.
 
-    u = rng.uniform(index, 4, seed, epoch, "crop")       # (B, 4): four numbers for each image of the batch
+    u = rng.uniform(index, 4, seed, epoch, "crop")     # (B, 4): four numbers for each image
 
-The numbers of image 17 are the same whether it stands first or last in the batch, on one process or on
-eight, with 0 or 16 workers, in a run that was killed and resumed or in one that was not, on CPU or GPU.
-So a checkpoint holds no random state, and a picture of sample 17 is the same tomorrow.
+The numbers of image 17 are the same wherever it stands in the batch, on one process or on eight,
+with 0 or 16 workers, in a run that was killed and resumed or in one that was not. So a checkpoint
+holds no random state, and the picture of sample 17 is the same tomorrow.
 
-It is a counter-based generator: hash (key, image, position) with the finaliser of SplitMix64 (Steele, Lea
-and Flood, 2014) and read the top bits. Integer arithmetic on int64 tensors wraps, so it runs in
-batches on any device, at about 100 million numbers a second on two cores.
+It is a counter-based generator: hash (key, image, position) with the finaliser of SplitMix64
+(Steele, Lea and Flood, 2014) and read the top bits. Integer arithmetic on int64 tensors wraps, so
+it runs in batches on any device: about 100 million numbers a second on two cores.
 """
 import hashlib
 import math
@@ -44,7 +44,7 @@ def _mix(x):
 def _bits(index, shape, parts):
     """(B,) image numbers -> (B, *shape) int64 with 64 random bits each."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    start = _mix(index.long() * GOLDEN + key(*parts))                            # (B,) one stream per image
+    start = _mix(index.long() * GOLDEN + key(*parts))        # (B,) one stream for each image
     counter = torch.arange(1, math.prod(shape) + 1, device=index.device) * GOLDEN
     return _mix(start[:, None] + counter).view(len(index), *shape)
 
@@ -55,13 +55,10 @@ def uniform(index, shape, *parts):
 
 
 def normal(index, shape, *parts):
-    """(B,) image numbers -> (B, *shape) float32, standard normal (Box-Muller on the two halves of 64 bits)."""
+    """(B,) image numbers -> (B, *shape) float32, standard normal: Box and Muller's transform of two
+    uniform numbers from the top and the low end of 64 bits."""
     bits = _bits(index, shape, parts)
-    radius = _shift(bits, 40).float().add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()    # + half: never log(0)
+    u = _shift(bits, 40).float().add_(0.5).mul_(2.0**-24)    # half a step up: never log(0)
+    radius = u.log_().mul_(-2).sqrt_()
     angle = bits.bitwise_and_(0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
     return radius.mul_(angle.cos_())
-
-
-def randint(index, shape, low, high, *parts):
-    """(B,) image numbers -> (B, *shape) int64 in [low, high); the ends may be tensors that broadcast."""
-    return (low + uniform(index, shape, *parts) * (high - low)).long()
