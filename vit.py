@@ -509,9 +509,26 @@ def save(path, vit, **info):
                    branch="untrained", method=None, data=None, step=0, mean=MEAN, std=STD,
                    interpolation="bicubic", heads={})
     content = _plain({**content, **info}, "checkpoint")
-    with open(f"{path}.tmp", "wb") as file:       # given a name, torch would write it into the file
-        torch.save(content, file)
-    os.replace(f"{path}.tmp", path)
+    replace_file(path, lambda file: torch.save(content, file))     # a name would get into the file
+
+
+def replace_file(path, write):
+    """write(file) into a temporary file beside `path`, then rename: the file is whole or as before.
+
+    OSError with a sentence when it cannot be written, on a full disk for one.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                        # torch.save raises the latter
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot write {path} ({reason}); what was there before is untouched: free "
+                      "some space, or choose another folder with --out") from None
 
 
 def _plain(x, where):
