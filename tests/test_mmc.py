@@ -1,0 +1,270 @@
+"""MMC against the closed forms and the published equations, with controls that break each."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmc
+import training
+
+
+def config(*flags):
+    return training.config(
+        mmc.Config,
+        [
+            "--img-size",
+            "32",
+            "--patch-size",
+            "8",
+            "--embed-dim",
+            "24",
+            "--depth",
+            "2",
+            "--num-heads",
+            "2",
+            "--hidden",
+            "32",
+            "--out-dim",
+            "16",
+            "--group",
+            "4",
+            "--local-crops",
+            "0",
+            *flags,
+        ],
+    )
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def orthonormal(*shape):
+    return torch.eye(math.prod(shape[:-1]), shape[-1]).view(shape)
+
+
+# ---- the corruption ------------------------------------------------------------------------------
+
+
+def loop_of_rectangles(u, size, share, align):
+    """GMML's procedure as a loop over rectangles and pixels, from the same uniform numbers."""
+    region, longest = torch.zeros(size, size, dtype=torch.bool), max(align + 1, int(0.3 * size))
+    for a, b, c, d in u.tolist():
+        if region.sum() >= share * size**2:
+            break
+        top, left = (int(v * (size - align)) // align * align for v in (a, b))
+        h, w = (align + int(v * (longest - align)) for v in (c, d))
+        h, w = min(h, size - top) // align * align, min(w, size - left) // align * align
+        region[top : top + h, left : left + w] = True
+    return region
+
+
+@pytest.mark.parametrize("align", [1, 16])
+def test_region_equals_one_rectangle_after_the_other(align):
+    u = torch.rand(6, 255, 4, generator=torch.Generator().manual_seed(1))
+    share = torch.tensor([0.0, 0.01, 0.3, 0.5, 0.63, 0.75])
+    region = mmc.rectangles(u, 64, share, align)
+    for i in range(6):
+        assert torch.equal(region[i], loop_of_rectangles(u[i], 64, share[i].item(), align))
+    assert not torch.equal(region[5], loop_of_rectangles(u[5], 64, 0.5, align))
+
+
+def test_covered_area_reaches_its_target_and_aligned_regions_are_constant_on_patches():
+    cfg = config("--img-size", "224", "--patch-size", "16")
+    index = torch.arange(64)
+    region, pasted, _, _ = mmc.corruption(index, cfg, 0, 0)
+    area = region.float().mean((1, 2))
+    assert (area[pasted] >= 0.3).all() and area[pasted].mean() < 0.34  # sheet: 0.31 on average
+    assert (area[~pasted] >= 0.5).all() and 0.59 < area[~pasted].mean() < 0.67  # sheet: 0.63
+    cfg.align = 16
+    region = mmc.corruption(index, cfg, 0, 0)[0].float()
+    assert torch.equal(
+        region, F.interpolate(F.avg_pool2d(region[:, None], 16), scale_factor=16)[:, 0]
+    )
+
+
+def test_corruption_of_an_image_does_not_depend_on_its_batch_but_on_view_and_epoch():
+    cfg = config()
+    whole, part = (
+        mmc.corruption(torch.arange(8)[rows], cfg, 0, 1, 0) for rows in (slice(8), slice(4, 8))
+    )
+    assert torch.equal(whole[0][4:], part[0]) and torch.equal(whole[3][4:], part[3])
+    assert not torch.equal(whole[0], mmc.corruption(torch.arange(8), cfg, 0, 1, 1)[0])
+    assert not torch.equal(whole[0], mmc.corruption(torch.arange(8), cfg, 0, 2, 0)[0])
+
+
+def test_corrupt_changes_the_region_only_and_pastes_another_image_of_the_group():
+    cfg = config("--paste-p", "0.5")
+    x, index = torch.randn(16, 3, 32, 32), torch.arange(16)
+    region, pasted, other, noise = mmc.corruption(index, cfg, 0, 0)
+    before = x.clone()
+    y = mmc.corrupt(x, region, pasted, other, noise)
+    assert torch.equal(x, before)  # the target is not destroyed
+    inside = region[:, None].expand_as(x)
+    assert torch.equal(y[~inside], x[~inside]) and not torch.equal(y[inside], x[inside])
+    assert 0 < pasted.sum() < 16
+    for i in range(16):
+        source = x[other[i]] if pasted[i] else noise[i]
+        assert torch.equal(y[i][inside[i]], source[inside[i]])
+    assert (other != index).all() and torch.equal(other // 4, index // 4)
+
+
+# ---- the losses: closed forms of the fact sheet --------------------------------------------------
+
+
+def test_rec_loss_looks_at_the_region_only():
+    target, region = torch.randn(2, 3, 8, 8), torch.rand(2, 8, 8) < 0.4
+    inside = region[:, None].expand_as(target)
+    noise = torch.randn_like(target)
+    assert mmc.rec_loss(torch.where(inside, target, noise), target, region) == 0
+    off = mmc.rec_loss(torch.where(inside, target - 0.7, noise), target, region)
+    assert abs(off.item() - 0.7) < 1e-6
+    assert mmc.rec_loss(torch.where(inside, noise, target), target, region) > 0.5  # control
+    assert mmc.rec_loss(noise, target, torch.zeros_like(region)) == 0  # and not nan
+
+
+@pytest.mark.parametrize("B, N, expected", [(3, 4, 2.19722), (48, 196, 9.12837)])
+def test_pat_loss_of_equal_vectors_is_log_of_one_plus_negatives(B, N, expected):
+    z = torch.ones(B, N, 4)
+    assert abs(mmc.pat_loss(z, z, 0.2, group=B).item() - expected) < 1e-4
+    assert abs(math.log(1 + (B - 1) * N) - expected) < 1e-4
+    assert abs(math.log(B * N) - expected) > 0.01  # own patches as negatives would give this
+
+
+def test_pat_loss_of_orthonormal_perfect_vectors():
+    z = orthonormal(2, 4, 8)
+    assert abs(mmc.pat_loss(z, z, 0.2, group=2).item() - 0.026595) < 1e-6
+
+
+def test_pat_loss_equals_equation_2_term_by_term():
+    Q, K, total = unit(4, 3, 5), unit(4, 3, 5, seed=1), 0.0
+    for b in range(4):
+        others = [c for c in range(b // 2 * 2, b // 2 * 2 + 2) if c != b]  # groups of 2
+        for i in range(3):
+            positive = math.exp(Q[b, i] @ K[b, i] / 0.2)
+            negative = sum(math.exp(Q[b, i] @ K[c, j] / 0.2) for c in others for j in range(3))
+            total -= math.log(positive / (positive + negative)) / 12
+    assert abs(mmc.pat_loss(Q, K, 0.2, group=2).item() - total) < 1e-5
+    assert abs(mmc.pat_loss(Q, K, 0.2, group=4).item() - total) > 0.1  # control
+
+
+def test_pat_loss_ignores_other_patches_of_the_same_image():
+    Q, K = unit(3, 4, 6), unit(3, 4, 6, seed=1)
+
+    def gradient_at_first_patch(K):  # its gradient tells which keys the first query looks at
+        K = K.clone().requires_grad_()
+        q = Q.clone().requires_grad_()
+        loss = mmc.pat_loss(q, K, 0.2, group=3)
+        (grad,) = torch.autograd.grad(loss, q)
+        return grad[0, 0]
+
+    same, other = K.clone(), K.clone()
+    same[0, 1:] = unit(3, 6, seed=2)
+    other[1, 2] = unit(6, seed=3)
+    assert torch.allclose(gradient_at_first_patch(K), gradient_at_first_patch(same), atol=1e-7)
+    assert not torch.allclose(gradient_at_first_patch(K), gradient_at_first_patch(other), atol=1e-4)
+
+
+def test_cls_loss_closed_forms_and_number_of_pairs():
+    z = torch.ones(2, 48, 4)
+    assert abs(mmc.cls_loss(z, z, 0.2).item() - 3.87120) < 1e-4  # ln 48
+    z = orthonormal(1, 4, 8).repeat(2, 1, 1)
+    assert abs(mmc.cls_loss(z, z, 0.2).item() - 0.020012) < 1e-6
+    q, k = unit(5, 6, 8), unit(2, 6, 8, seed=1)  # 3 local crops
+    pairs = [
+        F.cross_entropy(q[v] @ k[g].T / 0.2, torch.arange(6))
+        for g in (0, 1)
+        for v in range(5)
+        if v != g
+    ]
+    assert len(pairs) == 2 * (1 + 3)
+    assert torch.allclose(mmc.cls_loss(q, k, 0.2), torch.stack(pairs).mean())
+
+
+def test_cls_loss_is_symmetric_in_views_and_finds_its_images_among_gathered_keys():
+    q, k = unit(2, 4, 8), unit(2, 12, 8, seed=1)
+    k[:, 4:8] = q.flip(0)  # ours begin at 4, and agree across views
+    right = mmc.cls_loss(q, k, 0.2, first=4)
+    assert torch.allclose(right, mmc.cls_loss(q.flip(0), k.flip(0), 0.2, first=4))
+    assert right < 1 < mmc.cls_loss(q, k, 0.2, first=0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda q, k: mmc.pat_loss(q, k, 0.2, group=4),
+        lambda q, k: mmc.cls_loss(q.transpose(0, 1), k.transpose(0, 1), 0.2),
+    ],
+)
+def test_contrasts_ignore_lengths_and_the_order_of_images(loss):
+    q, k = unit(4, 2, 8), unit(4, 2, 8, seed=1)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.allclose(loss(q, k), loss(q * torch.rand(4, 2, 1), 7 * k), atol=1e-6)
+    assert torch.allclose(loss(q, k), loss(q[order], k[order]), atol=1e-6)
+    assert not torch.allclose(loss(q, k), loss(q[order], k), atol=1e-3)
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
+
+def test_shapes_of_a_step_with_local_crops():
+    cfg = config("--local-crops", "3", "--local-size", "16")
+    net = mmc.Network(cfg)
+    q, Q, pixels = net(torch.randn(2 * 4, 3, 32, 32), torch.randn(3 * 4, 3, 16, 16))
+    assert q.shape == (5 * 4, 16) and Q.shape == (8, 16, 16) and pixels.shape == (8, 3, 32, 32)
+    assert [v.copies for v in mmc.views(cfg)] == [1, 1, 3]
+
+
+def test_unpatchify_puts_every_pixel_back():
+    x = torch.arange(2 * 3 * 32 * 32.0).view(2, 3, 32, 32)
+    patches = torch.stack(
+        [
+            x[:, :, r : r + 8, c : c + 8].permute(0, 2, 3, 1).flatten(1)
+            for r in range(0, 32, 8)
+            for c in range(0, 32, 8)
+        ],
+        1,
+    )
+    assert torch.equal(mmc.unpatchify(patches), x)
+
+
+@pytest.mark.parametrize("only", ["rec", "cls", "pat"])
+def test_a_component_trains_its_own_head_and_the_backbone(only):
+    cfg = config()
+    net = mmc.Network(cfg)
+    q, Q, pixels = net(torch.randn(8, 3, 32, 32))
+    z = {"rec": pixels, "cls": q, "pat": Q}[only]
+    (z * torch.randn_like(z)).sum().backward()   # the last norm fixes the sum of squares
+    for name, p in net.named_parameters():
+        touched = p.grad is not None and bool(p.grad.abs().sum() > 0)
+        if name.startswith("head"):
+            assert touched == (name.split(".")[0] == f"head_{only}"), name
+    assert net.backbone.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+def test_weight_zero_removes_the_head():
+    net = mmc.Network(config("--rec", "0", "--pat", "0"))
+    q, Q, pixels = net(torch.randn(4, 3, 32, 32))
+    assert Q is None and pixels is None and net.head_rec is None and q.shape == (4, 16)
+
+
+def test_defaults_are_the_papers():
+    cfg = training.config(mmc.Config, ["--data", "imagenet"])
+    assert (cfg.tau, cfg.momentum, cfg.weight_decay, cfg.lr, cfg.min_lr) == (
+        0.2,
+        0.996,
+        0.04,
+        7.5e-4,
+        1e-6,
+    )
+    assert (cfg.hidden, cfg.epochs, cfg.embed_dim, cfg.noise_share, cfg.paste_share) == (
+        4096,
+        400,
+        768,
+        0.75,
+        0.3,
+    )
+    cfg = training.config(mmc.Config, ["--data", "imagenet100"])
+    assert (cfg.embed_dim, cfg.num_heads, cfg.epochs) == (384, 6, 500)

@@ -1,0 +1,371 @@
+"""The plumbing: settings, averages, processes, and survival of kills, signals and bad input."""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mmc
+import training
+import vit
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--data",
+    "synthetic",
+    "--img-size",
+    "16",
+    "--patch-size",
+    "4",
+    "--embed-dim",
+    "16",
+    "--depth",
+    "2",
+    "--num-heads",
+    "2",
+    "--hidden",
+    "16",
+    "--out-dim",
+    "8",
+    "--group",
+    "4",
+    "--batch-size",
+    "16",
+    "--workers",
+    "0",
+    "--evals",
+    "0",
+    "--log-every",
+    "1",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+]
+
+
+def run(*flags, processes=1, **popen):
+    """A tiny MMC run in processes of its own."""
+    launcher = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            str(random.randint(20000, 40000)),
+        ]
+    )
+    return subprocess.Popen(
+        [*launcher, "mmc.py", *TINY, *map(str, flags)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **popen,
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    return out + err
+
+
+def records(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def test_precedence_is_dataclass_then_section_then_file_then_flags(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 2e-3\ntau: 0.3\n")
+    cfg = training.config(mmc.Config, ["--config", str(file), "--tau", "0.4"])
+    assert (cfg.min_lr, cfg.img_size, cfg.lr, cfg.tau) == (1e-6, 64, 2e-3, 0.4)
+    assert "min_lr" not in cfg.origin and cfg.origin["img_size"] == "section toy"
+    assert cfg.origin["lr"] == str(file) and cfg.origin["tau"] == "flags"
+    assert training.config(mmc.Config, ["--data", "imagenet"]).img_size == 224
+
+
+@pytest.mark.parametrize("settings", [mmc.Config, training.Settings])
+def test_every_field_has_a_comment_for_the_help(settings):
+    assert all(text for _, _, text in training.fields(settings).values())
+
+
+def test_unknown_keys_flags_and_wrong_types_are_one_sentence(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("momentun: 0.9\n")
+    with pytest.raises(ValueError, match="did you mean momentum"):
+        training.config(mmc.Config, ["--config", str(file)])
+    with pytest.raises(SystemExit):
+        training.config(mmc.Config, ["--bach-size", "8"])
+    assert "did you mean --batch-size?" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="depth is 'six', but should be of type int"):
+        training.config(mmc.Config, ["--depth", "six"])
+    with pytest.raises(ValueError, match="--batch-size must be 1 or more"):
+        training.config(mmc.Config, ["--batch-size", "0"])
+
+
+# ---- schedules and averages ----------------------------------------------------------------------
+
+
+def test_cosine_against_the_closed_form():
+    assert training.cosine(0, 100, 1.0, 0.1, warmup=10) == 0
+    assert training.cosine(5, 100, 1.0, 0.1, warmup=10) == 0.5
+    assert training.cosine(10, 100, 1.0, 0.1, warmup=10) == 1.0
+    assert abs(training.cosine(55, 100, 1.0, 0.1, warmup=10) - 0.55) < 1e-12
+    assert abs(training.cosine(100, 100, 1.0, 0.1, warmup=10) - 0.1) < 1e-12
+    momentum = 1 - (1 - 0.996) * (1 + math.cos(math.pi * 30 / 100)) / 2  # the paper's
+    assert abs(training.cosine(30, 100, 0.996, 1.0) - momentum) < 1e-12
+
+
+def test_ema_averages_parameters_not_buffers_and_zero_copies():
+    teacher, student = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    nn.init.normal_(student.weight), nn.init.normal_(student.running_mean)
+    old = teacher.weight.detach().clone()
+    training.ema_(teacher, student, 0.9)
+    assert torch.allclose(teacher.weight, 0.9 * old + 0.1 * student.weight, atol=1e-7)
+    assert torch.equal(teacher.running_mean, torch.zeros(3))
+    training.ema_(teacher, student, 0.0)
+    assert torch.equal(teacher.weight, student.weight)
+
+
+def test_decay_groups_leave_out_vectors_and_frozen_parameters():
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    net[2].weight.requires_grad_(False)
+    decay, keep = training.decay_groups(net, 0.04)
+    assert decay["weight_decay"] == 0.04 and decay["params"] == [net[0].weight]
+    assert keep["weight_decay"] == 0 and len(keep["params"]) == 4
+
+
+# ---- one process equals two ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """Loss, gradient norm, student and teacher, in fp32, with local crops and drop path; a
+    different seed is the negative control."""
+    flags = [
+        "--steps",
+        5,
+        "--local-crops",
+        2,
+        "--local-size",
+        8,
+        "--drop-path",
+        0.2,
+        "--lr",
+        0.003,
+        "--warmup-epochs",
+        0,
+    ]
+    runs = {
+        "one": run(*flags, "--out", tmp_path / "one"),
+        "two": run(*flags, "--out", tmp_path / "two", processes=2),
+        "other": run(*flags, "--out", tmp_path / "other", "--seed", 1),
+    }
+    for process in runs.values():
+        finish(process)
+
+    def apart(name, a, b):
+        a, b = (
+            torch.cat(
+                [
+                    v.float().flatten()
+                    for v in torch.load(tmp_path / x / "last.pt")["state"][name].values()
+                ]
+            )
+            for x in (a, b)
+        )
+        return ((a - b).norm() / b.norm()).item()
+
+    for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two")):
+        for key in ("loss", "rec", "cls", "pat", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=1e-5), (key, one["step"])
+    for name in ("student", "teacher"):
+        assert apart(name, "two", "one") < 1e-5
+        assert apart(name, "other", "one") > 1e-2
+
+
+# ---- kills and pre-emption -----------------------------------------------------------------------
+
+LONG = ["--log-every", 3, "--steps", 30, "--save-every", 0, "--warmup-epochs", 0,
+        "--drop-path", 0.1]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_instants_ends_byte_identical(tmp_path):
+    """SIGKILL at 20 random instants, spread over resumed runs, then SIGTERM once."""
+    finish(run(*LONG, "--out", tmp_path / "whole"))
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    kills, dice = 0, random.Random(0)
+    while kills < 20:
+        process = run(*LONG, "--out", out, *["--resume"] * (out / "last.pt").exists())
+        patience = time.time() + 60
+        while not (out / "last.pt").exists() and process.poll() is None and time.time() < patience:
+            time.sleep(0.05)
+        time.sleep(dice.uniform(0, 3))
+        if process.poll() is not None:  # finished first: begin anew
+            finish(process)
+            for file in out.iterdir():
+                file.unlink()
+            continue
+        process.kill(), process.wait()
+        kills += 1
+        assert torch.load(out / "last.pt", weights_only=True)["step"] > 0  # always readable
+    process = run(*LONG, "--out", out, "--resume")
+    assert "resumed from" in process.stdout.readline() + process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    finish(run(*LONG, "--out", out, "--resume"))
+    assert (out / "encoder.pt").read_bytes() == (whole / "encoder.pt").read_bytes()
+    timeless = ("images_per_s", "mfu", "data_share")
+    strip = [
+        [{k: v for k, v in r.items() if k not in timeless} for r in records(x)]
+        for x in (whole, out)
+    ]
+    assert strip[0] == strip[1] and len(strip[0]) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preemption_saves_and_exits_with_zero(tmp_path, number):
+    process = run("--steps", 10**6, "--save-every", 999, "--out", tmp_path)
+    while "step 2/" not in process.stdout.readline():
+        pass
+    process.send_signal(number)
+    assert "told to stop" in finish(process, code=0)
+    assert torch.load(tmp_path / "last.pt")["step"] == records(tmp_path)[-1]["step"] > 0
+    assert vit.load(tmp_path / "encoder.pt", quiet=True).source.branch == "teacher"
+
+
+# ---- bad input: a sentence, exit code not 0 ------------------------------------------------------
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    finish(run("--steps", 2, "--out", out))
+    return out
+
+
+def test_resume_with_nothing_to_resume(tmp_path):
+    assert "nothing to resume" in finish(run("--resume", "--out", tmp_path / "none"), code=2)
+
+
+def test_resume_of_another_shape_or_another_method(finished):
+    assert "another shape" in finish(run("--resume", "--out", finished, "--embed-dim", 32), code=2)
+    state = torch.load(finished / "last.pt")
+    torch.save({**state, "method": "dino"}, finished / "last.pt")
+    assert "is of method dino, not mmc" in finish(run("--resume", "--out", finished), code=2)
+    torch.save(state, finished / "last.pt")
+    finish(run("--resume", "--out", finished))  # control
+
+
+def test_a_malicious_checkpoint_is_refused_and_not_executed(finished, tmp_path):
+    out = tmp_path / "bad"
+    out.mkdir()
+    (out / "last.pt").write_bytes(pickle.dumps(Malicious()))
+    assert "no checkpoint that can be resumed" in finish(run("--resume", "--out", out), code=2)
+    assert not (ROOT / "hacked").exists()
+
+
+def test_an_earlier_run_is_kept(finished, tmp_path):
+    out = tmp_path / "run"
+    finish(run("--steps", 1, "--out", out))
+    first = (out / "encoder.pt").read_bytes()
+    assert "is kept as" in finish(run("--steps", 1, "--seed", 3, "--out", out))
+    assert (
+        (tmp_path / "run.1" / "encoder.pt").read_bytes()
+        == first
+        != (out / "encoder.pt").read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--batch-size", "4096"], "choose 1 to 2048"),
+        (["--batch-size", "1", "--group", "1"], "MMC contrasts an image with others"),
+        (["--batch-size", "18"], "divisor of the 18 images"),
+        (["--accumulate", "2"], "micro-batches would change the result"),
+        (["--data", "cifr10"], "did you mean 'cifar10'"),
+        (["--device", "abacus"], "cuda, cuda:1, cpu or auto"),
+        (["--rec", "0", "--cls", "0", "--pat", "0"], "nothing to learn"),
+        (["--lr", "1e30", "--warmup-epochs", "0", "--clip", "0", "--steps", "9"], "not finite"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, flags, sentence, monkeypatch, capsys):
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    monkeypatch.setattr(
+        sys, "argv", ["mmc.py", *TINY, "--steps", "1", "--out", str(tmp_path), *flags]
+    )
+    with pytest.raises(SystemExit) as stop:
+        training.main(mmc.main)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith("error: ") and sentence in lines[0]
+
+
+def test_folders_without_images(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("not an image")
+    assert "No images under" in finish(
+        run("--data", tmp_path / "texts", "--out", tmp_path / "o"), code=2
+    )
+
+
+def test_out_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = finish(run("--steps", 1, "--out", tmp_path / "file" / "run"), code=2)
+    assert "cannot write to" in said and "--out" in said
+
+
+def test_a_full_disk_during_save_leaves_the_last_good_checkpoint(tmp_path):
+    finish(run("--steps", 1, "--out", tmp_path))
+    good = (tmp_path / "last.pt").read_bytes()
+
+    def small_disk():  # files may not grow beyond 20 kB
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    said = finish(run("--steps", 3, "--out", tmp_path, "--resume", preexec_fn=small_disk), code=2)
+    assert "cannot write" in said and "Traceback" not in said
+    assert (tmp_path / "last.pt").read_bytes() == good
+    assert not list(tmp_path.glob("*.tmp"))
+    finish(run("--steps", 3, "--out", tmp_path, "--resume"))
+
+
+def test_help_is_quick_and_lists_the_method(capsys):
+    begin = time.time()
+    with pytest.raises(SystemExit) as stop:
+        training.config(mmc.Config, ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and time.time() - begin < 1
+    for name in [f.name for f in dataclasses.fields(mmc.Config)]:
+        assert f"--{name.replace('_', '-')}" in text
