@@ -8,11 +8,11 @@ pixel to one takes a dozen operations, gives edges without stairs, and serves a 
 A class is a combination of part shapes (BESTIARY, built from SHAPES) and nothing else: coat, pose,
 side, turn, size, place, light, clutter and what stands in front are drawn from the same
 distributions for all classes. A creature is a tree of bones (legs hang on the torso, ears on the
-head); each bone swings, so a still is one moment of a walk and a video is the walk. Coats
-are marbled in all colours and the scenery is grey: a person finds a creature at a glance, while
-neither single pixels nor colours averaged over an image tell classes, or images, apart.
-Pictures are functions of (seed, split, index) alone (rng.py), in a frame of [-1, 1] x [-1, 1]:
-another size is the same picture with other pixels.
+head); each bone swings, so a still is one moment of a walk and a video is the walk. Coats are
+marbled in all colours and the scenery is grey, so that a person finds a creature at a glance, while
+neither pixels nor the colours of an image as a whole tell classes, or images, apart: what is left
+to learn is shape. Pictures are functions of (seed, split, index) alone (rng.py), in a frame of
+[-1, 1] x [-1, 1]: another size is the same picture with other pixels.
 
     python toy.py            # writes out/toy.png: all classes, scenes with their annotation, a film
 """
@@ -258,7 +258,7 @@ def creatures(number, kind, time):
     order = torch.arange(K, device=cls.device)                                  # far to near
     if kind == "single":
         count, size = 1, between(0.75, 0.98, u[..., 3])
-        start = between(-1.15, 1.15, u[..., 4:6]) * (1 - size[..., None]).clamp(min=0.08)
+        start = between(-1.15, 1.15, u[..., 4:6]) * (1 - size[..., None]).clamp(min=0.18)
         end = start
     else:
         count = 2 + (number("count", 1) * (K - 1)).floor()                      # (B, 1): 2 to K
@@ -289,9 +289,9 @@ def creatures(number, kind, time):
 
 
 def coats(number, centre, size, angle, mirror):
-    """Marbled coats (B, K, 3, 12, 12), and their own coordinates as planes (B, K, 2, 3): a coat
+    """Marbled coats (B, K, 3, 28, 28), and their own coordinates as planes (B, K, 2, 3): a coat
     moves with its creature."""
-    coat = 0.5 + 1.6 * (number("coat", size.shape[1], 3, 12, 12) - 0.5)
+    coat = 0.55 + 2.2 * (number("coat", size.shape[1], 3, 28, 28) - 0.5)
     grain = between(0.5, 0.9, number("grain", size.shape[1])) / size            # coarse to fine
     along, across = grain * angle.cos(), grain * angle.sin()
     x, y = centre.unbind(-1)
@@ -338,12 +338,12 @@ def world(index, split, seed, kind, time=None):
         bones=equations(bones), coat=coat, place=place, size=size,
         pieces=equations(pieces(number, kind, centre[:, :1], drift)),
         piece_colour=colour(number("pieces", CLUTTER + FRONT, 3), (0, 0.2), (0.25, 0.75)),
-        sky=colour(number("sky", 3, 3), (0, 0.1), (0.42, 0.52)),                # two of sky, ground
+        sky=colour(number("sky", 3, 3), (0, 0.04), (0.45, 0.5)),                # two of sky, ground
         ramp=torch.stack([aim.cos(), aim.sin()], -1) * 0.5,
         ground=torch.stack([between(0, 0.9, ground[:, 1]) + drift[:, 0, 1],
                             between(-0.3, 0.3, ground[:, 2])], -1),
         light=torch.stack([sun.cos(), sun.sin(), between(0.3, 0.7, light[:, 1]),
-                           between(0.9, 1.1, light[:, 2])], -1),
+                           between(0.95, 1.05, light[:, 2])], -1),
         noise=number("noise", 1, 16, 16) - 0.5, rough=between(0.2, 0.5, light[:, 3]))
     bone, t = (torch.tensor(x, device=index.device) for x in zip(*CENTRE))
     points = torch.stack([*axis(bones[:, :, bone], t), (~absent[:, :, bone]).double()], -1)
@@ -439,7 +439,7 @@ def light(canvas, cover, height, w, k):
     relief = (dome - dome.roll(step, 3)) * sun[:, 0, None]
     relief.addcmul_(dome - dome.roll(step, 2), sun[:, 1, None])
     relief.mul_(w["light"][:, 2, None] * w["size"][:, k, None]).add_(1)
-    outline = (height * 5).clamp_(0, 1).mul_(0.5).add_(0.5)
+    outline = (height * 5).clamp_(0, 1).mul_(0.35).add_(0.65)
     canvas.mul_(relief.mul_(outline).sub_(1).mul_(cover).add_(1))
 
 

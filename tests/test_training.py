@@ -162,21 +162,9 @@ def test_decay_groups_leave_out_vectors_and_frozen_parameters():
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Loss, gradient norm, student and teacher, in fp32, with local crops and drop path; a
-    different seed is the negative control."""
-    flags = [
-        "--steps",
-        5,
-        "--local-crops",
-        2,
-        "--local-size",
-        8,
-        "--drop-path",
-        0.2,
-        "--lr",
-        0.003,
-        "--warmup-epochs",
-        0,
-    ]
+    different seed is the negative control. The biases of the keys are left out: softmax does not
+    see them, their gradient is rounding noise, and Adam blows noise up to full steps."""
+    flags = "--steps 5 --local-crops 2 --local-size 8 --drop-path 0.2 --warmup-epochs 0".split()
     runs = {
         "one": run(*flags, "--out", tmp_path / "one"),
         "two": run(*flags, "--out", tmp_path / "two", processes=2),
@@ -185,16 +173,15 @@ def test_two_processes_equal_one(tmp_path):
     for process in runs.values():
         finish(process)
 
+    def weights(x, name):
+        state = torch.load(tmp_path / x / "last.pt")["state"][name]
+        for key, v in state.items():
+            if key.endswith("qkv.bias"):
+                v.view(3, -1)[1] = 0
+        return torch.cat([v.float().flatten() for v in state.values()])
+
     def apart(name, a, b):
-        a, b = (
-            torch.cat(
-                [
-                    v.float().flatten()
-                    for v in torch.load(tmp_path / x / "last.pt")["state"][name].values()
-                ]
-            )
-            for x in (a, b)
-        )
+        a, b = weights(a, name), weights(b, name)
         return ((a - b).norm() / b.norm()).item()
 
     for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two")):
