@@ -375,7 +375,8 @@ TASKS = {
 
 # ---- models --------------------------------------------------------------------------------------
 
-SHAPE = dict(img_size=64, patch_size=8, embed_dim=192, depth=6, num_heads=3)   # of no checkpoint
+SHAPE = dict(img_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4, pos="sincos_row",
+             init="moco")                                # without a checkpoint: as mmc.py on toy
 
 
 def models(args):
