@@ -18,7 +18,7 @@ The student must
               * exponential moving average of the student's weights; no gradient
 
     L     = L_rec + L_pat + L_cls                                                      (eq. 4)
-    L_rec = mean over corrupted pixels of |x - h_rec(f_s(x'))|                         (eq. 1)
+    L_rec = mean over corrupted pixels of |x - h_rec(f_s(x'))|     (eq. 1, normaliser: our choice)
     L_pat = mean over patches i of
             -log e^(Q_i.K_i/tau) / (e^(Q_i.K_i/tau) + sum over patches j of other images
                                                                of e^(Q_i.K_j/tau))     (eq. 2)
@@ -28,13 +28,13 @@ All Q, K, q, k have length 1, and no predictor stands between (our choice: SiT h
 
 The paper (Table 4: ViT-S, ImageNet-100, 200 epochs; kNN on class token / on the mean patch token):
 REC alone 17.2 / 14.7, CLS alone 75.0 / 63.9, CLS + REC 72.5 / 53.7, CLS + PAT 75.6 / 75.5, all
-three 77.5 / 77.0: PAT lifts the patch tokens, REC helps only in company.
+three 77.5 / 77.0: PAT lifts the patch tokens, REC helps only where both others are.
 
 No code of the authors was found. What the paper leaves open is marked "our choice" where it is
 decided, with the relative that decides so: SiT, GMML, MC-SSL (shared authors), MoCo v3, DINO, iBOT.
 
     python mmc.py                                         minutes on a laptop, offline
-    python mmc.py --rec 0 --pat 0                         a row of Table 4: CLS alone
+    python mmc.py --rec 0 --pat 0                         CLS alone, as in Table 4
     torchrun --nproc_per_node=8 mmc.py --data imagenet    the paper's ViT-B/16 (not run by us)
 """
 import math
@@ -49,8 +49,9 @@ import rng
 import training
 import vit
 
-# B images of a process, V = 2 global views, L local crops, N patches, D width, C width of contrast,
-# G images of a group, S pixels; Q, q: patches and class token of the student, K, k: of the teacher
+# B images of a process, V = 2 global views, L local crops, N patches, D width, C width of what is
+# contrasted, G images of a group, S pixels, s of a local crop, M candidate rectangles;
+# Q, q: patches and class token of the student, K, k: of the teacher
 
 
 @dataclass
@@ -62,16 +63,17 @@ class Config:
     depth: int = 12               # blocks (paper)
     num_heads: int = 12           # attention heads (paper)
     pos: str = "learned"          # positions: learned (our choice: SiT) or sincos_row (MoCo v3)
-    init: str = "trunc"           # weights: trunc (our choice: SiT, DINO) or moco (Xavier, MoCo v3)
+    init: str = "trunc"           # backbone: trunc (our choice: SiT) or moco (Xavier, as MoCo v3)
     drop_path: float = 0.1        # stochastic depth, student only (our choice: SiT)
     hidden: int = 4096            # width inside the heads, 3-layer MLPs (paper); small data: 256
     out_dim: int = 256            # C, of h_cls and h_pat (our choice: MoCo v3, SiT)
     # the objective
     rec: float = 1.0              # weight of L_rec (paper, eq. 4); 0 removes a term and its head
-    cls: float = 1.0              # weight of L_cls (paper, eq. 4); as SiT weighs it: 0.8
+    cls: float = 1.0              # weight of L_cls (paper, eq. 4); SiT: 2 directions x 2 tau = 0.8
     pat: float = 1.0              # weight of L_pat (paper, eq. 4)
     tau: float = 0.2              # temperature of both contrasts (paper)
-    group: int = 48               # G: images contrasted by patch, pasted from (paper's batch)
+    group: int = 48               # G: images contrasted by patch, pasted from (our choice: the
+                                  # paper's batch; logits grow as (G*N)^2)
     # the corruption: the paper's 75 % and 30 % "of the masked blocks", 35 % of the images, read as
     # shares of the area, as in GMML's script (our choice: taken literally they do not add up)
     noise_share: float = 0.75     # noise: area covered, uniform from 0.5 (GMML) to this (paper)
@@ -79,19 +81,20 @@ class Config:
     paste_p: float = 0.35         # share of images, view by view, that are pasted into (paper)
     align: int = 1                # rectangles snap to so many pixels (our choice: SiT, GMML)
     # the views
-    min_scale: float = 0.25       # least area of a global crop (our choice: MC-SSL)
-    local_crops: int = 10         # for the student (our choice: DINO; paper: "for the teacher")
-    local_size: int = 96          # pixels (our choice: DINO)
+    min_scale: float = 0.25       # least area of a global crop (our choice: MC-SSL; alone 0.2: SiT)
+    local_crops: int = 10         # intact, for the student (our choice: MC-SSL; the paper gives
+                                  # crops "without masking for the teacher", and no number)
+    local_size: int = 96          # pixels (our choice: MC-SSL, DINO)
     jitter: float = 0.4           # strength of brightness, contrast, saturation jitter (paper)
     hue: float = 0.0              # strength of hue jitter (paper: not listed; relatives: 0.1)
-    blur_p: float = 1.0           # blur of view 1 (paper: "1.0", read as SiT's probability)
+    blur_p: float = 1.0           # blur of view 1 (paper: "strength of 1.0", read as SiT's p)
     # the optimisation
     epochs: float = 400           # paper: 400 on ImageNet-1K, 500 on ImageNet-100
     warmup_epochs: float = 10.0   # linear rise of the learning rate (our choice: SiT, DINO)
     batch_size: int = 384         # global; paper: 48, read as 48 per GPU on 8 GPUs (our choice)
-    lr: float = 7.5e-4            # peak (paper), times batch/256 (our choice: SiT, DINO)
+    lr: float = 7.5e-4            # peak (paper), times batch/256: 1.1e-3 (our choice: SiT, DINO)
     min_lr: float = 1e-6          # end of the cosine (paper)
-    weight_decay: float = 0.04    # AdamW (paper); constant, matrices only (our choice)
+    weight_decay: float = 0.04    # AdamW (paper); constant, not of biases and norms (our choice)
     clip: float = 3.0             # gradient norm, each tensor for itself (our choice: SiT)
     momentum: float = 0.996       # of the teacher, rising to 1 by a cosine (paper)
 
@@ -102,13 +105,14 @@ class Config:
 
 
 def views(cfg):
-    """SiT's asymmetric pair of global crops (our choice) with the paper's jitter; local crops."""
+    """SiT's asymmetric pair of global crops with the paper's jitter, and MC-SSL's local crops (our
+    choice, with their probabilities, where nothing else is said)."""
     colour = dict(jitter=(cfg.jitter, cfg.jitter, cfg.jitter, cfg.hue), jitter_p=0.8, grey_p=0.2)
     crop = dict(size=cfg.img_size, scale=(cfg.min_scale, 1.0), **colour)
     return [data.View(**crop, blur_p=cfg.blur_p),
             data.View(**crop, blur_p=0.1 * cfg.blur_p, solarize_p=0.2),      # 0.1: SiT, 0.2: paper
             data.View(cfg.local_size, scale=(0.05, 0.25), **colour, blur_p=0.5 * cfg.blur_p,
-                      copies=cfg.local_crops)]                               # 0.5: DINO
+                      copies=cfg.local_crops if cfg.cls else 0)]             # 0.5: DINO
 
 
 def rectangles(u, size, share, align=1):
@@ -121,9 +125,9 @@ def rectangles(u, size, share, align=1):
         return low + (u[..., i] * (high - low)).long()
 
     def span(start, length):                                        # (B, M) -> (B, M, size), 0/1
-        end = start + torch.minimum(length, size - start) // align * align
+        end = start + (torch.minimum(length, size - start) / align).round().long() * align
         at = torch.arange(size, device=u.device)
-        return ((at >= start[..., None]) & (at < end[..., None])).to(torch.bfloat16)         # exact
+        return ((at >= start[..., None]) & (at < end[..., None])).to(torch.bfloat16)
 
     longest = max(align + 1, int(0.3 * size))                          # sides are shorter than this
     top, left = (randint(i, 0, size - align) // align * align for i in (0, 1))
@@ -133,8 +137,8 @@ def rectangles(u, size, share, align=1):
     def union(n):                                                   # of the first n (B,) candidates
         return (rows * (torch.arange(u.shape[1], device=u.device) < n[:, None])[:, None]) @ cols > 0
 
-    few = torch.full_like(share, -1, dtype=torch.long)                  # too few, and ...
-    many = torch.full_like(few, u.shape[1])                             # ... enough
+    few = torch.full_like(share, -1, dtype=torch.long)                  # do not cover the share,
+    many = torch.full_like(few, u.shape[1])                             # taken to cover it
     for _ in range(u.shape[1].bit_length()):
         n = (few + many) // 2
         enough = union(n).sum((1, 2)) >= share * size**2
@@ -149,7 +153,7 @@ def corruption(index, cfg, *key):
     pasted = u[:, 0] < cfg.paste_p
     most = torch.where(pasted, cfg.paste_share, cfg.noise_share)
     share = most - u[:, 1] * (most - most.clamp(max=0.5))        # uniform in [min(0.5, most), most]
-    candidates = rng.uniform(index, (127, 4), *key, "rectangles")       # reach 0.8 of the area
+    candidates = rng.uniform(index, (255, 4), *key, "rectangles")       # cover 0.85 of the area
     region = rectangles(candidates, cfg.img_size, share, cfg.align)
     row = torch.arange(len(index), device=index.device)
     # 1 .. G-1 rows on: never itself (our choice; in GMML it may be, and then nothing changes)
@@ -170,7 +174,7 @@ def corrupt(x, region, pasted, other, noise):
 
 
 def projector(width, hidden, out):
-    """MoCo v3's projector (our choice; the paper: 3 layers). The last norm has no scale."""
+    """MoCo v3's projector (our choice; the paper: 3 layers); no scale and shift at the end."""
     def layer(n, m, affine=True):
         return nn.Linear(n, m, bias=False), training.BatchNorm(m, affine=affine)
 
@@ -219,8 +223,9 @@ def unpatchify(patches):
 
 
 def rec_loss(pixels, target, region, count=None):
-    """Mean absolute error over the corrupted pixels and channels. Eq. 1 divides by all P pixels:
-    the same times the corrupted share, 0.52 on average; ours as SiT and GMML (our choice).
+    """Mean absolute error over the corrupted pixels and channels (our choice: SiT, GMML). Eq. 1
+    divides by all P pixels: this times the corrupted share, 0.52 on average, and times 3 if its
+    norm adds the channels up.
     pixels, target: (B, 3, S, S), region: (B, S, S). `count`: to divide by, if not this region's."""
     count = region.sum() if count is None else count
     return ((pixels.float() - target).abs().sum(1) * region).sum() / (3 * count).clamp(min=1)
@@ -240,9 +245,9 @@ def cls_loss(q, k, tau, first=0):
 def pat_loss(Q, K, tau, group):
     """InfoNCE among patches (eq. 2). Q, K: (V*B, N, C) of student (corrupted) and teacher (intact),
     same views. The positive is the same patch, the negatives are all patches of the other images of
-    its group, in one view of one process (our choice: logits grow as (G*N)^2). Other patches of the
-    same image are neither: pushing them away would tear objects apart. All patches count, corrupted
-    or not (eq. 2; iBOT counts the masked ones)."""
+    its group, in one view of one process (our choice). Other patches of the same image are neither:
+    pushing them away would tear objects apart. All patches count, corrupted or not (eq. 2; iBOT
+    counts the masked ones)."""
     N = Q.shape[1]
     image = torch.arange(group, device=Q.device).repeat_interleave(N)
     patch = torch.arange(group * N, device=Q.device)
@@ -267,6 +272,8 @@ def main():
     if cfg.group < 2 or B % cfg.group:
         raise ValueError(f"--group {cfg.group}: MMC contrasts an image with others of its group: "
                          f"2 or more, and a divisor of the {B} images of a process")
+    if not cfg.noise_share <= 0.8 >= cfg.paste_share:
+        raise ValueError("--noise-share and --paste-share: 0.8 of the area is the most")
     if not (cfg.rec or cfg.cls or cfg.pat):
         raise ValueError("--rec, --cls and --pat are all 0: nothing to learn")
 
@@ -290,13 +297,13 @@ def main():
         training.set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
-        key = cfg.seed, batch.epoch
-        how = [corruption(batch.index, cfg, *key, v) for v in range(2)]
+        when = cfg.seed, batch.epoch
+        how = [corruption(batch.index, cfg, *when, v) for v in range(2)]
         seen = torch.cat([corrupt(x, *h) for x, h in zip(batch.views, how)])  # (2B, 3, S, S)
         region = torch.cat([region for region, *_ in how])                   # (2B, S, S)
         intact = torch.cat(batch.views[:2])                                  # (2B, 3, S, S)
-        crops = torch.cat(batch.views[2:]) if cfg.local_crops else None      # (L*B, 3, s, s)
-        drop = rng.uniform(batch.index, (2 + cfg.local_crops, 2 * cfg.depth), *key, "drop")
+        crops = torch.cat(batch.views[2:]) if batch.views[2:] else None      # (L*B, 3, s, s)
+        drop = rng.uniform(batch.index, (2 + cfg.local_crops, 2 * cfg.depth), *when, "drop")
         drop = drop.transpose(0, 1).flatten(0, 1)                            # ((2+L)*B, 2*depth)
 
         with run.autocast():
@@ -304,7 +311,7 @@ def main():
                 k, K, _ = teacher(intact)        # in training mode: its own batch statistics (SiT)
             q, Q, pixels = student(seen, crops, drop[:2 * B], drop[2 * B:])
 
-        parts = {}                                                           # fp32 from here on
+        parts = {}                            # fp32 from here on (on a GPU: products in TF32)
         if cfg.rec:              # divided alike everywhere: the mean of processes is one of pixels
             count = training.all_mean(region.sum().float())
             parts["rec"] = rec_loss(pixels, intact, region, count)
@@ -325,7 +332,7 @@ def main():
         if run.due(cfg.evals):
             found = run.knn(teacher.backbone, bank, queries, cfg.img_size)
             run.log(now=True, **found)
-            with run.pause():
+            with run.looking():
                 show(run, cfg, training.unwrap(student), teacher, queries)
             if found.get("spread", 1) < 0.05:            # 1: all over the sphere, 0: one point
                 run.say("collapsed: all class tokens look alike (spread near 0); try a "

@@ -301,7 +301,7 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def decay_groups(module, weight_decay):
-    """Two groups for AdamW: matrices decay; biases, norms and other vectors do not."""
+    """Two groups for AdamW: vectors (biases, norms) do not decay, all others do."""
     params = [p for p in module.parameters() if p.requires_grad]
     return [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)]
@@ -499,13 +499,18 @@ class Run:
                      "state": state, "meter": meter}, f))
             self.saved, self._last_save = self.step + 1, time.perf_counter()
 
-    def save_encoder(self, backbone, **info):
+    def save_encoder(self, backbone, full=None, **info):
         """Writes encoder.pt, what a user takes away (vit.load reads it). Call it before save(), so
-        that a kill in between is mended by --resume. info: branch, heads (see vit.save)."""
+        that a kill in between is mended by --resume. info: branch, heads (see vit.save).
+        full: a state dict in the names of an official file, decoder and all, for full.pt beside."""
         self._check_finite()
-        if self.rank == 0:
-            vit.save(self.out / "encoder.pt", backbone, method=self.cfg.method, data=self.cfg.data,
-                     step=self.step + 1, **info)
+        if self.rank > 0:
+            return
+        about = dict(method=self.cfg.method, data=self.cfg.data, step=self.step + 1)
+        vit.save(self.out / "encoder.pt", backbone, **about, **info)
+        if full:
+            content = dict(model=full, num_heads=backbone.config["num_heads"], **about)
+            vit.replace_file(self.out / "full.pt", lambda f: torch.save(content, f))
 
     # ---- the loop ----
 
@@ -641,6 +646,16 @@ class Run:
         yield
         self._paused += time.perf_counter() - begin
 
+    @contextlib.contextmanager
+    def looking(self):
+        """pause(), for pictures and probes: an unreadable image among those looked at is said, and
+        training goes on."""
+        with self.pause():
+            try:
+                yield
+            except ValueError as e:
+                self.say(f"left out: {e}")
+
     def due(self, times):
         """True `times` times a run, evenly spread, the last time at its last step."""
         return self.step * times // self.total < (self.step + 1) * times // self.total
@@ -659,22 +674,18 @@ class Run:
                 parts.append(torch.stack([pat if cls is None else cls.float(), pat]))
             return torch.cat(parts, 1)                               # (2, images, D)
 
-        with self.pause():
-            encoder.eval()
-            try:
-                known = embed(bank)
-                spread = F.normalize(known[0], dim=-1).std(0).mean() * known.shape[2]**0.5
-                found = {"spread": spread}
-                if bank.labels is not None and bank.split != queries.split:    # not the same images
-                    labels, truth = bank.labels.to(self.device), queries.labels.to(self.device)
-                    for name, b, q in zip(("knn", "knn_pat"), known, embed(queries)):
-                        right = metrics.knn(b, labels, q, k=(k,))[k] == truth
-                        found[name] = 100 * right.float().mean()
-            except ValueError as e:                                  # an unreadable image: train on
-                self.say(f"kNN accuracy left out: {e}")
-                found = {}
-            encoder.train()
-            return found
+        found = {}
+        encoder.eval()
+        with self.looking():
+            known = embed(bank)
+            found["spread"] = (F.normalize(known[0], dim=-1).std(0).mean() * known.shape[2]**0.5)
+            if bank.labels is not None and bank.split != queries.split:        # not the same images
+                labels, truth = bank.labels.to(self.device), queries.labels.to(self.device)
+                for name, b, q in zip(("knn", "knn_pat"), known, embed(queries)):
+                    right = metrics.knn(b, labels, q, k=(k,))[k] == truth
+                    found[name] = 100 * right.float().mean()
+        encoder.train()
+        return found
 
     def picture(self, columns, name="picture.png", scale=2):
         """Writes a PNG of {title: (n, 3, H, W) uint8}, side by side, a row for each image."""
@@ -686,8 +697,7 @@ class Run:
         page.paste(sheet.resize((page.width, page.height - 16), Image.NEAREST), (0, 16))
         for i, title in enumerate(columns):
             ImageDraw.Draw(page).text((i * page.width // len(columns), 2), title, fill="black")
-        with self.pause():
-            vit.replace_file(self.out / name, lambda f: page.save(f, "PNG"))
+        vit.replace_file(self.out / name, lambda f: page.save(f, "PNG"))
 
     def _announce(self, per_epoch):
         """The numbers that reproductions get wrong first, once."""
