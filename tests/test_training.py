@@ -1,6 +1,5 @@
 """The plumbing: settings, averages, processes, and survival of kills, signals and bad input."""
 
-import dataclasses
 import json
 import math
 import os
@@ -22,64 +21,17 @@ import training
 import vit
 
 ROOT = Path(__file__).parent.parent
-TINY = [
-    "--data",
-    "synthetic",
-    "--img-size",
-    "16",
-    "--patch-size",
-    "4",
-    "--embed-dim",
-    "16",
-    "--depth",
-    "2",
-    "--num-heads",
-    "2",
-    "--hidden",
-    "16",
-    "--out-dim",
-    "8",
-    "--group",
-    "4",
-    "--batch-size",
-    "16",
-    "--workers",
-    "0",
-    "--evals",
-    "0",
-    "--log-every",
-    "1",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-]
+TINY = ("--data synthetic --img-size 16 --patch-size 4 --embed-dim 16 --depth 2 --num-heads 2 "
+        "--hidden 16 --out-dim 8 --group 4 --batch-size 16 --workers 0 --evals 0 --log-every 1 "
+        "--precision fp32 --device cpu").split()
 
 
-def run(*flags, processes=1, **popen):
-    """A tiny MMC run in processes of its own."""
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            str(random.randint(20000, 40000)),
-        ]
-    )
-    return subprocess.Popen(
-        [*launcher, "mmc.py", *TINY, *map(str, flags)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **popen,
-    )
+def run(*flags, **popen):
+    """A tiny MMC run in a process of its own."""
+    command = [sys.executable, "mmc.py", *TINY, *map(str, flags)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=one_thread, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **popen)
 
 
 def finish(process, code=0):
@@ -105,9 +57,8 @@ def test_precedence_is_dataclass_then_section_then_file_then_flags(tmp_path):
     assert training.config(mmc.Config, ["--data", "imagenet"]).img_size == 224
 
 
-@pytest.mark.parametrize("settings", [mmc.Config, training.Settings])
-def test_every_field_has_a_comment_for_the_help(settings):
-    assert all(text for _, _, text in training.fields(settings).values())
+def test_every_setting_has_a_comment_for_the_help():
+    assert all(text for _, _, text in training.fields(training.Settings).values())
 
 
 def test_unknown_keys_flags_and_wrong_types_are_one_sentence(tmp_path, capsys):
@@ -156,42 +107,6 @@ def test_decay_groups_leave_out_vectors_and_frozen_parameters():
     assert keep["weight_decay"] == 0 and len(keep["params"]) == 4
 
 
-# ---- one process equals two ----------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    """Loss, gradient norm, student and teacher, in fp32, with local crops and drop path; a
-    different seed is the negative control. The biases of the keys are left out: softmax does not
-    see them, their gradient is rounding noise, and Adam blows noise up to full steps."""
-    flags = "--steps 5 --local-crops 2 --local-size 8 --drop-path 0.2 --warmup-epochs 0".split()
-    runs = {
-        "one": run(*flags, "--out", tmp_path / "one"),
-        "two": run(*flags, "--out", tmp_path / "two", processes=2),
-        "other": run(*flags, "--out", tmp_path / "other", "--seed", 1),
-    }
-    for process in runs.values():
-        finish(process)
-
-    def weights(x, name):
-        state = torch.load(tmp_path / x / "last.pt")["state"][name]
-        for key, v in state.items():
-            if key.endswith("qkv.bias"):
-                v.view(3, -1)[1] = 0
-        return torch.cat([v.float().flatten() for v in state.values()])
-
-    def apart(name, a, b):
-        a, b = weights(a, name), weights(b, name)
-        return ((a - b).norm() / b.norm()).item()
-
-    for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two")):
-        for key in ("loss", "rec", "cls", "pat", "grad_norm"):
-            assert one[key] == pytest.approx(two[key], rel=1e-5), (key, one["step"])
-    for name in ("student", "teacher"):
-        assert apart(name, "two", "one") < 1e-5
-        assert apart(name, "other", "one") > 1e-2
-
-
 # ---- kills and pre-emption -----------------------------------------------------------------------
 
 LONG = ["--log-every", 3, "--steps", 30, "--save-every", 0, "--warmup-epochs", 0,
@@ -225,10 +140,8 @@ def test_a_run_killed_at_random_instants_ends_byte_identical(tmp_path):
     finish(run(*LONG, "--out", out, "--resume"))
     assert (out / "encoder.pt").read_bytes() == (whole / "encoder.pt").read_bytes()
     timeless = ("images_per_s", "mfu", "data_share")
-    strip = [
-        [{k: v for k, v in r.items() if k not in timeless} for r in records(x)]
-        for x in (whole, out)
-    ]
+    strip = [[{k: v for k, v in r.items() if k not in timeless} for r in records(x)]
+             for x in (whole, out)]
     assert strip[0] == strip[1] and len(strip[0]) == 10
 
 
@@ -285,31 +198,25 @@ def test_an_earlier_run_is_kept(finished, tmp_path):
     finish(run("--steps", 1, "--out", out))
     first = (out / "encoder.pt").read_bytes()
     assert "is kept as" in finish(run("--steps", 1, "--seed", 3, "--out", out))
-    assert (
-        (tmp_path / "run.1" / "encoder.pt").read_bytes()
-        == first
-        != (out / "encoder.pt").read_bytes()
-    )
+    assert (tmp_path / "run.1" / "encoder.pt").read_bytes() == first
+    assert (out / "encoder.pt").read_bytes() != first
 
 
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        (["--batch-size", "4096"], "choose 1 to 2048"),
-        (["--batch-size", "1", "--group", "1"], "MMC contrasts an image with others"),
-        (["--batch-size", "18"], "divisor of the 18 images"),
-        (["--accumulate", "2"], "micro-batches would change the result"),
-        (["--data", "cifr10"], "did you mean 'cifar10'"),
-        (["--device", "abacus"], "cuda, cuda:1, cpu or auto"),
-        (["--rec", "0", "--cls", "0", "--pat", "0"], "nothing to learn"),
-        (["--lr", "1e30", "--warmup-epochs", "0", "--clip", "0", "--steps", "9"], "not finite"),
-    ],
-)
+@pytest.mark.parametrize("flags, sentence", [
+    ("--batch-size 4096", "choose 1 to 2048"),
+    ("--batch-size 1 --group 1", "MMC contrasts an image with others"),
+    ("--batch-size 18", "divisor of the 18 images"),
+    ("--accumulate 2", "micro-batches would change the result"),
+    ("--noise-share 0.9", "0.8 of the area is the most"),
+    ("--data cifr10", "did you mean 'cifar10'"),
+    ("--device abacus", "cuda, cuda:1, cpu or auto"),
+    ("--lr nan", "--lr must be 0 or more"),
+    ("--rec 0 --cls 0 --pat 0", "nothing to learn"),
+    ("--lr 1e30 --warmup-epochs 0 --clip 0 --steps 9", "not finite")])
 def test_settings_that_cannot_be(tmp_path, flags, sentence, monkeypatch, capsys):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    monkeypatch.setattr(
-        sys, "argv", ["mmc.py", *TINY, "--steps", "1", "--out", str(tmp_path), *flags]
-    )
+    argv = ["mmc.py", *TINY, "--steps", "1", "--out", str(tmp_path), *flags.split()]
+    monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stop:
         training.main(mmc.main)
     for number, handler in handlers.items():
@@ -322,9 +229,8 @@ def test_settings_that_cannot_be(tmp_path, flags, sentence, monkeypatch, capsys)
 def test_folders_without_images(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("not an image")
-    assert "No images under" in finish(
-        run("--data", tmp_path / "texts", "--out", tmp_path / "o"), code=2
-    )
+    said = finish(run("--data", tmp_path / "texts", "--out", tmp_path / "o"), code=2)
+    assert "No images under" in said
 
 
 def test_out_folder_that_cannot_be_written(tmp_path):
@@ -346,13 +252,3 @@ def test_a_full_disk_during_save_leaves_the_last_good_checkpoint(tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == good
     assert not list(tmp_path.glob("*.tmp"))
     finish(run("--steps", 3, "--out", tmp_path, "--resume"))
-
-
-def test_help_is_quick_and_lists_the_method(capsys):
-    begin = time.time()
-    with pytest.raises(SystemExit) as stop:
-        training.config(mmc.Config, ["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and time.time() - begin < 1
-    for name in [f.name for f in dataclasses.fields(mmc.Config)]:
-        assert f"--{name.replace('_', '-')}" in text

@@ -1,0 +1,184 @@
+"""What every method promises: one process equals two, a run that was killed equals one that was
+not, micro-batches change nothing or are refused, and what cannot be is said in a sentence."""
+import gc
+import importlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import training
+import vit
+
+ROOT = Path(__file__).parent.parent
+METHODS = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
+SECTIONS = ["toy", "cifar10", "imagenet100", "imagenet", "coco"]
+TINY = dict(                                  # whichever of these a method has
+    img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.2, hidden=16,
+    out_dim=8, bottleneck=8, group=4, local_crops=2, local_size=8, mask_block=8,
+    decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, warmup_epochs=0, freeze_epochs=0)
+COMMON = ("--data synthetic --batch-size 16 --workers 0 --evals 0 --log-every 1 --steps 5 "
+          "--precision fp32 --device cpu --save-every 0").split()
+
+
+def flags(method, *more, **settings):
+    known = training.fields(importlib.import_module(method).Config)
+    own = {k: v for k, v in {**TINY, **settings}.items() if k in known}
+    return [*COMMON, *(f"--{k}={v}" for k, v in own.items()), *map(str, more)]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """run(method, *flags): the script's main in this process, with this process's signals kept."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def main(method, *more, **settings):
+        gc.collect()                          # the lock of a folder goes with its run
+        monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags(method, *more, **settings)])
+        importlib.import_module(method).main()
+
+    yield main
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def records(out):
+    timed = ("images_per_s", "mfu", "data_share")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def weights(out):
+    """What a checkpoint holds, but for the optimisers' state and the biases of the keys: softmax
+    does not see these, their gradient is rounding noise, and Adam blows noise up to full steps."""
+    found = {}
+    for name, state in torch.load(out / "last.pt")["state"].items():
+        for key, v in state.items() if "param_groups" not in state else ():
+            if torch.is_tensor(v) and v.is_floating_point():
+                if key.endswith("qkv.bias"):
+                    v.view(3, -1)[1] = 0
+                found[f"{name}.{key}"] = v
+    return found
+
+
+def apart(a, b):
+    """Relative distance of two runs' weights."""
+    a, b = (torch.cat([v.flatten().double() for v in weights(out).values()]) for out in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_field_is_explained_and_every_section_can_be_had(method):
+    module = importlib.import_module(method)
+    own = training.fields(module.Config)
+    assert all(text for _, _, text in own.values())
+    assert set(training.read_yaml(ROOT / "configs" / f"{method}.yaml")) == set(SECTIONS)
+    for section in SECTIONS:
+        cfg = training.config(module.Config, ["--data", section])
+        assert (cfg.method, cfg.data) == (method, section)
+    paper = training.config(module.Config, ["--data", "imagenet"])
+    assert (paper.img_size, paper.patch_size, paper.depth) == (224, 16, 12)
+    assert training.config(module.Config, []).img_size <= 64                    # toy
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_is_quick_and_lists_every_field(method, capsys):
+    begin, module = time.time(), importlib.import_module(method)
+    with pytest.raises(SystemExit) as stop:
+        training.config(module.Config, ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and time.time() - begin < 2
+    assert all(f"--{name.replace('_', '-')}" in text for name in training.fields(module.Config))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_file_stands_alone(method):
+    """It imports none of the other methods, and names neither torch.distributed nor a rank 0."""
+    text = (ROOT / f"{method}.py").read_text()
+    imported = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.M))
+    assert not imported & (set(METHODS) | {"evaluate", "analysis"})
+    assert "torch.distributed" not in text and "rank == 0" not in text
+
+
+# ---- the same run, in other ways -----------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
+        method, run, tmp_path, monkeypatch):
+    """Loss parts, gradient norm and all weights after five steps; another seed is the control."""
+    names = "whole", "two", "killed", "other", "micro"
+    whole, two, killed, other, micro = (tmp_path / name for name in names)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+              "--master_port", str(random.randint(20000, 40000)), f"{method}.py"]
+    process = subprocess.Popen([*launch, *flags(method, "--out", two)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run(method, "--out", whole)
+    run(method, "--out", other, "--seed", 1)
+
+    save = training.Run.save
+    with monkeypatch.context() as patch:
+
+        def save_and_die(self):
+            save(self)
+            if self.step == 2:
+                raise Killed
+
+        patch.setattr(training.Run, "save", save_and_die)
+        with pytest.raises(Killed):
+            run(method, "--out", killed)
+    run(method, "--out", killed, "--resume")
+    assert (killed / "encoder.pt").read_bytes() == (whole / "encoder.pt").read_bytes()
+    assert records(killed) == records(whole) and len(records(whole)) == 5
+    assert vit.load(whole / "encoder.pt", quiet=True).source.method == method
+
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    for one, both in zip(records(whole), records(two), strict=True):
+        assert one.keys() == both.keys()
+        for key in one:
+            assert both[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), (key, one["step"])
+    assert apart(two, whole) < 1e-5
+    assert apart(other, whole) > 1e-2
+
+    try:
+        run(method, "--out", micro, "--accumulate", 2)
+    except ValueError as e:
+        assert "--accumulate" in str(e)
+    else:
+        assert apart(micro, whole) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_cannot_be_is_said_in_a_sentence(method, run, tmp_path):
+    def refused(sentence, *more, **settings):
+        with pytest.raises(ValueError, match=sentence) as error:
+            run(method, *more, **settings)
+        assert "\n" not in str(error.value)
+
+    refused("nothing to resume", "--resume", "--out", tmp_path / "none")
+    refused("not finite", "--out", tmp_path / "lr", "--lr", 1e30, clip=0)
+    assert math.isfinite(records(tmp_path / "lr")[-1]["loss"])
+    run(method, "--steps", 1, "--out", tmp_path / "run")
+    refused("another shape", "--out", tmp_path / "run", "--resume", embed_dim=32)
+    saved = torch.load(tmp_path / "run" / "last.pt")
+    torch.save({**saved, "method": "other"}, tmp_path / "run" / "last.pt")
+    refused(f"is of method other, not {method}", "--out", tmp_path / "run", "--resume")
