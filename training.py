@@ -172,8 +172,8 @@ def config(cls, argv=None):
     cfg = both(**{**values, "out": str(out)})
     cfg.origin = origin
     for name, least in dict(batch_size=1, accumulate=1, log_every=1, epochs=0, steps=0, evals=0,
-                            workers=0, save_every=0, lr=0).items():
-        if not getattr(cfg, name) >= least:                              # nor NaN
+                            workers=0, save_every=0, lr=0, img_size=1, patch_size=1).items():
+        if not getattr(cfg, name, least) >= least:                       # nor NaN
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more")
     return cfg
 
@@ -190,8 +190,16 @@ def main(function):
         if dist.is_initialized():
             os._exit(2)                         # nccl's clean-up would wait for the other processes
         sys.exit(2)
+    leave()
+
+
+def leave():
+    """Of several processes, ends this one when all have come here; without the clean-up of
+    torch.distributed, whose threads now and then abort a process that has done its work."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -270,14 +278,15 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows (n, D) of *all* processes, so that eight normalise as one would
+    """BatchNorm over the rows (..., D) of *all* processes, so that eight normalise as one would
     (torch's SyncBatchNorm has no CPU path). Each process must bring the same number of rows."""
 
     def forward(self, x):
+        rows = x.flatten(0, -2)
         if world_size() == 1 or not self.training:
-            return super().forward(x)
-        n = x.shape[0] * world_size()
-        wide = x.float()
+            return super().forward(rows).view(x.shape)
+        n = rows.shape[0] * world_size()
+        wide = rows.float()
         mean = SumOverProcesses.apply(wide.sum(0)) / n
         var = SumOverProcesses.apply((wide - mean).square().sum(0)) / n     # two passes: exact
         with torch.no_grad():
@@ -285,7 +294,7 @@ class BatchNorm(nn.BatchNorm1d):
             self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
             self.num_batches_tracked += 1
         y = (wide - mean) * (var + self.eps).rsqrt()
-        return (y * self.weight + self.bias if self.affine else y).to(x.dtype)
+        return (y * self.weight + self.bias if self.affine else y).to(x.dtype).view(x.shape)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -485,6 +494,12 @@ class Run:
         self._stopping = bool(flags[1])
         return bool(flags.any()) or self.step + 1 == self.total
 
+    def leave_if_told(self):
+        """Ends the process if it was told to stop: for long work before the first step."""
+        if self._signalled:
+            self.say("told to stop before the first step")
+            sys.exit(0)
+
     def save(self):
         """Writes last.pt: what restore() was given and where the run stands. A kill at any instant
         leaves the last whole file. Raises OSError with a sentence when the disk is full."""
@@ -548,8 +563,7 @@ class Run:
             if self._stopping and self.step < self.total:
                 bar.close()
                 self.say(f"told to stop: saved after step {self.step}; --resume goes on from there")
-                if self.world > 1:
-                    dist.destroy_process_group()
+                leave()
                 sys.exit(0)
         bar.close()
         if self.rank == 0:

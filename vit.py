@@ -486,7 +486,8 @@ LAYOUTS = {
     "DINO full":     Layout("dino", **PAIR),
     "iBOT backbone": Layout("ibot", {"teacher": ""}, drop="masked_embed$", resize="dino"),
     "iBOT full":     Layout("ibot", **PAIR),
-    "MAE":           Layout("mae", {"base": ""}, {"base": {"decoder": "decoder_"}},
+    "MAE":           Layout("mae", {"base": ""}, {"base": {"decoder": "decoder_",
+                                                        "aug_block": "aug_block."}},     # ASL's
                             drop="mask_token$", pos="sincos_col"),
     "BEiT 22k":      Layout("beit", {"base": ""}, pos="none", **HALF,
                             drop=rf"mask_token$|lm_head\.|cls_pt_layers\.|{INDEX}"),
@@ -690,16 +691,19 @@ def _official(path, raw, branch):
             raise ValueError(f"{path} has the keys of {name}, but its positions are not "
                              f"{layout.pos}: another model, whose number of heads may differ")
     blocks = {key.split(".")[1] for key in state if re.match(r"blocks\.\d+\.", key)}
+    told = raw.get("num_heads")                                                # by our full.pt only
     config = dict(
         img_size=side * p, patch_size=p, embed_dim=dim, depth=len(blocks), in_chans=channels,
-        num_heads=(12 if dim < 1024 else 16) if layout.twelve else max(dim // 64, 1),
+        num_heads=told if type(told) is int else (
+            (12 if dim < 1024 else 16) if layout.twelve else max(dim // 64, 1)),
         mlp_ratio=len(state[fc1]) / dim, pos=layout.pos,
         rel_pos="shared" if layout.pos == "none" else None,
         layer_scale=0.1 if "blocks.0.ls1.gamma" in state else None,
         qkv_bias="split" if "blocks.0.attn.q_bias" in state else "fused", resize=layout.resize)
     return name, config, state, dict(
-        branch=branch, method=layout.method, data=None, step=None, mean=layout.mean, std=layout.std,
-        interpolation=layout.interpolation, heads=heads)
+        branch=branch, method=raw.get("method", layout.method), data=raw.get("data"),
+        step=raw.get("step"), mean=layout.mean, std=layout.std, interpolation=layout.interpolation,
+        heads=heads)
 
 
 def recognise(path, raw):

@@ -25,7 +25,10 @@ SECTIONS = ["toy", "cifar10", "imagenet100", "imagenet", "coco"]
 TINY = dict(                                  # whichever of these a method has
     img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.2, hidden=16,
     out_dim=8, bottleneck=8, group=4, local_crops=2, local_size=8, mask_block=8,
-    decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, warmup_epochs=0, freeze_epochs=0)
+    decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, warmup_epochs=0, freeze_epochs=0,
+    masked=8, min_block=2, token_size=16, codes=16, tokenizer_steps=3,
+    layer_scale=4)                            # else a batch norm magnifies the rounding of tokens
+#                                               that hardly differ
 COMMON = ("--data synthetic --batch-size 16 --workers 0 --evals 0 --log-every 1 --steps 5 "
           "--precision fp32 --device cpu --save-every 0").split()
 
@@ -57,13 +60,17 @@ def records(out):
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
+UNSEEN = r"[_.]k\.bias|norm\.bias|head\.mlp\.[03]\.bias|running_mean"
+
+
 def weights(out):
-    """What a checkpoint holds, but for the optimisers' state and the biases of the keys: softmax
-    does not see these, their gradient is rounding noise, and Adam blows noise up to full steps."""
+    """What a checkpoint holds, but for the optimisers' state and what the loss does not see: biases
+    of keys, which cancel in the softmax, and in some methods those that a batch norm takes away.
+    Their gradient is rounding noise, and Adam blows noise up to full steps."""
     found = {}
     for name, state in torch.load(out / "last.pt")["state"].items():
         for key, v in state.items() if "param_groups" not in state else ():
-            if torch.is_tensor(v) and v.is_floating_point():
+            if torch.is_tensor(v) and v.is_floating_point() and not re.search(UNSEEN, key):
                 if key.endswith("qkv.bias"):
                     v.view(3, -1)[1] = 0
                 found[f"{name}.{key}"] = v
@@ -124,8 +131,8 @@ class Killed(BaseException):
 def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
         method, run, tmp_path, monkeypatch):
     """Loss parts, gradient norm and all weights after five steps; another seed is the control."""
-    names = "whole", "two", "killed", "other", "micro"
-    whole, two, killed, other, micro = (tmp_path / name for name in names)
+    names = "whole", "two", "killed", "other", "micro", "plain"
+    whole, two, killed, other, micro, plain = (tmp_path / name for name in names)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
               "--master_port", str(random.randint(20000, 40000)), f"{method}.py"]
     process = subprocess.Popen([*launch, *flags(method, "--out", two)], cwd=ROOT, text=True,
@@ -155,16 +162,22 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
     for one, both in zip(records(whole), records(two), strict=True):
         assert one.keys() == both.keys()
         for key in one:
-            assert both[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), (key, one["step"])
+            rel = 1e-4 if key == "grad_norm" else 1e-5
+            assert both[key] == pytest.approx(one[key], rel=rel, abs=1e-7), (key, one["step"])
     assert apart(two, whole) < 1e-5
     assert apart(other, whole) > 1e-2
 
+    def in_micro_batches(whole, **settings):
+        run(method, "--out", micro, "--accumulate", 2, **settings)
+        assert apart(micro, whole) < 1e-5
+
     try:
-        run(method, "--out", micro, "--accumulate", 2)
+        in_micro_batches(whole)
     except ValueError as e:
         assert "--accumulate" in str(e)
-    else:
-        assert apart(micro, whole) < 1e-5
+        if "--bn-in-head" in str(e):          # without batch norms they are exact
+            run(method, "--out", plain, bn_in_head=False)
+            in_micro_batches(plain, bn_in_head=False)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -174,6 +187,7 @@ def test_what_cannot_be_is_said_in_a_sentence(method, run, tmp_path):
             run(method, *more, **settings)
         assert "\n" not in str(error.value)
 
+    refused("--patch-size must be 1 or more", patch_size=0)
     refused("nothing to resume", "--resume", "--out", tmp_path / "none")
     refused("not finite", "--out", tmp_path / "lr", "--lr", 1e30, clip=0)
     assert math.isfinite(records(tmp_path / "lr")[-1]["loss"])

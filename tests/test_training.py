@@ -165,27 +165,8 @@ class Malicious:
         return os.system, ("touch hacked",)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished")
-    finish(run("--steps", 2, "--out", out))
-    return out
-
-
-def test_resume_with_nothing_to_resume(tmp_path):
-    assert "nothing to resume" in finish(run("--resume", "--out", tmp_path / "none"), code=2)
-
-
-def test_resume_of_another_shape_or_another_method(finished):
-    assert "another shape" in finish(run("--resume", "--out", finished, "--embed-dim", 32), code=2)
-    state = torch.load(finished / "last.pt")
-    torch.save({**state, "method": "dino"}, finished / "last.pt")
-    assert "is of method dino, not mmc" in finish(run("--resume", "--out", finished), code=2)
-    torch.save(state, finished / "last.pt")
-    finish(run("--resume", "--out", finished))  # control
-
-
-def test_a_malicious_checkpoint_is_refused_and_not_executed(finished, tmp_path):
+@pytest.mark.slow
+def test_a_malicious_checkpoint_is_refused_and_not_executed(tmp_path):
     out = tmp_path / "bad"
     out.mkdir()
     (out / "last.pt").write_bytes(pickle.dumps(Malicious()))
@@ -193,7 +174,8 @@ def test_a_malicious_checkpoint_is_refused_and_not_executed(finished, tmp_path):
     assert not (ROOT / "hacked").exists()
 
 
-def test_an_earlier_run_is_kept(finished, tmp_path):
+@pytest.mark.slow
+def test_an_earlier_run_is_kept(tmp_path):
     out = tmp_path / "run"
     finish(run("--steps", 1, "--out", out))
     first = (out / "encoder.pt").read_bytes()
@@ -226,6 +208,7 @@ def test_settings_that_cannot_be(tmp_path, flags, sentence, monkeypatch, capsys)
     assert lines[0].startswith("error: ") and sentence in lines[0]
 
 
+@pytest.mark.slow
 def test_folders_without_images(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("not an image")
@@ -233,12 +216,14 @@ def test_folders_without_images(tmp_path):
     assert "No images under" in said
 
 
+@pytest.mark.slow
 def test_out_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     said = finish(run("--steps", 1, "--out", tmp_path / "file" / "run"), code=2)
     assert "cannot write to" in said and "--out" in said
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_save_leaves_the_last_good_checkpoint(tmp_path):
     finish(run("--steps", 1, "--out", tmp_path))
     good = (tmp_path / "last.pt").read_bytes()
