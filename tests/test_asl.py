@@ -1,0 +1,328 @@
+"""ASL against its equations and against MAE, which it contains; with controls that break each."""
+import inspect
+import signal
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import asl
+import mae
+import rng
+import training
+import vit
+
+SMALL = ("--img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 3 --decoder-embed-dim "
+         "16 --decoder-depth 2 --decoder-num-heads 2").split()
+
+
+def network(*flags, method=asl, seed=0):
+    torch.manual_seed(seed)
+    return method.Network(training.config(method.Config, [*SMALL, *flags]))
+
+
+def batch(B=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(B, 3, 32, 32, generator=g), torch.rand(B, 16, generator=g)
+
+
+def outputs(net, drop=None):
+    """a, b, target, mask of a batch."""
+    x, noise = batch()
+    a, b, mask = net(x, noise, drop)
+    return a, b, asl.targets(x, 8, True), mask
+
+
+def gradients(net, loss):
+    """{name: gradient, None if the loss does not depend on it}, of what is trained."""
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, named.values(), retain_graph=True, allow_unused=True)
+    return dict(zip(named, found))
+
+
+def patches(seed=0):
+    """Two paintings (B, N, P) and a mask, of numbers only."""
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 3, 16, 192, generator=g)
+    return a, b, torch.rand(3, 16, generator=g) < 0.75
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def test_value_is_twice_the_mean_absolute_difference_over_the_removed_patches():
+    a, b, mask = patches()
+    expected = sum((a[n, i] - b[n, i]).abs().mean() for n, i in mask.nonzero()) / mask.sum()
+    assert asl.sem_loss(a, b, mask).item() == pytest.approx(2 * expected.item(), rel=1e-5)
+    assert asl.sem_loss(a, a + 0.3, mask).item() == pytest.approx(0.6, rel=1e-4)
+    assert asl.sem_loss(a, a, mask) == 0
+
+
+def test_gradient_is_that_of_the_plain_difference_without_stop_gradients():
+    a, b, mask = patches()
+    a, b = a.requires_grad_(), b.requires_grad_()
+    ours = torch.autograd.grad(asl.sem_loss(a, b, mask), (a, b))
+    plain = torch.autograd.grad(asl.masked_mean((a - b).abs().mean(-1), mask), (a, b))
+    for g, h in zip(ours, plain):
+        assert torch.equal(g, h)
+        assert (g[~mask] == 0).all() and (g[mask] != 0).all()          # visible ones: none
+
+
+def test_visible_patches_do_not_count():
+    a, b, mask = patches()
+    other = torch.where(mask[:, :, None], b, torch.randn_like(b))
+    assert asl.sem_loss(a, b, mask) == asl.sem_loss(a, other, mask) != asl.sem_loss(a, b, ~mask)
+
+
+def test_cosine_alignment_ignores_lengths_which_l1_does_not():
+    a, b, mask = patches()
+    scaled = asl.sem_loss(a, 3 * b, mask, cosine=True)
+    assert torch.allclose(asl.sem_loss(a, b, mask, cosine=True), scaled)
+    assert not torch.allclose(asl.sem_loss(a, b, mask), asl.sem_loss(a, 3 * b, mask))
+    assert asl.sem_loss(a, 2 * a, mask, cosine=True).abs() < 1e-6
+    assert asl.sem_loss(a, -a, mask, cosine=True).item() == pytest.approx(4)
+
+
+# ---- MAE inside ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["random_masking", "Decoder", "official", "patchify", "unpatchify",
+                                  "statistics", "targets", "paint", "masked_mean", "mae_loss"])
+def test_what_is_repeated_from_mae_is_equal(name):
+    assert inspect.getsource(getattr(asl, name)) == inspect.getsource(getattr(mae, name))
+
+
+def test_first_branch_is_mae_and_a_block_that_does_nothing_makes_the_second_one_equal():
+    ours, theirs = network(), network(method=mae)                      # drawn alike, T after them
+    x, noise = batch()
+    pred, mask = theirs(x, noise)
+    a, b, same = ours(x, noise)
+    assert a.shape == b.shape == (3, 17, 192) and torch.equal(mask, same)
+    assert torch.allclose(a[:, 1:], pred, atol=1e-6)
+    assert not torch.allclose(a, b, atol=1e-2)
+    ours.aug_block = nn.Identity()
+    a, b, target, mask = outputs(ours)
+    mae_part, sem = asl.asl_losses(a, b, target, mask)
+    assert torch.allclose(a, b, atol=1e-6) and sem < 1e-6
+    assert mae_part.item() == pytest.approx(mae.mae_loss(pred, target, mask).item(), rel=1e-6)
+
+
+def test_weights_are_maes_and_the_block_and_nothing_else():
+    def names(net):
+        return set(asl.official(net)), {name for name, _ in net.named_buffers()}
+
+    (ours, buffers), (theirs, same) = names(network()), names(network(method=mae))
+    assert buffers == same
+    extra = {f"aug_block.{name}" for name in vit.Block(8, 2).state_dict()}
+    assert ours == theirs | extra and len(extra) == 12
+    assert names(network("--dle")) == names(network(method=mae))
+
+
+# ---- where gradients go --------------------------------------------------------------------------
+
+
+def test_each_term_moves_one_side_only():
+    net = network()
+    a, b, _, mask = outputs(net)
+    to_a = gradients(net, asl.sem_loss(a[:, 1:], b[:, 1:].detach(), mask))
+    assert all(g is None or (g == 0).all() for name, g in to_a.items() if "aug_block" in name)
+    assert to_a["encoder.norm.weight"].abs().sum() > 0
+    to_b = asl.sem_loss(a[:, 1:].detach(), b[:, 1:], mask)
+    assert gradients(net, to_b)["aug_block.norm1.weight"].abs().sum() > 0
+    from_a, = torch.autograd.grad(to_b, a, allow_unused=True, retain_graph=True)
+    assert from_a is None or (from_a == 0).all()
+    net.aug_block = Cut()                                              # the only way to the encoder
+    a, b, _, mask = outputs(net)
+    found = gradients(net, asl.sem_loss(a[:, 1:].detach(), b[:, 1:] + 1, mask))
+    assert found["encoder.norm.weight"] is None or (found["encoder.norm.weight"] == 0).all()
+    assert found["decoder.pred.weight"].abs().sum() > 0
+
+
+class Cut(nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
+def test_block_starts_as_maes_blocks_do():
+    for name, p in network().aug_block.named_parameters():
+        if p.ndim == 1:
+            assert (p == float("norm" in name and name.endswith("weight"))).all(), name
+        else:
+            bound = (6 / sum(p.shape))**0.5                            # q, k, v: one matrix
+            assert 0.97 * bound < p.abs().max() <= bound * (1 + 1e-6), name
+
+
+def test_block_learns_from_sem_alone_unless_mae_is_on_both():
+    net = network()
+    found = outputs(net)
+
+    def total(part, **how):
+        grads = gradients(net, asl.asl_losses(*found, **how)[part])
+        return sum(0 if g is None else g.abs().sum().item()
+                   for name, g in grads.items() if name.startswith("aug_block"))
+
+    assert total(0) == 0 < total(1)
+    assert total(0, mae_both=True) > 0
+
+
+def test_mae_on_both_is_the_mean_of_the_branches():
+    a, b, target, mask = outputs(network())
+    both = asl.asl_losses(a, b, target, mask, mae_both=True)[0]
+    first, second = (asl.asl_losses(x, x, target, mask)[0] for x in (a, b))
+    assert torch.allclose(both, (first + second) / 2) and not torch.allclose(first, second)
+
+
+def test_gradient_of_the_loss_is_the_sum_of_its_parts_with_weight_one():
+    net = network()
+    mae_part, sem = asl.asl_losses(*outputs(net))
+    whole, *parts = (gradients(net, x) for x in (mae_part + sem, mae_part, sem))
+    for name, g in whole.items():
+        expected = sum(part[name] for part in parts if part[name] is not None)
+        assert torch.allclose(g, expected, atol=1e-7), name
+    assert training.config(asl.Config, []).sem == 1.0
+
+
+@pytest.mark.parametrize("align_cls", [False, True])
+def test_class_token_is_left_out_unless_asked_for(align_cls):
+    a, b, target, mask = outputs(network())
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    mae_part, sem = asl.asl_losses(a, b, target, mask, align_cls=align_cls, mae_both=True)
+    for g in torch.autograd.grad(mae_part + sem, (a, b)):
+        assert (g[:, 0] != 0).any() == align_cls
+    plain = asl.sem_loss(a[:, 1:], b[:, 1:], mask)
+    extra = 2 * (a[:, 0] - b[:, 0]).abs().mean() if align_cls else 0
+    assert torch.allclose(sem, plain + extra)
+
+
+def test_pixels_under_the_mask_reach_the_target_of_mae_only():
+    net, (x, noise) = network(), batch()
+    mask = asl.random_masking(noise, 0.75)[2]
+    hidden = asl.unpatchify(mask[:, :, None].expand(-1, -1, 192)).bool()
+    other = torch.where(hidden, torch.randn_like(x), x)
+    (mae1, sem1), (mae2, sem2) = (
+        asl.asl_losses(*net(z, noise)[:2], asl.targets(z, 8, True), mask) for z in (x, other))
+    assert sem1 == sem2 and mae1 != mae2
+    a, b, _ = net(torch.where(hidden, x, torch.randn_like(x)), noise)  # the control: visible ones
+    assert asl.sem_loss(a[:, 1:], b[:, 1:], mask) != sem1
+
+
+# ---- the second branch ---------------------------------------------------------------------------
+
+
+def test_dropout_makes_two_versions_and_without_it_both_are_mae():
+    net, drop = network("--dle"), torch.rand(3, 2, 5, 24)
+    x, noise = batch()
+    a, b, _ = net(x, noise)
+    assert torch.allclose(a, b, atol=1e-6)
+    assert torch.allclose(a[:, 1:], network(method=mae)(x, noise)[0], atol=1e-6)
+    first, second, _ = net(x, noise, drop)
+    assert not torch.allclose(first, second, atol=1e-2) and not torch.allclose(first, a, atol=1e-2)
+    swapped = net(x, noise, drop.flip(1))
+    assert torch.allclose(swapped[0], second, atol=1e-6)
+    equal = net(x, noise, drop[:, :1].expand(-1, 2, -1, -1))           # one noise for both passes
+    assert torch.allclose(equal[0], equal[1], atol=1e-6)
+
+
+def test_dropout_drops_its_share_of_the_embedded_patches_and_keeps_their_mean(monkeypatch):
+    net, seen = network("--dle", "--dropout", "0.25"), []
+    embed = net.encoder.embed
+    monkeypatch.setattr(net.encoder, "embed", lambda *args: (torch.ones_like(embed(*args)[0]), 0))
+    net.encoder.blocks[0].register_forward_hook(lambda module, x, y: seen.append(x[0]))
+    x, noise = batch(64)
+    net(x, noise, torch.rand(64, 2, 5, 24))
+    assert seen[0].unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (seen[0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert not torch.equal(seen[0][:64], seen[0][64:])
+
+
+@pytest.mark.parametrize("dle, cost", [("false", 1.59), ("true", 2.0)])
+def test_cost_of_vit_b_beside_mae_is_the_papers(dle, cost):
+    def flops(method, *flags):
+        cfg = training.config(method.Config, ["--data", "imagenet", *flags])
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            method.Network(cfg)(torch.empty(1, 3, 224, 224), torch.empty(1, 196))
+        return counter.get_total_flops()
+
+    base = flops(mae)
+    assert base / 2e9 == pytest.approx(4.3 + 5.4, abs=0.2)             # multiply-adds
+    assert flops(asl, "--dle", dle) / base == pytest.approx(cost, abs=0.02)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """run(out, *flags): one step, in this process, whose signals stay its own."""
+    def main(out, *flags):
+        monkeypatch.setattr(sys, "argv", [
+            "asl.py", *SMALL, "--data", "synthetic", "--steps", "1", "--batch-size", "8",
+            "--device", "cpu", "--out", str(out), *flags])
+        asl.main()
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return main
+
+
+@pytest.mark.parametrize("flags", ["", "--dle", "--sem 0.5 --align-cls --mae-both"])
+def test_steps_of_a_run_are_those_of_the_recipe(flags, run, tmp_path, monkeypatch):
+    """Two steps written out: mask and dropout by seed, epoch and image; eq. 11; AdamW."""
+    parts, micro_batches = [], training.Run.micro_batches
+
+    def spy(self, batch):
+        for part in micro_batches(self, batch):
+            parts.append(part)
+            yield part
+
+    monkeypatch.setattr(training.Run, "micro_batches", spy)
+    run(tmp_path, *"--steps 2 --warmup-epochs 0 --lr 0.3 --precision fp32 --evals 0".split(),
+        *flags.split())
+    net, ablation = network(*flags.split()), "--sem" in flags
+    opt = torch.optim.AdamW(training.decay_groups(net, 0.05), betas=(0.9, 0.95))
+    for part, share in zip(parts, (1, 0.5), strict=True):
+        training.set_lr(opt, share * 0.3 * 8 / 256)
+        noise, drop = (rng.uniform(part.index, shape, 0, part.epoch, what)
+                       for shape, what in ((16, "mask"), ((2, 5, 24), "dropout")))
+        a, b, mask = net(part.views[0], noise, drop)
+        target = asl.targets(part.views[0], 8, True)
+        mae_part, sem = asl.asl_losses(a, b, target, mask,
+                                        align_cls=ablation, mae_both=ablation)
+        opt.zero_grad()
+        (mae_part + (0.5 if ablation else 1) * sem).backward()
+        opt.step()
+    found = torch.load(tmp_path / "last.pt", weights_only=True)["state"]["model"]
+    for name, x in net.state_dict().items():
+        if not name.endswith("qkv.bias"):                              # a key's is rounding noise
+            assert (found[name] - x).norm() < 1e-4 * x.norm(), name
+
+
+def test_encoder_leaves_without_the_block_which_only_the_full_checkpoint_has(run, tmp_path):
+    run(tmp_path)
+    encoder, full = (vit.load(tmp_path / name, quiet=True) for name in ("encoder.pt", "full.pt"))
+    assert not any("aug_block" in name for name in vit.read(tmp_path / "encoder.pt")["model"])
+    assert set(full.source.heads) == {"decoder", "aug_block"} and full.source.method == "asl"
+    x = batch()[0]
+    assert torch.equal(encoder(x), full(x))
+    vit.Block(24, 3).load_state_dict(full.source.heads["aug_block"])
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--dle --dropout 0", "a rate between 0 and 1"),
+    ("--dle --dropout nan", "a rate between 0 and 1"),
+    ("--sem 0", "nothing is asked of the second branch"),
+    ("--mask-ratio 1", "at least one must stay"),
+])
+def test_settings_that_cannot_be_are_one_sentence(flags, sentence, run, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        run(tmp_path, *flags.split())
+
+
+def test_settings_are_maes_where_the_paper_names_no_others():
+    for name in ("toy", "cifar10", "imagenet100", "coco"):
+        ours, theirs = (training.config(method.Config, ["--data", name]) for method in (asl, mae))
+        assert {k: v for k, v in vars(ours).items() if k in vars(theirs)} == {
+            **vars(theirs), "method": "asl", "out": f"out/asl-{name}", "origin": ours.origin}
+    cfg = training.config(asl.Config, ["--data", "imagenet"])
+    assert (cfg.dle, cfg.align_cls, cfg.mae_both, cfg.norm_pix) == (False, False, False, True)
