@@ -1,0 +1,293 @@
+"""SimMIM against the arithmetic and the recorded values of the official ViT-B."""
+
+import copy
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rng
+import simmim
+import training
+import vit
+
+TINY = """--img-size 32 --patch-size 4 --mask-block 8 --embed-dim 24 --depth 3 --num-heads 2
+          --drop-path 0 --batch-size 8""".split()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def config(*flags):
+    return training.config(simmim.Config, [*TINY, *flags])
+
+
+def network(*flags):
+    return simmim.Network(config(*flags))
+
+
+def example(cfg, B=4):
+    """Images, their masks by patch and by pixel."""
+    mask = simmim.draw_mask(torch.arange(B), cfg, 0, 0)
+    return torch.randn(B, 3, 32, 32), mask, simmim.enlarge(mask, cfg.patch_size)
+
+
+# ---- the mask ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, patch, block, hidden", [(224, 16, 32, 120), (192, 16, 32, 88),
+                                                        (32, 4, 8, 40)])
+def test_every_image_hides_as_many_patches_in_whole_blocks(size, patch, block, hidden):
+    cfg = config("--img-size", str(size), "--patch-size", str(patch), "--mask-block", str(block))
+    mask = simmim.draw_mask(torch.arange(64), cfg, 0, 0)
+    assert mask.shape == (64, size // patch, size // patch)
+    assert (mask.sum((1, 2)) == hidden).all()
+
+    def share_of_whole_squares(mask):
+        mean = F.avg_pool2d(mask[:, None].float(), block // patch)
+        return ((mean == 0) | (mean == 1)).float().mean()
+
+    assert share_of_whole_squares(mask) == 1
+    assert share_of_whole_squares(mask.roll(1, 2)) < 1                        # off by one patch
+
+
+def test_blocks_are_hidden_equally_often_and_anew_in_every_epoch():
+    cfg, index = config(), torch.arange(4000)
+    mask = simmim.draw_mask(index, cfg, 0, 0)
+    assert (mask.float().mean(0) - 10 / 16).abs().max() < 0.03                # 4 deviations: 0.031
+    assert not torch.equal(mask, simmim.draw_mask(index, cfg, 0, 1))
+    assert torch.equal(mask[7:9], simmim.draw_mask(index[7:9], cfg, 0, 0))
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_mean_error_over_hidden_values():
+    x, _, hidden = example(config())
+    y = torch.randn_like(x)
+    inside = hidden[:, None].expand_as(x)
+    loss = simmim.rec_loss(y, x, hidden)
+    assert loss.item() == pytest.approx((x - y)[inside].abs().mean().item(), rel=1e-5)
+    assert simmim.rec_loss(x - 0.7, x, hidden).item() == pytest.approx(0.7, rel=1e-5)
+    official = ((x - y).abs() * hidden[:, None]).sum() / (hidden.sum() + 1e-5) / 3
+    assert loss.item() == pytest.approx(official.item(), rel=1e-5)
+    y = torch.where(inside, y, x)
+    assert simmim.rec_loss(y, x, hidden) == loss != (x - y).abs().mean()
+    assert simmim.rec_loss(torch.where(inside, x, y), x, hidden) == 0
+
+
+def test_gradient_is_a_sign_at_hidden_pixels_and_zero_elsewhere():
+    x, _, hidden = example(config())
+    y = torch.randn_like(x).requires_grad_()
+    simmim.rec_loss(y, x, hidden).backward()
+    expected = (y - x).sign() * hidden[:, None] / (3 * hidden.sum())
+    assert torch.allclose(y.grad, expected, atol=1e-9)
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
+
+def test_parameter_counts_are_the_published_ones():
+    cfg = training.config(simmim.Config, ["--data", "imagenet"])
+    with torch.device("meta"):
+        net = simmim.Network(cfg)
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in
+             (("encoder", net.backbone), ("head", net.decoder), ("all", net))}
+    assert count["encoder"] + net.mask_token.numel() == 85_666_128
+    assert (count["head"], count["all"]) == (590_592, 86_256_720)
+    assert all(p.requires_grad for p in net.parameters())
+    assert net.backbone.rel_pos_bias.relative_position_bias_table.shape == (732, 12)
+
+
+def test_encoder_does_not_see_hidden_pixels():
+    net, (x, mask, hidden) = network(), example(config())
+    noise = torch.randn_like(x)
+    y = net(x, mask)
+    assert torch.equal(y, net(torch.where(hidden[:, None], noise, x), mask))
+    assert not torch.equal(y, net(torch.where(hidden[:, None], x, noise), mask))
+
+
+def test_head_lays_out_colours_then_rows_then_columns():
+    net, (x, mask, _) = network(), example(config())
+    _, patches = net.backbone.split(net.backbone(x, mask=mask.flatten(1),
+                                                 mask_token=net.mask_token))
+    numbers = F.linear(patches, net.decoder[0].weight.flatten(1), net.decoder[0].bias)
+    y, p = net(x, mask), 4
+    for row, column in ((0, 0), (2, 5), (7, 1)):
+        patch = y[:, :, p * row:p * row + p, p * column:p * column + p]
+        ours = numbers[:, 8 * row + column]
+        assert torch.allclose(patch, ours.view(-1, 3, p, p), atol=1e-6)
+        mae = ours.view(-1, p, p, 3).permute(0, 3, 1, 2)
+        assert not torch.allclose(patch, mae, atol=1e-3)
+
+
+def test_initial_weights_are_the_official_ones():
+    net = network("--embed-dim", "96", "--num-heads", "3")
+    assert not net.backbone.rel_pos_bias.relative_position_bias_table.any()
+    for number, block in enumerate(net.backbone.blocks, 1):
+        assert (block.ls1.gamma == 0.1).all() and (block.ls2.gamma == 0.1).all()
+        assert 0.0199 < block.attn.qkv.weight.abs().max() <= 0.02
+        bound = 0.02 / math.sqrt(2 * number)
+        for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+            assert 0.99 * bound < weight.abs().max() <= bound * (1 + 1e-6)
+    for token in (net.mask_token, net.backbone.cls_token):
+        assert 0.018 < token.abs().max() <= 0.02
+        assert 0.008 < token.std() < 0.014                                    # one sigma: 0.0108
+    bound = 1 / math.sqrt(96)                                                 # library default
+    assert 0.99 * bound < net.decoder[0].weight.abs().max() <= bound
+    assert net.decoder[0].bias.any()
+
+
+def test_a_fresh_network_takes_patches_for_a_set_until_the_table_is_filled():
+    net, (x, mask, _) = network(), example(config())
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+
+    def shuffle(x):                                                  # patches of an image, by order
+        patches = F.unfold(x, 4, stride=4)[:, :, order]
+        return F.fold(patches, (32, 32), 4, stride=4)
+
+    def moved():
+        one = F.unfold(net(x, mask), 4, stride=4)[:, :, order]
+        two = F.unfold(net(shuffle(x), mask.flatten(1)[:, order].view_as(mask)), 4, stride=4)
+        return (one - two).abs().max()
+
+    assert moved() < 1e-5
+    torch.nn.init.normal_(net.backbone.rel_pos_bias.relative_position_bias_table)
+    assert moved() > 1e-3
+
+
+def test_full_checkpoint_is_read_as_the_official_one(tmp_path):
+    net = network()
+    torch.nn.init.normal_(net.backbone.rel_pos_bias.relative_position_bias_table)
+    state = simmim.official(net)
+    assert {"encoder.mask_token", "encoder.cls_token", "encoder.blocks.0.gamma_1",
+            "encoder.blocks.2.attn.v_bias", "encoder.norm.weight", "decoder.0.weight",
+            "encoder.rel_pos_bias.relative_position_bias_table"} <= state.keys()
+    torch.save({"model": state, "num_heads": 2}, tmp_path / "full.pt")
+    loaded = vit.load(tmp_path / "full.pt", quiet=True)
+    x = torch.randn(2, 3, 32, 32)
+    assert loaded.source.layout == "SimMIM"
+    assert torch.equal(loaded(x), net.eval().backbone(x))
+
+
+def test_relative_positions_have_the_recorded_rows():
+    index = vit.relative_index((14, 14))
+    recorded = {(0, 0): 731, (0, 1): 729, (1, 0): 730, (1, 1): 364, (1, 2): 363, (2, 1): 365,
+                (1, 15): 337}
+    assert {at: index[at].item() for at in recorded} == recorded
+
+
+def test_a_key_bias_would_change_nothing():
+    net, (x, mask, _) = network(), example(config())
+    fused = copy.deepcopy(net)
+    for block in fused.backbone.blocks:
+        attention, D = block.attn, 24
+        attention.split = False
+        attention.qkv.bias = torch.nn.Parameter(torch.zeros(3 * D))
+    y = net(x, mask)
+    assert torch.allclose(y, fused(x, mask), atol=1e-6)
+    for part, same in ((slice(24, 48), True), (slice(0, 24), False)):         # key; query: control
+        with torch.no_grad():
+            for block in fused.backbone.blocks:
+                block.attn.qkv.bias[part] = torch.randn(24)
+            torch.nn.init.normal_(fused.backbone.rel_pos_bias.relative_position_bias_table)
+            net.backbone.load_state_dict(fused.backbone.state_dict(), strict=False)
+        assert torch.allclose(net(x, mask), fused(x, mask), atol=1e-5) == same
+
+
+# ---- the recipe ----------------------------------------------------------------------------------
+
+
+def test_every_parameter_gets_a_gradient():
+    net, (x, mask, hidden) = network("--drop-path", "0.1"), example(config())
+    simmim.rec_loss(net(x, mask), x, hidden).backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert net.backbone.cls_token.grad.any() and net.mask_token.grad.any()
+    assert net.backbone.rel_pos_bias.relative_position_bias_table.grad.any()
+
+
+def test_what_decays_is_what_the_official_optimiser_decays():
+    net = network()
+    decayed, free = simmim.decay_groups(net, 0.05)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+    names = {p: name for name, p in net.named_parameters()}
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    outside = {names[p] for p in decayed["params"] if "blocks" not in names[p]}
+    assert outside == {"mask_token", "backbone.patch_embed.proj.weight", "decoder.0.weight",
+                       "backbone.rel_pos_bias.relative_position_bias_table"}
+    inside = {names[p].split(".", 3)[3] for p in decayed["params"] if "blocks" in names[p]}
+    assert inside == {f"{layer}.weight" for layer in ("attn.qkv", "attn.proj", "mlp.fc1",
+                                                      "mlp.fc2")}
+
+
+def test_learning_rate_rises_stays_and_drops():
+    cfg = training.config(simmim.Config, ["--data", "imagenet"])
+
+    def at(epoch):
+        return simmim.schedule(10 * epoch, 8000, 100, cfg)
+
+    assert [at(0), at(10), at(699.9)] == pytest.approx([2e-6, 4e-4, 4e-4])    # batch 2048
+    assert at(5) == pytest.approx((2e-6 + 4e-4) / 2)
+    assert [at(700), at(799)] == pytest.approx([4e-5, 4e-5])
+
+
+def test_view_and_defaults_are_the_published_ones():
+    cfg = training.config(simmim.Config, ["--data", "imagenet"])
+    view, = simmim.views(cfg)
+    assert (view.size, view.scale, view.interpolation) == (224, (0.67, 1.0), "bilinear")
+    assert (view.jitter_p, view.grey_p, view.blur_p, view.solarize_p) == (0, 0, 0, 0)
+    assert (cfg.epochs, cfg.batch_size, cfg.lr, cfg.weight_decay, cfg.clip, cfg.drop_path,
+            cfg.mask_ratio, cfg.mask_block) == (800, 2048, 1e-4, 0.05, 5.0, 0.1, 0.6, 32)
+
+
+def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
+    """Two steps written out: mask and drop path by seed, epoch and image; loss; clip; AdamW."""
+    recipe = "--drop-path 0.5 --warmup-epochs 0 --lr 0.2 --drop-at 0.5 --clip 0.01".split()
+    parts, micro_batches = [], training.Run.micro_batches
+
+    def spy(self, batch):
+        for part in micro_batches(self, batch):
+            parts.append(part)
+            yield part
+
+    monkeypatch.setattr(training.Run, "micro_batches", spy)
+    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", [
+        "", *TINY, *recipe, *"--data synthetic --steps 2 --evals 0 --precision fp32".split(),
+        "--device", "cpu", "--out", str(tmp_path)])
+    simmim.main()
+    torch.manual_seed(0)
+    cfg = config(*recipe)
+    net = simmim.Network(cfg)
+    opt = torch.optim.AdamW(simmim.decay_groups(net, 0.05))
+    for part, share in zip(parts, (1, 0.1), strict=True):
+        training.set_lr(opt, share * 0.2 * 8 / 512)
+        x, mask = part.views[0], simmim.draw_mask(part.index, cfg, 0, part.epoch)
+        drop = rng.uniform(part.index, 6, 0, part.epoch, "drop")
+        opt.zero_grad()
+        simmim.rec_loss(net(x, mask, drop), x, simmim.enlarge(mask, 4)).backward()
+        assert torch.nn.utils.clip_grad_norm_(net.parameters(), 0.01) > 0.02
+        opt.step()
+    found = torch.load(tmp_path / "last.pt", weights_only=True)["state"]["model"]
+    for name, x in net.state_dict().items():
+        assert (found[name] - x).norm() < 1e-4 * x.norm(), name
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--mask-block 12", "must tile the image of 32"),
+    ("--mask-block 16 --patch-size 32", "patches of 32 the blocks"),
+    ("--mask-ratio 0", "at least one must be hidden"),
+    ("--mask-ratio 0.99", "of the 16 blocks"),
+    ("--mask-ratio nan", "of the 16 blocks"),
+    ("--mask-ratio inf", "of the 16 blocks"),
+    ("--mask-block 0", "must tile the image of 32"),
+])
+def test_settings_that_cannot_be(flags, sentence, monkeypatch):
+    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["", *TINY, *flags.split()])
+    with pytest.raises(ValueError, match=sentence):
+        simmim.main()
