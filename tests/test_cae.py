@@ -1,0 +1,400 @@
+"""CAE against the published arithmetic: who sees what, where gradients stop, what a block does."""
+
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import beit
+import cae
+import data
+import tokenizer
+import training
+import vit
+
+TINY = """--img-size 32 --patch-size 4 --embed-dim 24 --depth 2 --num-heads 2 --drop-path 0
+          --regressor-depth 2 --decoder-depth 2 --batch-size 8 --masked 32 --min-block 5
+          --token-size 32 --codes 16""".split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The networks are so small that threads cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(*flags):
+    return training.config(cae.Config, [*TINY, *flags])
+
+
+def network(*flags, K=16, scramble=True):
+    """A small network in eval mode; every trained parameter random, so that none is overlooked."""
+    torch.manual_seed(0)
+    net = cae.CAE(config(*flags), K)
+    if scramble:
+        with torch.no_grad():
+            for p in net.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * 0.1)
+    return net.eval()
+
+
+def example(B=4):
+    """Images, masks, numbers of visible and hidden patches."""
+    x = torch.randn(B, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mask = cae.draw_mask(torch.arange(B), config(), 0, 0)
+    return x, mask, *cae.parted(mask, 32)
+
+
+def words(*shape):
+    return torch.randint(16, shape, generator=torch.Generator().manual_seed(0))
+
+
+# ---- the mask ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, count, least", [(14, 98, 16), (8, 32, 5), (4, 8, 2), (16, 128, 21)])
+def test_every_mask_hides_the_same_number_of_patches_within_its_attempts(size, count, least):
+    cfg = config("--img-size", str(4 * size), "--masked", str(count), "--min-block", str(least))
+    mask = cae.draw_mask(torch.arange(1000), cfg, 0, 0)
+    assert (mask.sum(1) == count).all()
+    often = mask.float().mean(0)
+    assert (often > 0.03).all()                                               # anywhere
+    corners = often[[0, size - 1, -size, -1]]                 # the first, too, not to fill up
+    assert corners.max() - corners.min() < 0.1
+    assert torch.equal(mask[5:9], cae.draw_mask(torch.arange(5, 9), cfg, 0, 0))
+    assert not torch.equal(mask, cae.draw_mask(torch.arange(1000), cfg, 0, 1))
+
+
+def test_masks_are_blocks():
+    def borders(mask):
+        return sum((a != b).flatten(1).sum(1).float().mean() for a, b in (
+            (mask[:, 1:], mask[:, :-1]), (mask[:, :, 1:], mask[:, :, :-1])))
+
+    cfg = config("--img-size", "224", "--patch-size", "16", "--masked", "98", "--min-block", "16")
+    mask = cae.draw_mask(torch.arange(1000), cfg, 0, 0)
+    scattered = torch.rand(1000, 196).argsort(1) < 98
+    assert borders(mask.view(-1, 14, 14)) < 0.5 * borders(scattered.view(-1, 14, 14))
+
+
+def test_no_rectangle_spans_a_side_and_attempts_that_run_out_are_made_up_for():
+    wide = (0.9, 0.0, 0.0, 0.0)                              # 5 x 17 patches: fails
+    once = (0.0, 0.5, 0.5, 0.5)                              # 4 x 4
+    assert cae.block_mask([wide], 14, 98, 16).flatten()[:98].all()
+    mask = cae.block_mask([wide, once], 14, 98, 16)
+    assert mask[5:9, 5:9].all() and mask.sum() == 98
+
+
+def test_masks_are_beits_but_for_never_giving_up():
+    u = torch.rand(200, 400, 4, generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [(beit.block_mask(v, 14, 75, 16), cae.block_mask(v, 14, 75, 16)) for v in u]
+    done = [torch.equal(a, b) for a, b in pairs if a.sum() == 75]
+    assert all(done) and 100 < len(done) < 200
+    assert all((b | ~a).all() and b.sum() == 75 for a, b in pairs)
+
+
+def test_visible_and_hidden_patches_are_numbered_row_by_row():
+    mask = cae.draw_mask(torch.arange(4), config(), 0, 0)
+    visible, hidden = cae.parted(mask, 32)
+    for b in range(4):
+        assert hidden[b].tolist() == mask[b].nonzero()[:, 0].tolist()
+        assert visible[b].tolist() == (~mask[b]).nonzero()[:, 0].tolist()
+
+
+# ---- who sees what -------------------------------------------------------------------------------
+
+
+def test_guesses_do_not_know_hidden_pixels_and_targets_do_not_know_visible_ones():
+    net, (x, mask, visible, hidden) = network(), example()
+    gone = mask.view(-1, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    other = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    logits, zhat, zbar = net(x, visible, hidden)
+    assert logits.shape == (4, 32, 16) and zhat.shape == zbar.shape == (4, 32, 24)
+    new = net(torch.where(gone, other, x), visible, hidden)
+    assert torch.equal(new[0], logits) and torch.equal(new[1], zhat)
+    assert not torch.equal(new[2], zbar)
+    new = net(torch.where(gone, x, other), visible, hidden)
+    assert torch.equal(new[2], zbar) and not torch.equal(new[0], logits)
+
+
+def test_the_target_is_the_encoder_on_hidden_patches_and_class_token_alone():
+    net, (x, _, visible, hidden) = network(), example()
+    tokens = net.encoder(x, keep=hidden)
+    assert tokens.shape == (4, 1 + 32, 24)
+    _, _, zbar = net(x, visible, hidden)
+    assert torch.equal(zbar, tokens[:, 1:])
+    whole = net.encoder(x)[:, 1:].gather(1, hidden[:, :, None].expand(-1, -1, 24))
+    assert not torch.allclose(zbar, whole, atol=1e-2)                         # another method
+
+
+def test_hidden_patches_may_come_in_any_order_and_visible_ones_too():
+    net, (x, _, visible, hidden) = network(), example()
+    logits, zhat, zbar = net(x, visible, hidden)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    for new, old in zip(net(x, visible, hidden[:, order]), (logits, zhat, zbar)):
+        assert torch.allclose(new, old[:, order], atol=1e-5)
+        assert not torch.allclose(new, old, atol=1e-2)
+    assert torch.allclose(net(x, visible[:, order], hidden)[1], zhat, atol=1e-5)
+
+
+def test_positions_tell_the_regressor_and_the_decoder_where_patches_are():
+    net, (x, _, visible, hidden) = network(), example()
+    pos, z_v = net.encoder.pos_embed[0, 1:], net.represent(x, visible)
+    seen, zhat = [], net.regress(z_v, pos[hidden], pos[visible])
+    assert torch.equal(zhat, net(x, visible, hidden)[1])
+    assert torch.equal(net.decode(zhat, pos[hidden]), net(x, visible, hidden)[0])
+    net.decoder[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    net.decode(zhat, pos[hidden])
+    assert torch.equal(seen[0], zhat + pos[hidden])
+
+
+# ---- where gradients stop ------------------------------------------------------------------------
+
+
+def test_gradients_reach_all_that_is_trained_and_none_goes_through_the_target():
+    net, (x, _, visible, hidden) = network().train(), example()
+    dvae = tokenizer.Small("vq", 16, 4, width=8).requires_grad_(False)
+    labels = dvae.ids(x).gather(1, hidden)
+    logits, zhat, zbar = net(x, visible, hidden)
+    assert zhat.requires_grad and not zbar.requires_grad
+
+    def gradients(loss):
+        grads = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads)]
+
+    trained = [p for p in net.parameters() if p.requires_grad]
+    tokens, align = cae.token_loss(logits, labels), cae.align_loss(zhat, zbar)
+    both = gradients(tokens + 2 * align)
+    constant = gradients(tokens + 2 * cae.align_loss(zhat, zbar.clone().detach()))
+    assert all(torch.equal(a, b) for a, b in zip(both, constant))
+    names = [name for name, p in net.named_parameters() if p.requires_grad]
+    for name, g in zip(names, both):
+        if name.endswith("norm1_k.bias"):                    # cancels in the softmax
+            assert g.abs().max() < 1e-6
+        else:
+            assert g.abs().max() > 1e-6, name
+    assert {"encoder.cls_token", "mask_token", "regressor.0.cross_attn.q.bias"} <= set(names)
+    assert "encoder.pos_embed" not in names
+
+    through = cae.align_loss(zhat, net.represent(x, hidden))                  # control: no stop
+    assert not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(
+        gradients(through), gradients(align)))
+
+    alone, more = gradients(tokens), gradients(tokens + 4 * align)            # lambda is linear
+    for a, b, c in zip(alone, both, more):
+        assert torch.allclose(c - b, b - a, atol=1e-5)
+    assert not all(torch.equal(a, b) for a, b in zip(alone, both))
+
+
+# ---- blocks --------------------------------------------------------------------------------------
+
+
+def wave(shape, s, amp):
+    k = torch.arange(math.prod(shape), dtype=torch.float64)
+    return amp * torch.sin(0.7 * k + s).view(shape)
+
+
+def test_regressor_block_gives_the_official_numbers():
+    block = cae.RegressorBlock(8, 2, 0.1).double()
+    names = """ls1.gamma ls2.gamma norm1_q.weight norm1_q.bias norm1_k.weight norm1_k.bias
+        norm1_v.weight norm1_v.bias norm2.weight norm2.bias cross_attn.q.bias cross_attn.v.bias
+        cross_attn.q.weight cross_attn.k.weight cross_attn.v.weight cross_attn.proj.weight
+        cross_attn.proj.bias mlp.fc1.weight mlp.fc1.bias mlp.fc2.weight mlp.fc2.bias""".split()
+    state = block.state_dict()
+    assert set(names) == set(state)
+    block.load_state_dict({
+        name: wave(state[name].shape, s, 0.5) + float("norm" in name and name.endswith("weight"))
+        for s, name in enumerate(names, 1)})
+    x, z_v, pos, pos_v = (wave((1, n, 8), s, 1.0) for n, s in ((2, 30), (3, 31), (2, 32), (3, 33)))
+    expected = torch.tensor([
+        [3.465320, -2.491871, -0.810744, -1.996437, 6.550590, -3.045472, 0.420104, 2.785111],
+        [2.327857, -1.064666, -0.423534, -5.153805, 8.577475, -3.358129, 1.814080, 2.514145]],
+        dtype=torch.float64)
+    assert torch.allclose(block(x, z_v, pos, pos_v)[0], expected, atol=1e-6)
+    assert not torch.allclose(block(x, z_v, pos_v[:, :2], pos_v)[0], expected, atol=1e-2)
+
+
+def regressor_example():
+    torch.manual_seed(0)
+    block = network().regressor[0]
+    return block, *(torch.randn(2, n, 24) for n in (5, 7, 5, 7))              # x, z_v, pos, pos_v
+
+
+def test_regressor_block_goes_on_from_the_normalised_stream():
+    block, x, z_v, pos, pos_v = regressor_example()
+    with torch.no_grad():
+        block.ls1.gamma.zero_(), block.ls2.gamma.zero_()
+    out = block(x, z_v, pos, pos_v)
+    assert torch.equal(out, block.norm2(x)) and torch.equal(out, block(x, 0 * z_v, pos, pos_v))
+    assert not torch.allclose(out, x, atol=1e-1)                              # a pre-norm block
+
+
+def test_positions_do_not_enter_the_values():
+    block, x, z_v, pos, pos_v = regressor_example()
+    before = block(x, z_v, pos, pos_v)
+    assert not torch.allclose(before, block(x, z_v, pos + 1, pos_v * 2), atol=1e-4)
+    with torch.no_grad():
+        block.cross_attn.k.weight.zero_()                                     # all keys alike
+    assert torch.equal(block(x, z_v, pos, pos_v), block(x, z_v, pos + 1, pos_v * 2))
+
+
+def test_the_regressor_looks_at_visible_patches_and_hidden_queries(monkeypatch):
+    net, (x, _, visible, hidden) = network(), example()
+    keys = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask=None: (
+        keys.append((q.shape[2], k.shape[2])), attend(q, k, v, attn_mask))[1])
+    pos = net.encoder.pos_embed[0, 1:]
+    net.regress(net.represent(x, visible), pos[hidden], pos[visible])
+    assert keys[-2:] == [(32, 64), (32, 64)]                                  # all N patches
+    block, x, z_v, pos, pos_v = regressor_example()
+    other = torch.cat([x[:, :1], -x[:, 1:]], 1)
+    first = block(x, z_v, pos, pos_v)[:, 0]
+    assert not torch.allclose(first, block(other, z_v, pos, pos_v)[:, 0], atol=1e-4)
+
+
+def test_drop_path_of_each_part_follows_handed_noise():
+    net, (x, _, visible, hidden) = network("--drop-path", "0.5").train(), example()
+    assert net.draws == [4, 4, 4, 4]
+    keep = torch.full((4, 16), 0.99)
+    kept = net(x, visible, hidden, keep)
+    outputs = (True, True, False), (False, False, True), (True, True, False), (True, False, False)
+    for part, changed in enumerate(outputs):                 # logits, zhat, zbar
+        drop = keep.clone()
+        drop[:, 4 * part + 2:4 * part + 4] = 0.1             # both branches of its second block
+        new = net(x, visible, hidden, drop)
+        assert [not torch.equal(a, b) for a, b in zip(new, kept)] == list(changed)
+    first, second = net.factors(keep[:, :4], 2)
+    assert (first == 1).all() and (second == 2).all()        # 1 / (1 - 0.5)
+    assert net.eval().factors(keep[:, :4], 2) == [None, None]
+
+
+# ---- a step of training --------------------------------------------------------------------------
+
+
+def train(monkeypatch, out, *flags):
+    """A run on 16 images in this process -> the last call of each function of interest."""
+    calls, pixels = {}, torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def watched(*args, **named):
+            result = real(*args, **named)
+            calls[name] = args, named, result
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in ((cae, "draw_mask"), (cae.CAE, "forward"), (training.Run, "backward"),
+                        (tokenizer.Tokenizer, "ids")):
+        watch(owner, name)
+    monkeypatch.setattr(data, "load", lambda *_: data.Images("noise", "train", pixels=pixels))
+    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(training, "measure_peak", lambda *_: 1e12)
+    monkeypatch.setattr(sys, "argv", ["cae.py", *TINY, *"""--workers 0 --evals 0 --device cpu
+        --precision fp32 --tokenizer-steps 1 --warmup-epochs 1 --out""".split(), str(out), *flags])
+    cae.main()
+    return calls
+
+
+def test_a_step_puts_the_pieces_together(monkeypatch, tmp_path):
+    calls = train(monkeypatch, tmp_path / "run", *"--steps 3 --clip 2 --lr 1e-3 --align 2".split())
+    (index, _, *key), _, mask = calls["draw_mask"]
+    (_, x, visible, hidden, _), _, (logits, zhat, zbar) = calls["forward"]
+    assert key == [0, 1]                                      # seed, second epoch: two steps each
+    for mine, drawn in zip((visible, hidden), cae.parted(mask, 32)):
+        assert torch.equal(mine, drawn)
+    (_, view), _, ids = calls["ids"]
+    assert x.shape == view.shape == (8, 3, 32, 32) and not torch.equal(x, view)
+    labels = torch.stack([ids[b, hidden[b]] for b in range(8)])
+    (_, loss, opt), how, _ = calls["backward"]
+    assert torch.allclose(loss, cae.token_loss(logits, labels) + 2 * cae.align_loss(zhat, zbar))
+    assert how == {"clip": 2.0}
+    assert [group["weight_decay"] for group in opt.param_groups] == [0.05, 0.0]
+    assert {p.ndim for p in opt.param_groups[1]["params"]} == {1}
+    assert {group["lr"] for group in opt.param_groups} == {1e-3}              # warm-up is over
+
+
+def test_tokenizer_sees_the_crop_of_the_network():
+    x, u = cae.views(config("--img-size", "64"))
+    assert (x.size, u.size, x.interpolation, u.interpolation) == (64, 32, "bicubic", "lanczos")
+    assert u.like == 0 and x.scale == u.scale and (x.flip, x.jitter_p) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("masked, least", [(64, 5), (0, 0), (4, 5)])
+def test_masks_that_cannot_be_get_a_sentence(masked, least, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="some must be hidden"):
+        train(monkeypatch, tmp_path, "--masked", str(masked), "--min-block", str(least))
+
+
+# ---- at the start --------------------------------------------------------------------------------
+
+
+def test_network_has_the_published_numbers_of_parameters():
+    cfg = training.config(cae.Config, ["--data", "imagenet"])
+    with torch.device("meta"):
+        net = cae.CAE(cfg, 8192)
+
+    def count(*modules):
+        return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
+
+    assert count(net.encoder) == 85_656_576 and net.encoder.pos_embed.numel() == 151_296
+    assert count(net.regressor, net.regressor_norm) == 28_368_384
+    assert count(net.decoder, net.decoder_norm, net.head) == 34_655_744
+    assert net.mask_token.numel() == 768 and count(net) == 148_681_472
+
+
+def test_positions_are_fixed_and_row_first():
+    table = vit.ViT(img_size=224, embed_dim=768, depth=1, num_heads=12, pos="sincos_row",
+                    init="cae").pos_embed
+    assert (table[0, 0] == 0).all() and not table.requires_grad
+    below, right = table[0, 1 + 14], table[0, 2]
+    assert below[0].item() == pytest.approx(0.841471, abs=1e-6) and below[384] == 0
+    assert right[384].item() == pytest.approx(0.841471, abs=1e-6) and right[0] == 0
+    assert network().encoder.config["pos"] == "sincos_row"
+
+
+def test_losses_and_guesses_begin_as_published():
+    flags = "--embed-dim 768 --num-heads 12 --depth 1 --regressor-depth 1 --decoder-depth 1".split()
+    net, (x, _, visible, hidden) = network(*flags, K=8192, scramble=False), example(2)
+    with torch.no_grad():
+        logits, zhat, zbar = net(x, visible, hidden)
+    assert zhat.mean(-1).abs().max() < 1e-5
+    assert (zhat.var(-1, correction=0) - 1).abs().max() < 1e-3
+    tokens = cae.token_loss(logits, torch.randint(8192, hidden.shape))
+    assert 9.0 < tokens.item() < 9.2
+    assert tokens.item() == pytest.approx(9.011 + 0.086, abs=0.05)
+    assert 1.7 < cae.align_loss(zhat, zbar).item() < 2.1
+    bound = {"encoder.blocks.0.attn.qkv.weight": 0.0442,
+             "encoder.blocks.0.attn.proj.weight": 0.0625,
+             "regressor.0.cross_attn.q.weight": 0.0625, "head.weight": 0.0259,
+             "encoder.patch_embed.proj.weight": 0.02, "mask_token": 0.02}
+    for name, most in bound.items():
+        assert net.get_parameter(name).abs().max().item() == pytest.approx(most, rel=0.01), name
+
+
+def test_losses_are_plain_means():
+    zhat, zbar = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    assert torch.allclose(cae.align_loss(zhat, zbar), (zhat - zbar).square().sum() / 30)
+    logits, ids = torch.randn(2, 3, 16), words(2, 3)
+    expected = -sum(logits[b, i].log_softmax(0)[ids[b, i]] for b in range(2) for i in range(3)) / 6
+    assert torch.allclose(cae.token_loss(logits, ids), expected)
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_its_end():
+    cfg = training.config(cae.Config, ["--data", "imagenet"])
+    lr = [training.cosine(step, 1000, cfg.lr, cfg.min_lr, 25) for step in (0, 25, 999)]
+    assert lr[0] == 0 and lr[1] == 1.5e-3 and lr[2] == pytest.approx(1e-5, rel=0.01)
+
+
+def test_defaults_are_the_papers():
+    cfg = training.config(cae.Config, ["--data", "imagenet"])
+    assert (cfg.align, cfg.masked, cfg.min_block, cfg.layer_scale) == (2.0, 98, 16, 0.1)
+    assert (cfg.regressor_depth, cfg.decoder_depth, cfg.codes, cfg.token_size) == (4, 4, 8192, 112)
+    assert (cfg.batch_size, cfg.lr, cfg.weight_decay, cfg.clip) == (2048, 1.5e-3, 0.05, 3.0)
