@@ -85,6 +85,15 @@ def test_cosine_alignment_ignores_lengths_which_l1_does_not():
     assert asl.sem_loss(a, -a, mask, cosine=True).item() == pytest.approx(4)
 
 
+def test_cosine_reaches_patches_and_class_token():
+    a, b, mask = patches()
+    target, one = torch.zeros_like(a[:, 1:]), torch.ones_like(mask[:, :1])
+    sem = asl.asl_losses(a, b, target, mask[:, 1:], cosine=True, align_cls=True)[1]
+    parts = [asl.sem_loss(a[:, i], b[:, i], m, cosine=True)
+             for i, m in ((slice(1, None), mask[:, 1:]), (slice(0, 1), one))]
+    assert torch.allclose(sem, sum(parts))
+
+
 # ---- MAE inside ----------------------------------------------------------------------------------
 
 
@@ -266,7 +275,7 @@ def run(monkeypatch):
     return main
 
 
-@pytest.mark.parametrize("flags", ["", "--dle", "--sem 0.5 --align-cls --mae-both"])
+@pytest.mark.parametrize("flags", ["", "--dle", "--cosine", "--sem 0.5 --align-cls --mae-both"])
 def test_steps_of_a_run_are_those_of_the_recipe(flags, run, tmp_path, monkeypatch):
     """Two steps written out: mask and dropout by seed, epoch and image; eq. 11; AdamW."""
     parts, micro_batches = [], training.Run.micro_batches
@@ -287,8 +296,8 @@ def test_steps_of_a_run_are_those_of_the_recipe(flags, run, tmp_path, monkeypatc
                        for shape, what in ((16, "mask"), ((2, 5, 24), "dropout")))
         a, b, mask = net(part.views[0], noise, drop)
         target = asl.targets(part.views[0], 8, True)
-        mae_part, sem = asl.asl_losses(a, b, target, mask,
-                                        align_cls=ablation, mae_both=ablation)
+        mae_part, sem = asl.asl_losses(a, b, target, mask, cosine="--cosine" in flags,
+                                       align_cls=ablation, mae_both=ablation)
         opt.zero_grad()
         (mae_part + (0.5 if ablation else 1) * sem).backward()
         opt.step()
