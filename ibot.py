@@ -89,7 +89,7 @@ class Config:
     mask_p: float = 0.5           # share of the global crops that are masked (code)
     mask_min: float = 0.1         # ratio of hidden patches in these, uniform from this ... (code)
     mask_max: float = 0.5         # ... to this (code; shape rand: 0.65 to 0.75)
-    mask_shape: str = "block"     # BEiT's rectangles; or rand: any patches (paper: for ViT-L)
+    mask_shape: str = "block"     # BEiT's rectangles; or rand: any (official ViT-B/L, too)
     # the views
     min_scale: float = 0.05       # least area of a local crop (paper)
     split_scale: float = 0.25     # its largest, and least of a global one (code; ViT-B: 0.32)
