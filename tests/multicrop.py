@@ -108,7 +108,7 @@ if __name__ == "__main__":
     training.keep_memory()
     device, ratios = training.pick_device(), []
     for name, batch_size in (("toy", 32), ("imagenet100", 2)):
-        cfg = training.config(dino.Config, ["--data", name])
+        cfg = training.config(dino.Config, ["--data", name, "--bn-in-head", "false"])
         fast, slow, packed = seconds(cfg, batch_size, device)
         ratios.append(slow / fast)
         print(f"{name}: {cfg.embed_dim} x {cfg.depth}, 2 + 8 crops, batch {batch_size}: "
