@@ -14,9 +14,12 @@ Every random number is a function of (seed, epoch, view, purpose, image), see rn
 of workers or processes, a resume, the place of an image in its batch never change what is seen.
 """
 import codecs
+import csv
 import difflib
+import importlib.util
 import io
 import itertools
+import json
 import os
 import pickle
 import signal
@@ -271,6 +274,26 @@ LAYOUT = {                                  # what is looked for under the root,
                     "'ILSVRC2012' from image-net.org (registration); 100 of its classes are used"),
     "coco": ("coco/{train2017, val2017}/*.jpg",
              "'2017 Train images' and '2017 Val images' from cocodataset.org"),
+    "pets": ("oxford-iiit-pet/{images/*.jpg, annotations/{trainval, test}.txt}",
+             "'images.tar.gz' and 'annotations.tar.gz' from robots.ox.ac.uk/~vgg/data/pets"),
+    "flowers": ("flowers-102/{jpg/*.jpg, imagelabels.mat, setid.mat}",
+                "'102flowers.tgz' and both .mat files from robots.ox.ac.uk/~vgg/data/flowers/102"),
+    "cars": ("stanford_cars/{cars_train/*.jpg, cars_test/*.jpg, cars_test_annos_withlabels.mat, "
+             "devkit/{cars_meta, cars_train_annos}.mat}",
+             "a mirror of 'Stanford Cars' (its first host is gone)"),
+    "inat18": ("inat18/{train2018.json, val2018.json, train_val2018/<group>/<number>/*.jpg}",
+               "'iNaturalist 2018' from github.com/visipedia/inat_comp"),
+    "miniimagenet": ("miniimagenet/{images/*.jpg, train.csv, val.csv, test.csv}",
+                     "a copy of 'miniImageNet' with the lists of Ravi and Larochelle"),
+}
+LISTS = {      # sets whose official lists say which image is where: folders, list of train, of test
+    "pets": (("oxford-iiit-pet", "pets/oxford-iiit-pet"),
+             "annotations/trainval.txt", "annotations/test.txt"),
+    "flowers": (("flowers-102", "flowers/flowers-102"), "setid.mat", "setid.mat"),
+    "cars": (("stanford_cars", "cars/stanford_cars"),
+             "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"),
+    "inat18": (("inat18", "inat2018", ""), "train2018.json", "val2018.json"),
+    "miniimagenet": (("miniimagenet", "mini-imagenet", ""), "train.csv", "test.csv"),
 }
 NAMES = ("toy", "toy-scenes", "synthetic", *LAYOUT)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -308,14 +331,16 @@ def load(name, root=None, split="train", size=64, limit=None, device="cpu"):
 
     root: folder that holds the official layout (default: $DATA_ROOT, else "datasets").
     split: train or test (= val), stl10 also unlabeled; a folder without them serves all for either.
-    size: pixels of toy and synthetic images. limit: use so many images: the first ones, or of a
-    tree, which is sorted by class, evenly spread ones; toy draws any number.
+    miniimagenet has 64 classes to train on, 16 others as val and 20 others as test.
+    size: pixels of toy and synthetic images. limit: use so many images: the first ones, or of
+    files, which are sorted by class, evenly spread ones; toy draws any number.
     Raises FileNotFoundError that shows the layout expected, ValueError for what is unknown.
     """
     root = root or os.environ.get("DATA_ROOT", "datasets")
-    split = "test" if split == "val" else split
-    if split not in ("train", "test") and (name, split) != ("stl10", "unlabeled"):
-        raise ValueError(f"No split {split!r} of {name}: choose train or test")
+    splits = ["train", "test", *{"stl10": ["unlabeled"], "miniimagenet": ["val"]}.get(name, [])]
+    split = "test" if split == "val" and split not in splits else split
+    if split not in splits:
+        raise ValueError(f"No split {split!r} of {name}: choose {' or '.join(splits)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: give a number of images from 1, or nothing for all")
     if name in ("toy", "toy-scenes"):
@@ -332,7 +357,8 @@ def load(name, root=None, split="train", size=64, limit=None, device="cpu"):
     elif name == "stl10":
         images = Images(name, split, *read_stl10(root, split))
     else:
-        images = load_tree(name, root, split)
+        images = (Images(name, split, *read_list(name, root, split)) if name in LISTS else
+                  load_tree(name, root, split))
         if limit and limit < len(images):
             keep = torch.arange(limit) * len(images) // limit
             images.paths = [images.paths[i] for i in keep.tolist()]
@@ -453,6 +479,61 @@ def read_stl10(root, split):
     labels = np.fromfile(find("stl10", folder, f"{split}_y.bin"), np.uint8).astype(np.int64) - 1
     with open(find("stl10", folder, "class_names.txt")) as file:
         return file.read().split(), torch.from_numpy(labels), pixels
+
+
+def read_list(name, root, split):
+    """-> classes, labels, None, paths of a set of LISTS.
+
+    Of Flowers-102, train is its train and val, 2,040 images, as for transfer (the papers do not
+    say; our choice). iNaturalist 2018: its val is test, as the labels of its test are not public.
+    """
+    folders, *lists = LISTS[name]
+    file = f"{split}.csv" if name == "miniimagenet" else lists[split == "test"]
+    path = find(name, root, *(os.path.join(folder, file) for folder in folders))
+    folder = os.path.normpath(path[:-len(file)])
+    if file.endswith(".mat") and not importlib.util.find_spec("scipy"):
+        raise ValueError(f"The labels of {name} are .mat files, which scipy reads: "
+                         "pip install scipy")
+    try:
+        if name == "inat18":
+            with open(path, encoding="utf-8") as text:
+                content = json.load(text)
+            categories = sorted(content["categories"], key=lambda c: c["id"])    # 0 ... 8141
+            classes = [category["name"] for category in categories]
+            number = {category["id"]: i for i, category in enumerate(categories)}
+            label = {a["image_id"]: number[a["category_id"]] for a in content["annotations"]}
+            labels = [label[image["id"]] for image in content["images"]]
+            paths = [os.path.join(folder, image["file_name"]) for image in content["images"]]
+        elif name == "miniimagenet":
+            with open(path, encoding="utf-8", newline="") as text:
+                rows = [(row["filename"], row["label"]) for row in csv.DictReader(text)]
+            classes = sorted({label for _, label in rows})
+            labels = [classes.index(label) for _, label in rows]
+            paths = [os.path.join(folder, "images", image) for image, _ in rows]
+        else:
+            from torchvision import datasets  # here: it is slow to import
+            above = os.path.dirname(folder)
+            if name == "pets":
+                read = datasets.OxfordIIITPet(above, "trainval" if split == "train" else "test")
+                paths, labels, classes = read._images, read._labels, read.classes
+            elif name == "flowers":
+                parts = [datasets.Flowers102(above, s)
+                         for s in (["train", "val"] if split == "train" else ["test"])]
+                paths = sum((part._image_files for part in parts), [])
+                labels = sum((part._labels for part in parts), [])
+                classes = datasets.Flowers102.classes
+            else:
+                read = datasets.StanfordCars(above, split)
+                paths, labels = zip(*read._samples)
+                classes = read.classes
+        labels = torch.tensor([int(label) for label in labels])
+        if not 0 <= labels.min() <= labels.max() < len(classes):
+            raise ValueError(f"labels {labels.min()} to {labels.max()}, {len(classes)} classes")
+        return list(classes), labels, None, [str(path) for path in paths]
+    except Exception as error:              # damaged lists raise nearly anything
+        what = f"{type(error).__name__}: {error}".split(". ")[0]     # without 'use download=True'
+        raise ValueError(f"{path} or a file beside it is not as {name} has it ({what}): expected "
+                         f"{LAYOUT[name][0]}") from None
 
 
 def read_image(path):
