@@ -412,19 +412,19 @@ def load_tree(name, root, split):
     return Images(name, split, list(classes), labels, paths=paths)
 
 
-def missing(name, root):
-    layout, source = LAYOUT[name]
+def missing(name, root, layouts=LAYOUT):
+    layout, source = layouts[name]
     return FileNotFoundError(
         f"No {name} under {root}: expected {layout}. Get {source}, unpack it, and give the folder "
         "that holds it as data root (or in $DATA_ROOT); nothing is downloaded")
 
 
-def find(name, root, *places):
+def find(name, root, *places, layouts=LAYOUT):
     """The first of the places under root that exists."""
     for place in places:
         if os.path.exists(path := os.path.normpath(os.path.join(root, place))):
             return path
-    raise missing(name, root)
+    raise missing(name, root, layouts)
 
 
 class ArraysOnly(pickle.Unpickler):

@@ -26,8 +26,8 @@ from torchvision.utils import save_image
 
 import data
 import metrics
+import readers
 import rng
-import toy
 import training
 import vit
 
@@ -61,6 +61,7 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "recipe":     (("mae", "dino", "park"), "mae", "linear: whose settings"),
     "epochs":     (natural, None, "linear: of the head's training; none: the recipe's"),
     "crop":       (("code", "paper"), "code", "part_retrieval: geometry, see part_crops"),
+    "parts":      (str, [], "part_retrieval: names of key-points, or all; none: the study's"),
     "show":       (bool, False, "part_retrieval: write a contact sheet of the crops to --out"),
 }
 
@@ -290,57 +291,63 @@ def part_retrieval(model, args):
     if args.data not in KEYPOINTS:
         raise ValueError(f"part_retrieval reads no key-points of {args.data}; choose --data "
                          f"{' or '.join(KEYPOINTS)}")
-    reader, parts, source = KEYPOINTS[args.data]
+    split, at_most, parts, source = KEYPOINTS[args.data]
+    known = readers.part_names(args.data)
+    parts = known if args.parts == ["all"] else tuple(dict.fromkeys(args.parts)) or parts
+    for part in parts:
+        if part not in known:
+            raise ValueError(f"{args.data} has no part {part!r}{training.nearest(part, known)}")
 
     def crops():
-        return part_crops(reader(args), parts, model.size, args.crop)
+        items = readers.keypoints(args.data, args.data_root, split, args.limit or at_most)
+        return part_crops(items, known, parts, model.size, args.crop)
 
-    if args.show:
-        contact_sheet(crops(), parts, Path(args.out) / f"part_crops-{args.data}.png")
     names = [args.feature] if args.feature else ["cls", "pat"]
     found, labels = extract(model, crop_batches(crops(), model, args), args, names)
+    if args.show:
+        contact_sheet(crops(), parts, Path(args.out) / f"part_crops-{args.data}.png")
     rows, chance = {}, 100 * metrics.chance(labels).nanmean().item()
     for name, z in found.items():
         ap = metrics.retrieval(z, labels)
         mean, by_part = ap.nanmean().item(), metrics.class_means(ap, labels).nanmean().item()
         rows[name] = {"AP": 100 * mean, "AP by part": 100 * by_part, "chance": chance}
-    side = {"code": "2 round(d/4), d to the nearest of these", "paper": "d to the nearest of all"}
+    side = {"code": "2 round(d/4), d to the nearest of these on the same object",
+            "paper": "d to the nearest of all key-points"}
     return report(rows, f"average precision by cosine, query left out; last block, after the final "
-                  f"norm; visible {', '.join(parts)} of {source}; squares, side {side[args.crop]} "
-                  f"key-points, kept if 20 < d/2 < 1000 px, resized to {model.size} px",
+                  f"norm; visible {', '.join(parts)} of {source}; squares, side {side[args.crop]}, "
+                  f"kept if 20 < d/2 < 1000 px, resized to {model.size} px",
                   crops=len(labels))
 
 
-def toy_keypoints(args):
-    """Yields image (3, H, W) uint8, key-points (P, 3): x, y, visibility; names of the P parts."""
-    for index in torch.arange(args.limit or 1000).split(64):
-        drawn = toy.draw(index, "test", size=256, annotate=True)   # at 64 px parts are too close
-        for image, points in zip(drawn["image"], drawn["keypoints"][:, 0]):
-            yield image, points, toy.PARTS
+KEYPOINTS = {  # data set: split, images at most, the study's parts, what the protocol says of it
+    "toy": ("test", 1000, ("head", "leg", "wing", "tail"), "test creatures drawn at 256 px"),
+    "toy-scenes": ("test", 1000, ("head", "leg", "wing", "tail"), "test scenes drawn at 256 px"),
+    "cub": (None, None, ("right_eye", "right_leg", "left_wing", "tail"), "CUB, train and test"),
+    "coco": ("train", None, ("nose", "right_wrist", "left_ankle"), "persons of COCO train2017")}
 
 
-KEYPOINTS = {  # data set: (reader, the parts that are asked for, what the printed protocol says)
-    "toy": (toy_keypoints, ("head", "leg", "wing", "tail"), "test creatures drawn at 256 px")}
-
-
-def part_crops(items, parts, size, rule="code"):
+def part_crops(items, names, parts, size, rule="code"):
     """Yields (square around a part (3, size, size) uint8, the part's position in `parts`).
 
-    items: as from toy_keypoints; only v = 2 counts as visible. The study's numbers were made with
-    its released code ("code"): d is the smallest non-zero distance to another *chosen* visible
-    part, the side 2 round(d/4). The text ("paper") says side d, over all visible key-points. Both:
-    kept if 20 < d/2 < 1000 px of the original; what lies outside of the picture is black.
+    items: as from readers.keypoints, names: of their P key-points; only v = 2 counts as visible.
+    The study's numbers were made with its released code ("code"): d is the smallest non-zero
+    distance to another *chosen* visible part of the same object, the side 2 round(d/4); so an
+    object needs two of them. The text ("paper") says side d, over all visible key-points of the
+    image. Both: kept if 20 < d/2 < 1000 px of the original; what lies outside is black.
     """
-    for image, points, names in items:
-        visible, chosen = points[:, 2] == 2, torch.tensor([name in parts for name in names])
-        others = points[visible & chosen if rule == "code" else visible, :2]
-        for i in (visible & chosen).nonzero()[:, 0].tolist():
-            distances = (others - points[i, :2]).norm(dim=1)
-            d = min(distances[distances > 0].tolist(), default=0)           # alone: not kept
+    chosen = torch.tensor([name in parts for name in names])
+    for item in items:
+        visible = item.points[..., 2] == 2                                      # (K, P)
+        for k, i in (visible & chosen).nonzero().tolist():
+            point = item.points[k, i, :2]
+            others = (item.points[k, visible[k] & chosen] if rule == "code" else
+                      item.points[visible])[:, :2]
+            distances = (others - point).norm(dim=1)
+            d = min(distances[distances > 0].tolist(), default=0)               # alone: not kept
             if 20 < d / 2 < 1000:
                 side = 2 * round(d / 4) if rule == "code" else round(d)
-                x, y = (points[i, :2] - side / 2).round().int().tolist()
-                crop = TF.crop(image, y, x, side, side)                     # fills with black
+                x, y = (point - side / 2).round().int().tolist()
+                crop = TF.crop(item.image, y, x, side, side)                    # fills with black
                 crop = TF.resize(crop, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
                 yield crop, parts.index(names[i])
 

@@ -13,6 +13,7 @@ from PIL import Image
 import data
 import evaluate
 import metrics
+import readers
 import rng
 import toy
 import training
@@ -218,13 +219,19 @@ def picture():
     return torch.stack([rows, columns % 256, torch.full_like(rows, 7)]).to(torch.uint8)
 
 
+def crops(*objects, parts, size=50, rule="code"):
+    """part_crops of one picture with these objects, (P, 3) each."""
+    item = SimpleNamespace(image=picture(), points=torch.stack(objects))
+    return list(evaluate.part_crops([item], NAMES, parts, size, rule))
+
+
 NAMES = ["eye", "leg", "wing", "belly"]
 POINTS = torch.tensor([[100., 60, 2], [200, 60, 2], [100, 130, 1], [130, 60, 2]])
 
 
 def test_crops_have_the_side_and_place_of_the_released_code():
     # eye and leg are 100 apart: side 2 * 25. The wing is hidden, and the belly is not asked for.
-    eye, leg = evaluate.part_crops([(picture(), POINTS, NAMES)], ("leg", "eye", "wing"), 50)
+    eye, leg = crops(POINTS, parts=("leg", "eye", "wing"))
     assert (eye[1], leg[1]) == (1, 0)                     # places in the given order
     assert eye[0].equal(picture()[:, 35:85, 75:125])              # 50 pixels: resize is exact
     assert leg[0].equal(picture()[:, 35:85, 175:225])
@@ -233,8 +240,7 @@ def test_crops_have_the_side_and_place_of_the_released_code():
 def test_crops_of_the_paper_are_as_wide_as_the_distance_to_any_key_point():
     # The belly is 30 from the eye (dropped: 15 px), 70 from the leg; black beyond the right edge.
     shifted = POINTS + torch.tensor([75., 0, 0])
-    items = [(picture(), shifted, NAMES)]
-    [(crop, label)] = evaluate.part_crops(items, ("leg", "eye"), 70, "paper")
+    [(crop, label)] = crops(shifted, parts=("leg", "eye"), size=70, rule="paper")
     assert label == 0 and crop[:, :, 60:].max() == 0
     assert crop[:, :, :60].equal(picture()[:, 25:95, 240:])
 
@@ -243,26 +249,27 @@ def test_a_part_without_a_partner_or_with_a_twin_in_its_place_is_dropped():
     alone = torch.tensor([[100., 60, 2], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
     twins = torch.tensor([[100., 60, 2], [100, 60, 2], [0, 0, 0], [0, 0, 0]])
     for points in (alone, twins):
-        assert list(evaluate.part_crops([(picture(), points, NAMES)], NAMES, 50)) == []
+        assert crops(points, parts=NAMES) == []
 
 
-def test_toy_key_points_lie_on_their_parts():
-    args = settings("--limit", "40")
-    parts = toy.draw(torch.arange(40), "test", size=256, annotate=True)["parts"]
-    visible = 0
-    for (image, points, names), mask in zip(evaluate.toy_keypoints(args), parts):
-        assert image.shape == (3, 256, 256) and len(points) == len(names)
-        for number, (x, y, v) in enumerate(points.tolist(), 1):
-            if v == 2:
-                visible += 1
-                assert mask[int(y), int(x)] == number
-    assert visible > 40
+def test_other_objects_count_in_the_paper_and_not_in_the_code():
+    # Two eyes 100 apart: of one object each, so by the code both are alone. A leg 60 below the
+    # first gives it a crop of side 30 by the code and 60 by the paper; the other is far from all.
+    one, two = torch.zeros(4, 3), torch.zeros(4, 3)
+    one[0], two[0] = torch.tensor([100., 60, 2]), torch.tensor([200., 60, 2])
+    assert crops(one, two, parts=("eye", "leg")) == []
+    assert [c.shape for c, _ in crops(one, two, parts=("eye",), rule="paper")] == [(3, 50, 50)] * 2
+    one[1] = torch.tensor([100., 120, 2])
+    eye, leg = crops(one, two, parts=("eye", "leg"), size=30)
+    assert (eye[1], leg[1]) == (0, 1) and eye[0].equal(picture()[:, 45:75, 85:115])
+    sizes = [crops(one, two, parts=("eye", "leg"), size=60, rule="paper")[i][0] for i in range(3)]
+    assert sizes[0].equal(picture()[:, 30:90, 70:130])
 
 
 def test_part_retrieval_is_perfect_for_an_oracle_and_chance_for_noise(monkeypatch):
     args = settings("--task", "part_retrieval", "--limit", "60")
     answers = torch.tensor([label for _, label in evaluate.part_crops(
-        evaluate.toy_keypoints(args), evaluate.KEYPOINTS["toy"][1], 8)])
+        readers.keypoints("toy", limit=60), toy.PARTS, evaluate.KEYPOINTS["toy"][2], 8)])
     noise = torch.randn(len(answers), 16, generator=torch.Generator().manual_seed(0))
     for known, features in ((True, torch.eye(4)[answers]), (False, noise)):
         monkeypatch.setattr(evaluate, "extract", lambda *a, **b: ({"cls": features}, answers))  # noqa: B023
@@ -371,7 +378,10 @@ def test_a_task_is_a_function_and_a_line(tmp_path, monkeypatch):
     (["--data", "synthetic"], "this data set has no labels (synthetic), and knn needs them"),
     (["--json", "/dev/null/x.jsonl"], "cannot write /dev/null/x.jsonl ("),
     (["--size", "60"], "is not a multiple of patch size 8"),
-    (["--task", "part_retrieval", "--data", "coco"], "no key-points of coco; choose --data toy"),
+    (["--task", "part_retrieval", "--data", "stl10"], "no key-points of stl10; choose --data toy"),
+    (["--task", "part_retrieval", "--parts", "hed"], "toy has no part 'hed'; did you mean head?"),
+    (["--task", "part_retrieval", "--parts", "tail", "--limit", "9"], "nothing to look at; raise"),
+    (["--task", "part_retrieval", "--data", "cub", "--data-root", "x"], "No cub under x: expected"),
 ])
 def test_mistakes_get_one_sentence(tmp_path, capsys, flags, expected):
     assert expected in message(capsys, "--out", str(tmp_path), "--device", "cpu", *flags)
@@ -388,4 +398,4 @@ def test_no_method_is_imported():
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     folder = os.path.dirname(evaluate.__file__)
     ours = {name for name in names if os.path.exists(f"{folder}/{name}.py")}
-    assert ours == {"data", "metrics", "rng", "toy", "training", "vit"}
+    assert ours == {"data", "metrics", "readers", "rng", "training", "vit"}
