@@ -242,6 +242,35 @@ def keep_memory():
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)       # mmap and trim thresholds
 
 
+def join(device):
+    """Joins the processes that torchrun started, if it did. Returns the number of this one, and how
+    many they are."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif world > 1:                                                  # torchrun leaves one thread
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
+            os.cpu_count() or 1)
+        torch.set_num_threads(max(1, cores // processes))
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return rank, world
+
+
+def share_gradients(module, device):
+    """The module; of several processes, wrapped in DDP if there is something to train."""
+    if world_size() > 1 and any(p.requires_grad for p in module.parameters()):
+        return DistributedDataParallel(
+            module, device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True)
+    return module
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -359,15 +388,7 @@ class Run:
                              f"multiple of {self.world} processes x {cfg.accumulate} micro-batches")
         keep_memory()
         torch.set_float32_matmul_precision("high")                   # TF32 for a GPU's fp32 parts
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        elif self.world > 1:                                         # torchrun leaves one thread
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
-                os.cpu_count() or 1)
-            torch.set_num_threads(max(1, cores // processes))
-        if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        join(self.device)
         torch.manual_seed(cfg.seed)                                  # equal weights everywhere
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(name, self._on_signal)
@@ -387,11 +408,7 @@ class Run:
 
     def place(self, module):
         """To the device; wrapped in DDP if there are several processes and something to train."""
-        module = module.to(self.device)
-        if self.world > 1 and any(p.requires_grad for p in module.parameters()):
-            module = DistributedDataParallel(
-                module, device_ids=[self.device] if self.device.type == "cuda" else None,
-                gradient_as_bucket_view=True)
+        module = share_gradients(module.to(self.device), self.device)
         self._placed.append(module)
         return module
 

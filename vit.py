@@ -461,6 +461,7 @@ class Layout:
     drop: str = "(?!)"                   # keys that may be there and are not needed, a regex
     pos: str = "learned"                 # "none": a shared relative table instead
     resize: str = "size"
+    init: str = "trunc"                  # how its code draws weights: for blocks that start anew
     twelve: bool = False                 # 12 heads at every width below 1024, not width / 64
     mean: tuple = MEAN
     std: tuple = STD
@@ -480,22 +481,22 @@ LAYOUTS = {
                             {"base": {"projector": "module.base_encoder.head.",
                                       "predictor": "module.predictor."},
                              "momentum": {"projector": "module.momentum_encoder.head."}},
-                            drop=r"module\.predictor\.", pos="sincos_row", twelve=True,
-                            interpolation="bilinear"),
+                            drop=r"module\.predictor\.", pos="sincos_row", init="moco",
+                            twelve=True, interpolation="bilinear"),
     "DINO backbone": Layout("dino", {"teacher": ""}, resize="dino"),
     "DINO full":     Layout("dino", **PAIR),
     "iBOT backbone": Layout("ibot", {"teacher": ""}, drop="masked_embed$", resize="dino"),
     "iBOT full":     Layout("ibot", **PAIR),
     "MAE":           Layout("mae", {"base": ""}, {"base": {"decoder": "decoder_",
                                                         "aug_block": "aug_block."}},     # ASL's
-                            drop="mask_token$", pos="sincos_col"),
-    "BEiT 22k":      Layout("beit", {"base": ""}, pos="none", **HALF,
+                            drop="mask_token$", pos="sincos_col", init="mae"),
+    "BEiT 22k":      Layout("beit", {"base": ""}, pos="none", init="beit", **HALF,
                             drop=rf"mask_token$|lm_head\.|cls_pt_layers\.|{INDEX}"),
-    "BEiT 1k":       Layout("beit", {"base": ""}, drop=r"mask_token$|lm_head\."),
-    "CAE":           Layout("cae", {"base": "encoder."}, pos="sincos_row", twelve=True,
+    "BEiT 1k":       Layout("beit", {"base": ""}, init="beit", drop=r"mask_token$|lm_head\."),
+    "CAE":           Layout("cae", {"base": "encoder."}, pos="sincos_row", init="cae", twelve=True,
                             drop=r"mask_token$|rd_pos_embed|alignment_encoder\.|teacher\."
                                  r"|regresser\.|decoder\.|pretext_neck\.|encoder_to_"),
-    "SimMIM":        Layout("simmim", {"base": "encoder."}, pos="none",
+    "SimMIM":        Layout("simmim", {"base": "encoder."}, pos="none", init="beit",
                             drop=rf"encoder\.mask_token$|decoder\.0\.|encoder\.{INDEX}"),
     "timm augreg":   Layout("augreg", {"base": ""}, drop=r"head\.|pre_logits\.", **HALF),
 }
@@ -699,7 +700,8 @@ def _official(path, raw, branch):
         mlp_ratio=len(state[fc1]) / dim, pos=layout.pos,
         rel_pos="shared" if layout.pos == "none" else None,
         layer_scale=0.1 if "blocks.0.ls1.gamma" in state else None,
-        qkv_bias="split" if "blocks.0.attn.q_bias" in state else "fused", resize=layout.resize)
+        qkv_bias="split" if "blocks.0.attn.q_bias" in state else "fused", resize=layout.resize,
+        init=layout.init)
     return name, config, state, dict(
         branch=branch, method=raw.get("method", layout.method), data=raw.get("data"),
         step=raw.get("step"), mean=layout.mean, std=layout.std, interpolation=layout.interpolation,
