@@ -339,16 +339,17 @@ def finetune(model, args):
     (images, classes), (tests, _) = (labelled(model, args, s) for s in ("train", "test"))
 
     # Our choice for small sets: a batch of at most 1/64 of the images, so that they get enough
-    # steps; what it means for lr is the recipe's own rule.
+    # steps, and lr down with the root of it, as suits AdamW; in proportion, little would move.
     rank, world = training.rank(), training.world_size()
     size = min(recipe["batch"], max(16, len(images) // 64)) // world * world
     loader = data.Loader(images, [data.View(model.size)], size, args.seed, args.device,
                          args.workers, rank, world)      # crop of 8 to 100 %, bicubic, and flip
     epochs = args.epochs or recipe["epochs"]
-    total, peak = epochs * len(loader), recipe["lr"] * size / recipe["per"]
-    schedule = simmim_lr if args.recipe == "simmim" else training.cosine
-    end = 2.5e-7 * size / 512 if args.recipe == "simmim" else 1e-6
+    total = epochs * len(loader)
     warmup = total * recipe["warmup"] // recipe["epochs"]
+    peak = recipe["lr"] * recipe["batch"] / recipe["per"] * math.sqrt(size / recipe["batch"])
+    schedule, end = ((simmim_lr, 2.5e-7 / 1.25e-3 * peak) if args.recipe == "simmim" else
+                     (training.cosine, 1e-6))            # 1e-6 both, at the recipe's batch
 
     torch.manual_seed(args.seed)
     net = Classifier(restart(model.encoder, anew, final_norm=both), classes, both).to(args.device)
@@ -400,12 +401,13 @@ def finetune(model, args):
     best, last = max(curve), curve[-1]
     row = {"top-1": best[0], "top-5": best[1], "last epoch": last[0], "last top-5": last[1]}
     start = f", {args.reinit} blocks drawn anew" if args.reinit else ""
-    small = " (1/64 of the images, our choice)" if size < recipe["batch"] // world * world else ""
+    small = " (both our choice, for few images)" if size < recipe["batch"] // world * world else ""
     return report({"cls+pat" if both else "pat": row},
-                  f"fine-tuned end to end, recipe {args.recipe}{start}: AdamW, lr {peak:.2g}, layer "
-                  f"decay {LAYER_DECAY}, batch {size}{small}, {epochs} epochs, {recipe['augment']}, "
-                  f"mixup, cutmix, erasing, drop path {DROP_PATH}; top-1, top-5 of the epoch that "
-                  f"is best on the test images, and of the last; {view(model, args)}",
+                  f"fine-tuned end to end, recipe {args.recipe}{start}: AdamW, batch {size}, lr "
+                  f"{peak:.2g}{small}, layer decay {LAYER_DECAY}, {epochs} epochs, "
+                  f"{recipe['augment']}, mixup, cutmix, erasing, drop path {DROP_PATH}; top-1, "
+                  f"top-5 of the epoch that is best on the test images, and of the last; "
+                  f"{view(model, args)}",
                   notes=[f"{model.name}: best epoch {curve.index(best) + 1} of {epochs}"],
                   train=len(images), test=len(tests))
 
