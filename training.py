@@ -243,9 +243,9 @@ def keep_memory():
 
 
 def join(device):
-    """Joins the processes that torchrun started, if it did. Returns the number of this one, and how
-    many they are."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Joins the processes that torchrun started, if it did: from here on rank() and world_size()
+    know."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif world > 1:                                                  # torchrun leaves one thread
@@ -255,7 +255,6 @@ def join(device):
         torch.set_num_threads(max(1, cores // processes))
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return rank, world
 
 
 def share_gradients(module, device):
