@@ -93,3 +93,47 @@ def chance(labels):
     relevant = count[inverse].double() - 1                        # P of each item
     p = (relevant - 1) / max(n - 1, 1)
     return torch.where(relevant > 0, p + (1 - p) * harmonic / max(n, 1), torch.nan)
+
+
+def f1_sweep(similarity, same, thresholds):
+    """F1 of the decision "same, if more similar than T", for each T, over all pairs together.
+
+    similarity, same (bool): of one shape -> (number of thresholds,) float64. F1 = 2 TP / (2 TP +
+    FP + FN); to say "same" to every pair gives 2 p / (1 + p), p being the share of equal pairs.
+    """
+    scores = []
+    for t in thresholds:
+        said = similarity > t
+        hit, wrong = (said & same).sum().double(), (said != same).sum().double()    # FP + FN
+        scores.append(2 * hit / (2 * hit + wrong).clamp(min=1))
+    return torch.stack(scores)
+
+
+def revisited(ranking, positives, junk, ks=(1, 5, 10)):
+    """AP and precision at k of one query, as the revisited Oxford and Paris benchmarks count them.
+
+    ranking: (M,) item numbers, the most similar first; positives, junk: (any,) item numbers. Junk
+    is taken out of the ranking. AP is the area under the curve of precision over recall, by the
+    trapezoid rule; positives that are not in the ranking count as not found. Precision at k: k is
+    at most the rank of the last positive. -> AP, [precision at k]; nan without a positive.
+    """
+    ranking = ranking[~torch.isin(ranking, junk)]
+    ranks = torch.isin(ranking, positives).nonzero()[:, 0].double()     # from 0
+    if not len(positives) or not len(ranks):
+        return (0.0, [0.0] * len(ks)) if len(positives) else (torch.nan, [torch.nan] * len(ks))
+    found = torch.arange(len(ranks), dtype=torch.float64, device=ranks.device)
+    before = torch.where(ranks == 0, 1.0, found / ranks)                # precision left of each hit
+    ap = ((before + (found + 1) / (ranks + 1)) / 2).sum() / len(positives)
+    reach = [min(k, int(ranks[-1]) + 1) for k in ks]
+    return ap.item(), [(ranks < k).sum().item() / k for k in reach]
+
+
+def shape_bias(decided, shapes, textures):
+    """decided, shapes, textures: (n,) categories -> {shape: share of its decisions for the shape
+    among those for shape or texture (nan: no such)}, share of decisions that are either."""
+    shape, texture = decided == shapes, decided == textures
+    bias = {}
+    for c in shapes.unique().tolist():
+        by_shape, by_texture = (x[shapes == c].sum().item() for x in (shape, texture))
+        bias[c] = by_shape / (by_shape + by_texture) if by_shape + by_texture else torch.nan
+    return bias, (shape | texture).double().mean().item()

@@ -785,3 +785,112 @@ def _fit(path, name, missing, surplus, shapes):
     if found:
         raise ValueError(f"{path}: recognised as {name}, but keys do not fit; {'; '.join(found)}. "
                          f"Layouts known: {', '.join(LAYOUTS)} and our encoder.pt")
+
+
+# --------------------------------------------------------------------------------------------------
+# The projection head that training had put on an encoder
+
+def projector(encoder, narrow=True):
+    """That of a loaded checkpoint: a module, tokens (B, P+N, D) after the final norm -> (B, C), the
+    vector that stood for the image in training. None where the file has no such head (MAE, BEiT,
+    CAE, SimMIM, backbones alone).
+
+    MoCo v3, hybrid   class token -> projector; the predictor is left out
+    MMC               class token -> its head for class tokens
+    DINO, iBOT        class token -> MLP, length 1, prototypes: logits, before centre and softmax
+    SelfPatch         patches -> class attention -> the same
+
+    narrow: logits are given in an orthonormal basis of the space they span, 256 numbers instead of
+    65,536: all lengths, angles and hence linear classifiers of logits are as they were.
+    """
+    heads = getattr(encoder, "source", None) and encoder.source.heads
+    names = [name for name in ("projector", "cls", "head", "c_head") if heads and name in heads]
+    if not names:
+        return None
+    try:
+        head = Projector(heads[names[0]], heads.get("ca_head"), encoder.config["num_heads"], narrow)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{encoder.source.path}: cannot rebuild the head with the keys "
+                         f"{', '.join(heads[names[0]])} ({error})") from None
+    return head.to(encoder.drop_rates.device).eval().requires_grad_(False)
+
+
+class Projector(nn.Module):
+    """What `projector` returns, built from state dicts."""
+
+    def __init__(self, head, gather=None, num_heads=1, narrow=True):
+        super().__init__()
+        prototypes = {key: x for key, x in head.items() if key.startswith("last_layer.")}
+        mlp = {key.removeprefix("mlp."): x for key, x in head.items()
+               if not key.startswith("last_layer")}
+        self.mlp, self.gather, self.prototypes = numbered(mlp, not prototypes), None, None
+        if prototypes:
+            weight = prototype_rows(prototypes)                                      # (K, C)
+            if narrow and len(weight) > weight.shape[1]:        # W = QR: cosines of Wz are Rz's
+                weight = torch.linalg.qr(weight, mode="r").R                         # (C, C)
+            self.prototypes = nn.Parameter(weight)
+        if gather:
+            self.gather = Gather(gather, num_heads)
+
+    def forward(self, tokens):
+        z = self.mlp(self.gather(tokens) if self.gather else tokens[:, 0])
+        if self.prototypes is None:
+            return z
+        return F.linear(F.normalize(z, dim=-1), self.prototypes)
+
+
+def numbered(state, relu):
+    """nn.Sequential from its state dict: a number without tensors is an activation."""
+    layers = []
+    for i in range(max(int(key.split(".")[0]) for key in state) + 1):
+        own = {key.split(".", 1)[1]: x for key, x in state.items() if key.startswith(f"{i}.")}
+        if not own:
+            layers.append(nn.ReLU() if relu else nn.GELU())
+            continue
+        if "running_mean" in own:
+            layer = nn.BatchNorm1d(len(own["running_mean"]), affine="weight" in own)
+        else:
+            layer = nn.Linear(*own["weight"].shape[::-1], bias="bias" in own)
+        layer.load_state_dict(own)
+        layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+def prototype_rows(state):
+    """(K, C) from the last layer of DINO's head: plain, or length and direction (weight norm)."""
+    if "last_layer.weight" in state:
+        return state["last_layer.weight"]
+    for length, way in (("weight_g", "weight_v"), ("parametrizations.weight.original0",
+                                                   "parametrizations.weight.original1")):
+        if f"last_layer.{way}" in state:
+            return state[f"last_layer.{length}"] * F.normalize(state[f"last_layer.{way}"], dim=1)
+    raise KeyError("no weights of the last layer")
+
+
+class Gather(nn.Module):
+    """SelfPatch's aggregation: patches (B, N, D) -> image vector (B, D), by two class attentions,
+    in which one vector attends to itself and to the patches (CaiT's block, no layer scale)."""
+
+    def __init__(self, state, num_heads):
+        super().__init__()
+        dim, self.num_heads = state["cls_token"].shape[2], num_heads
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.cls_blocks, self.norm = nn.ModuleList(), nn.LayerNorm(dim, 1e-6)
+        for _ in {key.split(".")[1] for key in state if key.startswith("cls_blocks.")}:
+            parts = {name: nn.Linear(dim, dim) for name in ("q", "k", "v", "proj")}
+            mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+            self.cls_blocks.append(nn.ModuleDict({
+                **parts, "mlp": mlp, "norm1": nn.LayerNorm(dim, 1e-6),
+                "norm2": nn.LayerNorm(dim, 1e-6)}))
+        self.load_state_dict(state)
+
+    def forward(self, y):
+        z = self.cls_token.expand(len(y), -1, -1)                                    # (B, 1, D)
+        for block in self.cls_blocks:
+            x = block["norm1"](torch.cat([z, y], 1))                                 # (B, 1+N, D)
+            q, k, v = (block[name](x[:, :1] if name == "q" else x)
+                       .unflatten(2, (self.num_heads, -1)).transpose(1, 2) for name in "qkv")
+            x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)   # (B, 1, D)
+            z = z + block["proj"](x)
+            z = z + block["mlp"](block["norm2"](z))
+        return self.norm(z)[:, 0]
