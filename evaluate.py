@@ -3,6 +3,7 @@
     python evaluate.py                                        # kNN of the newest run in out/
     python evaluate.py --task linear --checkpoint out/mmc-toy mae_pretrain_vit_base.pth
     python evaluate.py --task part_retrieval --baseline pixels untrained --show
+    python evaluate.py --task all --checkpoint out/mmc-toy out/mae-toy --reference
 
 Each model is a few rows of the printed table and one line of results.jsonl by its checkpoint.
 
@@ -11,6 +12,7 @@ and one line in TASKS. It gets features from `features` (one pass over a split) 
 pass over any batches), scores from metrics.py, and its own flags from a line in FLAGS.
 """
 import argparse
+import copy
 import functools
 import json
 import math
@@ -25,6 +27,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Resampling
 from torch import nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -35,10 +38,12 @@ import data
 import metrics
 import readers
 import rng
+import toy
 import training
 import vit
 
-# B images, N patches, D width, S pixels a side, C classes, L learning rates, P key-points
+# B images, N tokens, D width, S pixels a side, C classes, L learning rates, H attention heads,
+# P key-points, E episodes, M items
 
 
 def natural(text):
@@ -63,14 +68,27 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "precision":  (str, "auto", "of the encoder: bf16, fp32; auto: bf16 where the device has it"),
     "batch-size": (natural, 256, "images per forward"),
     "workers":    (int, 2, "processes that decode images"),
-    "feature":    (("cls", "pat", "hyber"), None, "only this one; none: what the protocol says"),
+    "cache":      (bool, False, "keep features in --out/features, and take them from there"),
+    "reference":  (bool, False, "print the papers' numbers under ours"),
+    "feature":    (("cls", "pat", "hyber", "projected"), None, "only this; none: the protocol's"),
     "k":          (natural, [10, 20], "knn: numbers of neighbours"),
     "recipe":     (("mae", "dino", "park", "simmim", "mmc"), "mae", "whose settings; linear: mae, "
                    "dino, park; finetune: mae, simmim, mmc"),
-    "epochs":     (natural, None, "linear, finetune: of the training; none: the recipe's"),
+    "epochs":     (natural, None, "of a head's or all weights' training; none: the recipe's"),
     "reinit":     (str, None, "finetune: first:N or last:N, so many blocks start anew"),
-    "crop":       (("code", "paper"), "code", "part_retrieval: geometry, see part_crops"),
-    "parts":      (str, [], "part_retrieval: names of key-points, or all; none: the study's"),
+    "crop":       (("code", "paper"), "code", "parts: geometry, see part_crops"),
+    "parts":      (str, [], "names of key-points, or all; none: the study's"),
+    "head":       (("linear", "attentive"), "linear", "part_classification: on which features"),
+    "episodes":   (natural, 600, "few_shot: number of draws"),
+    "max-aspect": (float, 1.2, "object_retrieval: longer side / shorter side of a box, at most"),
+    "min-side":   (natural, 64, "object_retrieval: shorter side of a box in pixels, at least"),
+    "max-items":  (natural, None, "retrieval: of so many items, drawn at random; none: all"),
+    "imsize":     (natural, None, "landmark_retrieval: longer side, px; none: 224, toy: --size"),
+    "multiscale": (bool, False, "landmark_retrieval: features of 3 sizes, averaged"),
+    "crop-queries": (bool, False, "landmark_retrieval: cut queries to their boxes"),
+    "no-crop":    (bool, False, "shape_bias: pictures whole, without the centre crop"),
+    "eps":        (float, 0.7, "frequency_noise: strength, in units of the normalised input"),
+    "equal-energy": (bool, False, "frequency_noise: bands of equal strength, not of equal density"),
     "show":       (bool, False, "part_retrieval: write a contact sheet of the crops to --out"),
 }
 
@@ -83,10 +101,45 @@ def pooled(encoder, x):
     cls: class token. pat: mean of the patch tokens. hyber: both, each brought to length 1 first, as
     the shorter one would hardly count otherwise (the name is MMC's, the scaling our choice).
     """
-    cls, patches = encoder.split(encoder(x))
+    return pool(encoder, encoder(x))
+
+
+def pool(encoder, tokens):
+    cls, patches = encoder.split(tokens)
     pat = patches.float().mean(1)
     cls = pat if cls is None else cls.float()            # no class token: the mean stands in for it
     return {"cls": cls, "pat": pat, "hyber": torch.cat([F.normalize(cls), F.normalize(pat)], 1)}
+
+
+projector = functools.lru_cache(maxsize=1)(vit.projector)       # of the model at hand: built once
+
+
+def projected(encoder, x):
+    """`pooled`, and what the projection head in the checkpoint, if any, makes of the class token.
+
+    The part-aware study compares the two: encoded features know parts, projected ones objects.
+    """
+    tokens, head = encoder(x), projector(encoder)
+    found = pool(encoder, tokens)
+    if head:
+        with torch.autocast(x.device.type, enabled=False):
+            found["projected"] = head(tokens.float())
+    return found
+
+
+def block_means(encoder, x):
+    """Class token and patch mean of every block's output, without the final norm."""
+    outputs, _ = encoder.layers(x, norm=False)
+    found = {}
+    for number, tokens in enumerate(outputs, 1):
+        z = pool(encoder, tokens)
+        found |= {f"block {number} {name}": z[name] for name in ("cls", "pat")}
+    return found
+
+
+def all_tokens(encoder, x):
+    """All tokens after the final norm (B, N, D), in 16 bits: there are many."""
+    return {"tokens": encoder(x).half()}
 
 
 def last_blocks(encoder, x):
@@ -106,27 +159,74 @@ def pixels(_, x):
     return {"pixels": x.flatten(1)}
 
 
+def wanted(args, *protocol):
+    """The features that a probe looks at, and the function that makes them."""
+    names = [args.feature] if args.feature else list(protocol)
+    return names, projected if "projected" in names else pooled
+
+
 @torch.no_grad()
-def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled):
-    """One pass over (x (B, 3, S, S), numbers (B,)) -> {name: (n, D) float32}, numbers (n,).
+def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled, total=None,
+            key=None):
+    """One pass over (x (B, 3, S, S), numbers (B,)) -> {name: (n, ...)}, numbers (n,).
 
     numbers: what goes with the images, such as labels or their place in the data set. names: the
     features to keep; of a model that has none of them (pixels have no class token) all it has.
+    total: number of images, for the progress bar. key: what the images are, in words; with --cache
+    they are encoded only once.
     """
-    tokens, found, numbers = tokens if model.encoder else pixels, {}, []
+    tokens, path = tokens if model.encoder else pixels, stored(model, args, tokens, key)
+    if path and path.is_file():
+        content = torch.load(path, map_location=args.device, weights_only=True)
+        return choose(model, content["features"], names), content["numbers"]
+    found, numbers = {}, []
+    bar = tqdm(total=total, unit="img", desc=f"{model.name}: encoding", delay=5, leave=False,
+               dynamic_ncols=True, disable=None)         # silent if fast, or not on a terminal
     for x, number in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z = tokens(model.encoder, x)
-        for name in [name for name in z if name in names] or z:
-            found.setdefault(name, []).append(z[name].float())
+        for name, value in (z if path else choose(model, z, names)).items():
+            found.setdefault(name, []).append(value if name == "tokens" else value.float())
         numbers.append(number.to(x.device))
+        bar.update(len(x))
+    bar.close()
     if not numbers:
         raise ValueError(f"{args.task}: nothing to look at; raise --limit or change --data")
-    found = {name: torch.cat(z) for name, z in found.items()}
+    found, numbers = {name: torch.cat(z) for name, z in found.items()}, torch.cat(numbers)
     if not all(z.isfinite().all() for z in found.values()):
         raise ValueError(f"{model.name}: its features are not finite; try --precision fp32, or an "
                          f"earlier checkpoint")
-    return found, torch.cat(numbers)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = dict(features={name: z.cpu() for name, z in found.items()}, numbers=numbers.cpu())
+        vit.replace_file(path, lambda file: torch.save(content, file))
+    return choose(model, found, names), numbers
+
+
+def choose(model, found, names):
+    """Those of the features that are asked for, or all if there is none of these."""
+    if list(names) == ["projected"] and "projected" not in found and model.encoder:
+        raise ValueError(f"{model.name} has no projection head in its checkpoint; take a file with "
+                         f"one (MoCo v3; DINO and iBOT: the full checkpoint), or another --feature")
+    return {name: z for name, z in found.items() if name in names} or found
+
+
+def stored(model, args, tokens, key):
+    """Where --cache keeps these features; None: nowhere.
+
+    The name holds a hash of all that they depend on; a checkpoint counts as the same as long as its
+    size and time are. The data are taken to stay as they are: if not, delete the folder.
+    """
+    if not args.cache or key is None:
+        return None
+    path = model.source.path
+    what = (path and (str(Path(path).resolve()), *(getattr(Path(path).stat(), of)
+                      for of in ("st_size", "st_mtime_ns"))), model.source.branch,
+            path or (model.name, args.seed, model.encoder and sorted(model.encoder.config.items())),
+            tokens.__name__, args.data, args.data_root, args.limit, model.size, args.precision,
+            model.mean, model.std, model.interpolation, key)
+    name = f"{model.name}-{Path(args.data).name}-{rng.key(str(what)) % 2**64:016x}.pt"
+    return Path(args.out) / "features" / name
 
 
 @functools.lru_cache                                     # several models look at the same images
@@ -150,20 +250,26 @@ def labelled(model, args, split):
     return images, len(images.classes or range(int(images.labels.max()) + 1))
 
 
-def features(model, args, split, names=("cls", "pat", "hyber"), tokens=pooled, mirror=False):
+def features(model, args, split, names=("cls", "pat", "hyber"), tokens=pooled, mirror=False,
+             change=None, whole=False):
     """One pass over a split in the standard test view -> {name: (n, D)}, labels (n,), classes C.
 
-    mirror: encode the mirror image of every picture, too -> {name: (n, 2, D)}.
+    mirror: encode the mirror image of every picture, too -> {name: (n, 2, D)}. change: what is done
+    to each batch first, a function of x and the numbers of the images. whole: nothing is cut off.
     """
     images, classes = labelled(model, args, split)
     batches = data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
-                           std=model.std, workers=args.workers, interpolation=model.interpolation)
+                           std=model.std, workers=args.workers, interpolation=model.interpolation,
+                           resize=model.size if whole else None)
     if mirror:
         batches = ((torch.cat([x, x.flip(-1)]), index.repeat(2)) for x, index in batches)
-    found, index = extract(model, batches, args, names, tokens)
+    if change:
+        batches = ((change(x, index), index) for x, index in batches)
+    found, index = extract(model, batches, args, names, tokens, len(images) * (1 + mirror),
+                           None if change else (split, mirror, whole))
     if mirror:                                           # an image's two rows become neighbours
         order = index.argsort(stable=True)
-        found = {name: z[order].view(-1, 2, z.shape[1]) for name, z in found.items()}
+        found = {name: z[order].unflatten(0, (-1, 2)) for name, z in found.items()}
         index = index[order][::2]
     return found, images.labels.to(index.device)[index], classes
 
@@ -193,9 +299,9 @@ def report(rows, protocol, notes=(), **images):
 
 def knn(model, args):
     """Nearest neighbours vote: the train split is the bank, the test split asks. No training."""
-    names = [args.feature] if args.feature else ["cls", "pat", "hyber"]
-    bank, labels, classes = features(model, args, "train", names)
-    queries, truth, _ = features(model, args, "test", names)
+    names, tokens = wanted(args, "cls", "pat", "hyber")
+    bank, labels, classes = features(model, args, "train", names, tokens)
+    queries, truth, _ = features(model, args, "test", names, tokens)
     k = sorted({min(n, len(labels)) for n in args.k})
     rows = {}
     for name, z in bank.items():
@@ -209,10 +315,15 @@ def knn(model, args):
 
 # lr: at batch 256, else in proportion. mae, dino: as their released code. park: batch and epochs of
 # Park et al., table A.1; its lr 1 with decay 0.05 would shrink weights by 5 % a step: lr is ours.
+# cae: CAE's attentive probe, lr 0.4 at 8192. part: of part_classification, lr 0.4 and 0.04 at 1024.
 RECIPES = {
     "mae":  dict(lr=0.1,   batch=16384, epochs=90,  warmup=10, lars=True,  standardise=True),
     "dino": dict(lr=0.001, batch=1024,  epochs=100, warmup=0,  lars=False, standardise=False),
-    "park": dict(lr=0.1,   batch=1024,  epochs=50,  warmup=0,  lars=False, standardise=True)}
+    "park": dict(lr=0.1,   batch=1024,  epochs=50,  warmup=0,  lars=False, standardise=True),
+    "cae":  dict(lr=0.0125, batch=8192, epochs=90,  warmup=10, lars=False, standardise=False),
+    "part": dict(lr=0.1,   batch=1024,  epochs=90,  warmup=0,  lars=False, standardise=False),
+    "part attentive":
+            dict(lr=0.01,  batch=1024,  epochs=90,  warmup=0,  lars=False, standardise=False)}
 SWEEP = (0.3, 1, 3, 10, 30, 100, 300)                    # times the recipe's lr: a head for each
 
 
@@ -227,67 +338,227 @@ def linear(model, args):
     step; a sweep of lr. The papers report the best epoch on the test images. Here a tenth of the
     training images is held out to choose lr and epoch, and the test images are looked at once.
     """
+    name, head, train = trained(model, args)
+    tests, truth, _ = features(model, args, "test", *seen_by_linear(args))
     recipe = settings_of(args, RECIPES)
-    epochs = args.epochs or recipe["epochs"]
-    tokens = last_blocks if args.recipe == "dino" and not args.feature else pooled
-    names = [args.feature or "cls"]                      # last_blocks has one, under its own name
+    how = ("LARS" if recipe["lars"] else "SGD") + ", standardised" * recipe["standardise"]
+    return report({name: head.score(*tests.values(), truth)},
+                  f"linear head, recipe {args.recipe} ({how}, {head.epochs} epochs), after the "
+                  f"final norm; {view(model, args)} and its mirror image, no random crops; lr and "
+                  f"epoch chosen on a held-out tenth", train=train, test=len(truth),
+                  notes=[f"{model.name}: base lr {head.lr:.2g}, epoch {head.epoch} of "
+                         f"{head.epochs}"])
+
+
+def seen_by_linear(args):
+    """Names and function of what the recipe looks at; last_blocks has one, under its own name."""
+    tokens = last_blocks if args.recipe == "dino" and not args.feature else None
+    return [args.feature or "cls"], tokens or wanted(args, "cls")[1]
+
+
+def trained(model, args):
+    """The head of `linear`: the feature's name, the classifier, number of training images."""
+    names, tokens = seen_by_linear(args)
     found, y, classes = features(model, args, "train", names, tokens, mirror=True)
-    tests, truth, _ = features(model, args, "test", names, tokens)
-    [(name, x)], [x_test] = found.items(), tests.values()                   # (n, 2, D), (m, D)
+    [(name, x)] = found.items()                                             # (n, 2, D)
+    return name, classifier(x, y, classes, RECIPES[args.recipe], args), len(y)
+
+
+def layerwise(model, args):
+    """Linear classifier on the output of every block: where in the depth are the classes?
+
+    Park et al., figure 11, a curve without numbers: masked models rise to a maximum before the last
+    blocks, contrastive ones to the end. Recipe park. Our choice, as in `linear`, are its settings,
+    one pass over the images and a held-out tenth; also ours: the patch mean (--feature cls for the
+    class token) without the final norm, each dimension standardised, as the scales of the blocks
+    differ. All blocks come from one pass, so n x 2 x depth x D numbers must fit in memory.
+    """
+    feature, depth = args.feature or "pat", model.encoder.depth if model.encoder else 0
+    if feature not in ("cls", "pat"):
+        raise ValueError("layerwise reads --feature cls or pat")
+    names = [f"block {number} {feature}" for number in range(1, depth + 1)]
+    found, y, classes = features(model, args, "train", names, block_means, mirror=True)
+    tests, truth, _ = features(model, args, "test", names, block_means)
+    heads = {name: classifier(x, y, classes, RECIPES["park"], args) for name, x in found.items()}
+    rows = {name: head.score(tests[name], truth) for name, head in heads.items()}
+    return report(rows, f"linear head, recipe park (SGD, standardised, "
+                  f"{args.epochs or RECIPES['park']['epochs']} epochs), of every block, before the "
+                  f"final norm; {view(model, args)} and its mirror image, no random crops; lr and "
+                  f"epoch chosen on a held-out tenth", train=len(y), test=len(truth),
+                  notes=[f"{model.name}: base lr of the blocks "
+                         f"{', '.join(f'{head.lr:.2g}' for head in heads.values())}"])
+
+
+def attentive(model, args):
+    """Classifier that chooses which tokens to look at: for models without a trained class token.
+
+    Part-aware study, table 1, with CAE's head and recipe: a query attends once to all tokens, class
+    token included, after the final norm. Our choice, as in `linear`: the test view and its mirror
+    image instead of random crops, encoded once; small batches; a held-out tenth chooses lr and
+    epoch. Also ours: running statistics of the batch norm at test, where the published code takes
+    the test batch's own. All tokens stay in memory, in 16 bits.
+    """
+    if not model.encoder:
+        raise ValueError("attentive needs tokens, and pixels have none: leave out that --baseline")
+    images = load(args.data, args.data_root, "train", model.size, args.limit, args.device)
+    size = len(images) * 2 * ((model.size // model.encoder.patch_size) ** 2 + 1) * 2 / 2**30
+    if (size := size * model.encoder.embed_dim) > 48:
+        raise ValueError(f"attentive keeps the tokens of {len(images):,} images, {size:.0f} GiB: "
+                         f"take fewer with --limit")
+    found, y, classes = features(model, args, "train", ["tokens"], all_tokens, mirror=True)
+    tests, truth, _ = features(model, args, "test", ["tokens"], all_tokens)
+    head = classifier(found["tokens"], y, classes, RECIPES["cae"], args, AttentiveHeads)
+    return report({"tokens": head.score(tests["tokens"], truth)},
+                  f"one query attends to all tokens after the final norm, batch norm, linear; "
+                  f"recipe cae (SGD, {head.epochs} epochs); {view(model, args)} and its mirror "
+                  f"image, no random crops; lr and epoch chosen on a held-out tenth",
+                  train=len(y), test=len(truth),
+                  notes=[f"{model.name}: base lr {head.lr:.2g}, epoch {head.epoch} of "
+                         f"{head.epochs}"])
+
+
+# ---- probes: heads, several learning rates side by side ------------------------------------------
+
+
+class LinearHeads:
+    """L linear classifiers: features (B, D) -> scores (B, L, C)."""
+
+    def __init__(self, heads, width, classes, g, device):
+        weight = 0.01 * torch.randn(classes, width, generator=g).to(device).repeat(heads, 1, 1)
+        self.params = [weight, torch.zeros(heads, classes, 1, device=device)]
+        self.state = []                                  # what is kept, but not by the gradient
+
+    def __call__(self, x, training=False):
+        weight, bias = self.params                                          # (L, C, D), (L, C, 1)
+        return (x @ weight.flatten(0, 1).T + bias.flatten()).unflatten(1, bias.shape[:2])
+
+
+class AttentiveHeads:
+    """L attentive classifiers: tokens (B, N, D) -> scores (B, L, C). No residual, no MLP.
+
+    A learned query attends to all tokens, with D/64 attention heads and a LayerNorm for each of
+    query, key and value; then a projection, batch norm without affine, and a linear classifier.
+    As there is one query, nothing is projected token by token: q . (W_k x) = (W_k^T q) . x, and the
+    weighted mean of W_v x is W_v times that of x. So L heads cost hardly more than one. The shift
+    of the key's LayerNorm is left out: it cancels in the softmax.
+    """
+
+    def __init__(self, heads, width, classes, g, device):
+        def drawn(*shape, std=0.02):
+            x = torch.empty(shape)
+            return torch.nn.init.trunc_normal_(x, std=std, generator=g).to(device)
+
+        one, zero = torch.ones(width, device=device), torch.zeros(width, device=device)
+        alone = [drawn(width), one, zero, one, one, zero,            # query; LayerNorms: q, k, v
+                 drawn(width, width), zero, drawn(width, width),     # W_q, b_q, W_k
+                 drawn(width, width), zero, drawn(width, width), zero,      # W_v, b_v, W_o, b_o
+                 drawn(classes, width, std=0.01), torch.zeros(classes, device=device)]
+        self.params = [p.repeat(heads, *[1] * p.ndim) for p in alone]
+        self.state = [zero.repeat(heads, 1), one.repeat(heads, 1)]          # running mean, variance
+
+    def __call__(self, x, training=False):
+        (query, q_gain, q_shift, k_gain, v_gain, v_shift, w_q, b_q, w_k, w_v, b_v, w_o, b_o,
+         weight, bias) = self.params
+        D = x.shape[2]
+        H = max(1, D // 64)
+        if D % H:
+            raise ValueError(f"the attentive head splits the width by 64, and {D} does not")
+        x = F.layer_norm(x.float(), [D], eps=1e-6)                          # gain, shift: below
+        q = F.layer_norm(query, [D], eps=1e-6) * q_gain + q_shift
+        q = torch.einsum("loi,li->lo", w_q, q) + b_q
+        q = q.unflatten(1, (H, -1)) * (D // H) ** -0.5                      # (L, H, D/H)
+        asked = torch.einsum("lhd,lhdi->lhi", q, w_k.unflatten(1, (H, -1))) * k_gain[:, None]
+        shown = (x @ asked.flatten(0, 1).T).softmax(1)                      # (B, N, L*H)
+        v = (shown.mT @ x).unflatten(1, q.shape[:2])                        # (B, L, H, D)
+        v = v * v_gain[:, None] + v_shift[:, None]
+        v = torch.einsum("blhi,lhdi->blhd", v, w_v.unflatten(1, (H, -1))).flatten(2) + b_v
+        z = torch.einsum("bli,loi->blo", v, w_o) + b_o                      # (B, L, D)
+        mean, var = self.state
+        if training:
+            mean, var = z.mean(0), z.var(0, correction=0)
+            with torch.no_grad():
+                n = len(z)
+                self.state[0].lerp_(mean, 0.1)
+                self.state[1].lerp_(var * (n / max(n - 1, 1)), 0.1)
+        z = (z - mean) * (var + 1e-5).rsqrt()
+        return torch.einsum("bli,lci->blc", z, weight) + bias
+
+
+def classifier(x, y, classes, recipe, args, kind=LinearHeads):
+    """Trains heads on frozen features x (n, V, ...) of V views of each image, labels y (n,).
+
+    -> namespace: scores(x), last(x) of the best epoch and of the last, (m, ...) -> (m, C); score(x,
+    labels), a row of the table; lr, epoch, epochs.
+    """
+    mean, scale = 0.0, 1.0
     if recipe["standardise"]:
         var, mean = torch.var_mean(x, dim=(0, 1))
-        x, x_test = (x - mean) * (var + 1e-6).rsqrt(), (x_test - mean) * (var + 1e-6).rsqrt()
-    best, last, lr, epoch = train_heads(x, y, classes, recipe, epochs, args.seed)
-    top1, top5 = metrics.accuracy(F.linear(x_test, *best), truth)
-    end = metrics.accuracy(F.linear(x_test, *last), truth)[0]
-    how = ("LARS" if recipe["lars"] else "SGD") + ", standardised" * recipe["standardise"]
-    return report({name: {"top-1": top1, "top-5": top5, "last epoch": end}},
-                  f"linear head, recipe {args.recipe} ({how}, {epochs} epochs), after the final "
-                  f"norm; {view(model, args)} and its mirror image, no random crops; lr and epoch "
-                  f"chosen on a held-out tenth", train=len(y), test=len(truth),
-                  notes=[f"{model.name}: base lr {lr:.2g}, epoch {epoch} of {epochs}"])
+        scale = (var + 1e-6).rsqrt()
+        x = (x - mean) * scale
+    epochs = args.epochs or recipe["epochs"]
+    best, last, lr, epoch = train_heads(x, y, classes, recipe, epochs, args.seed, kind)
+
+    def using(head):
+        return lambda x: torch.cat([head((part - mean) * scale)[:, 0] for part in x.split(256)])
+
+    def score(x, labels):
+        top1, top5 = metrics.accuracy(using(best)(x), labels)
+        end = metrics.accuracy(using(last)(x), labels)[0]
+        return {"top-1": top1, "top-5": top5, "last epoch": end}
+
+    return SimpleNamespace(scores=using(best), last=using(last), score=score, lr=lr, epoch=epoch,
+                           epochs=epochs)
 
 
-@torch.no_grad()                                         # the gradient stands in the loop
-def train_heads(x, y, classes, recipe, epochs, seed):
-    """Trains a linear head for each lr of SWEEP, side by side on the same batches.
+@torch.enable_grad()
+def train_heads(x, y, classes, recipe, epochs, seed, kind=LinearHeads):
+    """Trains a head for each lr of SWEEP, side by side on the same batches.
 
-    x: (n, V, D) features of V views of each image, y: (n,). Returns (weight (C, D), bias (C,)) of
-    the head and epoch with the best accuracy on a held-out tenth of the images, the same head after
-    the last epoch, its base lr, and that epoch (counted from 1).
+    x: (n, V, ...) features of V views of each image, y: (n,). Returns the head of the epoch with
+    the best accuracy on a held-out tenth of the images, the same head after the last epoch, its
+    base lr, and that epoch (counted from 1).
     """
-    (n, views, width), heads, g = x.shape, len(SWEEP), rng.generator(seed, "linear")
+    (n, views), g = x.shape[:2], rng.generator(seed, "linear")
     if n < 10:
-        raise ValueError(f"linear holds out a tenth of the training images: {n} are too few")
+        raise ValueError(f"a tenth of the training images is held out: {n} are too few")
     held, train = torch.randperm(n, generator=g).to(x.device).tensor_split([n // 10])
     batch = max(1, min(recipe["batch"], len(train) // 32))
     total = epochs * -(-len(train) // batch)
     warmup = total * recipe["warmup"] // recipe["epochs"]
     lrs = torch.tensor(SWEEP, device=x.device) * recipe["lr"] * batch / 256
-    weight = 0.01 * torch.randn(classes, width, generator=g).to(x.device).repeat(heads, 1, 1)
-    bias = torch.zeros(heads, classes, 1, device=x.device)                  # (L, C, 1)
-    momenta = torch.zeros_like(weight), torch.zeros_like(bias)              # (L, C, D), (L, C, 1)
-
-    def scores(x):                                                          # (B, D) -> (B, L, C)
-        return (x @ weight.flatten(0, 1).T + bias.flatten()).view(-1, heads, classes)
+    heads = kind(len(SWEEP), x.shape[-1], classes, g, x.device)
+    momenta = [torch.zeros_like(p) for p in heads.params]
+    for p in heads.params:
+        p.requires_grad_()
 
     step, best = 0, (-1,)
     for epoch in range(1, epochs + 1):
         for index in train[torch.randperm(len(train), generator=g).to(x.device)].split(batch):
             shown = torch.randint(views, (len(index),), generator=g).to(x.device)
-            seen, labels = x[index, shown], F.one_hot(y[index], classes)[:, None]
-            slope = (scores(seen).softmax(2) - labels) / len(index)         # of the cross-entropy
-            grads = (slope.flatten(1).T @ seen).view_as(weight), slope.sum(0)[..., None]
-            lr = lrs * training.cosine(step, total, 1.0, 0.0, warmup)
-            descend((weight, bias), grads, momenta, lr, recipe["lars"])
+            scores = heads(x[index, shown], training=True)                  # (B, L, C)
+            labels = y[index, None].expand(-1, len(SWEEP))
+            loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
+            grads = torch.autograd.grad(loss / len(index), heads.params)    # a mean for each head
+            with torch.no_grad():
+                lr = lrs * training.cosine(step, total, 1.0, 0.0, warmup)
+                descend(heads.params, grads, momenta, lr, recipe["lars"])
             step += 1
-        right = sum((scores(x[index, 0]).argmax(2) == y[index, None]).sum(0)
-                    for index in held.split(8192))                          # (L,)
+        with torch.no_grad():
+            right = sum((heads(x[index, 0]).argmax(2) == y[index, None]).sum(0)
+                        for index in held.split(256))                       # (L,)
         if right.max() > best[0]:
-            head = int(right.argmax())
-            best = right.max(), head, epoch, weight[head].clone(), bias[head, :, 0].clone()
-    _, head, epoch, *winner = best
-    return winner, (weight[head], bias[head, :, 0]), SWEEP[head] * recipe["lr"], epoch
+            number = int(right.argmax())
+            best = right.max(), number, epoch, one_head(heads, number)
+    _, number, epoch, winner = best
+    return winner, one_head(heads, number), SWEEP[number] * recipe["lr"], epoch
+
+
+def one_head(heads, number):
+    """A copy of one of the heads as it is now, fixed."""
+    head = copy.copy(heads)
+    head.params, head.state = ([p.detach()[number:number + 1].clone() for p in tensors]
+                               for tensors in (heads.params, heads.state))
+    return head
 
 
 def descend(params, grads, momenta, lrs, lars, trust=0.001):
@@ -298,12 +569,470 @@ def descend(params, grads, momenta, lrs, lars, trust=0.001):
     (last axis 1) go without.
     """
     for p, grad, m in zip(params, grads, momenta):
+        each = (-1, *[1] * (p.ndim - 1))                                    # (L,) -> (L, 1, ...)
         if lars and p.shape[-1] > 1:
             size, slope = p.flatten(1).norm(dim=1), grad.flatten(1).norm(dim=1)
             scale = torch.where((size > 0) & (slope > 0), trust * size / slope, 1.0)
-            grad = grad * scale[:, None, None]
+            grad = grad * scale.view(each)
         m.mul_(0.9).add_(grad)
-        p.sub_(lrs[:, None, None] * m)
+        p.sub_(lrs.view(each) * m)
+
+
+# ---- probes: without training --------------------------------------------------------------------
+
+
+def few_shot(model, args):
+    """Which of five classes, from one picture of each? 5-way 1-shot, nothing is trained.
+
+    MMC, table 8: the class token, cosine similarity. Accuracy: the most similar of the five is the
+    answer. F1: "same class" is said above a threshold T. Our choice, as the paper is silent: 600
+    episodes with 15 queries of each class, from the test split; accuracy with its 95 % interval;
+    F1 over the pairs of all episodes together, for T = 0.1, 0.2, .. 0.9, and the best of them.
+    Chance is 20 % accuracy; to say "same" to everything gives an F1 of 33.3 %.
+    """
+    ways, queries, thresholds = 5, 15, [t / 10 for t in range(1, 10)]
+    names, tokens = wanted(args, "cls")
+    found, labels, classes = features(model, args, "test", names, tokens, whole=squares(args))
+    members = [(labels == c).nonzero()[:, 0] for c in range(classes)]
+    members = [rows for rows in members if len(rows) > queries]
+    if len(members) < ways:
+        raise ValueError(f"few_shot needs {ways} classes with {queries + 1} test images each; "
+                         f"{args.data} has {len(members)}: raise --limit or change --data")
+    g = rng.generator(args.seed, "few_shot")
+
+    def some(rows):
+        return rows[torch.randperm(len(rows), generator=g)[:queries + 1].to(rows.device)]
+
+    chosen = torch.stack([torch.stack([some(members[c]) for c in torch.randperm(
+        len(members), generator=g)[:ways].tolist()]) for _ in range(args.episodes)])   # (E, 5, 16)
+    truth = torch.arange(ways, device=labels.device).repeat_interleave(queries)        # (75,)
+    rows = {}
+    for name, z in found.items():
+        z = F.normalize(z, dim=1)
+        similarity = torch.cat([                                                       # (E, 75, 5)
+            z[part[:, :, 1:].flatten(1)] @ z[part[:, :, 0]].mT for part in chosen.split(64)])
+        right = (similarity.argmax(2) == truth).double().mean(1)                       # (E,)
+        same = (truth[:, None] == torch.arange(ways, device=truth.device)).expand_as(similarity)
+        f1 = metrics.f1_sweep(similarity, same, thresholds)
+        spread = 1.96 * right.std().item() / args.episodes ** 0.5 if args.episodes > 1 else 0.0
+        rows[name] = {"accuracy": 100 * right.mean().item(), "+-": 100 * spread,
+                      "F1": 100 * f1.max().item(), "T x 100": 100 * thresholds[int(f1.argmax())],
+                      **{f"F1 {t}": 100 * value for t, value in zip(thresholds, f1.tolist())}}
+    return report(rows, f"5-way 1-shot, {args.episodes} episodes, 15 queries of each class, "
+                  f"cosine; last block, after the final norm; {model.size} px; accuracy +- 95 % "
+                  f"interval; F1 of saying 'same' above T; chance 20.0 and 33.3", test=len(labels),
+                  notes=[f"{len(members)} classes of {args.data}, test split"])
+
+
+def squares(args):
+    """Are the pictures square? Then nothing needs to be cut off (asked of the first one)."""
+    paths = load(args.data, args.data_root, "test", 64, 1, args.device).paths
+    return bool(paths) and len(set(data.read_image(paths[0]).size)) == 1
+
+
+def ranked(found, labels, kind):
+    """Rows of a retrieval table: each item asks for the others with its label."""
+    rows, chance = {}, 100 * metrics.chance(labels).nanmean().item()
+    for name, z in found.items():
+        ap = metrics.retrieval(z, labels)
+        mean, by_class = ap.nanmean().item(), metrics.class_means(ap, labels).nanmean().item()
+        rows[name] = {"AP": 100 * mean, f"AP by {kind}": 100 * by_class, "chance": chance}
+    alone = int(ap.isnan().sum())
+    if alone == len(labels):
+        raise ValueError(f"no two items share a {kind}, so nothing can be retrieved: raise --limit "
+                         f"or change --data")
+    return rows, [f"{alone} items are the only one of their {kind}: not asked for"] * (alone > 0)
+
+
+def object_retrieval(model, args):
+    """Do pictures of one class find each other? Each asks for all others, encoded and projected.
+
+    Part-aware study, table 2: CIFAR-10, and COCO's boxes. It does not name split, shape and least
+    size. Our choice: the test split, and boxes (not crowds) of at least 64 px and at most 1.2
+    times as long as wide, clipped, squashed to a square; the query is not in its own list. Chance
+    is about the share of the query's class.
+    """
+    names, tokens = wanted(args, "cls", "pat", "projected")
+    if args.data in ("coco", "toy-scenes"):
+        items = readers.boxes(args.data, args.data_root, "test", args.limit)
+        crops = box_crops(items, model.size, args.max_aspect, args.min_side)
+        found, labels = extract(model, crop_batches(crops, model, args), args, names, tokens,
+                                key=("boxes", args.max_aspect, args.min_side))
+        seen = (f"boxes with sides of {args.min_side} px and more, {args.max_aspect:g} : 1 at most,"
+                f" squashed to {model.size} px")
+    else:
+        found, labels, _ = features(model, args, "test", names, tokens)
+        seen = view(model, args)
+    found, labels = subset(found, labels, args)
+    rows, notes = ranked(found, labels, "class")
+    return report(rows, f"average precision by cosine, query left out; last block, after the final "
+                  f"norm; {seen}", notes, items=len(labels))
+
+
+def subset(found, labels, args):
+    """At most --max-items rows, drawn at random."""
+    rows = torch.randperm(len(labels), generator=rng.generator(args.seed, "subset"))
+    rows = rows[:args.max_items].sort().values.to(labels.device)
+    return {name: z[rows] for name, z in found.items()}, labels[rows]
+
+
+def landmark_retrieval(model, args):
+    """Queries look for other views of their landmark in a database, by class token.
+
+    MMC, table 9: revisited Oxford and Paris, mean AP of the medium (easy and hard views) and the
+    hard setting; no whitening, no expansion of queries. Our choice, DINO's default: longer side 224
+    (--imsize 512 --multiscale is its better one), queries whole although the benchmark gives boxes
+    (--crop-queries). Pictures keep their shape; the sides lose what does not fill a patch.
+
+    toy and toy-scenes, our own stand-in: 40 films of 16 frames, each frame cut to a random half or
+    more of the picture around a point on a creature, and the ninth of each film asks for the rest
+    of it. Within 4 frames of it is easy, farther away hard, and junk where less than a fifth shows
+    a creature; distractors are all other films. Creatures walk and turn no corner, so viewpoints
+    differ less than on Oxford: compare with --baseline pixels untrained.
+    """
+    home = args.data in ("toy", "toy-scenes")
+    side = args.imsize or (model.size if home else 224)
+    world = toy_landmarks(side, args) if home else readers.landmarks(args.data, args.data_root)
+    names, tokens = wanted(args, "cls")
+    if args.multiscale:
+        names, tokens = ["multiscale"], multiscale
+    boxes = world.boxes if args.crop_queries else None
+    database, queries = (
+        extract(model, landmark_views(items, cut, side, model, args), args, names, tokens,
+                len(items), (role, side, bool(cut)))[0]
+        for role, items, cut in (("database", world.database, None),
+                                 ("queries", world.queries, boxes)))
+    rows = {}
+    for name, z in database.items():
+        similarity = F.normalize(queries[name], dim=1) @ F.normalize(z, dim=1).T
+        ranking = similarity.argsort(dim=1, descending=True, stable=True).cpu()
+        rows[name] = {}
+        for setting, good, bad in (("medium", "easy hard", "junk"), ("hard", "hard", "junk easy"),
+                                   ("easy", "easy", "junk hard")):
+            lists = [[torch.cat([torch.as_tensor(getattr(world, which)[q], dtype=torch.long)
+                                 for which in whose.split()]) for whose in (good, bad)]
+                     for q in range(len(ranking))]
+            each = [metrics.revisited(order, *pair) for order, pair in zip(ranking, lists)]
+            ap = torch.tensor([ap for ap, _ in each], dtype=torch.float64)
+            at = torch.tensor([p for _, p in each], dtype=torch.float64)    # (Q, 3): 1, 5, 10
+            rows[name][f"{setting} mAP"] = 100 * ap.nanmean().item()
+            rows[name][f"{setting[0]} mP@10"] = 100 * at[:, 2].nanmean().item()
+    what = "a frame asks for the rest of its film" if home else "whole queries"
+    what = "queries cut to their boxes" if args.crop_queries else what
+    return report(rows, f"revisited protocol, {what}; cosine; last block, after the final norm; "
+                  f"longer side {side} px" + ", 3 scales averaged" * args.multiscale,
+                  database=len(world.database), queries=len(world.queries))
+
+
+def multiscale(encoder, x):
+    """Class tokens of the picture at 1, 1/sqrt(2) and 1/2 of its size, averaged."""
+    p, total = encoder.patch_size, 0
+    for scale in (1, 2 ** -0.5, 0.5):
+        h, w = (max(p, int(side * scale) // p * p) for side in x.shape[2:])
+        size = [int(side * scale) for side in x.shape[2:]]
+        z = x if scale == 1 else F.interpolate(x, size, mode="bilinear", align_corners=False)
+        z = z[:, :, :h, :w] if min(z.shape[2:]) >= p else F.interpolate(x, (h, w), mode="bilinear")
+        total = total + pooled(encoder, z)["cls"]
+    return {"multiscale": total / 3}
+
+
+# ---- probes: of robustness -----------------------------------------------------------------------
+
+# The 16 categories of the cue-conflict set: members among ImageNet's 1,000 classes, in sorted order
+MEMBERS = {name: [n for part in text.split() for low, _, high in [part.partition("-")]
+                  for n in range(int(low), int(high or low) + 1)] for name, text in {
+    "airplane": "404", "bear": "294-297", "bicycle": "444 671",
+    "bird": "8 10-16 18-20 22-24 80-83 87-96 98-100 127-133 135-145",
+    "boat": "472 554 625 814 914", "bottle": "440 720 737 898 899 901 907", "car": "436 511 817",
+    "cat": "281-286", "chair": "423 559 765 857", "clock": "409 530 892",
+    "dog": "152-191 193-203 205-226 228-241 243-250 252-257 259 261-263 265-268",
+    "elephant": "385 386", "keyboard": "508 878", "knife": "499", "oven": "766",
+    "truck": "555 569 656 675 717 734 864 867"}.items()}
+
+
+def shape_bias(model, args):
+    """A cat with the skin of an elephant: does the model say cat, or elephant?
+
+    Park et al., figure 8a, on the 1,200 cue-conflict images whose shape and texture disagree. The
+    classifier is the linear probe, trained on ImageNet (--data imagenet). A category's probability
+    is the mean over its member classes. Of the decisions for either cue, the share for the shape;
+    the number is the mean over the 16 shapes. A supervised ResNet-50 has about 21 %.
+
+    There is no stand-in on toy: its classes differ in shape alone, so no cue could conflict.
+    """
+    if args.data != "imagenet":
+        raise ValueError("shape_bias needs a classifier of ImageNet's 1,000 classes and the "
+                         "cue-conflict images: get both, then --data imagenet")
+    world = readers.cue_conflict(args.data_root)
+    names, tokens = seen_by_linear(args)
+    _, head, train = trained(model, args)
+    images = data.Images("cue-conflict", "test", paths=list(world.paths))
+    batches = data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
+                           std=model.std, workers=args.workers, interpolation=model.interpolation,
+                           resize=model.size if args.no_crop else None)
+    found, index = extract(model, batches, args, names, tokens, len(images),
+                           ("cue-conflict", args.no_crop))
+    [(name, z)] = found.items()
+    decided = sixteen(head.scores(z), world.classes).cpu()
+    shapes, textures = world.shapes[index.cpu()], world.textures[index.cpu()]
+    conflict = shapes != textures
+    bias, either = metrics.shape_bias(decided[conflict], shapes[conflict], textures[conflict])
+    mean = torch.tensor(list(bias.values()), dtype=torch.float64).nanmean().item()
+    row = {"shape bias": 100 * mean, "either": 100 * either}
+    row |= {world.classes[c]: 100 * value for c, value in bias.items()}
+    return report({name: row}, f"linear head, recipe {args.recipe}; mean probability of each "
+                  f"category's classes; mean over shapes of shape / (shape or texture)",
+                  train=train, test=int(conflict.sum()))
+
+
+def sixteen(scores, categories):
+    """(B, 1000) scores -> (B,) the category with the largest mean probability of its members."""
+    p = scores.softmax(1)
+    return torch.stack([p[:, MEMBERS[name]].mean(1) for name in categories], 1).argmax(1)
+
+
+def frequency_noise(model, args):
+    """How much accuracy does noise of one frequency cost? Low ones are outlines, high ones texture.
+
+    Park et al., figure 8b, a curve without numbers: contrastive models lose less at high
+    frequencies. The linear probe's head, on the test images of the evaluated set; noise on the
+    normalised image, the same for all models. Our choice, as the paper gives but a window of 0.1
+    pi: strength 0.7 with random signs, bands 0.1 pi wide around f = 0, 0.1 pi, .. pi, not clipped.
+    A band has the more energy the higher it is (--equal-energy: the same for all).
+    """
+    names, tokens = seen_by_linear(args)
+    name, head, train = trained(model, args)
+
+    def top1(change):
+        tests, truth, _ = features(model, args, "test", names, tokens, change=change)
+        return metrics.accuracy(head.scores(*tests.values()), truth)[0], len(truth)
+
+    clean, test = top1(None)
+    drops = {}
+    for tenth in range(11):
+        def add(x, index, tenth=tenth):
+            return x + band_noise(index, x.shape[-1], tenth / 10 * math.pi, args)
+        drops[f"{tenth / 10:g} pi"] = clean - top1(add)[0]
+    mean = sum(drops.values()) / len(drops)
+    return report({name: {"mean drop": mean, "clean": clean, **drops}},
+                  f"points of top-1 lost to noise of strength {args.eps:g} in a band 0.1 pi wide "
+                  f"around a frequency" + ", equal energy" * args.equal_energy +
+                  f"; linear head, recipe {args.recipe}; {view(model, args)}",
+                  train=train, test=test)
+
+
+def ring(size, f, half=0.05 * math.pi):
+    """(S, S) bool: the coefficients of fft2 whose larger frequency lies in [f - half, f + half)."""
+    w = 2 * math.pi * torch.fft.fftfreq(size, dtype=torch.float64).abs()
+    w = torch.maximum(w[:, None], w) + 1e-9              # edges: not a matter of rounding
+    return (w >= f - half) & (w < f + half)
+
+
+def band_noise(index, size, f, args):
+    """(B,) image numbers -> (B, 3, S, S): random signs times --eps, less all other frequencies."""
+    noise = args.eps * rng.normal(index, (3, size, size), args.seed, "noise").sign()
+    keep = ring(size, f).to(index.device)
+    noise = torch.fft.ifft2(torch.fft.fft2(noise) * keep).real
+    if args.equal_energy:                                # as if a tenth of all were kept
+        noise = noise * (0.1 / keep.double().mean().clamp(min=1e-9).item()) ** 0.5
+    return noise
+
+
+# ---- probes: of parts ----------------------------------------------------------------------------
+
+
+def part_retrieval(model, args):
+    """Do crops of one part find each other, over poses and species? Each asks for all others.
+
+    From the part-aware study, table 4 (left): does the feature of a crop say *what it shows*?
+    """
+    known, parts, (split, at_most, _, source) = key_points(args)
+
+    def crops():
+        items = readers.keypoints(args.data, args.data_root, split, args.limit or at_most)
+        return part_crops(items, known, parts, model.size, args.crop)
+
+    names, tokens = wanted(args, "cls", "pat", "projected")
+    found, labels = extract(model, crop_batches(crops(), model, args), args, names, tokens,
+                            key=("parts", args.crop, tuple(parts)))
+    if args.show:
+        contact_sheet(crops(), parts, Path(args.out) / f"part_crops-{args.data}.png")
+    rows, notes = ranked(found, labels, "part")
+    side = {"code": "2 round(d/4), d to the nearest of these on the same object",
+            "paper": "d to the nearest of all key-points"}
+    return report(rows, f"average precision by cosine, query left out; last block, after the final "
+                  f"norm; visible {', '.join(parts)} of {source}; squares, side {side[args.crop]}, "
+                  f"kept if 20 < d/2 < 1000 px, resized to {model.size} px",
+                  notes, crops=len(labels))
+
+
+def part_classification(model, args):
+    """Which part does a crop show? A linear or an attentive head (--head) on frozen features.
+
+    Part-aware study, table 4 (right), on the crops of part_retrieval. As in its released code, the
+    training crops are enlarged by 256/224 and lose their rim, the test crops are seen whole; no
+    augmentation. Our choice, as in `linear`: small batches, a sweep of lr around the paper's, a
+    held-out tenth that chooses lr and epoch (the paper: the best epoch on the test crops).
+    """
+    known, parts, (_, _, _, source) = key_points(args)
+    if args.head == "attentive" and not model.encoder:
+        raise ValueError("the attentive head needs tokens, and pixels have none")
+    names, tokens = wanted(args, "cls", "pat", "projected")
+    kind, recipe = LinearHeads, RECIPES["part"]
+    if args.head == "attentive":
+        names, tokens, kind, recipe = ["tokens"], all_tokens, AttentiveHeads, RECIPES[
+            "part attentive"]
+
+    def crops(split):
+        large = model.size * 256 // 224 if split == "train" else model.size
+        rim = round((large - model.size) / 2)
+        items = readers.keypoints(args.data, args.data_root, split, args.limit)
+        for crop, label in part_crops(items, known, parts, large, args.crop):
+            yield crop[:, rim:rim + model.size, rim:rim + model.size], label
+
+    (found, y), (tests, truth) = (
+        extract(model, crop_batches(crops(split), model, args), args, names, tokens,
+                key=("part crops", split, args.crop, tuple(parts))) for split in ("train", "test"))
+    heads = {name: classifier(x[:, None], y, len(parts), recipe, args, kind)
+             for name, x in found.items()}
+    rows = {name: head.score(tests[name], truth) for name, head in heads.items()}
+    for row in rows.values():
+        del row["top-5"]                                 # of three or four parts
+    epochs = args.epochs or recipe["epochs"]
+    return report(rows, f"{args.head} head (SGD, {epochs} epochs), after the final norm; "
+                  f"{', '.join(parts)} of {source}; training crops without their rim; lr and epoch "
+                  f"chosen on a held-out tenth", train=len(y), test=len(truth),
+                  notes=[f"{model.name}, {name}: base lr {head.lr:.2g}, epoch {head.epoch} of "
+                         f"{epochs}" for name, head in heads.items()])
+
+
+# ---- crops and readers ---------------------------------------------------------------------------
+
+
+def box_crops(items, size, max_aspect, min_side):
+    """Yields (box (3, size, size) uint8, its label): those of readers.boxes that are large enough
+    and nearly square, clipped to the picture and squashed to a square."""
+    for item in items:
+        height, width = item.image.shape[1:]
+        for box, label, crowd in zip(item.boxes, item.labels, item.crowd):
+            x0, y0 = (max(0, round(v)) for v in box[:2].tolist())
+            x1, y1 = (min(limit, round(v)) for v, limit in zip(box[2:].tolist(), (width, height)))
+            short, long = sorted((x1 - x0, y1 - y0))
+            if not crowd and short >= max(1, min_side) and long <= max_aspect * short:
+                crop = item.image[:, y0:y1, x0:x1]
+                yield TF.resize(crop, [size, size], TF.InterpolationMode.BICUBIC,
+                                antialias=True), int(label)
+
+
+def landmark_views(items, boxes, side, model, args):
+    """Paths or pictures (3, H, W) uint8 -> (x (1, 3, h, w) normalised, number (1,)), one by one.
+
+    The longer side is shrunk to `side`, never enlarged; h and w are multiples of the patch.
+    """
+    p = model.encoder.patch_size if model.encoder else 1
+    for number, item in enumerate(items):
+        image = TF.to_pil_image(item) if torch.is_tensor(item) else data.read_image(item)
+        if boxes is not None:
+            image = image.crop([round(float(v)) for v in boxes[number]])
+        image.thumbnail((side, side), Resampling.LANCZOS)
+        x = TF.pil_to_tensor(image)
+        x = x[:, :max(p, x.shape[1] // p * p), :max(p, x.shape[2] // p * p)]
+        x = F.pad(x, (0, max(0, p - x.shape[2]), 0, max(0, p - x.shape[1])))    # narrower than one
+        x = x[None].to(args.device).float() / 255
+        yield data.normalize(x, model.mean, model.std), torch.tensor([number])
+
+
+def toy_landmarks(side, args, films=40, frames=16, at=8, near=4):
+    """What landmark_retrieval looks at on toy, in the form of readers.landmarks."""
+    films, size = min(films, args.limit or films), 2 * side
+    shot = toy.video(torch.arange(films), frames, size=size, scenes=args.data == "toy-scenes")
+    u = rng.uniform(torch.arange(films * frames), 2, args.seed, "photographer")
+    views, seen = [], []
+    for image, there, (zoom, spot) in zip(shot["image"].flatten(0, 1),
+                                          shot["instances"].flatten(0, 1) > 0, u.tolist()):
+        length, pixels = round(size * (0.5 + 0.5 * zoom)), there.nonzero()
+        aim = pixels[int(spot * len(pixels))].tolist() if len(pixels) else (side, side)
+        y, x = (min(max(0, centre - length // 2), size - length) for centre in aim)
+        views.append(TF.resize(image[:, y:y + length, x:x + length], [side, side],
+                               TF.InterpolationMode.BICUBIC, antialias=True))
+        seen.append(there[y:y + length, x:x + length].double().mean().item() >= 0.2)
+    others = [t for t in range(frames) if t != at]
+    lists = {kind: [[] for _ in range(films)] for kind in ("easy", "hard", "junk")}
+    for film in range(films):
+        for place, t in enumerate(others):
+            kind = "easy" if abs(t - at) <= near else "hard"
+            kind = kind if seen[film * frames + t] else "junk"
+            lists[kind][film].append(film * len(others) + place)
+    return SimpleNamespace(database=[views[f * frames + t] for f in range(films) for t in others],
+                           queries=views[at::frames], boxes=None, **lists)
+
+
+KEYPOINTS = {  # data set: split, images at most, the study's parts, what the protocol says of it
+    "toy": ("test", 1000, ("head", "leg", "wing", "tail"), "test creatures drawn at 256 px"),
+    "toy-scenes": ("test", 1000, ("head", "leg", "wing", "tail"), "test scenes drawn at 256 px"),
+    "cub": (None, None, ("right_eye", "right_leg", "left_wing", "tail"), "CUB, train and test"),
+    "coco": ("train", None, ("nose", "right_wrist", "left_ankle"), "persons of COCO train2017")}
+
+
+def key_points(args):
+    """All parts of the data set, those that are asked for, and its line of KEYPOINTS."""
+    if args.data not in KEYPOINTS:
+        raise ValueError(f"{args.task} reads no key-points of {args.data}; choose --data "
+                         f"{' or '.join(KEYPOINTS)}")
+    known, line = readers.part_names(args.data), KEYPOINTS[args.data]
+    parts = known if args.parts == ["all"] else tuple(dict.fromkeys(args.parts)) or line[2]
+    for part in parts:
+        if part not in known:
+            raise ValueError(f"{args.data} has no part {part!r}{training.nearest(part, known)}")
+    return known, parts, line
+
+
+def part_crops(items, names, parts, size, rule="code"):
+    """Yields (square around a part (3, size, size) uint8, the part's position in `parts`).
+
+    items: as from readers.keypoints, names: of their P key-points; only v = 2 counts as visible.
+    The study's numbers were made with its released code ("code"): d is the smallest non-zero
+    distance to another *chosen* visible part of the same object, the side 2 round(d/4); so an
+    object needs two of them. The text ("paper") says side d, over all visible key-points of the
+    image. Both: kept if 20 < d/2 < 1000 px of the original; what lies outside is black.
+    """
+    chosen = torch.tensor([name in parts for name in names])
+    for item in items:
+        visible = item.points[..., 2] == 2                                      # (K, P)
+        for k, i in (visible & chosen).nonzero().tolist():
+            point = item.points[k, i, :2]
+            others = (item.points[k, visible[k] & chosen] if rule == "code" else
+                      item.points[visible])[:, :2]
+            distances = (others - point).norm(dim=1)
+            d = min(distances[distances > 0].tolist(), default=0)               # alone: not kept
+            if 20 < d / 2 < 1000:
+                side = 2 * round(d / 4) if rule == "code" else round(d)
+                x, y = (point - side / 2).round().int().tolist()
+                crop = TF.crop(item.image, y, x, side, side)                    # fills with black
+                crop = TF.resize(crop, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
+                yield crop, parts.index(names[i])
+
+
+def crop_batches(crops, model, args):
+    """(crop (3, S, S) uint8, label) one by one -> batches (B, 3, S, S) normalised, labels (B,)."""
+    crops = iter(crops)
+    while batch := list(islice(crops, args.batch_size)):
+        x, labels = zip(*batch)
+        x = torch.stack(x).to(args.device).float() / 255
+        yield data.normalize(x, model.mean, model.std), torch.tensor(labels)
+
+
+def contact_sheet(crops, parts, path, across=16):
+    """Writes a PNG with the first crops of each part in a row: is the wing on the wing?"""
+    rows = [[] for _ in parts]
+    for crop, label in crops:
+        rows[label].append(crop)
+        if min(map(len, rows)) == across:
+            break
+    rows = [(row + [torch.zeros_like(crop)] * across)[:across] for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(torch.stack(sum(rows, [])) / 255, path, nrow=across)
+    print(f"{path}: {', '.join(parts)}, a row each")
 
 
 # ---- fine-tuning ---------------------------------------------------------------------------------
@@ -575,107 +1304,92 @@ def score(net, tests, model, args):
     return (right[:2] / right[2]).tolist()
 
 
-# ---- retrieval -----------------------------------------------------------------------------------
-
-
-def part_retrieval(model, args):
-    """Do crops of one part find each other, over poses and species? Each asks for all others.
-
-    From the part-aware study, table 4 (left): does the feature of a crop say *what it shows*?
-    """
-    if args.data not in KEYPOINTS:
-        raise ValueError(f"part_retrieval reads no key-points of {args.data}; choose --data "
-                         f"{' or '.join(KEYPOINTS)}")
-    split, at_most, parts, source = KEYPOINTS[args.data]
-    known = readers.part_names(args.data)
-    parts = known if args.parts == ["all"] else tuple(dict.fromkeys(args.parts)) or parts
-    for part in parts:
-        if part not in known:
-            raise ValueError(f"{args.data} has no part {part!r}{training.nearest(part, known)}")
-
-    def crops():
-        items = readers.keypoints(args.data, args.data_root, split, args.limit or at_most)
-        return part_crops(items, known, parts, model.size, args.crop)
-
-    names = [args.feature] if args.feature else ["cls", "pat"]
-    found, labels = extract(model, crop_batches(crops(), model, args), args, names)
-    if args.show:
-        contact_sheet(crops(), parts, Path(args.out) / f"part_crops-{args.data}.png")
-    rows, chance = {}, 100 * metrics.chance(labels).nanmean().item()
-    for name, z in found.items():
-        ap = metrics.retrieval(z, labels)
-        mean, by_part = ap.nanmean().item(), metrics.class_means(ap, labels).nanmean().item()
-        rows[name] = {"AP": 100 * mean, "AP by part": 100 * by_part, "chance": chance}
-    side = {"code": "2 round(d/4), d to the nearest of these on the same object",
-            "paper": "d to the nearest of all key-points"}
-    return report(rows, f"average precision by cosine, query left out; last block, after the final "
-                  f"norm; visible {', '.join(parts)} of {source}; squares, side {side[args.crop]}, "
-                  f"kept if 20 < d/2 < 1000 px, resized to {model.size} px",
-                  crops=len(labels))
-
-
-KEYPOINTS = {  # data set: split, images at most, the study's parts, what the protocol says of it
-    "toy": ("test", 1000, ("head", "leg", "wing", "tail"), "test creatures drawn at 256 px"),
-    "toy-scenes": ("test", 1000, ("head", "leg", "wing", "tail"), "test scenes drawn at 256 px"),
-    "cub": (None, None, ("right_eye", "right_leg", "left_wing", "tail"), "CUB, train and test"),
-    "coco": ("train", None, ("nose", "right_wrist", "left_ankle"), "persons of COCO train2017")}
-
-
-def part_crops(items, names, parts, size, rule="code"):
-    """Yields (square around a part (3, size, size) uint8, the part's position in `parts`).
-
-    items: as from readers.keypoints, names: of their P key-points; only v = 2 counts as visible.
-    The study's numbers were made with its released code ("code"): d is the smallest non-zero
-    distance to another *chosen* visible part of the same object, the side 2 round(d/4); so an
-    object needs two of them. The text ("paper") says side d, over all visible key-points of the
-    image. Both: kept if 20 < d/2 < 1000 px of the original; what lies outside is black.
-    """
-    chosen = torch.tensor([name in parts for name in names])
-    for item in items:
-        visible = item.points[..., 2] == 2                                      # (K, P)
-        for k, i in (visible & chosen).nonzero().tolist():
-            point = item.points[k, i, :2]
-            others = (item.points[k, visible[k] & chosen] if rule == "code" else
-                      item.points[visible])[:, :2]
-            distances = (others - point).norm(dim=1)
-            d = min(distances[distances > 0].tolist(), default=0)               # alone: not kept
-            if 20 < d / 2 < 1000:
-                side = 2 * round(d / 4) if rule == "code" else round(d)
-                x, y = (point - side / 2).round().int().tolist()
-                crop = TF.crop(item.image, y, x, side, side)                    # fills with black
-                crop = TF.resize(crop, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
-                yield crop, parts.index(names[i])
-
-
-def crop_batches(crops, model, args):
-    """(crop (3, S, S) uint8, label) one by one -> batches (B, 3, S, S) normalised, labels (B,)."""
-    crops = iter(crops)
-    while batch := list(islice(crops, args.batch_size)):
-        x, labels = zip(*batch)
-        x = torch.stack(x).to(args.device).float() / 255
-        yield data.normalize(x, model.mean, model.std), torch.tensor(labels)
-
-
-def contact_sheet(crops, parts, path, across=16):
-    """Writes a PNG with the first crops of each part in a row: is the wing on the wing?"""
-    rows = [[] for _ in parts]
-    for crop, label in crops:
-        rows[label].append(crop)
-        if min(map(len, rows)) == across:
-            break
-    rows = [(row + [torch.zeros_like(crop)] * across)[:across] for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(torch.stack(sum(rows, [])) / 255, path, nrow=across)
-    print(f"{path}: {', '.join(parts)}, a row each")
-
-
 TASKS = {
     "knn": knn,
+    "few_shot": few_shot,
     "linear": linear,
+    "layerwise": layerwise,
+    "attentive": attentive,
     "finetune": finetune,
+    "object_retrieval": object_retrieval,
     "part_retrieval": part_retrieval,
+    "part_classification": part_classification,
+    "landmark_retrieval": landmark_retrieval,
+    "shape_bias": shape_bias,
+    "frequency_noise": frequency_noise,
 }
 SHARED = {"finetune"}        # its work is split over the processes of torchrun; others run in one
+FROZEN = [task for task in TASKS if task not in SHARED]  # what --task all runs
+ALL_EPOCHS, ALL_IMAGES = 10, 2000      # of its heads, and of toy's splits, unless flags say other
+
+# ---- the papers' numbers -------------------------------------------------------------------------
+
+# In percent: task -> (data, where, feature/column of each number, by model).
+# "encoded" is the better of cls and pat.
+REFERENCE = {
+    "knn": [
+        ("imagenet100", "MMC, table 4, ViT-S", "cls/k=10 pat/k=10",
+         "REC 17.18 14.70; CLS 75.02 63.88; PAT 39.92 40.82; CLS+PAT 75.56 75.54; "
+         "REC+PAT 33.54 33.74; REC+CLS 72.54 53.68; MMC 77.54 76.96"),
+        ("imagenet100", "MMC, table 11", "pat/k=10 cls/k=10",
+         "MAE 35.32 46.98; DINO 75.56 91.54; iBOT 75.22 92.12; MSN 82.38 89.38; SiT 76.40 87.62; "
+         "MC-SSL 83.38 88.98; MMC 90.04 89.94"),
+        ("imagenet10", "SelfPatch, table 5, patch 16", "pat/k=20",
+         "DINO 83.8; SelfPatch k=1 85.0; SelfPatch k=2 86.0; SelfPatch k=4 85.8; "
+         "SelfPatch k=6 85.0; SelfPatch k=8 82.6"),
+        *[(name, "MMC, table 6", "cls/k=10 pat/k=10 hyber/k=10 cls/k=20 pat/k=20 hyber/k=20",
+           f"MMC {numbers}") for name, numbers in (
+               ("pets", "72.9 75.9 75.0 73.4 76.4 75.3"),
+               ("flowers", "63.5 66.0 65.5 59.6 63.8 62.5"),
+               ("cifar10", "84.5 84.9 84.8 83.9 84.5 84.6"))]],
+    "few_shot": [(name, "MMC, table 8", "cls/accuracy cls/F1", numbers) for name, numbers in (
+        ("miniimagenet", "SiT 72.6 57.3; DINO 73.1 65.0; iBOT 74.1 66.0; MAE 27.1 33.8; "
+                         "MC-SSL 60.0 50.3; MMC 73.3 62.3"),
+        ("cifar10", "SiT 50.9 45.4; DINO 40.9 39.2; iBOT 39.9 37.7; MAE 27.2 34.7; "
+                    "MC-SSL 30.8 33.7; MMC 47.4 42.9"),
+        ("pets", "SiT 80.9 67.8; DINO 83.7 73.0; iBOT 84.6 73.4; MAE 24.4 33.5; MC-SSL 80.8 70.1; "
+                 "MMC 69.7 62.1"))],
+    "linear": [
+        ("imagenet", "part-aware study, table 1, ViT-B", "-/top-1",
+         "DeiT 81.8; MoCo v3 76.2; DINO 77.3; BEiT 41.8; MAE 67.8; CAE 70.4; iBOT 79.5"),
+        ("imagenet", "SelfPatch, table 2, ViT-S", "-/top-1",
+         "MoCo v3 73.2; MoBY 72.8; DINO 75.1; SelfPatch 75.6"),
+        ("imagenet", "ASL, table 1, trained on COCO", "-/top-1",
+         "MAE 46.8; CMAE 46.6; ccMIM 46.7; SIM 46.0; iBOT 45.2; ASL 48.6"),
+        ("imagenet", "ASL, table 5", "-/top-1", "MAE 67.8; ASL 69.2"),
+        ("imagenet100", "ASL, table 2", "-/top-1",
+         "MAE 74.5; iBOT 71.8; ccMIM 72.3; ASL 79.6; ASL, 4000 epochs 85.9"),
+        ("cifar10", "ASL, table 6, ViT-S", "-/top-1", "DINO 89.0; MAE 87.3; ASL 91.4"),
+        ("cifar100", "ASL, table 6, ViT-S", "-/top-1", "DINO 65.8; MAE 54.0; ASL 60.3")],
+    "attentive": [("imagenet", "part-aware study, table 1", "tokens/top-1",
+                   "DeiT 81.8; MoCo v3 77.0; DINO 77.8; BEiT 51.9; MAE 74.2; CAE 77.1; iBOT 79.8")],
+    "object_retrieval": [
+        (name, "part-aware study, table 2", "encoded/AP projected/AP", numbers)
+        for name, numbers in (
+            ("cifar10", "DeiT 71.3 -; MoCo v3 40.6 56.0; DINO 31.3 61.5; BEiT 14.6 -; MAE 15.9 -; "
+                        "CAE 39.1 -; iBOT 40.2 60.0"),
+            ("coco", "DeiT 71.2 -; MoCo v3 47.7 55.9; DINO 38.0 57.3; BEiT 11.7 -; MAE 13.8 -; "
+                     "CAE 46.0 -; iBOT 53.2 55.8"))],
+    "part_retrieval": [
+        (name, "part-aware study, table 4", "encoded/AP projected/AP", numbers)
+        for name, numbers in (
+            ("cub", "DeiT 35.0 -; MoCo v3 50.8 28.4; DINO 48.9 31.7; BEiT 27.9 -; MAE 28.5 -; "
+                    "CAE 58.0 -; iBOT 49.3 31.2"),
+            ("coco", "DeiT 44.1 -; MoCo v3 52.3 36.8; DINO 51.8 41.2; BEiT 35.3 -; MAE 37.1 -; "
+                     "CAE 57.0 -; iBOT 59.2 41.5"))],
+    "part_classification": [
+        (name, "part-aware study, table 4", "cls/top-1 tokens/top-1", numbers)
+        for name, numbers in (
+            ("cub", "DeiT 90.9 92.9; MoCo v3 93.8 96.0; DINO 93.2 95.2; BEiT 55.4 86.5; "
+                    "MAE 86.9 92.8; CAE 89.5 95.8; iBOT 93.8 95.8"),
+            ("coco", "DeiT 88.5 91.4; MoCo v3 92.4 95.3; DINO 91.7 94.5; BEiT 69.3 86.5; "
+                     "MAE 88.0 93.9; CAE 91.1 95.5; iBOT 92.1 95.1"))],
+    "landmark_retrieval": [
+        (name, "MMC, table 9", "cls/medium mAP,cls/hard mAP", numbers) for name, numbers in (
+            ("roxford5k", "iBOT 34.2 13.4; DINO 32.8 10.7; MC-SSL 27.4 11.4; SiT 29.3 8.3; "
+                          "MMC 26.1 8.9"),
+            ("rparis6k", "iBOT 61.9 35.2; DINO 60.4 34.2; MC-SSL 52.6 29.9; SiT 51.1 21.3; "
+                         "MMC 53.4 28.6"))]}
 
 # ---- models --------------------------------------------------------------------------------------
 
@@ -715,7 +1429,10 @@ def models(args):
 
 
 def parse(argv=None):
-    tasks = "\n".join(f"  {name:<16}{task.__doc__.splitlines()[0]}" for name, task in TASKS.items())
+    tasks = "\n".join(f"  {name:<21}{task.__doc__.splitlines()[0]}" for name, task in TASKS.items())
+    tasks += (f"\n  {'all':<21}All of these that checkpoint and data allow, in one table: heads "
+              f"train {ALL_EPOCHS} epochs,\n{'':<23}and of toy {ALL_IMAGES:,} images of each split "
+              f"are used, unless --epochs, --limit say other")
     parser = training.Parser(description=__doc__, epilog=f"tasks:\n{tasks}", allow_abbrev=False,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (kind, default, text) in FLAGS.items():
@@ -730,7 +1447,7 @@ def parse(argv=None):
         shown = "" if default in (None, []) or kind is bool else f" [{default}]"
         parser.add_argument(*flags, default=default, help=text + shown, **how)
     args = parser.parse_args(argv)
-    if args.task not in TASKS:
+    if args.task not in (*TASKS, "all"):
         raise ValueError(f"unknown task {args.task!r}{training.nearest(args.task, TASKS)}")
     args.device = training.pick_device(args.device)
     args.precision = training.pick_precision(args.precision, args.device)
@@ -749,6 +1466,42 @@ def table(results):
     for line in lines:
         left, right = map(str.ljust, line[:2], widths), map(str.rjust, line[2:], widths[2:])
         print(*left, *right, sep="  ")
+
+
+def table_of_all(results):
+    """Prints a row for each number of each task, a column for each model. results: with task."""
+    models = list(dict.fromkeys(model.name for model, _ in results))
+    rows = {}                                          # (task, feature, column) -> {model: number}
+    for model, result in results:
+        for feature, row in result.rows.items():
+            for column, number in row.items():
+                rows.setdefault((result.task, feature, column), {})[model.name] = number
+    lines, before = [("task", "feature", "number", *models)], None
+    for (task, *names), row in rows.items():
+        numbers = [f"{row[name]:.1f}" if name in row else "" for name in models]
+        lines.append(("" if task == before else task, *names, *numbers))
+        before = task
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        left, right = map(str.ljust, line[:3], widths), map(str.rjust, line[3:], widths[3:])
+        print(*left, *right, sep="  ")
+
+
+def reference(task, name):
+    """The papers' rows, for the evaluated data set if there are any, as `table` takes them."""
+    entries = REFERENCE.get(task, [])
+    rows = []
+    for on, where, columns, numbers in [e for e in entries if e[0] == name] or entries:
+        columns = [c.split("/") for c in columns.split("," if "," in columns else None)]
+        for one in numbers.split(";"):
+            model, *values = one.strip().rsplit(None, len(columns))
+            found = {}
+            for (feature, column), value in zip(columns, values):
+                if value != "-":
+                    found.setdefault(feature, {})[column] = float(value)
+            rows.append((SimpleNamespace(name=f"{model} ({where}; {on})"),
+                         SimpleNamespace(rows=found)))
+    return rows
 
 
 def record(model, result, args, seconds):
@@ -779,32 +1532,70 @@ def main(argv=None):
     if not first:                                        # the first process speaks and writes
         sys.stdout = open(os.devnull, "w")
     training.keep_memory()
-    results, folder, begin = [], Path(args.out), time.perf_counter()
+    every = args.task == "all"
+    results, missed, folder, begin = [], [], Path(args.out), time.perf_counter()
     for model in models(args):
-        start = time.perf_counter()
         if model.source.path:
             folder = Path(model.source.path).parent      # baselines: with the checkpoint before
         path = Path((args.json or folder / "results.jsonl") if first else os.devnull)
-        with append(path) as file:                       # opened first: no work for a bad path
-            result = TASKS[args.task](model, args)
-            if not model.encoder:
-                result.notes.append("pixels: the picture as 32 x 32 means at most, no encoder")
-            elif not model.encoder.num_prefix:
-                result.notes.append(f"{model.name} has no class token: its patch mean stands in")
-            file.write(record(model, result, args, time.perf_counter() - start))
-        results.append((model, result))
-    counts = ", ".join(f"{n:,} {role}" for role, n in result.images.items())
-    print(f"\n{args.task} on {args.data} ({counts}), {args.precision}, {args.device.type}; percent")
-    for protocol in dict.fromkeys(r.protocol for _, r in results):          # input sizes may differ
-        print(", ".join(m.name for m, r in results if r.protocol == protocol) + f": {protocol}")
-    table(results)
-    for note in dict.fromkeys(note for _, r in results for note in r.notes):
+        for task in FROZEN if every else [args.task]:
+            own, start = argparse.Namespace(**{**vars(args), "task": task}), time.perf_counter()
+            if every:                                    # probes share features; quick heads
+                own.cache, own.epochs = True, args.epochs or ALL_EPOCHS
+                own.limit = args.limit or (ALL_IMAGES if args.data.startswith("toy") else None)
+            with append(path) as file:                   # opened first: no work for a bad path
+                try:
+                    result = TASKS[task](model, own)
+                except (ValueError, FileNotFoundError) as error:
+                    if not every:
+                        raise
+                    missed.append(f"{model.name}: no {task}: {error}")
+                    continue
+                result.task = task
+                if not model.encoder:
+                    result.notes.append("pixels: the picture as 32 x 32 means at most, no encoder")
+                elif not model.encoder.num_prefix:
+                    result.notes.append(f"{model.name} has no class token: its patch mean stands "
+                                        f"in")
+                file.write(record(model, result, own, time.perf_counter() - start))
+            results.append((model, result))
+    if every and not results:
+        raise ValueError("; ".join(missed))
+    say(results, args)
+    if every and not args.epochs:
+        print(f"note: heads were trained for {ALL_EPOCHS} epochs: fewer than in their protocols")
+    for note in dict.fromkeys([note for _, r in results for note in r.notes] + missed):
         print(f"note: {note}")
-    for model, r in results:                             # in one line: the best of the first column
-        column = next(iter(next(iter(r.rows.values()))))
-        feature = max(r.rows, key=lambda name: r.rows[name][column])
-        print(f"{model.name}: {args.task} {r.rows[feature][column]:.1f} % ({column}, {feature})")
+    if args.reference:
+        for task in dict.fromkeys(r.task for _, r in results):
+            theirs = reference(task, args.data)
+            print(f"\n{task}: the papers' numbers, not measured here" if theirs else
+                  f"\n{task}: the papers print no numbers")
+            if theirs:
+                table(theirs)
+    if not every:                                        # in one line: the best of the first column
+        for model, r in results:
+            column = next(iter(next(iter(r.rows.values()))))
+            feature = max(r.rows, key=lambda name: r.rows[name].get(column, -1))
+            number = f"{r.rows[feature][column]:.1f} % ({column}, {feature})"
+            print(f"{model.name}: {args.task} {number}")
     print(f"{time.perf_counter() - begin:.1f} s, appended to {path}")
+
+
+def say(results, args):
+    """Prints what was measured, how, and the table."""
+    where = f"{args.precision}, {args.device.type}; percent"
+    for task in dict.fromkeys(r.task for _, r in results):
+        mine = [(model, r) for model, r in results if r.task == task]
+        counts = ", ".join(f"{n:,} {role}" for role, n in mine[-1][1].images.items())
+        print(f"\n{task} on {args.data} ({counts}), {where}")
+        for protocol in dict.fromkeys(r.protocol for _, r in mine):         # input sizes may differ
+            print(", ".join(m.name for m, r in mine if r.protocol == protocol) + f": {protocol}")
+        if args.task != "all":
+            table(mine)
+    if args.task == "all":
+        print()
+        table_of_all(results)
 
 
 if __name__ == "__main__":
