@@ -361,7 +361,7 @@ def trained(model, args):
     names, tokens = seen_by_linear(args)
     found, y, classes = features(model, args, "train", names, tokens, mirror=True)
     [(name, x)] = found.items()                                             # (n, 2, D)
-    return name, classifier(x, y, classes, RECIPES[args.recipe], args), len(y)
+    return name, classifier(x, y, classes, settings_of(args, RECIPES), args), len(y)
 
 
 def layerwise(model, args):
