@@ -440,7 +440,7 @@ VIEWS = {"cub": readers.keypoints, "coco": readers.boxes, "roxford5k": readers.l
          "rparis6k": readers.landmarks, "cue-conflict": lambda _, root: readers.cue_conflict(root)}
 
 
-@pytest.mark.parametrize("name", readers.LAYOUT)
+@pytest.mark.parametrize("name", VIEWS)
 def test_a_missing_set_prints_the_layout_and_where_to_get_it(tmp_path, name):
     for _ in range(2):                                     # nothing there; then an empty folder
         with pytest.raises(FileNotFoundError) as error:
