@@ -1,6 +1,8 @@
-"""Metrics against brute-force loops, scikit-learn, and numbers worked out by hand."""
+"""Metrics against brute-force loops, scikit-learn, pycocotools, and numbers worked out by hand."""
 import itertools
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,3 +151,257 @@ def test_chance_is_the_mean_over_all_orders():
 def test_class_means_weigh_classes_equally_and_skip_nan():
     values = torch.tensor([1.0, 3.0, math.nan, 10.0])
     assert metrics.class_means(values, torch.tensor([0, 0, 0, 4])).tolist() == [2.0, 10.0]
+
+
+# --------------------------------------------------------------------------- landmarks
+
+# --------------------------------------------------------------------------- segmentation
+
+LABELS = torch.tensor([[0, 0, 1, 1], [0, 255, 1, 1], [2, 2, 2, 255]])
+PREDICTED = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 3], [2, 2, 0, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_segmentation_scores_worked_out_by_hand(dtype):
+    counts = metrics.confusion(PREDICTED.to(dtype), LABELS.to(dtype), 5)
+    assert counts.diag().tolist() == [2, 3, 2, 0, 0] and counts.sum() == 10
+    assert counts.sum(1).tolist() == [3, 4, 3, 0, 0] and counts[1, 3] == 1
+    scores = metrics.segmentation_scores(counts)
+    assert scores["iou"].tolist() == pytest.approx([2 / 4, 3 / 5, 2 / 3, 0, math.nan], nan_ok=True)
+    assert scores["miou"] == pytest.approx(0.441667, abs=1e-6)        # class 3: 0; 4: left out
+    assert scores["macc"] == pytest.approx(0.694444, abs=1e-6)        # three classes occur
+    assert scores["aacc"] == pytest.approx(0.7)
+
+
+def test_segmentation_scores_are_ratios_of_sums_and_not_means_over_images():
+    rows = [(p[None], t[None]) for p, t in zip(PREDICTED, LABELS)]
+    counts = sum(metrics.confusion(p, t, 5) for p, t in rows)
+    assert counts.equal(metrics.confusion(PREDICTED, LABELS, 5))
+    mean = sum(metrics.segmentation_scores(metrics.confusion(p, t, 5))["miou"] for p, t in rows) / 3
+    assert abs(mean - 0.441667) > 0.01
+    # negative control: if 255 were one more class, the scores would be lower
+    kept = metrics.confusion(PREDICTED, LABELS.where(LABELS != 255, 4), 5)
+    assert metrics.segmentation_scores(kept)["miou"] < 0.44
+
+
+def test_segmentation_of_nothing_is_not_a_number():
+    void = torch.full((2, 2), 255)
+    scores = metrics.segmentation_scores(metrics.confusion(torch.zeros_like(void), void, 3))
+    assert all(math.isnan(scores[key]) for key in ("miou", "macc", "aacc"))
+
+
+@pytest.mark.parametrize("predicted, labels, why", [
+    ([[0, 3]], [[0, 1]], "3 classes, 0 to 2, but predictions from 0 to 3"),
+    ([[0, 1]], [[0, 254]], "3 classes, 0 to 2, but labels from 0 to 254"),
+    ([[0, -1]], [[0, 1]], "predictions from -1 to 0"),
+    ([[0, 1, 1]], [[0, 1]], r"Predictions \(1, 3\) and labels \(1, 2\): resize"),
+])
+def test_numbers_that_are_no_class_are_refused(predicted, labels, why):
+    with pytest.raises(ValueError, match=why):
+        metrics.confusion(torch.tensor(predicted), torch.tensor(labels), 3)
+
+
+# --------------------------------------------------------------------------- films
+
+def block(size, top, left, bottom, right):
+    mask = torch.zeros(*size, dtype=torch.bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+@pytest.mark.parametrize("size, rows, columns, shift, j, f", [
+    *[((480, 854), (100, 200), (100, 300), shift, j, f) for shift, j, f in (
+        (3, .970443, 1), (8, .923077, 1), (12, .886792, .683333), (20, .818182, .656667))],
+    *[((60, 80), (10, 30), (10, 40), shift, j, f) for shift, j, f in (
+        (1, .935484, 1), (2, .875, .62), (5, .714286, .56))]])
+def test_a_block_that_is_shifted(size, rows, columns, shift, j, f):
+    truth = block(size, rows[0], columns[0], rows[1], columns[1])
+    predicted = truth.roll(shift, 1)
+    assert metrics.jaccard(predicted, truth).item() == pytest.approx(j, abs=1e-6)
+    assert metrics.contour(predicted, truth) == pytest.approx(f, abs=1e-6)
+    if shift == 8:                                         # negative control: one pixel less
+        assert metrics.contour(predicted, truth, 7 / math.hypot(*size)) < 0.99
+
+
+def test_the_boundary_lies_towards_the_origin_and_ends_at_the_image():
+    edge = metrics.boundary(block((5, 6), 1, 1, 3, 4))
+    rows = ["".join(map(str, row)) for row in edge.int().tolist()]
+    assert rows == ["111100", "100100", "111100", "000000", "000000"]
+    assert not metrics.boundary(torch.ones(4, 5, dtype=torch.bool)).any()
+    corner = metrics.boundary(block((4, 5), 3, 4, 4, 5)).nonzero().tolist()
+    assert corner == [[2, 3], [2, 4], [3, 3]]              # never the last corner itself
+
+
+def test_dilation_is_a_disk_and_stops_at_the_image():
+    g = torch.Generator().manual_seed(4)
+    mask = torch.rand(14, 17, generator=g) < 0.03
+    mask[0, 0] = mask[13, 16] = True
+    y, x = torch.meshgrid(torch.arange(14), torch.arange(17), indexing="ij")
+    for radius in (1, 2, 5):
+        slow = torch.zeros_like(mask)
+        for v, u in mask.nonzero().tolist():
+            slow |= (y - v) ** 2 + (x - u) ** 2 <= radius**2
+        assert metrics.dilate(mask, radius).equal(slow)
+
+
+def test_empty_masks_and_boundaries():
+    none, some, far = torch.zeros(60, 80).bool(), block((60, 80), 5, 5, 9, 9), block(
+        (60, 80), 40, 40, 50, 50)
+    assert metrics.jaccard(torch.stack([none, none, some]),
+                           torch.stack([none, some, some])).tolist() == [1, 0, 1]
+    assert [metrics.contour(none, none), metrics.contour(none, some), metrics.contour(some, none),
+            metrics.contour(some, far), metrics.contour(~none, none)] == [1, 0, 0, 0, 1]
+
+
+def film(T=7):
+    """(T, 60, 80): object 1 walks and leaves after frame 4, object 2 stands; void around it."""
+    masks = torch.zeros(T, 60, 80, dtype=torch.uint8)
+    for t in range(T):
+        if t < 5:
+            masks[t, 10:30, 4 * t:4 * t + 20] = 1
+        masks[t, 40:50, 50:60] = 255
+        masks[t, 42:48, 52:58] = 2
+    return masks
+
+
+def test_a_film_is_scored_by_object_without_its_first_and_last_frame():
+    truth = film()
+    predicted = truth.where(truth != 255, 0)
+    predicted[0] = predicted[-1] = 0                       # these do not count
+    predicted[3][predicted[3] == 2] = 0
+    j, f = metrics.film_scores(predicted, truth)
+    assert j.tolist() == f.tolist() == [[1] * 5, [1, 1, 0, 1, 1]]     # gone in both: 1
+    scores = metrics.video_scores([(j, f), (j[:1] * 0.25, f[:1])])
+    assert scores["j"] == pytest.approx((1 + 0.8 + 0.25) / 3)         # over objects, not films
+    assert scores["f"] == pytest.approx((1 + 0.8 + 1) / 3)
+    assert scores["j&f"] == pytest.approx((scores["j"] + scores["f"]) / 2)
+    assert scores["j_recall"] == pytest.approx((1 + 0.8 + 0) / 3)
+    # negative control: the void is an object of nobody; predicted as one it costs
+    worse, _ = metrics.film_scores(truth.where(truth != 255, 2), truth)
+    assert worse[1].max() < 0.5
+
+
+def test_objects_that_were_not_there_at_first_are_none():
+    late = film()
+    late[3, :5, :5] = 3
+    assert len(metrics.film_scores(film() % 255, late)[0]) == 2
+    with pytest.raises(ValueError, match="Object 3 is predicted, but there are only 2"):
+        metrics.film_scores(late % 255, late)
+    with pytest.raises(ValueError, match=r"Predictions \(2, 60, 80\) and truth .*T of 3 or more"):
+        metrics.film_scores(late[:2] % 255, late[:2])
+    j, f = metrics.film_scores(torch.zeros(4, 8, 8).byte(), torch.zeros(4, 8, 8).byte())
+    assert j.shape == f.shape == (0, 2)
+
+
+def test_decay_compares_the_first_quarter_with_the_last():
+    assert metrics.quarters(23) == [0, 6, 11, 17, 22]
+    assert metrics.quarters(68) == [0, 17, 34, 50, 67]
+    assert metrics.quarters(7) == [0, 2, 3, 5, 6]          # half to even would give 0 1 3 5 6
+    values = torch.tensor([[1, .9, .8, .7, .6, .5, .1]], dtype=torch.float64)
+    scores = metrics.video_scores([(values, 1 - values)])
+    assert scores["j_decay"] == pytest.approx(0.9 - 0.3) == -scores["f_decay"]
+    assert scores["j_recall"] == pytest.approx(5 / 7)      # 0.5 is not above 0.5
+    single = torch.tensor([[0.5]], dtype=torch.float64)
+    assert metrics.video_scores([(single, single)])["j_decay"] == 0
+
+
+# --------------------------------------------------------------------------- COCO
+
+JOINTS = [0, 2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16]         # labelled
+
+
+def person():
+    g = torch.Generator().manual_seed(5)
+    truth = torch.cat([torch.rand(17, 2, generator=g) * 50 + 20, torch.zeros(17, 1)], 1)
+    truth[JOINTS, 2] = 2
+    return truth
+
+
+def test_key_points_three_and_one_pixels_off():
+    truth, box, area = person(), torch.tensor([20.0, 20, 70, 80]), torch.tensor(3000.0)
+    points = truth + torch.tensor([3.0, -1, 0])
+    assert metrics.oks(points, truth, box, area).item() == pytest.approx(0.828134, abs=1e-6)
+    # negative control: if all joints counted, labelled or not
+    every = metrics.oks(points, truth + torch.tensor([0, 0, 1]), box, area).item()
+    assert abs(every - 0.828134) > 0.001
+
+
+def test_key_points_equal_the_reference_with_and_without_labels():
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    g = torch.Generator().manual_seed(6)
+    nobody = torch.zeros(17, 3)
+    truths, boxes = torch.stack([person(), nobody]), torch.tensor([[20.0, 20, 70, 80],
+                                                                   [30, 30, 50, 60]])
+    points = torch.rand(3, 17, 3, generator=g) * 120
+    points[0] = truths[0] + 2
+    ours = metrics.oks(points[:, None], truths, boxes, torch.tensor([3000.0, 900]))  # (3, 2)
+    evaluation = cocoeval.COCOeval(iouType="keypoints")
+    rows = [dict(keypoints=t.flatten().tolist(), area=a, bbox=[x, y, u - x, v - y])
+            for t, a, (x, y, u, v) in zip(truths, (3000, 900), boxes.tolist())]
+    evaluation._gts[0, 0] = rows
+    evaluation._dts[0, 0] = [dict(keypoints=p.flatten().tolist(), score=3 - i)
+                             for i, p in enumerate(points)]
+    evaluation.params.imgIds = evaluation.params.catIds = [0]
+    assert ours.flatten().tolist() == pytest.approx(evaluation.computeOks(0, 0).flatten().tolist(),
+                                                    abs=1e-5)
+    assert ours[1, 1] > 0                                  # distance to the widened box
+
+
+def boxes(rows):
+    rows = torch.tensor(rows, dtype=torch.float32).view(len(rows), 4)
+    return torch.cat([rows[:, :2], rows[:, :2] + rows[:, 2:]], 1)
+
+
+def two_images():
+    """Rows x, y, width, height; the categories 1 and 3."""
+    truths = [([[10, 10, 40, 40], [60, 60, 30, 30]], [1, 1], [0, 0]),
+              ([[0, 0, 50, 50], [20, 20, 20, 20], [50, 0, 50, 100]], [1, 3, 1], [0, 0, 1])]
+    found = [([[10, 10, 40, 40], [62, 60, 30, 30]], [.9, .8]),
+             ([[0, 60, 10, 10], [0, 0, 50, 40], [60, 10, 20, 20]], [.7, .6, .95])]
+    for (rows, labels, crowd), (guesses, scores) in zip(truths, found):
+        true, guessed = boxes(rows), boxes(guesses)
+        yield tuple(SimpleNamespace(
+            boxes=b, areas=(b[:, 2:] - b[:, :2]).prod(1), labels=torch.tensor(c), scores=s,
+            crowd=torch.tensor(d) > 0, masks=torch.stack([
+                block((100, 100), y, x, v, u) for x, y, u, v in b.int().tolist()]))
+            for b, c, s, d in ((true, labels, None, crowd),
+                               (guessed, [1] * len(scores), torch.tensor(scores), [])))
+
+
+EXPECTED = dict(AP=.387376, AP50=.457921, AP75=.457921, APs=.4, APm=.851485, APl=-1, AR1=.166667,
+                AR10=.416667, AR100=.416667)
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_box_ap_of_two_images(kind):
+    pytest.importorskip("pycocotools")
+    scores = metrics.coco_ap(two_images(), kind)
+    assert {key: scores[key] for key in EXPECTED} == pytest.approx(EXPECTED, abs=1e-6)
+
+
+def test_coco_ap_knows_crowds_and_an_empty_set_of_detections(capsys):
+    pytest.importorskip("pycocotools")
+    pairs = list(two_images())
+    pairs[1][0].crowd[:] = False                           # negative control: now it is a miss
+    assert metrics.coco_ap(pairs)["AP"] < 0.38
+    for _, found in pairs:
+        found.boxes, found.scores, found.labels = torch.zeros(0, 4), torch.zeros(0), []
+    assert metrics.coco_ap(pairs)["AP"] == 0 and metrics.coco_ap([])["AP"] == -1
+    assert capsys.readouterr().out == ""
+
+
+def test_key_point_ap_of_any_number_of_joints():
+    pytest.importorskip("pycocotools")
+    points = torch.rand(1, 5, 3, generator=torch.Generator().manual_seed(7)) * 90 + 1
+    truth = SimpleNamespace(points=torch.cat([points, torch.zeros(1, 5, 3)]), boxes=torch.tensor(
+        [[0, 0, 99.0, 99]] * 2), areas=torch.tensor([5000.0, 5000]), crowd=torch.zeros(2).bool())
+    for shift, ap in ((0, 1), (500, 0)):
+        found = SimpleNamespace(points=points + shift, scores=torch.ones(1))
+        scores = metrics.coco_ap([(truth, found)], "keypoints", sigmas=[0.05] * 5)
+        assert scores["AP"] == pytest.approx(ap) and scores["AR50"] == pytest.approx(ap)
+
+
+def test_without_pycocotools_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(ValueError, match="computed by pycocotools: pip install pycocotools"):
+        metrics.coco_ap([])
