@@ -1,0 +1,640 @@
+"""Class maps, masks and films on tiny sets in the official layouts, written here and checked by
+hand, and on pieces of the real ones; whatever is missing or damaged is one clear sentence."""
+import json
+import os
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import metrics
+import readers
+import toy
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")    # of pycocotools
+REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    readers.coco_json.cache_clear()
+
+
+def photo(path, height, width):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), (90, 140, 30)).save(path)
+
+
+def label(path, values, mode="L"):
+    """(H, W) numbers as a grey picture or, mode P, as one whose palette has other numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(values, np.uint8))
+    if mode == "P":
+        image.putpalette([(7 * i + 3) % 256 for i in range(768)])
+    image.save(path)
+
+
+def text(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def stripes(height, width, *values):
+    """Columns of the values, about equally wide."""
+    return np.array(values)[np.arange(width) * len(values) // width][None].repeat(height, 0)
+
+
+def found(item):
+    """Labels of an item from left to right: those of its first row."""
+    assert item.image.dtype == item.labels.dtype == torch.uint8
+    assert item.image.shape == (3, *item.labels.shape)
+    assert item.labels.equal(item.labels[:1].expand_as(item.labels))
+    return item.labels[0].unique_consecutive().tolist()
+
+
+# ---- sets of pictures ----------------------------------------------------------------------------
+
+
+def ade20k(root, folder="ADEChallengeData2016"):
+    for part, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
+        photo(root / folder / f"images/{part}/{name}.jpg", 48, 64)
+        label(root / folder / f"annotations/{part}/{name}.png", stripes(48, 64, 0, 1, 13, 150))
+
+
+@pytest.mark.parametrize("folder", ["ADEChallengeData2016", "."])
+def test_ade20k_counts_from_wall_and_ignores_what_has_no_class(tmp_path, folder):
+    ade20k(tmp_path, folder)
+    for split, name in (("train", "ADE_train_00000001"), ("val", "ADE_val_00000001")):
+        [item] = readers.segmentation("ade20k", tmp_path, split)
+        assert item.id == name and item.image.shape == (3, 48, 64)
+        assert found(item) == [255, 0, 12, 149]
+    names = readers.segmentation_classes("ade20k")
+    assert len(names) == len(set(names)) == 150
+    assert (names[0], names[12], names[149]) == ("wall", "person", "flag")
+    [item] = readers.segmentation("ade20k", tmp_path, "val", level="object")
+    names = readers.segmentation_classes("ade20k", "object")
+    assert len(names) == len(set(names)) == 59 and names[6] == "person"
+    assert found(item) == [255, 6, 255]                    # wall and flag have no parts
+
+
+def voc(root, devkit="VOCdevkit/"):
+    """a: VOC train; b: VOC val, and train of SBD; c: in SBD only."""
+    top = root / f"{devkit}VOC2012"
+    for name in "abc":
+        photo(top / f"JPEGImages/{name}.jpg", 30, 40)
+    for name in "ab":
+        label(top / f"SegmentationClass/{name}.png", stripes(30, 40, 0, 15, 255), "P")
+    text(top / "ImageSets/Segmentation/train.txt", "a")
+    text(top / "ImageSets/Segmentation/val.txt", "b")
+    return top
+
+
+def sbd(root, values=(0, 20)):
+    io = pytest.importorskip("scipy.io")
+    folder = root / "benchmark_RELEASE/dataset"
+    (folder / "cls").mkdir(parents=True)
+    for name in "abc":
+        labels = stripes(30, 40, *values).astype(np.uint8)
+        io.savemat(folder / f"cls/{name}.mat", {"GTcls": {
+            "Segmentation": labels, "Boundaries": np.zeros(1), "CategoriesPresent": [20]}})
+    text(folder / "train.txt", "b", "c")
+    text(folder / "val.txt", "a")
+
+
+@pytest.mark.parametrize("devkit", ["VOCdevkit/", ""])
+def test_voc_trains_on_sbd_too_but_never_on_its_own_val(tmp_path, capsys, devkit):
+    top = voc(tmp_path, devkit)
+    [item] = readers.segmentation("voc", tmp_path, "test")
+    assert item.id == "b" and found(item) == [0, 15, 255]  # of the palette, the numbers
+    assert capsys.readouterr().err == ""
+    assert [item.id for item in readers.segmentation("voc", tmp_path, "train")] == ["a"]
+    assert "no benchmark_RELEASE (SBD)" in capsys.readouterr().err
+    sbd(tmp_path)
+    one, other = readers.segmentation("voc", tmp_path, "train")
+    assert (one.id, found(one)) == ("a", [0, 15, 255])
+    assert (other.id, found(other)) == ("c", [0, 20])
+    names = readers.segmentation_classes("voc")
+    assert len(names) == 21 and (names[0], names[15], names[20]) == (
+        "background", "person", "tvmonitor")
+    label(top / "SegmentationClassAug/c.png", stripes(30, 40, 3))    # the prepared form goes first
+    text(top / "ImageSets/Segmentation/trainaug.txt", "c")
+    [item] = readers.segmentation("voc", tmp_path, "train")
+    assert item.id == "c" and found(item) == [3]
+
+
+def test_sbd_with_a_number_that_is_no_class_gets_a_sentence(tmp_path):
+    voc(tmp_path)
+    sbd(tmp_path, (0, 21))
+    with pytest.raises(ValueError, match="c.mat is damaged or not as voc has it .*21 is no class"):
+        list(readers.segmentation("voc", tmp_path, "train"))
+
+
+def pascal(root, part="rwing_1"):
+    io = pytest.importorskip("scipy.io")
+
+    def records(names, rows):
+        out = np.empty((1, len(rows)), [(name, object) for name in names])
+        for i, row in enumerate(rows):
+            out[0, i] = row
+        return out
+
+    def mask(*columns):
+        return np.isin(stripes(20, 30, 0, 1, 2, 3, 4), columns).astype(np.uint8)
+
+    nothing = np.zeros((0, 0))
+    parts = records(("part_name", "mask"), [("torso", mask(0, 1, 2)), ("beak", mask(1)),
+                                            (part, mask(2))])
+    kind = "class", "class_ind", "mask", "parts"
+    things = {"2008_000002": [("bird", 3, mask(0, 1, 2), parts), ("boat", 4, mask(3), nothing)],
+              "2008_000003": [("tvmonitor", 20, mask(1), records(
+                  ("part_name", "mask"), [("screen", mask(1))]))], "2008_000004": []}
+    for name, rows in things.items():
+        photo(root / f"VOCdevkit/VOC2010/JPEGImages/{name}.jpg", 20, 30)
+        objects = records(kind, rows) if rows else nothing
+        path = root / f"trainval/Annotations_Part/{name}.mat"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        io.savemat(path, {"anno": records(("imname", "objects"), [(name, objects)])})
+    text(root / "VOCdevkit/VOC2010/ImageSets/Main/train.txt", *things)
+    text(root / "VOCdevkit/VOC2010/ImageSets/Main/val.txt", "2008_000003")
+    return io.loadmat(path.with_stem("2008_000002"))
+
+
+def test_pascal_parts_are_painted_in_the_order_of_the_file(tmp_path):
+    raw = pascal(tmp_path)                                 # the fixture has the official nesting
+    objects = raw["anno"][0, 0]["objects"]
+    assert objects[0, 0]["class"][0] == "bird" and objects[0, 1]["parts"].size == 0
+    assert objects[0, 0]["parts"][0, 1]["part_name"][0] == "beak"
+    names = readers.segmentation_classes("pascal", "part")
+    assert len(names) == len(set(names)) == 193
+    assert names[0] == "aeroplane: body" and names[-1] == "tvmonitor: screen"
+    bird, tv, empty = readers.segmentation("pascal", tmp_path, "train", level="part")
+    assert [names[i] if i < 255 else "" for i in found(bird)] == [
+        "bird: torso", "bird: beak", "bird: rwing", ""]
+    assert found(tv) == [255, 192, 255] and found(empty) == [255]
+    classes = readers.segmentation_classes("pascal")
+    assert len(classes) == 16 and not {"boat", "chair", "diningtable", "sofa"} & set(classes)
+    bird, tv, empty = readers.segmentation("pascal", tmp_path, "train")
+    assert found(bird) == [2, 255] and classes[2] == "bird"          # the boat is ignored
+    assert found(tv) == [255, 15, 255] and found(empty) == [255]
+    assert [item.id for item in readers.segmentation("pascal", tmp_path, "val")] == ["2008_000003"]
+
+
+def test_the_numbers_of_pascals_parts_are_the_officials():
+    counts = [7, 6, 13, 2, 13, 13, 17, 19, 18, 21, 5, 24, 2, 19, 13, 1]
+    assert [len(parts) for parts in readers.PASCAL_PARTS.values()] == counts and sum(counts) == 193
+    assert list(readers.PASCAL_PARTS) == [
+        name for name in readers.VOC[1:] if name not in ("boat", "chair", "diningtable", "sofa")]
+
+
+def test_a_part_that_nobody_knows_is_named(tmp_path):
+    pascal(tmp_path, "propeller_2")
+    with pytest.raises(ValueError, match="2008_000002.mat is damaged .*none of the 193: bird: pr"):
+        list(readers.segmentation("pascal", tmp_path, "train", level="part"))
+    assert len(list(readers.segmentation("pascal", tmp_path, "train"))) == 3
+
+
+@pytest.mark.parametrize("twice", ["", "TrainVal_images/"])
+def test_lip_is_read_with_and_without_its_background(tmp_path, twice):
+    for name, (height, width) in (("1_2", (120, 60)), ("3_4", (200, 33))):
+        photo(tmp_path / f"lip/{twice}TrainVal_images/val_images/{name}.jpg", height, width)
+        label(tmp_path / f"lip/TrainVal_parsing_annotations/val_segmentations/{name}.png",
+              stripes(height, width, 0, 5, 14, 15))
+    text(tmp_path / f"lip/{twice}val_id.txt", "1_2", "3_4")
+    one, other = readers.segmentation("lip", tmp_path)
+    assert found(one) == found(other) == [255, 4, 13, 14] and other.image.shape == (3, 200, 33)
+    names = readers.segmentation_classes("lip")
+    assert len(names) == 19 and [names[i] for i in (4, 13, 14)] == [
+        "UpperClothes", "Left-arm", "Right-arm"]
+    assert found(next(readers.segmentation("lip", tmp_path, level="scene"))) == [0, 5, 14, 15]
+    assert len(readers.segmentation_classes("lip", "scene")) == 20
+
+
+def test_cityscapes_trains_on_nineteen_of_its_labels(tmp_path):
+    for part, city in (("train", "aachen"), ("val", "frankfurt")):
+        stem = f"{part}/{city}/{city}_000000_000019_"
+        photo(tmp_path / f"cityscapes/leftImg8bit/{stem}leftImg8bit.png", 32, 64)
+        label(tmp_path / f"cityscapes/gtFine/{stem}gtFine_labelIds.png",
+              stripes(32, 64, 0, 7, 26, 33))
+        label(tmp_path / f"cityscapes/gtFine/{stem}gtFine_instanceIds.png", stripes(32, 64, 9))
+    [item] = readers.segmentation("cityscapes", tmp_path, "train")
+    assert item.id == "aachen_000000_000019" and found(item) == [255, 0, 13, 18]
+    names = readers.segmentation_classes("cityscapes")
+    assert len(names) == 19 and [names[i] for i in (0, 13, 18)] == ["road", "car", "bicycle"]
+    assert len(list(readers.segmentation("cityscapes", tmp_path / "cityscapes", "val"))) == 1
+
+
+# ---- the whole ADE20K ----------------------------------------------------------------------------
+
+
+def coded(path, codes):
+    """Class numbers as the official pictures have them: R div 10 and G; blue is the instance."""
+    codes = np.asarray(codes)
+    rgb = np.stack([codes // 256 * 10 + 3, codes % 256, np.full_like(codes, 77)], -1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((rgb * (codes > 0)[..., None]).astype(np.uint8)).save(path)
+
+
+BUILDING, CAR, GRASS, WINDOW, WHEEL, DOOR = 312, 401, 1125, 3050, 3000, 774
+
+
+def ade20k_full(root, size=(32, 32)):
+    rows = {"training/urban/street/ADE_train_00000001": (
+                [BUILDING, BUILDING, BUILDING, CAR, GRASS], [0, WINDOW, WINDOW, WHEEL, WINDOW]),
+            "training/urban/street/ADE_train_00000002": ([BUILDING, CAR], [DOOR, 0]),
+            "training/urban/street/ADE_train_00020211": ([CAR], [DOOR]),      # a later addition
+            "validation/urban/street/ADE_val_00000001": (
+                [CAR, BUILDING, 0], [WHEEL, WINDOW, WINDOW]),
+            "validation/urban/street/ADE_val_00000002": ([CAR], None)}        # nothing has parts
+    for name, (objects, parts) in rows.items():
+        stem = root / "ADE20K_2021_17_01/images/ADE" / name
+        photo(stem.with_suffix(".jpg"), *size)
+        coded(stem.with_name(f"{stem.name}_seg.png"), stripes(*size, *objects))
+        if parts:
+            coded(stem.with_name(f"{stem.name}_parts_1.png"), stripes(*size, *parts))
+        words = {BUILDING: "building", CAR: "car", WINDOW: "window", WHEEL: "wheel", DOOR: "door"}
+        things = [{"name": word, "name_ndx": code} for code, word in words.items()]
+        stem.with_suffix(".json").write_bytes(json.dumps(
+            {"annotation": {"source": "caf\xe9", "object": things}},
+            ensure_ascii=False).encode("latin1"))          # some files are not UTF-8
+    return root / "ADE20K_2021_17_01/images/ADE/parts_209.txt"
+
+
+def test_ade20k_parts_are_pairs_that_both_splits_have_most_frequent_first(tmp_path, capsys):
+    path = ade20k_full(tmp_path)
+    assert BUILDING == 10 // 10 * 256 + 56 and WINDOW == 110 // 10 * 256 + 234
+    names = readers.segmentation_classes("ade20k", "part", tmp_path)
+    assert names == ["building: window", "car: wheel"]     # no door: it is not in val
+    assert f"counting the parts of ADE20K, once, for {path}" in capsys.readouterr().err
+    one, two = readers.segmentation("ade20k", tmp_path, "train", level="part")
+    assert (one.id, two.id) == ("ADE_train_00000001", "ADE_train_00000002")
+    assert found(one) == [255, 0, 1, 255] and found(two) == [255]
+    one, two = readers.segmentation("ade20k", tmp_path, "val", level="part")
+    assert found(one) == [1, 0, 255] and found(two) == [255]
+    assert capsys.readouterr().err == ""                   # the list was kept
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    wide = np.bincount(stripes(1, 32, 0, 1, 1, 2, 3)[0])
+    assert [int(row[2]) for row in rows] == [32 * wide[1], 32 * wide[2]]
+    path.write_text("".join("\t".join(row) + "\n" for row in rows[::-1]))
+    assert found(next(readers.segmentation("ade20k", tmp_path, level="part")))[:2] == [0, 1]
+    path.write_text("no list\n")
+    with pytest.raises(ValueError, match="parts_209.txt is damaged or not as ade20k-full has it"):
+        readers.segmentation_classes("ade20k", "part", tmp_path)
+
+
+def test_rare_pairs_at_the_borders_of_objects_are_no_parts(tmp_path):
+    ade20k_full(tmp_path, (64, 64))
+    folder = tmp_path / "ADE20K_2021_17_01/images/ADE"
+    for pixels, names in ((1, 2), (5, 3)):                 # 0.1 % of 3,700 pixels of building: 4
+        for stem in ("training/urban/street/ADE_train_00000001",
+                     "validation/urban/street/ADE_val_00000001"):
+            codes = stripes(64, 64, *([0, WINDOW, WINDOW, WHEEL, 0] if "train_" in stem else
+                                      [WHEEL, WINDOW, WINDOW]))
+            codes[:pixels, 30] = WHEEL                     # on a building in both
+            coded(folder / f"{stem}_parts_1.png", codes)
+        (folder / "parts_209.txt").unlink(missing_ok=True)
+        assert len(readers.segmentation_classes("ade20k", "part", tmp_path)) == names
+
+
+def test_large_images_of_ade20k_shrink_as_for_the_150_classes(tmp_path):
+    ade20k_full(tmp_path, (600, 900))
+    item = next(readers.segmentation("ade20k", tmp_path, "train", level="part"))
+    assert item.image.shape == (3, 512, 768) and found(item) == [255, 0, 1, 255]
+
+
+# ---- COCO ----------------------------------------------------------------------------------------
+
+
+SQUARE, TRIANGLE = [1, 1, 4, 1, 4, 3, 1, 3], [1, 1, 5, 1, 1, 5]
+
+
+def coco(root, **changes):
+    """A plate of 6 x 7 pixels: an object of two polygons, a triangle in it, a crowd."""
+    rows = [
+        dict(id=1, image_id=9, category_id=90, area=12, segmentation=[SQUARE, [4, 4, 7, 4, 7, 6,
+                                                                             4, 6]]),
+        dict(id=2, image_id=9, category_id=1, area=4, segmentation=[[1, 1, 3, 1, 3, 3, 1, 3]]),
+        dict(id=3, image_id=9, category_id=1, area=24, iscrowd=1,
+             segmentation={"size": [6, 7], "counts": [0, 12, 30]})]
+    rows[1].update(changes)
+    for number in (9, 25):
+        photo(root / f"coco/val2017/{number:012}.jpg", 6, 7)
+    text(root / "coco/annotations/instances_val2017.json", json.dumps(dict(
+        images=[dict(id=n, file_name=f"{n:012}.jpg", width=7, height=6) for n in (9, 25)],
+        annotations=[dict(bbox=[1, 1, 3, 2], iscrowd=0) | row for row in rows], categories=[])))
+
+
+def test_coco_masks_are_polygons_and_run_lengths(tmp_path):
+    pytest.importorskip("pycocotools")
+    coco(tmp_path)
+    item, none = readers.masks("coco", tmp_path)
+    assert item.masks.shape == (3, 6, 7) and item.masks.dtype == torch.bool
+    assert item.masks.sum((1, 2)).tolist() == [12, 4, 12]
+    assert item.masks[0, 1:3, 1:4].all() and item.masks[0, 4:6, 4:7].all()
+    assert item.masks[2, :, :2].all()                      # columns first
+    assert item.labels.tolist() == [79, 0, 0] and item.crowd.tolist() == [False, False, True]
+    assert none.masks.shape == (0, 6, 7)
+    assert not hasattr(next(readers.boxes("coco", tmp_path)), "masks")
+
+
+@pytest.mark.parametrize("segmentation, rows", [
+    ([SQUARE], ["0000000", "0111000", "0111000", "0000000", "0000000", "0000000"]),
+    ([TRIANGLE], ["0000000", "0111000", "0110000", "0100000", "0000000", "0000000"]),
+    ([[.5, .5, 4.5, .5, 4.5, 3.5, .5, 3.5]],
+     ["0000000", "0111100", "0111100", "0111100", "0000000", "0000000"]),
+    ({"size": [4, 5], "counts": [5, 2, 1, 3, 1, 2, 5, 1]}, ["00110", "01110", "01100", "00001"]),
+    ({"size": [4, 5], "counts": "52110O4O"}, ["00110", "01110", "01100", "00001"]),
+    ({"size": [2, 2], "counts": [0, 4]}, ["11", "11"]),
+    ({"size": [2, 3], "counts": "6"}, ["000", "000"])])
+def test_outlines_decode_to_the_official_masks(segmentation, rows):
+    pytest.importorskip("pycocotools")
+    mask = readers.decode(segmentation, torch.Size([len(rows), len(rows[0])]))
+    assert ["".join(map(str, row)) for row in mask.int().tolist()] == rows
+
+
+def test_a_class_map_of_coco_has_small_objects_on_top_and_ignores_crowds(tmp_path):
+    pytest.importorskip("pycocotools")
+    coco(tmp_path)
+    item, none = readers.segmentation("coco", tmp_path)
+    assert item.labels.dtype == torch.uint8
+    assert item.labels.tolist() == [[255, 255, 0, 0, 0, 0, 0], [255, 1, 1, 80, 0, 0, 0],
+                                    [255, 1, 1, 80, 0, 0, 0], [255, 255, 0, 0, 0, 0, 0],
+                                    [255, 255, 0, 0, 80, 80, 80], [255, 255, 0, 0, 80, 80, 80]]
+    assert none.labels.max() == 0
+    names = readers.segmentation_classes("coco")
+    assert len(names) == 81 and names[:2] == ["background", "person"] and names[80] == "toothbrush"
+
+
+@pytest.mark.parametrize("segmentation, why", [
+    ([], "no three corners"), ([[1, 2, 3, 4]], "no three corners"),
+    ([[1, 2, 3, 4, 5, 6, 7]], "no three corners"), (None, "TypeError"), ([["a"] * 6], "ValueError"),
+    ({"size": [6, 7], "counts": [5, 2]}, "do not add up"), ({"size": [6, 7]}, "KeyError: 'counts'"),
+    ({"size": [6, 7], "counts": [50, -8]}, "do not add up"),
+    ({"size": [6, 7], "counts": "zzzz"}, "Invalid RLE"),
+    ({"size": [7, 6], "counts": [42]}, r"a mask of \[7, 6\] on an image of \[6, 7\]"),
+])
+def test_damaged_outlines_get_a_sentence(tmp_path, segmentation, why):
+    pytest.importorskip("pycocotools")
+    coco(tmp_path, segmentation=segmentation)
+    with pytest.raises(ValueError, match=f"instances_val2017.json is damaged or not as .*{why}"):
+        list(readers.masks("coco", tmp_path))
+
+
+def test_coco_stuff_numbers_things_before_stuff(tmp_path):
+    photo(tmp_path / "coco/val2017/000000000009.jpg", 40, 50)
+    path = tmp_path / "coco/stuffthingmaps/val2017/000000000009.png"
+    label(path, stripes(40, 50, 0, 12, 91, 181, 255))
+    [item] = readers.segmentation("coco", tmp_path, level="scene")
+    names = readers.segmentation_classes("coco", "scene")
+    assert len(names) == len(set(names)) == 171
+    assert item.id == 9 and found(item) == [0, 11, 80, 170, 255]
+    assert [names[i] for i in (0, 11, 80, 170)] == ["person", "stop sign", "banner", "wood"]
+    label(path, stripes(40, 50, 11))                       # the street sign, which never occurs
+    with pytest.raises(ValueError, match="the number 11 is no class"):
+        list(readers.segmentation("coco", tmp_path, level="scene"))
+
+
+# ---- films ---------------------------------------------------------------------------------------
+
+
+def davis(root, frames=6):
+    """A square that walks 4 pixels a frame; in the second film also another one, and void."""
+    top = root / "DAVIS"
+    for name, mode in (("goat", "L"), ("ants", "P")):
+        for t in range(frames):
+            mask = np.zeros((96, 128), np.uint8)
+            mask[20:40, 4 * t:4 * t + 20] = 1
+            if name == "ants":
+                mask[60:80, 60:90] = 255
+                mask[62:78, 62:88] = 2
+            photo(top / f"JPEGImages/480p/{name}/{t:05}.jpg", 96, 128)
+            label(top / f"Annotations/480p/{name}/{t:05}.png", mask, mode)
+    text(top / "ImageSets/2017/val.txt", "goat", "ants")
+    return top
+
+
+def test_davis_has_films_whose_void_is_no_object(tmp_path):
+    davis(tmp_path)
+    goat, ants = readers.videos("davis", tmp_path)
+    assert (goat.name, goat.objects, ants.name, ants.objects) == ("goat", 1, "ants", 2)
+    assert ants.masks.shape == (6, 96, 128) and ants.masks.dtype == torch.uint8
+    assert ants.masks.unique().tolist() == [0, 1, 2]       # of the palette the numbers, no 255
+    assert (ants.masks[0] == 2).sum() == 16 * 26
+    assert len(goat.frames) == 6 and goat.frames[2].shape == (3, 96, 128)
+    assert len(list(goat.frames)) == 6
+    walk = ants.masks[:1].repeat(6, 1, 1)                  # the square carried on by its speed
+    for t in range(6):
+        walk[t] = ants.masks[0].where(ants.masks[0] != 1, 0) + (ants.masks[0] == 1).roll(4 * t, 1)
+    scores = metrics.video_scores([metrics.film_scores(walk, ants.masks)])
+    assert scores["j"] == scores["f"] == 1
+    still = metrics.film_scores(ants.masks[:1].repeat(6, 1, 1), ants.masks)
+    assert metrics.video_scores([still])["j"] < 0.8        # negative control
+    assert [item.name for item in readers.videos("davis", tmp_path / "DAVIS", limit=1)] == ["goat"]
+
+
+def test_frames_are_read_when_asked_for(tmp_path):
+    top = davis(tmp_path)
+    goat = next(readers.videos("davis", tmp_path))
+    (top / "JPEGImages/480p/goat/00003.jpg").write_bytes(b"no picture")
+    assert goat.frames[2].shape == (3, 96, 128)
+    with pytest.raises(ValueError, match="Cannot read .*00003.jpg: .*Restore the file"):
+        goat.frames[3]
+
+
+@pytest.mark.parametrize("harm, why", [
+    (lambda top: (top / "Annotations/480p/goat/00003.png").unlink(), "6 frames and 5 annotations"),
+    (lambda top: photo(top / "Annotations/480p/goat/00003.png", 96, 128), "saved in colour"),
+    (lambda top: photo(top / "JPEGImages/480p/goat/00003.jpg", 96, 100), "00003.jpg is .100, 96."),
+    (lambda top: label(top / "Annotations/480p/goat/00003.png", np.zeros((9, 9))), "same shape"),
+    (lambda top: text(top / "ImageSets/2017/val.txt", "cow"), "0 frames and 0 annotations"),
+])
+def test_a_damaged_film_gets_a_sentence(tmp_path, harm, why):
+    harm(davis(tmp_path))
+    with pytest.raises(ValueError, match=f"480p/.* is damaged or not as davis has it .*{why}"):
+        list(readers.videos("davis", tmp_path))
+
+
+# ---- the built-in creatures ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["toy", "toy-scenes"])
+def test_creatures_have_maps_masks_and_films(name):
+    drawn = toy.draw(torch.arange(70), "test", 64, name == "toy-scenes", annotate=True)
+    maps = {level: list(readers.segmentation(name, split="test", limit=70, level=level, size=64))
+            for level in (None, "part")}
+    for i, (thing, parts) in enumerate(zip(maps[None], maps["part"])):
+        assert thing.id == i and thing.image.equal(drawn["image"][i])
+        assert thing.labels.equal(drawn["semantic"][i])
+        there = drawn["parts"][i] > 0                      # without a part: to be ignored
+        assert (parts.labels[~there] == 255).all()
+        assert (parts.labels[there] + 1).equal(drawn["parts"][i][there])
+    assert readers.segmentation_classes(name) == ["background", *toy.CLASSES]
+    assert readers.segmentation_classes(name, "part") == toy.PARTS
+    for i, item in enumerate(readers.masks(name, limit=70, size=64)):
+        assert item.masks.sum((1, 2)).tolist() == item.areas.tolist()
+        assert item.masks.any(0).equal(drawn["instances"][i] > 0)
+    films = list(readers.videos(name, limit=4, size=64))
+    for film in films:
+        assert len(film.frames) == len(film.masks) == 24 and film.frames[3].shape == (3, 64, 64)
+        assert sorted(film.masks[0].unique().tolist()) == list(range(film.objects + 1))
+        assert film.masks.max() == film.objects
+    assert [film.name for film in films] == [f"test-{i}" for i in range(4)]
+    assert max(film.objects for film in films) == (3 if name == "toy-scenes" else 1)
+
+
+# ---- sentences -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm, why", [
+    (lambda path: label(path, stripes(48, 64, 151)), "the number 151 is no class"),
+    (lambda path: label(path, stripes(48, 60, 1)), r"labels for \[48, 60\] pixels of an image of"),
+    (lambda path: photo(path, 48, 64), "mode RGB, .*saved in colour"),
+    (lambda path: path.write_bytes(b"no picture"), "cannot identify"),
+    (lambda path: path.write_bytes(path.read_bytes()[:70]), "Error"),
+])
+def test_damaged_labels_get_a_sentence(tmp_path, harm, why):
+    ade20k(tmp_path)
+    path = tmp_path / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png"
+    harm(path)
+    with pytest.raises(ValueError) as error:
+        list(readers.segmentation("ade20k", tmp_path))
+    assert str(error.value).startswith(f"{path} is damaged or not as ade20k has it (")
+    assert error.match(why) and "\n" not in str(error.value)
+
+
+SETS = [("ade20k", "scene"), ("ade20k", "part"), ("pascal", None), ("voc", None), ("lip", None),
+        ("cityscapes", None), ("coco", "object"), ("coco", "scene"), ("davis", None)]
+
+
+@pytest.mark.parametrize("name, level", SETS)
+def test_a_missing_set_prints_the_layout_and_where_to_get_it(tmp_path, name, level):
+    if name in ("pascal", "coco"):
+        pytest.importorskip({"pascal": "scipy", "coco": "pycocotools"}[name])
+    with pytest.raises(FileNotFoundError) as error:
+        list(readers.videos(name, tmp_path) if name == "davis" else
+             readers.segmentation(name, tmp_path, level=level))
+    layout = readers.LAYOUT["ade20k-full" if level == "part" else name]
+    for part in (*layout, str(tmp_path), "nothing is downloaded"):
+        assert part in str(error.value)
+
+
+def test_folders_without_labels_are_a_missing_set(tmp_path):
+    ade20k(tmp_path)
+    folder = tmp_path / "ADEChallengeData2016/annotations/validation"
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="No ade20k under .*expected ADEChallengeData2016/"):
+        list(readers.segmentation("ade20k", tmp_path))
+
+
+def test_wrong_names_splits_and_levels_get_one_clear_sentence():
+    with pytest.raises(ValueError, match="No segmentation of 'cub' here: choose toy or toy-scene"):
+        readers.segmentation("cub")
+    with pytest.raises(ValueError, match="No segmentation of 'cub' here"):
+        readers.segmentation_classes("cub")
+    with pytest.raises(ValueError, match="No videos of 'coco' here: choose toy or davis or toy-sc"):
+        readers.videos("coco")
+    with pytest.raises(ValueError, match="No masks of 'voc' here: choose toy or toy-scenes or co"):
+        readers.masks("voc")
+    with pytest.raises(ValueError, match="No level 'part' of voc: choose object"):
+        readers.segmentation("voc", level="part")
+    with pytest.raises(ValueError, match="No level 'stuff' of ade20k: choose scene or object or p"):
+        readers.segmentation_classes("ade20k", "stuff")
+    with pytest.raises(ValueError, match="No split 'all' of lip: choose train or test"):
+        readers.segmentation("lip", split="all")
+
+
+@pytest.mark.parametrize("package, read", [
+    ("scipy", lambda root: readers.segmentation("pascal", root)),
+    ("scipy", lambda root: readers.segmentation("voc", root, "train")),
+    ("pycocotools", lambda root: readers.masks("coco", root)),
+    ("pycocotools", lambda root: readers.segmentation("coco", root)),
+])
+def test_without_an_extra_it_is_said_what_to_install(tmp_path, monkeypatch, package, read):
+    voc(tmp_path)
+    for part in ("train", "val"):
+        text(tmp_path / f"benchmark_RELEASE/dataset/{part}.txt", "c")
+    text(tmp_path / "benchmark_RELEASE/dataset/cls/c.mat", "")
+    for module in list(sys.modules):
+        if module.split(".")[0] == package:
+            monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"which {package} reads: pip install {package}$"):
+        list(read(tmp_path))
+
+
+# ---- pieces of the real sets ---------------------------------------------------------------------
+
+
+def unpack(name, folder):
+    path = os.path.join(REAL, f"{name}.tar")
+    if not os.path.exists(path):
+        pytest.skip(f"no piece of {name} here")
+    with tarfile.open(path) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def test_the_real_voc(tmp_path):
+    root = unpack("voc_animals", tmp_path)
+    assert readers.VOC == (root / "VOC2012/classes.txt").read_text().split()
+    items = [item for split in ("train", "test")
+             for item in readers.segmentation("voc", root, split)]
+    assert len(items) == 24 and all((item.labels == 255).any() for item in items)
+    counts = sum(metrics.confusion(item.labels.clamp(max=20), item.labels, 21) for item in items)
+    assert metrics.segmentation_scores(counts)["miou"] == 1
+    content = json.loads((root / "VOC2012/animal_keypoints.json").read_text())
+    files = {int(i): os.path.splitext(file)[0] for i, file in content["images"].items()}
+    maps, hits = {item.id: item.labels for item in items}, []
+    for animal in content["annotations"]:
+        for x, y, visible in animal["keypoints"]:
+            labels = maps[files[animal["image_id"]]]
+            if visible and 0 <= y < labels.shape[0] and 0 <= x < labels.shape[1]:
+                hits.append(labels[int(y), int(x)] > 0)    # an animal, or its border
+    assert len(hits) > 300 and sum(hits) > 0.95 * len(hits)
+
+
+def test_the_real_ade20k(tmp_path):
+    root = unpack("ade20k_samples", tmp_path)
+    [item] = readers.segmentation("ade20k", root)
+    names = readers.segmentation_classes("ade20k")
+    assert {names[i] for i in item.labels.unique().tolist() if i < 255} >= {
+        "building", "sky", "tree", "grass"}
+    sky = (item.labels == names.index("sky")).nonzero()[:, 0].float().mean()
+    grass = (item.labels == names.index("grass")).nonzero()[:, 0].float().mean()
+    assert sky < grass                                     # above it
+    [item] = readers.segmentation("ade20k", root, level="object")
+    names = readers.segmentation_classes("ade20k", "object")
+    assert (item.labels == names.index("sky")).nonzero()[:, 0].float().mean() == sky
+
+
+def test_the_real_davis(tmp_path):
+    [film] = readers.videos("davis", unpack("davis_subset", tmp_path))
+    assert film.name == "car-shadow" and film.masks.shape == (40, 480, 854) and film.objects == 1
+    assert film.frames[39].shape == (3, 480, 854)
+    scores = metrics.video_scores([metrics.film_scores(film.masks.roll(5, 2), film.masks)])
+    assert 0.9 < scores["j"] < 0.95 and scores["f"] == 1   # 5 pixels are within the tolerance of 8
+
+
+def test_the_real_coco(tmp_path):
+    pytest.importorskip("pycocotools")
+    root = unpack("coco_subset", tmp_path)
+    items = list(readers.masks("coco", root, "train"))
+    assert sum(len(item.masks) for item in items) == 152
+    gaps = []
+    for item in items:
+        assert item.masks.shape == (len(item.boxes), *item.image.shape[1:])
+        for mask, box, area, crowd in zip(item.masks, item.boxes, item.areas, item.crowd):
+            y, x = mask.nonzero().unbind(1)
+            around = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
+            gaps.append((around - box).abs().max().item())
+            assert crowd or abs(mask.sum() - area) < 0.1 * area + 30
+    assert sum(gap < 1.5 for gap in gaps) >= 140 and max(gaps) < 8   # thin tips leave no pixel
+    labels = {item.id: item.labels for item in readers.segmentation("coco", root, "train")}
+    assert sum((label == 255).any() for label in labels.values()) == 1
+    people = [(item, points) for item in readers.keypoints("coco", root, "train")
+              for points in item.points.flatten(0, 1) if points[2] == 2]
+    hits = [labels[item.id][int(y), int(x)] > 0 for item, (x, y, _) in people]
+    assert len(hits) > 200 and sum(hits) > 0.95 * len(hits)
