@@ -289,10 +289,10 @@ def creatures(number, kind, time):
 
 
 def coats(number, centre, size, angle, mirror):
-    """Marbled coats (B, K, 3, 20, 20), and their own coordinates as planes (B, K, 2, 3): a coat
-    moves with its creature. They are brighter than the scenery, so that a hidden patch can be
-    guessed, and too fine for their pattern to tell images apart."""
-    coat = 0.8 + 1.6 * (number("coat", size.shape[1], 3, 20, 20) - 0.5)
+    """Marbled coats (B, K, 3, 28, 28), and their own coordinates as planes (B, K, 2, 3): a coat
+    moves with its creature. Its pattern is too fine to tell images apart. On average it is a little
+    brighter than the scenery: a hidden patch can be guessed, and pixels tell few classes."""
+    coat = 0.65 + 2.2 * (number("coat", size.shape[1], 3, 28, 28) - 0.5)
     grain = between(0.5, 0.9, number("grain", size.shape[1])) / size            # coarse to fine
     along, across = grain * angle.cos(), grain * angle.sin()
     x, y = centre.unbind(-1)
