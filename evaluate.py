@@ -9,7 +9,8 @@ Each model is a few rows of the printed table and one line of results.jsonl by i
 
 A probe is one function that reads like its protocol, task(model, args) -> report(rows, protocol),
 and one line in TASKS. It gets features from `features` (one pass over a split) or `extract` (one
-pass over any batches), scores from metrics.py, and its own flags from a line in FLAGS.
+pass over any batches), scores from metrics.py, and its own flags from a line in FLAGS. Probes that
+look at every patch are in dense.py.
 """
 import argparse
 import copy
@@ -35,12 +36,14 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
+import dense
 import metrics
 import readers
 import rng
 import toy
 import training
 import vit
+from metrics import report
 
 # B images, N tokens, D width, S pixels a side, C classes, L learning rates, H attention heads,
 # P key-points, E episodes, M items
@@ -72,8 +75,9 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "reference":  (bool, False, "print the papers' numbers under ours"),
     "feature":    (("cls", "pat", "hyber", "projected"), None, "only this; none: the protocol's"),
     "k":          (natural, [10, 20], "knn: numbers of neighbours"),
-    "recipe":     (("mae", "dino", "park", "simmim", "mmc"), "mae", "whose settings; linear: mae, "
-                   "dino, park; finetune: mae, simmim, mmc"),
+    "recipe":     (("mae", "dino", "park", "simmim", "mmc", "parts"), None, "whose settings; none: "
+                   "the first; linear: mae, dino, park; finetune: mae, simmim, mmc; "
+                   "linear_segmentation: parts, mmc"),
     "epochs":     (natural, None, "of a head's or all weights' training; none: the recipe's"),
     "reinit":     (str, None, "finetune: first:N or last:N, so many blocks start anew"),
     "crop":       (("code", "paper"), "code", "parts: geometry, see part_crops"),
@@ -89,7 +93,18 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "no-crop":    (bool, False, "shape_bias: pictures whole, without the centre crop"),
     "eps":        (float, 0.7, "frequency_noise: strength, in units of the normalised input"),
     "equal-energy": (bool, False, "frequency_noise: bands of equal strength, not of equal density"),
-    "show":       (bool, False, "part_retrieval: write a contact sheet of the crops to --out"),
+    "level":      (("object", "part", "scene"), None, "segmentation: which classes; none: the "
+                   "first that the data set has"),
+    "iters":      (natural, None, "linear_segmentation, pose: steps of training; none: the "
+                   "protocol's, on toy 300"),
+    "lr":         (float, [], "linear_segmentation: learning rates, side by side; none: the "
+                   "recipe's, on toy three"),
+    "swap-sides": (bool, False, "linear_segmentation: left becomes right in flipped pictures"),
+    "prompt":     (("deepest", "random"), "deepest", "zero_shot_segmentation: which patch"),
+    "target":     (("category", "instance", "stuff"), "category", "zero_shot_segmentation: what is "
+                   "looked for"),
+    "show":       (bool, False, "write pictures of what a probe saw to --out: part_retrieval and "
+                   "the probes of dense.py"),
 }
 
 # ---- features ------------------------------------------------------------------------------------
@@ -282,16 +297,12 @@ def view(model, args):
 
 
 def settings_of(args, recipes):
-    """The settings of --recipe. ValueError if the task has none of that name."""
+    """The settings of --recipe, or the first. ValueError if the task has none of that name."""
+    args.recipe = args.recipe or next(iter(recipes))
     if args.recipe not in recipes:
         raise ValueError(f"{args.task} has no recipe {args.recipe}; choose --recipe "
                          f"{', '.join(recipes)}")
     return recipes[args.recipe]
-
-
-def report(rows, protocol, notes=(), **images):
-    """What a probe returns. rows: {feature: {column: percent}}; images: their number, by role."""
-    return SimpleNamespace(rows=rows, protocol=protocol, notes=list(notes), images=images)
 
 
 # ---- probes --------------------------------------------------------------------------------------
@@ -1317,6 +1328,10 @@ TASKS = {
     "landmark_retrieval": landmark_retrieval,
     "shape_bias": shape_bias,
     "frequency_noise": frequency_noise,
+    "linear_segmentation": dense.linear_segmentation,
+    "zero_shot_segmentation": dense.zero_shot_segmentation,
+    "video": dense.video,
+    "pose": dense.pose,
 }
 SHARED = {"finetune"}        # its work is split over the processes of torchrun; others run in one
 FROZEN = [task for task in TASKS if task not in SHARED]  # what --task all runs
@@ -1429,9 +1444,9 @@ def models(args):
 
 
 def parse(argv=None):
-    tasks = "\n".join(f"  {name:<21}{task.__doc__.splitlines()[0]}" for name, task in TASKS.items())
-    tasks += (f"\n  {'all':<21}All of these that checkpoint and data allow, in one table: heads "
-              f"train {ALL_EPOCHS} epochs,\n{'':<23}and of toy {ALL_IMAGES:,} images of each split "
+    tasks = "\n".join(f"  {name:<24}{task.__doc__.splitlines()[0]}" for name, task in TASKS.items())
+    tasks += (f"\n  {'all':<24}All of these that checkpoint and data allow, in one table: heads "
+              f"train {ALL_EPOCHS} epochs,\n{'':<26}and of toy {ALL_IMAGES:,} images of each split "
               f"are used, unless --epochs, --limit say other")
     parser = training.Parser(description=__doc__, epilog=f"tasks:\n{tasks}", allow_abbrev=False,
                              formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -6,10 +6,16 @@ key-points, H, W pixels.
 import contextlib
 import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+
+def report(rows, protocol, notes=(), **images):
+    """What a probe returns. rows: {feature: {column: percent}}; images: their number, by role."""
+    return SimpleNamespace(rows=rows, protocol=protocol, notes=list(notes), images=images)
 
 
 def votes(similarity, labels, classes, tau=0.07):
