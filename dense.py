@@ -268,10 +268,11 @@ class Heads(nn.Module):
 def train_segmentation(heads, encode, stream, model, args, sizes, iters, lrs, swap=None):
     """Trains the heads side by side. encode: (B, 3, S, S) -> (B, h, w, D); stream: endless items.
 
-    Logits of a batch at full size would be gigabytes: loss and gradient are taken picture after
-    picture, which adds up to the same.
+    Logits of a batch at full size can be gigabytes: loss and gradient are taken of so many pictures
+    at a time as are at most 256 MiB of logits, which adds up to the same.
     """
     opt, crop = adamw(heads.layers, lrs, DECAY), sizes[0]
+    some = max(1, 2**26 // (heads.layers[0].out_features * crop**2))
     warmup = max(1, WARMUP * iters // RECIPES[args.recipe]["iters"])
     heads.train()
     for step in bar(range(iters), model):
@@ -286,21 +287,21 @@ def train_segmentation(heads, encode, stream, model, args, sizes, iters, lrs, sw
                               for _, y in pairs]).long().to(args.device)
         z = heads.normed(encode(x))                      # (B, h, w, D), no gradient behind it
         for layer in heads.layers:
-            for features, y in zip(z, labels):
-                logits = upsample(layer(features).permute(2, 0, 1), model.encoder.patch_size)
-                (segmentation_loss(logits[:, :crop, :crop], y) / BATCH).backward()
+            for features, y in zip(z.split(some), labels.split(some)):
+                logits = upsample(layer(features).permute(0, 3, 1, 2), model.encoder.patch_size)
+                loss = segmentation_loss(logits[..., :crop, :crop], y)
+                (loss * len(y) / BATCH).backward()
         opt.step()
         opt.zero_grad()
     heads.eval()
 
 
 def segmentation_loss(logits, labels):
-    """(C, H, W), (H, W) -> cross-entropy, summed over labelled pixels and divided by all pixels.
+    """(B, C, H, W), (B, H, W) -> cross-entropy, summed over labelled pixels, divided by all pixels.
 
     That is what the released code does: crops with few labels pull less.
     """
-    return F.cross_entropy(logits[None], labels[None], ignore_index=255,
-                           reduction="sum") / labels.numel()
+    return F.cross_entropy(logits, labels, ignore_index=255, reduction="sum") / labels.numel()
 
 
 def scaled(shape, long, short):
@@ -348,16 +349,16 @@ def distort(x, g):
         value, low = x.amax(0), x.amin(0)
         saturation = 1 - low / value.clamp(min=1e-6)
         wanted = (saturation * uniform(g, 0.5, 1.5)).clamp(max=1)
-        x = value - (value - x) * wanted / saturation.clamp(min=1e-6)
+        x = (value - (value - x) * wanted / saturation.clamp(min=1e-6)).clamp(0, 255)
     if maybe():
         turn = int(torch.randint(-18, 18, (), generator=g)) / 180
-        x = data.adjust_hue(x[None] / 255, torch.tensor([turn]))[0] * 255
+        x = (data.adjust_hue(x[None] / 255, torch.tensor([turn]))[0] * 255).clamp(0, 255)
     return x if first else (x * contrast).clamp(0, 255)
 
 
 def sides(names):
     """(256,) uint8: the label after a flip, left-arm for right-arm."""
-    table = torch.arange(256, dtype=torch.uint8)
+    table, names = torch.arange(256, dtype=torch.uint8), [name.lower() for name in names]
     for i, name in enumerate(names):
         other = name.replace("left", "\0").replace("right", "left").replace("\0", "right")
         table[i] = names.index(other) if other in names else i
@@ -472,14 +473,15 @@ def zero_shot_segmentation(model, args):
                 floor.append((cover.sum() / of.sum()).item())
                 categories.append(category)
                 if args.show and len(rows) < 8:
-                    best = THRESHOLDS[int(torch.stack(found).mean(0).argmax())]
-                    rows.append(similarity_row(images[number], mask, similarity, place, best, p))
+                    rows.append((images[number], mask, similarity, place))
     if not found:
         raise ValueError(f"{args.task}: no target is large enough for a prompt, of {skipped}; "
                          f"raise --limit or change --data")
-    if rows:
-        contact_sheet(rows, Path(args.out) / f"similarity-{args.data}-{model.name}.png")
     iou, categories = 100 * torch.stack(found), torch.tensor(categories)         # (targets, 10)
+    best = THRESHOLDS[int(iou.mean(0).argmax())]
+    if rows:
+        contact_sheet([similarity_row(*row, best, p) for row in rows],
+                      Path(args.out) / f"similarity-{args.data}-{model.name}.png")
     by_category = torch.stack([iou[categories == c].mean(0) for c in categories.unique()])
 
     def row(means):
@@ -492,7 +494,7 @@ def zero_shot_segmentation(model, args):
         f"IoU of the patches with cosine > T to the {args.prompt} patch of a {args.target}, after "
         f"the final norm, {side} x {side} px, {side // p} x {side // p} patches; Opt: best T of 0, "
         f"0.1 ... 0.9 for the whole set; the paper: 480 x 480 px of COCO, targets not stated",
-        [f"{model.name}: Opt is T = {THRESHOLDS[int(iou.mean(0).argmax())]}, mean over targets; "
+        [f"{model.name}: Opt is T = {best}, mean over targets; "
          + ", ".join(f"{v:.1f} at {t}" for t, v in zip(THRESHOLDS, iou.mean(0).tolist())),
          f"{skipped} targets cover less than half of their prompt and are left out"],
         targets=len(found), categories=len(by_category))

@@ -1,0 +1,471 @@
+"""Probes that look at every patch: planted features are found and shuffled ones are not, a planted
+film is followed, sweeps and decoding agree with brute force and hand-worked numbers, and every task
+runs once from the command line, on toy and on pieces of the real sets."""
+import json
+import os
+import tarfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import dense
+import evaluate
+import readers
+import rng
+import vit
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")    # of pycocotools
+REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
+SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    readers.coco_json.cache_clear()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def model(**config):
+    torch.manual_seed(0)
+    encoder = vit.ViT(**{**SMALL, **config}).eval()
+    return SimpleNamespace(name="small", encoder=encoder, size=32, mean=data.MEAN, std=data.STD)
+
+
+def settings(*flags):
+    args = evaluate.parse([*flags, "--device", "cpu", "--precision", "fp32", "--workers", "0"])
+    args.data = args.data or "toy"
+    return args
+
+
+# ---- patches, windows, crops ---------------------------------------------------------------------
+
+
+def test_patches_are_the_raw_blocks_side_by_side_or_the_last_one_normed():
+    small, x = model(), torch.randn(2, 3, 40, 24)
+    z = dense.patches(small, x, settings(), [0, 2])
+    outputs, _ = small.encoder.layers(x, [0, 2], norm=False)
+    for at, of in zip(z.split(24, 3), outputs):
+        assert at.equal(of[:, 1:].unflatten(1, (5, 3)))
+    normed = dense.patches(small, x, settings())
+    assert normed.equal(small.encoder(x)[:, 1:].unflatten(1, (5, 3)))
+    assert dense.patches(small, x[:, :, :35, :17], settings()).shape == (2, 5, 3, 24)     # padded
+
+
+def test_windows_begin_where_the_published_code_has_them():
+    for sizes, expected in (((683, 512, 341), [0, 171]), ((1024, 512, 341), [0, 341, 512]),
+                            ((2048, 512, 341), [0, 341, 682, 1023, 1364, 1536]),
+                            ((641, 480, 161), [0, 161]), ((720, 480, 161), [0, 161, 240]),
+                            ((480, 320, 161), [0, 160]), ((300, 512, 341), [0])):
+        assert dense.starts(*sizes) == expected
+
+
+def test_sizes_keep_proportions():
+    assert dense.scaled((480, 640), 2048, 512) == [512, 683]
+    assert dense.scaled((375, 500), 520, 520) == [390, 520]
+    assert dense.scaled((100, 1000), 2048, 512) == [205, 2048]
+
+
+def test_the_argmax_at_another_size_is_the_same_in_parts():
+    logits = torch.randn(37, 9, 11)
+    expected = F.interpolate(logits[None], (20, 31), mode="bilinear")[0].argmax(0)
+    assert dense.likeliest(logits, (20, 31)).equal(expected)
+
+
+def test_windows_are_averaged_where_they_overlap():
+    """An encoder that gives the mean colour of each patch, and a head that is the identity."""
+    heads = dense.Heads(3, 3, 1, False, 0)
+    heads.layers[0].weight.copy_(torch.eye(3))
+    image = torch.zeros(3, 40, 72, dtype=torch.uint8)
+    image[0, :, :24], image[1, :, 24:56], image[2, :, 56:] = 255, 255, 255
+    seen = []
+
+    def encode(x):
+        seen.extend(x.shape[2:] for _ in x)
+        return F.avg_pool2d(x, 8).permute(0, 2, 3, 1)
+
+    [found] = dense.segment(heads, encode, image, model(), settings(), (
+        32, 24, None, (10000, 40)))
+    assert len(seen) == 2 * 3 and set(seen) == {(32, 32)}
+    assert found.equal(image.long().argmax(0))
+
+
+def test_flips_change_sides_only_if_asked():
+    names = readers.segmentation_classes("lip", "part")
+    table = dense.sides(names)
+    assert table[table.long()].equal(torch.arange(256, dtype=torch.uint8))
+    changed = [names[i] for i in range(len(names)) if table[i] != i]
+    assert changed and all("left" in name.lower() or "right" in name.lower() for name in changed)
+    labels = torch.arange(64, dtype=torch.uint8).view(8, 8) % len(names)
+    item = SimpleNamespace(image=torch.full((3, 8, 8), 99, dtype=torch.uint8), labels=labels)
+    sizes, kinds = (8, 8, (8, 8), (8, 8)), set()
+    for seed in range(8):
+        plain, swapped = (dense.training_crop(item, sizes, rng.generator(seed), swap)[1]
+                          for swap in (None, table))
+        assert swapped.equal(plain) or swapped.equal(table[plain.long()])
+        kinds.add(bool(swapped.equal(plain)))
+    assert kinds == {True, False}                            # some are flipped, some are not
+
+
+def test_crops_avoid_a_single_label_and_colours_stay_in_range():
+    labels = torch.zeros(64, 64, dtype=torch.uint8)
+    labels[:8, :8] = 1                                       # hard to hit
+    item = SimpleNamespace(image=torch.randint(256, (3, 64, 64), dtype=torch.uint8), labels=labels)
+    mixed = 0
+    for seed in range(30):
+        image, y = dense.training_crop(item, (16, 16, (64, 64), None), rng.generator(seed))
+        assert image.shape == (3, 16, 16) and y.shape == (16, 16)
+        assert 0 <= image.min() and image.max() <= 255
+        mixed += len(y.unique()) > 1
+    assert mixed >= 6                                        # a first try hits in about 1 of 12
+
+
+def test_the_loss_is_divided_by_all_pixels():
+    logits = torch.zeros(1, 4, 2, 2)
+    labels = torch.tensor([[[1, 255], [255, 255]]])
+    assert dense.segmentation_loss(logits, labels).item() == pytest.approx(
+        torch.tensor(4.0).log().item() / 4)
+
+
+def test_a_pool_is_shuffled_and_loses_nothing(monkeypatch):
+    def read():
+        return (SimpleNamespace(image=torch.zeros(10, dtype=torch.uint8), id=i) for i in range(12))
+
+    def first(count):
+        stream = dense.shuffled(read, rng.generator(0))
+        return [next(stream).id for _ in range(count)]
+
+    ids = first(24)                                          # all fit: whole epochs
+    assert sorted(ids[:12]) == sorted(ids[12:]) == list(range(12)) and ids[:12] != ids[12:]
+    monkeypatch.setattr(dense, "ROOM", 50)                   # a pool of five
+    ids = first(240)
+    assert set(ids) == set(range(12)) and ids[:12] != sorted(ids[:12])
+    assert max(map(ids.count, range(12))) - min(map(ids.count, range(12))) <= 8
+
+
+# ---- linear segmentation -------------------------------------------------------------------------
+
+
+def planted(monkeypatch, shuffle):
+    """Items of random blocks of classes; the "encoder" reads class and noise off the picture."""
+    g = torch.Generator().manual_seed(0)
+    mix = torch.randn(3, 16, generator=g)
+
+    def segmentation(name, root, split, limit, level, size):
+        for number in range(24 if split == "train" else 8):
+            blocks = torch.randint(3, (8, 8), generator=rng.generator(split, number))
+            labels = blocks.repeat_interleave(8, 0).repeat_interleave(8, 1)
+            image = F.one_hot(labels, 3).permute(2, 0, 1).to(torch.uint8) * 255
+            yield SimpleNamespace(id=number, image=image, labels=labels.to(torch.uint8))
+
+    def patches(model, x, args, blocks):
+        z = F.avg_pool2d(x, 8).permute(0, 2, 3, 1) @ mix
+        z = z + 0.1 * torch.randn(z.shape, generator=g)
+        if shuffle:
+            flat = z.flatten(1, 2)
+            z = flat[:, torch.randperm(flat.shape[1], generator=g)].view_as(z)
+        return z
+
+    monkeypatch.setattr(readers, "segmentation", segmentation)
+    monkeypatch.setattr(readers, "segmentation_classes", lambda *_: ["a", "b", "c"])
+    monkeypatch.setattr(dense, "patches", patches)
+    monkeypatch.setattr(dense, "distort", lambda x, g: x)
+    monkeypatch.setattr(dense, "SIZES", {"voc": (64, 64, (64, 64), (64, 64))})
+    small = model()
+    small.encoder.embed_dim = 16
+    return small
+
+
+@pytest.mark.parametrize("recipe", ["parts", "mmc"])
+def test_linear_segmentation_finds_what_is_planted_and_nothing_in_shuffled_patches(
+        monkeypatch, recipe):
+    monkeypatch.setitem(dense.RECIPES, recipe, {**dense.RECIPES[recipe], "blocks": (12,)})
+    scores = []
+    for shuffle in (False, True):
+        small = planted(monkeypatch, shuffle)
+        args = settings("--data", "voc", "--recipe", recipe, "--iters", "40", "--lr", "1e-5",
+                        "1e-1")
+        result = dense.linear_segmentation(small, args)
+        [row] = result.rows.values()
+        scores.append(row["mIoU"])
+        assert shuffle or "lr 0.1;" in result.notes[0]       # held-out images choose the larger
+    assert scores[0] > 80 and scores[1] < 35
+
+
+# ---- a prompt ------------------------------------------------------------------------------------
+
+
+def test_the_sweep_equals_painting_every_pixel():
+    similarity = torch.rand(4, 5) * 2 - 1
+    mask, valid = torch.rand(32, 40) > 0.6, torch.rand(32, 40) > 0.1
+    found = dense.sweep(similarity, dense.cells(mask & valid, 8), dense.cells(valid, 8))
+    for iou, threshold in zip(found, dense.THRESHOLDS):
+        painted = (similarity > threshold).repeat_interleave(8, 0).repeat_interleave(8, 1) & valid
+        union = (painted | (mask & valid)).sum().item()
+        assert iou.item() == pytest.approx((painted & mask).sum().item() / union)
+
+
+def test_the_prompt_lies_deepest():
+    mask = torch.rand(32, 40) > 0.05
+    mask[3:20, 9:30] = True
+    found = dense.depth_at_centres(mask, 8)
+    wide = F.pad(mask, (1, 1, 1, 1))
+    free = (~wide).nonzero().float() - 1
+    for y in range(4):
+        for x in range(5):
+            centre = torch.tensor([8 * y + 3.5, 8 * x + 3.5])
+            assert found[y, x] == (free - centre).square().sum(1).min()
+    args = settings("--task", "zero_shot_segmentation")
+    whole = torch.ones(40, 40, dtype=torch.bool)
+    assert dense.prompt(whole, dense.cells(whole, 8), 8, args, 0) == (2, 2)
+    thin = torch.zeros(40, 40, dtype=torch.bool)
+    thin[:, 20:22] = True
+    assert dense.prompt(thin, dense.cells(thin, 8), 8, args, 0) is None
+
+
+def test_whose_patches_are_alike_is_segmented(monkeypatch):
+    """Patches of one category point one way: IoU is what the grid allows; at random, the floor."""
+    def scores(similar):
+        def patches(model, x, args, blocks=None):
+            seen = F.avg_pool2d(x.amax(1, keepdim=True), 8).permute(0, 2, 3, 1)
+            return torch.cat([seen, 1 - seen], 3) if similar else torch.randn(*seen.shape[:3], 8)
+
+        def masks(name, root, split, limit, size):
+            for top in (0, 8, 16):
+                mask = torch.zeros(64, 64, dtype=torch.bool)
+                mask[top:top + 24, 8:40] = True
+                yield SimpleNamespace(
+                    image=mask.expand(3, 64, 64).to(torch.uint8) * 255, labels=torch.tensor([3]),
+                    masks=mask[None], crowd=torch.tensor([False]))
+
+        monkeypatch.setattr(dense, "patches", patches)
+        monkeypatch.setattr(dense, "normalised", lambda model, images, args: images / 255)
+        monkeypatch.setattr(readers, "masks", masks)
+        args = settings("--task", "zero_shot_segmentation", "--size", "64")
+        return dense.zero_shot_segmentation(model(), args).rows["mean over targets"]
+
+    found = scores(True)
+    assert found["Opt"] == pytest.approx(100) and found["whole picture"] == pytest.approx(18.75)
+    assert scores(False)["Opt"] < 40
+
+
+# ---- films ---------------------------------------------------------------------------------------
+
+
+def square_film(frames=12):
+    masks = torch.zeros(frames, 80, 96, dtype=torch.uint8)
+    for t in range(frames):
+        masks[t, 16 + 8 * (t % 3):40 + 8 * (t % 3), 4 * t // 8 * 8:4 * t // 8 * 8 + 24] = 1
+    masks[:, 64:, 80:] = 2                                   # and one that stays
+    return SimpleNamespace(name="square", frames=masks[:, None].expand(-1, 3, -1, -1),
+                           masks=masks, objects=2)
+
+
+def test_a_planted_film_is_followed_to_the_pixel():
+    film, g = square_film(), torch.Generator().manual_seed(0)
+
+    def encode(image):                                       # a direction for every object
+        return F.one_hot(image[0, ::8, ::8].long(), 3).float()
+
+    def noise(image):
+        return F.normalize(torch.randn(10, 12, 16, generator=g), dim=2)
+
+    j = []
+    for features in (encode, noise):
+        masks = torch.stack([film.masks[0], *dense.follow(film, features, 8, 4)])
+        j.append(dense.metrics.film_scores(masks, film.masks)[0].mean().item())
+    assert j[0] > 0.9 and j[1] < 0.6
+
+
+def test_propagation_equals_the_published_dense_arithmetic():
+    h, w, D, M, C, radius = 6, 7, 5, 3, 3, 2
+    feature, memory = (F.normalize(torch.randn(n, h, w, D), dim=3) for n in (1, M))
+    labels = torch.rand(M, h, w, C)
+    y, x = (v.flatten() for v in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    near = ((y[:, None] - y).abs() <= radius) & ((x[:, None] - x).abs() <= radius)
+    a = (memory.flatten(0, 2) @ feature.flatten(0, 2).T / 0.1).exp() * near.repeat(M, 1)
+    a[a < a.topk(5, 0).values[-1:]] = 0                      # over all frames together
+    expected = ((a / a.sum(0)).T @ labels.flatten(0, 2)).view(h, w, C)
+    found = dense.propagate(feature[0], memory, labels, radius)
+    torch.testing.assert_close(found, expected)
+
+
+def test_only_the_first_frame_and_seven_more_are_kept(monkeypatch):
+    film, sizes, propagate = square_film(12), [], dense.propagate
+    monkeypatch.setattr(dense, "propagate", lambda f, memory, *rest: (
+        sizes.append(len(memory)), propagate(f, memory, *rest))[1])
+    list(dense.follow(film, lambda image: torch.ones(10, 12, 1), 8, 4))
+    assert sizes == [1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8]
+
+
+def test_channels_are_stretched_before_the_largest_wins():
+    soft = torch.tensor([[[0.9, 0.1], [0.8, 0.2]]])          # background would win everywhere
+    assert dense.harden(soft, 1, (1, 2)).tolist() == [[0, 1]]
+    constant = torch.tensor([[[0.5, 0.0], [0.5, 0.0]]])      # 0/0 in the published code
+    assert dense.harden(constant, 1, (1, 2)).tolist() == [[0, 0]]
+
+
+def test_frames_are_480_by_a_multiple_of_64():
+    assert dense.frame_shape((480, 854), 480, 16) == [480, 832]
+    assert dense.frame_shape((854, 480), 480, 16) == [832, 480]
+    assert dense.frame_shape((128, 128), 128, 8) == [128, 128]
+
+
+# ---- joints --------------------------------------------------------------------------------------
+
+
+def test_heat_maps_are_decoded_by_hand():
+    maps = torch.zeros(3, 5, 6)
+    maps[0, 2, 3], maps[0, 2, 4], maps[0, 1, 3] = 1.0, 0.5, 0.25     # right, and up
+    maps[1, 0, 0], maps[1, 0, 1] = 0.7, 0.6                  # at the rim: as it is
+    maps[2, 3, 1], maps[2, 3, 0] = 0.9, 0.1                  # left; up and down are equal
+    points, best = dense.decode(maps)
+    assert points.tolist() == [[3.25, 1.75], [0, 0], [0.75, 3]]
+    assert best.tolist() == pytest.approx([1, 0.7, 0.9])
+
+
+def test_gaussians_stand_on_the_nearest_cell_and_decode_to_it():
+    points = torch.tensor([[21.9, 40.0, 2], [22.1, 1.0, 1], [30, 30, 0], [-90, 20, 2]])
+    maps, weights = dense.heat_maps(points, (64, 48), 2.0)
+    assert maps.shape == (4, 16, 12) and weights.tolist() == [1, 1, 0, 0]
+    assert maps[0].argmax() == 10 * 12 + 5 and maps[1].argmax() == 6       # round(5.475), (5.525)
+    assert maps[0, 10, 5] == 1 and maps[0, 10, 7].item() == pytest.approx(0.60653, abs=1e-5)
+    assert maps[0, 3, 5] == 0 and maps[0, 4, 5] > 0          # cut at 6 cells
+
+
+def test_a_box_becomes_the_crop_and_points_come_back():
+    box = torch.tensor([10.0, 20, 40, 100])                  # 30 x 80, widened to 60 x 80
+    matrix = dense.to_image(box, (256, 192))
+    corners = dense.moved(torch.tensor([[0.0, 0], [192, 256]]), matrix)
+    assert corners.tolist() == [[-12.5, 10], [62.5, 110]]
+    matrix = dense.to_image(box, (256, 192), 0.8, 30)
+    points = torch.rand(7, 2) * 100
+    torch.testing.assert_close(dense.moved(dense.moved(points, matrix), dense.inverse(matrix)),
+                               points, atol=1e-3, rtol=0)
+    image = torch.arange(120)[None, None].expand(3, 120, 120).to(torch.uint8)
+    crop = dense.cut(image, dense.to_image(torch.tensor([30.0, 30, 70, 70]), (50, 50)), (50, 50))
+    torch.testing.assert_close(crop[0, 0], torch.arange(25.0, 75))
+
+
+def test_mirrored_maps_are_turned_back():
+    """A joint at pixel 20 is at pixel 27 of the mirror image of 48: cells 5 and 7."""
+    swap = torch.tensor([1, 0])
+    maps, _ = dense.heat_maps(torch.tensor([[20.0, 8, 2], [32, 8, 2]]), (16, 48), 1.0)
+    mirror, _ = dense.heat_maps(torch.tensor([[15.0, 8, 2], [27, 8, 2]]), (16, 48), 1.0)
+    assert dense.unflipped(mirror[None], swap)[0].flatten(1).argmax(1).equal(
+        maps.flatten(1).argmax(1))
+
+
+def test_training_views_move_points_with_the_picture():
+    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    image[:, 40:43, 60:63] = 255
+    item = SimpleNamespace(image=image, box=torch.tensor([20.0, 20, 80, 80]),
+                           points=torch.tensor([[61.0, 41, 2], [0, 0, 0]]))
+    for seed in range(6):
+        crop, points = dense.training_pose(item, (128, 128), torch.tensor([1, 0]),
+                                           rng.generator(seed))
+        [joint] = points[points[:, 2] > 0]
+        y, x = divmod(int(F.avg_pool2d(crop[:1], 3, 1, 1).argmax()), 128)
+        assert abs(x - joint[0]) <= 2 and abs(y - joint[1]) <= 2
+
+
+def test_the_same_person_is_found_once():
+    points = torch.tensor([[[5.0, 5], [20, 20]], [[5.1, 5], [20, 20]], [[60, 60], [80, 80]]])
+    boxes = torch.tensor([[0.0, 0, 30, 30]] * 2 + [[50.0, 50, 90, 90]])
+    kept = dense.distinct(points, torch.tensor([0.5, 0.9, 0.7]), boxes, torch.full((3,), 900.0),
+                          [0.05, 0.05])
+    assert kept == [1, 2]
+
+
+# ---- every task from the command line ------------------------------------------------------------
+
+
+def run(tmp_path, *flags):
+    path = tmp_path / "encoder.pt"
+    if not path.exists():
+        vit.save(path, model().encoder, branch="base", method="mae", data="toy", step=1,
+                 mean=data.MEAN, std=data.STD)
+    evaluate.main(["--checkpoint", str(path), "--out", str(tmp_path), "--device", "cpu",
+                   "--precision", "fp32", *flags])
+    return json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("task, column, images, pictures", [
+    ("linear_segmentation --level part --iters 3", "mIoU", "test", "segmentation-toy*part*"),
+    ("linear_segmentation --level object --recipe mmc --iters 2 --lr 1e-3", "aAcc", "test", "seg*"),
+    ("zero_shot_segmentation --prompt random", "T=0.1", "targets", "similarity-toy*"),
+    ("video", "J&F", "films", "video-toy*"), ("pose --iters 3", "PCK@0.1", "objects", "pose-toy*")])
+def test_every_task_runs_on_toy(tmp_path, task, column, images, pictures):
+    limit = "1" if task == "video" else "12"
+    line = run(tmp_path, "--task", *task.split(), "--data", "toy-scenes", "--limit", limit,
+               "--show")
+    assert all(0 <= row[column] <= 100 for row in line["metrics"].values())
+    assert line["images"][images] >= 1 and line["protocol"]
+    assert list(tmp_path.glob(f"{pictures}.png"))
+
+
+def test_what_cannot_be_is_one_sentence():
+    pixels = SimpleNamespace(name="pixels", encoder=None, size=32)
+    for task in ("linear_segmentation", "zero_shot_segmentation", "video", "pose"):
+        with pytest.raises(ValueError, match="pixels have none"):
+            evaluate.TASKS[task](pixels, settings("--task", task))
+    with pytest.raises(ValueError, match="no recipe dino; choose --recipe parts, mmc"):
+        dense.linear_segmentation(model(), settings("--recipe", "dino"))
+    with pytest.raises(ValueError, match="no recipe parts"):
+        evaluate.settings_of(settings("--task", "linear", "--recipe", "parts"), evaluate.RECIPES)
+    with pytest.raises(ValueError, match="No segmentation of 'cub'"):
+        dense.linear_segmentation(model(), settings("--data", "cub"))
+    with pytest.raises(ValueError, match="no key-points of cub"):
+        dense.pose(model(), settings("--data", "cub"))
+    with pytest.raises(ValueError, match="no --target stuff"):
+        dense.zero_shot_segmentation(model(), settings("--target", "stuff"))
+
+
+# ---- pieces of the real sets ---------------------------------------------------------------------
+
+
+def unpack(name, folder):
+    path = os.path.join(REAL, f"{name}.tar")
+    if not os.path.exists(path):
+        pytest.skip(f"no piece of {name} here")
+    with tarfile.open(path) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def test_the_real_davis(tmp_path):
+    root = unpack("davis_subset", tmp_path / "davis")
+    line = run(tmp_path, "--task", "video", "--data", "davis", "--data-root", str(root), "--size",
+               "128")
+    assert line["images"] == {"films": 1, "frames": 40}
+    assert 0 < line["metrics"]["patches"]["J&F"] < 100
+
+
+def test_the_real_voc(tmp_path, monkeypatch):
+    root = unpack("voc_animals", tmp_path / "voc")
+    monkeypatch.setitem(dense.SIZES, "voc", (64, 43, (256, 64), (256, 64)))
+    flags = "--data", "voc", "--data-root", str(root), "--limit", "3"
+    line = run(tmp_path, "--task", "linear_segmentation", "--recipe", "mmc", "--iters", "2", *flags)
+    assert 0 <= line["metrics"]["blocks 2 3"]["mIoU"] <= 100
+    line = run(tmp_path, "--task", "zero_shot_segmentation", "--size", "64", *flags)
+    assert line["images"]["targets"] >= 3
+
+
+def test_the_real_coco(tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools")
+    monkeypatch.setitem(dense.POSE, "coco", {**dense.POSE["coco"], "batch": 8})
+    root = unpack("coco_subset", tmp_path / "coco")
+    (root / "coco/val2017").symlink_to("train2017")
+    for kind in ("instances", "person_keypoints"):
+        (root / f"coco/annotations/{kind}_val2017.json").symlink_to(f"{kind}_train2017.json")
+    flags = "--data", "coco", "--data-root", str(root), "--limit", "3"
+    line = run(tmp_path, "--task", "pose", "--iters", "1", "--batch-size", "128", *flags)
+    assert 0 <= line["metrics"]["patches"]["AP"] <= line["metrics"]["patches"]["AR50"] <= 100
+    for target in ("category", "instance"):
+        line = run(tmp_path, "--task", "zero_shot_segmentation", "--size", "64", "--target", target,
+                   *flags)
+        assert line["images"]["targets"] >= 1
