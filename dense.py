@@ -165,7 +165,7 @@ RECIPES = {
     # MMC, supplement; batch norm as in VICRegL, which it follows.
     "mmc": dict(blocks=(6, 8, 10, 12), lr=1e-4, iters=40000, batch_norm=True)}
 WARMUP, BATCH, DECAY = 1500, 16, 0.05                    # iterations, crops, weight decay: of both
-TOY_ITERS, TOY_LRS = 300, (4e-4, 2e-3, 1e-2)             # our choice
+TOY_ITERS, TOY_LRS = 200, (2e-3, 1e-2, 5e-2)            # our choice
 HELD_OUT = 100                                           # images at most, of every tenth
 # crop = window, stride; (long, short) side of pictures in training, times 0.5 to 2, and in the test
 SIZES = {
@@ -183,7 +183,7 @@ def linear_segmentation(model, args):
     Part-aware study, tables 3, 5, 7-9 (--recipe parts), and MMC, table 3 (--recipe mmc): frozen
     blocks side by side, without the final norm and the class token, one 1 x 1 convolution, logits
     enlarged to the picture. Random crops in training, a sliding window in the test, scores at the
-    original size. Our choices: on toy, pictures of twice the encoder's size, 300 iterations, and
+    original size. Our choices: on toy, pictures of twice the encoder's size, 200 iterations, and
     several learning rates side by side (elsewhere with --lr), of which every tenth training image,
     held out, chooses one; warm-up shrinks with --iters; batch norm without gain and shift, which
     the linear layer has anyway; ValueError for a set without classes for pixels, for pixels as a

@@ -96,7 +96,7 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "level":      (("object", "part", "scene"), None, "segmentation: which classes; none: the "
                    "first that the data set has"),
     "iters":      (natural, None, "linear_segmentation, pose: steps of training; none: the "
-                   "protocol's, on toy 300"),
+                   "protocol's, on toy 200"),
     "lr":         (float, [], "linear_segmentation: learning rates, side by side; none: the "
                    "recipe's, on toy three"),
     "swap-sides": (bool, False, "linear_segmentation: left becomes right in flipped pictures"),

@@ -113,15 +113,15 @@ def test_flips_change_sides_only_if_asked():
 
 def test_crops_avoid_a_single_label_and_colours_stay_in_range():
     labels = torch.zeros(64, 64, dtype=torch.uint8)
-    labels[:8, :8] = 1                                       # hard to hit
+    labels[:, :16] = 1
     item = SimpleNamespace(image=torch.randint(256, (3, 64, 64), dtype=torch.uint8), labels=labels)
     mixed = 0
     for seed in range(30):
         image, y = dense.training_crop(item, (16, 16, (64, 64), None), rng.generator(seed))
         assert image.shape == (3, 16, 16) and y.shape == (16, 16)
         assert 0 <= image.min() and image.max() <= 255
-        mixed += len(y.unique()) > 1
-    assert mixed >= 6                                        # a first try hits in about 1 of 12
+        mixed += y.float().mean().item() > 0.25 and y.float().mean().item() < 0.75
+    assert mixed >= 15                                       # a first try: about 5
 
 
 def test_the_loss_is_divided_by_all_pixels():
