@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import data
 import dense
 import evaluate
+import metrics
 import readers
 import rng
 import vit
@@ -266,19 +267,21 @@ def square_film(frames=12):
 
 
 def test_a_planted_film_is_followed_to_the_pixel():
+    """Patches of one pixel, as larger ones lose corners when their maps are enlarged."""
     film, g = square_film(), torch.Generator().manual_seed(0)
+    film.frames, film.masks = film.frames[..., ::8, ::8], film.masks[:, ::8, ::8]
 
     def encode(image):                                       # a direction for every object
-        return F.one_hot(image[0, ::8, ::8].long(), 3).float()
+        return F.one_hot(image[0].long(), 3).float()
 
     def noise(image):
         return F.normalize(torch.randn(10, 12, 16, generator=g), dim=2)
 
     j = []
     for features in (encode, noise):
-        masks = torch.stack([film.masks[0], *dense.follow(film, features, 8, 4)])
-        j.append(dense.metrics.film_scores(masks, film.masks)[0].mean().item())
-    assert j[0] > 0.9 and j[1] < 0.6
+        masks = torch.stack([film.masks[0], *dense.follow(film, features, 1, 4)])
+        j.append(metrics.film_scores(masks, film.masks)[0].mean().item())
+    assert j[0] == 1 and j[1] < 0.6
 
 
 def test_propagation_equals_the_published_dense_arithmetic():
