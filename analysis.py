@@ -1,0 +1,1236 @@
+"""Diagnostics: in what do encoders differ inside? Curves and pictures; nothing is trained.
+
+    python analysis.py                                        # the standard report, newest run
+    python analysis.py --checkpoint out/mae-toy out/dino-toy --what attention_distance nmi fourier
+    python analysis.py --what all --data coco --data-root /data
+
+    images -> z_0 -> [ attention A_l, heads o_l -> u_l -> MLP -> z_l ] x L -> final norm -> features
+                       |                           |             |                            |
+                       distance, nmi               similarities, spectra, Fourier             maps
+
+z_0 is the embedding, u_l and z_l the residual stream after attention and after MLP of block l, all
+before the final norm. Images are seen whole, without masks, and only patch tokens count. One pass
+serves all curves: a block is measured as soon as it is computed and then forgotten; what stays are
+sums over images in float64, so memory does not grow with their number.
+
+The formulas stand in diagnostics.py. A diagnostic is a function that makes its numbers, and an
+entry of WHAT with title, expected reading and figure; what it needs of the shared pass is a line in
+STREAMS. It leaves NAME.json, NAME.csv and, with matplotlib, NAME.png; index.html shows all of them.
+"""
+import argparse
+import csv
+import functools
+import html
+import itertools
+import json
+import math
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
+
+import data
+import diagnostics as d
+import evaluate
+import readers
+import rng
+import training
+import vit
+
+# B images, L blocks, H heads, N = g x g patches, C width, p pixels a side of a patch, S of an image
+
+natural = evaluate.natural
+FLAGS = {      # name: (type or choices, default, help); the others are those of evaluate.py
+    "what":       (str, [], "diagnostics, see below; all; none: the standard report"),
+    **{name: evaluate.FLAGS[name] for name in ("checkpoint", "branch", "data", "data-root", "size",
+                                               "out", "seed", "device", "workers")},
+    "baseline":   (("untrained",), [], "for comparison: a ViT with random weights"),
+    "limit":      (natural, None, "images; none: 256, sv_images 2048 or 4 C, patch_retrieval 1000"),
+    "precision":  (str, "fp32", "of the encoder: bf16, fp32; sums are float64 either way"),
+    "batch-size": (natural, 64, "images per forward"),
+    "window":     (natural, None, "curves: patches see so many patches a side (odd); Park, D.1"),
+    "copies":     (natural, 128, "feature_variance: views of an image"),
+    "threshold":  (float, 0.95, "adjacent_count: cosine from which neighbours count as alike"),
+    "image":      (int, 0, "first image of the pictures"),
+}
+
+
+class Missing(ValueError):
+    """Model or data set lack what a diagnostic looks at: said in one line, and the rest goes on."""
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def batches(model, args, limit, maps=False):
+    """Test images, the same for every model: x (B, 3, S, S) normalised, their numbers (B,), and a
+    class for every pixel (B, S, S) if asked for and there is one (no_maps), else None."""
+    if args.data not in data.NAMES and args.data in readers.SEGMENTATION or (
+            maps and not no_maps(args.data, args.data_root)):
+        yield from annotated(model, args, limit)
+        return
+    images = evaluate.load(args.data, args.data_root, "test", model.size, limit, args.device)
+    for x, number in data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
+                                  std=model.std, workers=args.workers,
+                                  interpolation=model.interpolation):
+        yield x, number, None
+
+
+def level(name):
+    """What a set's class maps are asked to tell apart: objects, if it can."""
+    levels = readers.SEGMENTATION[name][1]
+    return next(kind for kind in ("object", "scene", "part") if kind in levels)
+
+
+@functools.lru_cache
+def no_maps(name, root):
+    """Why there is no class for every pixel here; None: there is one."""
+    if name not in readers.SEGMENTATION:
+        return (f"{name} has no class for every pixel: choose --data "
+                f"{' or '.join(readers.SEGMENTATION)}")
+    try:
+        next(iter(readers.segmentation(name, root, "test", 1, level(name))))
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+
+
+def annotated(model, args, limit):
+    """`batches` with class maps: 0 background, -1 unknown, in the geometry of data.batches."""
+    S, kind = model.size, level(args.data)
+    side = S if args.data.startswith("toy") else S * 256 // 224      # short side, before the crop
+    first = readers.segmentation_classes(args.data, kind)[0].lower()
+    items = iter(readers.segmentation(args.data, args.data_root, "test", limit, kind, S))
+
+    def centre(x, how):
+        x = TF.resize(x, side, TF.InterpolationMode(how), antialias=True)
+        return TF.center_crop(x, [S, S]).to(args.device)
+
+    done = 0
+    while some := list(itertools.islice(items, args.batch_size)):
+        x = torch.stack([centre(item.image, model.interpolation) for item in some])
+        y = torch.cat([centre(item.labels[None], "nearest-exact") for item in some]).long()
+        y = torch.where(y == 255, -1, y + (first != "background"))
+        number = torch.arange(done, done + len(some), device=args.device)
+        yield data.normalize(x / 255, model.mean, model.std), number, y
+        done += len(some)
+
+
+def few(model, args, n):
+    """n test images from number --image on: (n, 3, S, S) normalised."""
+    end, found = args.image + n, []
+    for x, number, _ in batches(model, args, max(args.limit or 256, end)):   # as the shared pass
+        found.append(x)
+        if number[-1] >= end - 1:
+            break
+    x = torch.cat(found)[args.image:end]
+    if not len(x):
+        raise ValueError(f"--image {args.image}: the data set ends before")
+    return x
+
+
+def picture(model, x):
+    """(..., 3, S, S) normalised -> (..., S, S, 3) uint8 array."""
+    return data.denormalize(x, model.mean, model.std).movedim(-3, -1).cpu().numpy()
+
+
+# ---- one pass: every block measured once, then forgotten -----------------------------------------
+
+
+def half(args, x):
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def walk(args, blocks, x, prefix, bias=lambda block: None, look=True):
+    """Tokens (B, T, C) through blocks; yields for each what a method's forward does not keep.
+
+    tokens z_l, class token and all; of patches only: before z_{l-1}, after u_l, out z_l (B, N, C),
+    heads o_l (B, H, N, d); weights A_l (B, H, T, T), written out only if `look`.
+    """
+    for number, block in enumerate(blocks, 1):
+        weights, heads = [] if look else None, []
+        hook = block.attn.proj.register_forward_pre_hook(
+            lambda module, given, heads=heads: heads.extend(given))
+        with half(args, x):
+            u = x + block.ls1(block.attn(block.norm1(x), bias(block), weights))
+            z = u + block.ls2(block.mlp(block.norm2(u)))
+        hook.remove()
+        u, z = u.float(), z.float()
+        heads = heads[0].unflatten(2, (block.attn.num_heads, -1)).transpose(1, 2)
+        yield SimpleNamespace(
+            number=number, tokens=z, before=x[:, prefix:], after=u[:, prefix:], out=z[:, prefix:],
+            heads=heads[:, :, prefix:], weights=weights[0] if look else None)
+        x = z
+
+
+# name: (of what, function -> (B, ...), an image each). attention: weights; block: what walk yields;
+# state: z_0, u_1, z_1, ... u_L, z_L; final: patches after the norm, shares of their labels or None.
+# at: prefix, grid, between (distances of patches), threshold.
+STREAMS = {
+    "attention_distance": ("attention", lambda a, at: d.attention_distance(
+        d.rows(a, at.prefix, 1e-32), at.between)),
+    "nmi":              ("attention", lambda a, at: d.nmi(d.rows(a, at.prefix, 1e-8))),
+    "class_mass":       ("attention", lambda a, at: d.class_mass(a, at.prefix)),
+    "head_similarity":  ("block", lambda c, at: d.head_similarity(c.heads)),
+    "depth_similarity": ("block", lambda c, at: d.depth_similarity(c.before, c.after)),
+    "unison":           ("block", lambda c, at: d.unison(c.before, c.after)),
+    "token_similarity": ("state", lambda z, at: d.token_similarity(z)),
+    "sv_tokens":        ("state", lambda z, at: d.log_spectrum(z)),
+    "fourier":          ("state", lambda z, at: d.fourier(z, at.grid)),
+    "adjacent_depth":   ("state", lambda z, at: d.adjacent(z, at.grid, at.threshold).mean(1)),
+    "adjacent":         ("final", lambda z, y, at: counts(d.adjacent(z, at.grid, at.threshold))),
+    "final_similarity": ("final", lambda z, y, at: d.token_similarity(z)),
+    "adjacent_labels":  ("labels", lambda z, y, at: counts(d.adjacent(y, at.grid))),
+    "pairs":            ("labels", lambda z, y, at: torch.stack(
+        [d.pair_histogram(*one) for one in zip(z, d.majority(y))])),
+}
+
+
+def counts(neighbours):
+    """(B, N) counts 0 ... 8 -> (B, 9) share of the patches with each."""
+    return F.one_hot(neighbours.long(), 9).double().mean(1)
+
+
+class Means:
+    """What STREAMS of these names measure: means[name] over images, float64, (layers, ...)."""
+
+    def __init__(self, names):
+        self.names, self.sums = names, {name: {} for name in names}
+        # sums[name][layer]: number of images, sum, sum of squares
+
+    def measure(self, kind, layer, *what):
+        for name in self.names:
+            if STREAMS[name][0] == kind:
+                x = STREAMS[name][1](*what).double()
+                new, layers = (len(x), x.sum(0).cpu(), (x * x).sum(0).cpu()), self.sums[name]
+                layers[layer] = [sum(pair) for pair in zip(new, layers.get(layer, (0, 0, 0)))]
+
+    def through(self, args, blocks, x, at, bias=lambda block: None):
+        """Tokens (B, T, C) through blocks, all that is asked measured -> what the last leaves."""
+        look = any(STREAMS[name][0] == "attention" for name in self.names)
+        self.measure("state", 0, x[:, at.prefix:].float(), at)
+        for c in walk(args, blocks, x, at.prefix, bias, look):
+            self.measure("state", 2 * c.number - 1, c.after, at)
+            self.measure("state", 2 * c.number, c.out, at)
+            self.measure("block", c.number, c, at)
+            if look:
+                self.measure("attention", c.number, c.weights, at)
+        return c.tokens
+
+    def __contains__(self, name):
+        return bool(self.sums.get(name))
+
+    def __getitem__(self, name):
+        return torch.stack([total / n for n, total, _ in self.sums[name].values()])
+
+    def std(self, name):
+        """Over images."""
+        square = torch.stack([square / n for n, _, square in self.sums[name].values()])
+        return (square - self[name].square()).clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def shared_pass(model, args, names):
+    """All curves in one forward per batch -> means of the encoder, of MAE's decoder or None; grid,
+    number of images."""
+    encoder, decoder = model.encoder, mae_decoder(model) if "decoder" in names else None
+    means = Means([name for name in STREAMS if name in names])
+    behind = Means(["attention_distance", "nmi", "fourier"]) if decoder else None
+    maps, seen = any(STREAMS[name][0] == "labels" for name in means.names), 0
+    for x, _, labels in batches(model, args, args.limit or 256, maps):
+        tokens, grid = encoder.embed(x)
+        at = SimpleNamespace(prefix=encoder.num_prefix, grid=grid, threshold=args.threshold,
+                             between=d.spacing(grid, encoder.patch_size).to(x.device))
+        wall = encoder.local_mask(args.window, grid) if args.window else None
+        tokens = encoder.norm(means.through(
+            args, encoder.blocks, tokens, at,
+            lambda block: encoder.attention_bias(block, grid, None, wall)))     # noqa: B023
+        patches = encoder.split(tokens)[1]
+        means.measure("final", 0, patches, None, at)
+        if labels is not None:
+            y = d.label_shares(labels, encoder.patch_size, max(int(labels.max()) + 1, 1))
+            means.measure("labels", 0, patches, y, at)
+        if decoder:
+            behind.through(args, decoder.blocks, decoder.enter(tokens), at)
+        seen += len(x)
+    return SimpleNamespace(means=means, decoder=behind, grid=grid, images=seen)
+
+
+# ---- decoders, rebuilt from the checkpoint -------------------------------------------------------
+
+
+def full_state(model):
+    """The state dict that holds a decoder, in official names: of the file itself or of full.pt
+    beside it, {} if there is none; and the settings of the run, if they lie there, too."""
+    path = Path(model.source.path or "")
+    for file in (path, path.with_name("full.pt")) if model.source.path else ():
+        state = vit.read(file).get("model", {}) if file.is_file() else {}
+        if "decoder_embed.weight" in state or "decoder.0.weight" in state:
+            config, device = path.with_name("config.yaml"), next(model.encoder.parameters()).device
+            return ({key: x.to(device) for key, x in state.items()},
+                    yaml.safe_load(config.read_text()) if config.is_file() else {})
+    return {}, {}
+
+
+def mae_decoder(model):
+    """MAE's decoder: enter(tokens (B, 1+N, C), all of them, or with restore (B, N) some) -> what
+    its first block gets; blocks; paint(tokens) -> (B, N, 3pp). None: the checkpoint has none."""
+    state, config = full_state(model)
+    if "decoder_embed.weight" not in state:
+        return None
+    own = {key.removeprefix("decoder_"): x for key, x in state.items() if key[:8] == "decoder_"}
+    pos, (width, dim) = own.pop("pos_embed"), own["embed.weight"].shape
+    depth = len({key.split(".")[1] for key in own if key.startswith("blocks.")})
+    module = nn.ModuleDict(dict(
+        embed=nn.Linear(dim, width), norm=nn.LayerNorm(width, 1e-6),
+        blocks=nn.ModuleList(vit.Block(width, config.get("decoder_num_heads", 16))
+                             for _ in range(depth)),
+        pred=nn.Linear(width, len(own["pred.bias"])))).to(pos.device).eval()
+    module.load_state_dict(own)
+
+    def enter(tokens, restore=None):
+        x = module["embed"](tokens)
+        if restore is not None:
+            missing = state["mask_token"].expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
+            y = torch.cat([x[:, 1:], missing], 1)
+            x = torch.cat([x[:, :1], y.gather(1, restore[..., None].expand_as(y))], 1)
+        old, new = (math.isqrt(table.shape[1] - 1) for table in (pos, x))
+        return x + vit.resize_positions(pos, (old, old), (new, new), 1, "size")
+
+    return SimpleNamespace(enter=enter, blocks=module["blocks"],
+                           paint=lambda x: module["pred"](module["norm"](x))[:, 1:])
+
+
+def painter(model, x, seed):
+    """Hides part of images x (B, 3, S, S) as pre-training did -> hidden (B, N) bool, and
+    paint(block) -> (B, 3, S, S) from that block's tokens, later blocks left out, final norm as in
+    training. Of MAE and SimMIM; Missing for checkpoints without a decoder."""
+    (state, config), encoder = full_state(model), model.encoder
+    if not state:
+        raise Missing("no painting head: it lies in full.pt of MAE and SimMIM")
+    p, number = encoder.patch_size, torch.arange(len(x), device=x.device)
+    g = x.shape[-1] // p
+    if "decoder_embed.weight" in state:                                      # MAE
+        decoder, visible = mae_decoder(model), int(g * g * (1 - config.get("mask_ratio", 0.75)))
+        order = rng.uniform(number, g * g, seed, "hide").argsort(dim=1, stable=True)
+        restore = order.argsort(1)
+        layers, _ = encoder.layers(x, keep=order[:, :visible])
+        var, mean = torch.var_mean(F.pixel_unshuffle(x, p), 1, keepdim=True)     # (B, 1, g, g)
+
+        def paint(block):
+            z = decoder.enter(layers[block], restore)
+            for own in decoder.blocks:
+                z = own(z)
+            z = decoder.paint(z).unflatten(2, (p * p, 3)).permute(0, 3, 2, 1)    # (B, 3, pp, N)
+            z = z.flatten(1, 2).unflatten(2, (g, g))
+            z = z * (var + 1e-6).sqrt() + mean if config.get("norm_pix", True) else z
+            return F.pixel_shuffle(z, p)
+        return restore >= visible, paint
+    side = max(1, config.get("mask_block", 32) // p)                         # SimMIM: blocks
+    rank = rng.uniform(number, (g // side) ** 2, seed, "hide").argsort(1).argsort(1)
+    hidden = rank < math.ceil(config.get("mask_ratio", 0.6) * rank.shape[1])
+    hidden = hidden.view(-1, g // side, g // side).repeat_interleave(side, 1)
+    hidden = hidden.repeat_interleave(side, 2).flatten(1)
+    layers, _ = encoder.layers(x, mask=hidden, mask_token=state["encoder.mask_token"])
+
+    def paint(block):
+        z = encoder.split(layers[block])[1].mT.unflatten(2, (g, g))
+        return F.pixel_shuffle(F.conv2d(z, state["decoder.0.weight"], state["decoder.0.bias"]), p)
+    return hidden, paint
+
+
+# ---- numbers of curves, from the shared pass s ---------------------------------------------------
+
+
+def upto(n, start=0):
+    return list(range(start, n + start))
+
+
+def distance_numbers(model, args, s):
+    found, p = s.means["attention_distance"], model.encoder.patch_size               # (L, H)
+    return dict(block=upto(len(found), 1), pixels=found.mean(1), patches=found.mean(1) / p,
+                pixels_by_head=found, uniform=d.spacing(s.grid, p).double().mean().item())
+
+
+def nmi_numbers(model, args, s):
+    found, at = s.means["nmi"], torch.linspace(-0.1, 1.1, 512)                       # (L, H)
+    third = min(3, len(found))
+    return dict(block=upto(len(found), 1), nmi=found.mean(1), spread=found.std(1, correction=0),
+                nmi_by_head=found, class_mass=s.means["class_mass"].mean(1), heads=found.shape[1],
+                density_at=at, density=d.kde(found[third - 1].float(), at))
+
+
+def block_numbers(name, model, args, s):
+    return dict(block=upto(len(s.means[name]), 1), similarity=s.means[name],
+                images_std=s.means.std(name))
+
+
+def token_numbers(model, args, s):
+    found = s.means["token_similarity"]                      # z_0, u_1, z_1, ... u_L, z_L
+    return dict(block=upto(len(found) // 2, 1), after_attention=found[1::2],
+                depth=upto(len(found) // 2 + 1), after_block=found[::2])
+
+
+def unison_numbers(model, args, s):
+    """Curves over all blocks, and two images in one basis before and after the last attention."""
+    found, encoder = s.means["unison"], model.encoder
+    tokens, grid = encoder.embed(few(model, args, 2))
+    *_, last = walk(args, encoder.blocks, tokens, encoder.num_prefix,
+                    lambda block: encoder.attention_bias(block, grid), look=False)
+    plane = d.principal_plane(last.before, last.after)                               # (2, I, N, 3)
+    before, after = (centres[0] - centres[-1] for centres in plane.mean(2))
+    return dict(block=upto(len(found), 1), common=found[:, 0], spread_ratio=found[:, 1],
+                centre_ratio=(after.norm() / before.norm()).item(), plane=plane)
+
+
+def spectrum_numbers(found):
+    """(L+1, R) mean log spectra of z_0 ... z_L."""
+    delta, (first, second) = d.delta(found), d.ranks(found.shape[1])
+    return dict(rank=upto(found.shape[1], 1), delta=delta, depth=upto(len(found)),
+                ranks=[first, second], at_first=delta[:, first - 1],
+                at_second=delta[:, second - 1], log_second_value=found[:, 1])
+
+
+def sv_images_numbers(model, args, s):
+    """Mean patch tokens of many images, one covariance for each depth (fig. 7b): a pass of its own,
+    as it takes more images."""
+    encoder = model.encoder
+    scatter = [d.Scatter() for _ in range(encoder.depth + 1)]
+    for x, *_ in batches(model, args, args.limit or max(2048, 4 * encoder.embed_dim)):
+        with half(args, x):
+            tokens, grid = encoder.embed(x)
+            wall = encoder.local_mask(args.window, grid) if args.window else None
+            states = [tokens, *encoder.layers(x, norm=False, attn_mask=wall)[0]]
+        for one, z in zip(scatter, states):
+            one.add(encoder.split(z)[1].float().mean(1).cpu())
+    if scatter[0].n < 3:
+        raise ValueError(f"sv_images needs 3 images or more, not {scatter[0].n}: raise --limit")
+    found = torch.stack([one.log_spectrum() for one in scatter])
+    return spectrum_numbers(found) | dict(images=scatter[0].n)
+
+
+def fourier_numbers(model, args, s):
+    found = s.means["fourier"]                                                       # (2L+1, K)
+    delta = (found - found[:, :1])[::2]
+    return dict(frequency=d.frequencies(s.grid), delta=delta, depth=upto(len(delta)),
+                highest=delta[:, -1])
+
+
+def decoder_numbers(model, args, s):
+    """The curves of fourier, nmi and attention_distance go on through MAE's decoder, to which all
+    patches are given: no mask tokens (Park et al., fig. 10)."""
+    if s.decoder is None:
+        raise Missing("no decoder of MAE (full.pt beside encoder.pt, or an official full file)")
+    out = {}
+    for name, means, start in (("", s.means, 0), ("decoder_", s.decoder, model.encoder.depth)):
+        found = means["fourier"][::2]
+        out |= {f"{name}depth": upto(len(found), start), f"{name}block": upto(len(found) - 1,
+                                                                              start + 1),
+                f"{name}highest": found[:, -1] - found[:, 0],
+                f"{name}nmi": means["nmi"].mean(1),
+                f"{name}pixels": means["attention_distance"].mean(1)}
+    return out
+
+
+def adjacent_numbers(model, args, s):
+    """By features after the final norm, and by label vectors: the published 4.3, whose +- is over
+    patches (our reading). Over depth: before the norm."""
+    depth, n = s.means["adjacent_depth"][::2], torch.arange(9.0).double()
+    out = dict(count=upto(9), threshold=args.threshold, depth=upto(len(depth)), at_depth=depth)
+    for name, key in (("features", "adjacent"), ("labels", "adjacent_labels")):
+        if key in s.means:
+            share = s.means[key][0]                                                  # (9,)
+            mean = (share * n).sum()
+            out |= {f"{name}_share": share, f"{name}_mean": mean.item(),
+                    f"{name}_std": ((share * n * n).sum() - mean**2).clamp(min=0).sqrt().item()}
+    return out
+
+
+def pair_numbers(model, args, s):
+    """MMC, fig. 5. Our choice where it is silent: pairs of one image, after the final norm, a patch
+    has the label of at least half of its pixels, background counts in pairs across only."""
+    if "pairs" not in s.means:
+        raise Missing(no_maps(args.data, args.data_root))
+    found = s.means["pairs"][0] * s.images                                           # (2, 201)
+    bins, total = found[:, :-1], found[:, :-1].sum(1)
+    if not total.all():
+        raise Missing("no image shows two patches of one object and two of different ones: raise "
+                      "--limit")
+    return dict(overlap=d.overlap(*bins).item(), intra=(found[0, -1] / total[0]).item(),
+                inter=(found[1, -1] / total[1]).item(), pairs=total.tolist(),
+                cosine=torch.linspace(-0.995, 0.995, 200), densities=bins / total[:, None] * 100)
+
+
+# ---- pictures, and what needs a pass of its own --------------------------------------------------
+
+
+def final(model, args, x):
+    """(B, 3, S, S) -> all tokens after the final norm, --batch-size images at a time."""
+    with half(args, x):
+        return torch.cat([model.encoder(part).float() for part in x.split(args.batch_size)])
+
+
+def row(label, tiles, once=False):
+    """A row of a picture grid; once: the same for all models, so drawn for the first alone."""
+    return SimpleNamespace(label=label, tiles=tiles, once=once)
+
+
+def tile(image, title="", **marks):
+    """image: (S, S, 3) array, or (g, g) numbers drawn as colours, limits=(low, high). marks: star
+    (x, y), boxes [(x, y, side, colour)], outline (S, S) bool."""
+    image = image.cpu().numpy() if torch.is_tensor(image) else image
+    return SimpleNamespace(**{"image": image, "title": title, "star": None, "boxes": (),
+                              "outline": None, "limits": (None, None)} | marks)
+
+
+def map_numbers(model, args, s):
+    """Two queries in the first, the middle and the last block but one, mean of heads (Park et al.,
+    fig. 2); and the class token in the last block, each head (as DINO draws it)."""
+    x, encoder = few(model, args, 1), model.encoder
+    L, p, P, g = encoder.depth, encoder.patch_size, encoder.num_prefix, (
+        x.shape[-1] // encoder.patch_size)
+    blocks, queries = sorted({0, -(-L // 2) - 1, max(L - 2, 0)}), [(g // 2, g // 2), (g // 8,) * 2]
+    _, weights = encoder.layers(x, [L - 1], attention=[*blocks, L - 1])
+    image = tile(picture(model, x)[0], boxes=[
+        (p * c, p * r, p, colour) for (r, c), colour in zip(queries, QUERY)])
+    maps, tiles = [], [image]
+    for (r, c), colour in zip(queries, QUERY):
+        for b in blocks:
+            maps.append(d.rows(weights[b], P, 1e-8)[0].mean(0)[r * g + c].view(g, g))
+            tiles.append(tile(maps[-1], f"block {b + 1}", boxes=[(c, r, 1, colour)]))
+    heads = weights[L - 1][0, :, 0, P:].float() if P else weights[L - 1][0, :0, 0]   # (H or 0, N)
+    kept = d.keep_mass(heads, 0.6).sum(1)
+    tiles += [tile(one.view(g, g), f"class, head {h}\n60 % on {kept[h - 1]}")
+              for h, one in enumerate(heads[:4], 1)]
+    return dict(blocks=[b + 1 for b in blocks], queries=queries, maps=torch.stack(maps),
+                class_token=heads, class_token_60_percent_on=kept, show=[row("", tiles)])
+
+
+def segments(model, args, s, shown=6):
+    """k-means with k = 3 on unit vectors, each image for itself (MMC, fig. 6)."""
+    x = few(model, args, shown)
+    z = F.normalize(model.encoder.split(final(model, args, x))[1], dim=-1).cpu()     # (I, N, C)
+    g = math.isqrt(z.shape[1])
+    found = torch.stack([d.kmeans(one, seed=args.seed)[0].view(g, g) for one in z])
+    return dict(segments=found, show=[
+        row("", [tile(image) for image in picture(model, x)], once=True),
+        row("", [tile(one, limits=(0, 2)) for one in found])])
+
+
+def pca_numbers(model, args, s, shown=6):
+    """The three principal components of the patches of all these images as red, green and blue."""
+    x = few(model, args, shown)
+    z = F.normalize(model.encoder.split(final(model, args, x))[1], dim=-1).cpu().double()
+    g, (v, explained) = math.isqrt(z.shape[1]), d.principal(z.flatten(0, 1))
+    colour = z @ v.T                                                                 # (I, N, 3)
+    low, high = (colour.flatten(0, 1).quantile(share, 0) for share in (0.02, 0.98))
+    colour = ((colour - low) / (high - low)).clamp(0, 1).unflatten(1, (g, g))
+    return dict(explained=explained, show=[
+        row("", [tile(image) for image in picture(model, x)], once=True),
+        row("", [tile(one) for one in colour])])
+
+
+def heat_numbers(model, args, s, shown=4):
+    """Cosine of all patches to the prompt; IoU of what is above a threshold with the object (MMC,
+    table 1: mean over prompts, one for each class in an image).
+
+    The prompt lies deepest in the object (our choice). Of data without class maps it is the centre
+    patch, and there is no IoU.
+    """
+    limit, p = max(args.limit or 256, args.image + shown), model.encoder.patch_size
+    thresholds, scores, tiles = [t / 10 for t in range(10)], [], []
+    for x, number, labels in batches(model, args, limit, maps=True):
+        z = F.normalize(model.encoder.split(final(model, args, x))[1], dim=-1).cpu()
+        g = x.shape[-1] // p
+        for i, image in enumerate(picture(model, x)):
+            objects = [None]
+            if labels is not None:
+                kinds, area = labels[i][labels[i] > 0].unique(return_counts=True)
+                kinds = kinds[area.argsort(descending=True, stable=True)]            # largest first
+                objects = [(labels[i] == kind).cpu() for kind in kinds]
+            for rank, truth in enumerate(objects):
+                q = g * (g // 2) + g // 2 if truth is None else d.deepest(truth, p)
+                heat = (z[i] @ z[i, q]).view(g, g)
+                if truth is not None:
+                    big = heat.repeat_interleave(p, 0).repeat_interleave(p, 1)
+                    scores.append([d.iou(big > t, truth) for t in thresholds])
+                if rank == 0 and number[i] >= args.image and len(tiles) < 2 * shown:
+                    r, c = divmod(q, g)
+                    tiles += [tile(image, star=(p * (c + 0.5), p * (r + 0.5)), outline=truth),
+                              tile(heat, star=(c + 0.5, r + 0.5), limits=(0, 1))]
+    if not scores:
+        return dict(show=[row("", tiles)])
+    mean = torch.tensor(scores).double().mean(0)
+    return dict(thresholds=thresholds, iou=mean, best=mean.max().item(), prompts=len(scores),
+                show=[row(f"IoU {mean.max():.2f}", tiles)])
+
+
+def retrieval_numbers(model, args, s, shown=3):
+    """A crop asks for the crops most like it, by the encoder and by the projection head.
+
+    Every crop is encoded on its own, since tokens of the whole image know their surroundings. The
+    query's own image is left out (our choice, for few images): its neighbours overlap.
+    """
+    head, images, bank = vit.projector(model.encoder), [], {}
+    for x, *_ in batches(model, args, args.limit or 1000):
+        images.append(data.denormalize(x, model.mean, model.std).cpu())
+        for part in x.split(8):
+            tokens = final(model, args, d.windows(part))
+            found = {"encoded": model.encoder.split(tokens)[1].mean(1)}
+            found |= {"projected": head(tokens)} if head else {}
+            for name, z in found.items():
+                bank.setdefault(name, []).append(z.half().cpu())
+    images, bank = torch.cat(images), {name: torch.cat(z) for name, z in bank.items()}
+    owner = torch.arange(len(images)).repeat_interleave(49)
+
+    def strip(numbers):
+        """The crops side by side, the first one framed: a tile."""
+        crops = [d.windows(images[i // 49, None].float())[i % 49] for i in numbers]  # (3, S, S)
+        gaps = F.pad(torch.stack(crops), (0, crops[0].shape[2] // 8, 0, 0), value=255)
+        return tile(torch.cat([*gaps], 2).clamp(0, 255).byte().permute(1, 2, 0),
+                    boxes=[(0, 0, crops[0].shape[1] - 1, QUERY[0])])
+
+    out, rows = dict(queries=[], crops=len(owner)), []
+    for q in (49 * i + 24 for i in range(args.image, min(args.image + shown, len(images)))):
+        out["queries"].append(q)
+        for name, z in bank.items():
+            at, cosine = d.nearest(z, q, 24, owner == owner[q])
+            out.setdefault(f"{name}_crop", []).append(at)
+            out.setdefault(f"{name}_similarity", []).append(cosine)
+            rows.append(row(name, [strip([q, *at.tolist()])]))
+    return out | dict(show=rows)
+
+
+def recon_numbers(model, args, s):
+    """Which block paints? Tokens of the last six, each sent straight to the painting head; mean
+    absolute change from block to block, in deviations of the data set's colours (MMC, fig. 9)."""
+    x, L = few(model, args, 1), model.encoder.depth
+    hidden, paint = painter(model, x, args.seed)
+    blocks, g = upto(min(6, L), L - min(6, L)), x.shape[-1] // model.encoder.patch_size
+    painted = torch.cat([paint(b).float() for b in blocks])                          # (6, 3, S, S)
+    change = painted.diff(dim=0).abs().mean(1)                                       # (5, S, S)
+    by_block, top = change.mean((1, 2)), max(change.max().item() if len(change) else 0, 1e-9)
+    masked = x.masked_fill(F.interpolate(hidden.view(1, 1, g, g).float(), x.shape[-1]) > 0, 0)
+    images = picture(model, torch.cat([masked, painted]))
+    return dict(blocks=[b + 1 for b in blocks], change=by_block, largest_change=top,
+                error=(painted - x).abs().mean((1, 2, 3)), show=[
+        row("", [tile(one, f"from block {b + 1}") for b, one in zip(blocks, images[1:])]),
+        row("", [tile(images[0], "given"), *(
+            tile(one, f"block {b + 1}: {mean:.2f}", limits=(0, top))
+            for b, one, mean in zip(blocks[1:], change, by_block))])])
+
+
+def tsne_numbers(model, args, s, each=6):
+    """3 classes x 6 images, the last block without final norm, as the paper says (its notebook
+    shows block 5 of 16 images). Purity makes the picture a number."""
+    labels = evaluate.load(args.data, args.data_root, "test", model.size, 1000,
+                           args.device).labels if args.data in data.NAMES else None
+    chosen = torch.arange(3 * each)                          # without labels: the first images
+    if labels is not None:
+        full = [(labels == c).nonzero()[:each, 0] for c in labels.unique()]
+        full = [at for at in full if len(at) == each][:3]
+        chosen = torch.cat(full).sort().values if full else chosen[chosen < len(labels)]
+    x = torch.cat([x[torch.isin(number.cpu(), chosen).to(x.device)]
+                   for x, number, _ in batches(model, args, 1000)])
+    z = model.encoder.layers(x, [model.encoder.depth - 1], norm=False)[0][0]
+    z = model.encoder.split(z)[1].float().cpu()                                      # (I, N, C)
+    label = (torch.arange(len(z)) if labels is None else labels[chosen]).repeat_interleave(
+        z.shape[1])
+    image = torch.arange(len(z)).repeat_interleave(z.shape[1])
+    same_image, same_class = d.purity(z.flatten(0, 1), image, label)
+    return dict(purity_image=same_image, purity_class=same_class, image=image, label=label,
+                position=d.tsne(z.flatten(0, 1), seed=args.seed))
+
+
+def variance_numbers(model, args, s):
+    """How much do features change: the class token under crops, patches under hidden others? MMC,
+    table 10: 128 views of an image. Our choices: no final norm; crops of 0.4 to 1 of the view, no
+    flip; half of the patches replaced by noise; 64 images, not all."""
+    V, found, encoder = args.copies, [], model.encoder
+    if V < 2:
+        raise ValueError(f"--copies {V}: a variance needs two views")
+
+    def last_block(x):
+        parts = [encoder.layers(part, [encoder.depth - 1], norm=False)[0][0].float()
+                 for part in x.split(args.batch_size)]
+        return encoder.split(torch.cat(parts))
+
+    for x, numbers, _ in batches(model, args, min(args.limit or 64, 64)):
+        S, views, g = x.shape[-1], torch.arange(V), x.shape[-1] // encoder.patch_size
+        for one, number in zip(x, numbers.tolist()):
+            crops = cut(model, one, V, (0.4, 1.0), args.seed, number)
+            cls, patches = last_block(data.normalize(crops, model.mean, model.std))
+            order = rng.uniform(views, g * g, args.seed, number, "hide").argsort(1)
+            noise = rng.normal(views, (3, S, S), args.seed, number, "noise").to(x.device)
+            hidden = torch.where(cells(order < g * g // 2, S).to(x.device), noise, one)
+            found.append((*d.variance(patches.mean(1) if cls is None else cls),
+                          *d.variance(last_block(hidden)[1])))
+    crops, crops_share, hidden, hidden_share = torch.tensor(found).double().mean(0).tolist()
+    return dict(crops_class=crops, hidden_patches=hidden, images=len(found), views=V, bars={
+        "class token, crops": crops_share, "patches, half of them hidden": hidden_share})
+
+
+def cut(model, x, count, scale, *seed):
+    """Image (3, S, S) -> (count, 3, S, S) random crops in [0, 1], shares `scale` of the area."""
+    boxes = data.crop_boxes(rng.uniform(torch.arange(count), 22, *seed, "crops"), *x.shape[1:],
+                            torch.tensor(scale), torch.tensor([3 / 4, 4 / 3])).to(x.device)
+    whole = data.denormalize(x, model.mean, model.std).expand(count, -1, -1, -1)
+    return data.crop(whole, boxes, x.shape[-1])
+
+
+def cells(hidden, S):
+    """(B, N) bool of patches -> (B, 1, S, S) bool of pixels."""
+    g = math.isqrt(hidden.shape[1])
+    return F.interpolate(hidden.view(-1, 1, g, g).float(), S) > 0
+
+
+def view_numbers(model, args, s):
+    """What the pretext tasks of the methods see of an image; no network takes part."""
+    x = few(model, args, 2)
+    x, other, S, p = x[:1], x[-1:], x.shape[-1], model.encoder.patch_size
+    g = S // p
+    order = rng.uniform(torch.tensor([args.image]), g * g, args.seed, "hide").argsort(1).argsort(1)
+    most, some = (cells(order < round(share * g * g), S).to(x.device) for share in (0.75, 0.3))
+    noise = rng.normal(torch.tensor([args.image]), (3, S, S), args.seed, "noise").to(x.device)
+    tiles = F.pad(x.unflatten(3, (g, p)).unflatten(2, (g, p)), (0, 1, 0, 0, 0, 1), value=9.0)
+    columns = {"image": x, "patches": tiles.flatten(4).flatten(2, 3),                # white gaps
+               "visible, 25 %": x.masked_fill(most, 0), "hidden, 75 %": x.masked_fill(~most, 0),
+               "75 % noise": x.where(~most, noise), "30 % of another": x.where(~some, other)}
+    shown = {name: picture(model, z)[0] for name, z in columns.items()}
+    for i, crop in enumerate(cut(model, x[0], 2, (0.2, 0.6), args.seed), 1):
+        shown[f"crop {i}"] = crop.permute(1, 2, 0).cpu().numpy()
+    return dict(hidden=most.float().mean().item(), show=[
+        row(" ", [tile(image, name) for name, image in shown.items()], once=True)])
+
+
+# ---- numbers that evaluate.py measured -----------------------------------------------------------
+
+
+def recorded(model, args, task, more=""):
+    """Lines of results.jsonl beside the checkpoint: of it, this task and data set, latest last."""
+    path = Path(model.source.path or "")
+    file = path.with_name("results.jsonl") if model.source.path else None
+    lines = map(json.loads, file.open()) if file and file.is_file() else ()
+    lines = [x for x in lines if x["task"] == task and x["data"] == args.data and x["checkpoint"]
+             and Path(x["checkpoint"]).name == path.name]
+    if not lines:
+        raise Missing(f"not yet measured on {args.data}: python evaluate.py --task {task}{more}")
+    return lines
+
+
+def layerwise_numbers(model, args, s):
+    found = recorded(model, args, "layerwise")[-1]["metrics"]                # "block 3 pat"
+    top1 = {int(name.split()[1]): numbers["top-1"] for name, numbers in found.items()}
+    return dict(block=sorted(top1), top1=[top1[b] for b in sorted(top1)])
+
+
+def noise_numbers(model, args, s):
+    """Accuracy with noise in a band minus without."""
+    [found] = recorded(model, args, "frequency_noise")[-1]["metrics"].values()
+    drop = {float(name.split()[0]): x for name, x in found.items() if name.endswith(" pi")}
+    return dict(frequency=sorted(drop), change=[-drop[f] for f in sorted(drop)])
+
+
+def bias_numbers(model, args, s):
+    [found] = recorded(model, args, "shape_bias")[-1]["metrics"].values()
+    return dict(bars={name: x for name, x in found.items() if name != "either"})
+
+
+def knn_numbers(model, args, s):
+    found = recorded(model, args, "knn")[-1]["metrics"]                      # the smallest k
+    return dict(bars={name: next(iter(numbers.values())) for name, numbers in found.items()})
+
+
+def reinit_numbers(model, args, s):
+    """Accuracy after fine-tuning with the first or last m blocks drawn anew, minus that of m = 0;
+    as far as there are lines, of which those without --reinit count as m = 0."""
+    found, out = {}, {}
+    for line in recorded(model, args, "finetune", " --reinit first:0 (and first:1, last:1, ...)"):
+        end, m = (line["settings"]["reinit"] or "first:0").split(":")
+        [numbers] = line["metrics"].values()
+        found[end if int(m) else "none", int(m)] = numbers["top-1"]
+    zero = found.pop(("none", 0), None)
+    if zero is None or not found:
+        raise Missing("fine-tuning is to be measured with --reinit first:0 and with other blocks")
+    for end in ("first", "last"):
+        change = {0: 0.0} | {m: x - zero for (e, m), x in found.items() if e == end}
+        change = dict(sorted(change.items()))
+        out |= {f"{end}_count": list(change), f"{end}_change": list(change.values())}
+    return out
+
+
+def accuracy_numbers(model, args, s):
+    """ASL, fig. 1, which gives no formula: here of the last tokens, after the final norm."""
+    [found] = recorded(model, args, "linear")[-1]["metrics"].values()
+    return dict(linear=[found["top-1"]], similarity=s.means["final_similarity"])
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()   # Okabe and Ito
+QUERY, MARKERS = (COLOURS[1], COLOURS[0]), "osD^vP*"
+
+
+def style(r, **more):
+    return dict(color=r.colour, marker=r.marker, label=r.model.name, markersize=4) | more
+
+
+def curve(x, y, across, up, level=None):
+    """An axes with a line for each model: its numbers y over x; dashed, those of its decoder."""
+    def draw(ax, results):
+        for r in (r for r in results if y in r.numbers):
+            many = dict(marker=None) if len(r.numbers[x]) > 40 else {}
+            ax.plot(r.numbers[x], r.numbers[y], **style(r, **many))
+            if f"decoder_{y}" in r.numbers:
+                ax.plot(r.numbers[f"decoder_{x}"], r.numbers[f"decoder_{y}"],
+                        **style(r, linestyle="--", label=f"{r.model.name}, decoder"))
+        for value in sorted({round(r.numbers[level], 1) for r in results if level}):
+            ax.axhline(value, color="0.5", linestyle=":", label=f"{level}, {value} px")
+            ax.set_ylim(0)
+        if x in ("block", "depth", "count"):
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(xlabel=across, ylabel=up.format(**results[0].numbers))
+    return draw
+
+
+def depths(x, y, across, up):
+    """An axes of one model with a line for each depth."""
+    def draw(ax, results):
+        from matplotlib import colormaps
+        [r] = results
+        last = max(len(r.numbers[y]) - 1, 1)
+        for depth, line in enumerate(r.numbers[y]):
+            ax.plot(r.numbers[x], line, color=colormaps["cividis"](depth / last), linewidth=1.2)
+        ax.set(xlabel=across, ylabel=up, title=f"depth 0 (dark) to {last} (light)")
+    return draw
+
+
+def bars(across, up):
+    """Grouped bars, a colour for each model."""
+    def draw(ax, results):
+        names, width = list(dict.fromkeys(n for r in results for n in r.numbers["bars"])), 0.8
+        for i, r in enumerate(results):
+            ax.bar([j + (i + 0.5) * width / len(results) - width / 2 for j in range(len(names))],
+                   [r.numbers["bars"].get(name, math.nan) for name in names],
+                   0.9 * width / len(results), color=r.colour, label=r.model.name)
+        names = ["\n".join(textwrap.wrap(name, 18)) for name in names]
+        ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90 if len(names) > 4 else 0)
+        ax.set(xlabel=across, ylabel=up)
+    return draw
+
+
+def plane(ax, results):
+    """Tokens of two images before and after a layer, and their centres."""
+    for side, colour, cross in zip(results[0].numbers["plane"], COLOURS, "+x"):
+        for points, marker in zip(side[..., :2], "o^"):
+            ax.scatter(*points.T, s=6, color=colour, marker=marker, alpha=0.45, linewidths=0)
+            ax.scatter(*points.mean(0), s=70, color="black", marker=cross)
+    ax.set(xlabel="component 1", ylabel="component 2", title="blue before, orange after")
+    ax.axis("equal")
+
+
+def islands(ax, results):
+    numbers = results[0].numbers
+    for label, colour in zip(numbers["label"].unique(), COLOURS):
+        ax.scatter(*numbers["position"][numbers["label"] == label].T, s=3, color=colour,
+                   linewidths=0)
+    ax.set(xticks=[], yticks=[], title="neighbours of same image {purity_image:.0%}, class "
+           "{purity_class:.0%}".format(**numbers))
+
+
+def densities(ax, results):
+    numbers = results[0].numbers
+    for line, name, colour in zip(numbers["densities"], ("same object", "different"), COLOURS):
+        ax.fill_between(numbers["cosine"], line, color=colour, alpha=0.45, label=name, linewidth=0)
+    ax.set(xlabel="cosine of two patches", ylabel="density",
+           title="O {overlap:.2f}, intra {intra:.2f}, inter {inter:.2f}".format(**numbers))
+
+
+def panels(*shared, each=None, alike=True):
+    """A figure: an axes of its own for each model, drawn by `each`, to one scale if `alike`; then
+    those that all models share."""
+    def draw(plt, results):
+        parts = [(each, [r]) for r in results if each] + [(part, results) for part in shared]
+        wide, down = min(4, len(parts)), -(-len(parts) // 4)
+        fig, axes = plt.subplots(down, wide, squeeze=False, layout="constrained",
+                                 figsize=(3.5 * wide + 1.6, 3.4 * down + 0.5))
+        for ax, (part, chosen) in zip(axes.flat, parts):
+            if part is each and alike:
+                ax.sharey(axes[0, 0])
+            part(ax, chosen)
+            ax.grid(alpha=0.25)
+            if part is each:
+                title = f"{chosen[0].model.name}\n{ax.get_title()}"
+                ax.set_title(title, fontsize=9, color=chosen[0].colour)
+        for ax in axes.flat[len(parts):]:
+            ax.set_axis_off()
+        found = {label: line for ax in axes.flat
+                 for line, label in zip(*ax.get_legend_handles_labels())}
+        if found:
+            fig.legend(found.values(), found, loc="outside right upper", fontsize=8, frameon=False)
+        return fig
+    return draw
+
+
+def pictures(width=1.4, height=1.4, scale=None):
+    """A figure: the rows of tiles each model shows. scale: what the colours of the last mean."""
+    def draw(plt, results):
+        rows = [(r, one) for i, r in enumerate(results) for one in r.show if not (i and one.once)]
+        wide = max(len(one.tiles) for _, one in rows)
+        fig, axes = plt.subplots(len(rows), wide, squeeze=False, layout="constrained",
+                                 figsize=(width * wide + 1.6, height * len(rows) + 0.9))
+        for line, (r, one) in zip(axes, rows):
+            for ax in line:
+                ax.set(xticks=[], yticks=[])
+                ax.spines[:].set_visible(False)
+            name = one.label if one.once else f"{r.model.name} {one.label}"
+            line[0].set_ylabel("\n".join(textwrap.wrap(name, 14)), fontsize=8, rotation=0,
+                               ha="right", va="center", color="black" if one.once else r.colour)
+            for ax, t in zip(line, one.tiles):
+                low, high = t.limits
+                drawn = ax.imshow(t.image, cmap="cividis", vmin=low, vmax=high)
+                ax.set_title(t.title, fontsize=8)
+                for x, y, length, colour in t.boxes:
+                    ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), length, length, fill=False,
+                                               edgecolor=colour, linewidth=1.5))
+                if t.outline is not None:
+                    ax.contour(t.outline, [0.5], colors=COLOURS[5], linewidths=1.2)
+                if t.star:
+                    ax.plot(t.star[0] - 0.5, t.star[1] - 0.5, "*", color=COLOURS[1], markersize=8)
+        if scale:
+            fig.colorbar(drawn, ax=axes, shrink=0.6, label=scale)
+        return fig
+    return draw
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Diagnostic:
+    title: str
+    reading: str                 # what to expect, under the figure; "the paper" is Park et al.
+    numbers: callable            # (model, args, shared pass) -> dict; show: what only figures need
+    figure: callable             # (matplotlib.pyplot, results) -> figure
+    streams: str = ""            # what it needs of the shared pass
+
+
+SPECTRUM = (curve("depth", "at_first", "depth (blocks)", "\u0394 at rank {ranks[0]}"),
+            curve("depth", "at_second", "depth (blocks)", "\u0394 at rank {ranks[1]}"))
+RANKS = depths("rank", "delta", "rank", "\u0394 log singular value")
+WHAT = {
+    "attention_distance": Diagnostic(
+        "Attention distance",
+        "Mean distance from a query to where it looks. Low: local; on the dotted line: everywhere "
+        "alike. The paper finds contrastive models above masked ones, most of all late.",
+        distance_numbers,
+        panels(curve("block", "pixels", "block", "distance (px of the input)", level="uniform")),
+        "attention_distance"),
+    "nmi": Diagnostic(
+        "Mutual information of query and key",
+        "Low: all queries look at the same place. The paper: contrastive models fall to 0 late, "
+        "masked ones stay above. Middle: do heads differ? Right: heads of block 3, or the last.",
+        nmi_numbers,
+        panels(curve("block", "nmi", "block", "normalised MI"),
+               curve("block", "spread", "block", "standard deviation over heads"),
+               curve("density_at", "density", "normalised MI of a head", "density")),
+        "nmi class_mass"),
+    "head_similarity": Diagnostic(
+        "Similarity of heads",
+        "High: heads say the same. The paper: contrastive above masked, late.",
+        functools.partial(block_numbers, "head_similarity"),
+        panels(curve("block", "similarity", "block", "cosine of two heads")), "head_similarity"),
+    "depth_similarity": Diagnostic(
+        "Similarity before and after attention",
+        "High: attention changes little. The paper: contrastive above masked, late.",
+        functools.partial(block_numbers, "depth_similarity"),
+        panels(curve("block", "similarity", "block", "cosine before, after")), "depth_similarity"),
+    "token_similarity": Diagnostic(
+        "Similarity of tokens of one image",
+        "High: tokens are alike. The paper: contrastive models rise late, above masked ones.",
+        token_numbers,
+        panels(curve("block", "after_attention", "block, after attention", "cosine of two tokens"),
+               curve("depth", "after_block", "depth (blocks; 0: embedding)",
+                     "cosine of two tokens")), "token_similarity"),
+    "token_transform": Diagnostic(
+        "How attention moves tokens",
+        "1: tokens of an image move together, as the paper shows for contrastive models; masked "
+        "ones move each their own way. Crosses: centres of two images (+ before, x after).",
+        unison_numbers, panels(curve("block", "common", "block", "share of movement in common"),
+                               each=plane, alike=False), "unison"),
+    "sv_tokens": Diagnostic(
+        "Spectrum of tokens within images",
+        "Covariance of tokens, against its second singular value. Rising with depth: tokens fill "
+        "more volume (masked, until the last blocks); flat or falling: contrastive.",
+        lambda model, args, s: spectrum_numbers(s.means["sv_tokens"][::2]),
+        panels(*SPECTRUM, each=RANKS), "sv_tokens"),
+    "sv_images": Diagnostic(
+        "Spectrum over images",
+        "The same for the mean tokens of many images. Rising with depth: images spread apart, "
+        "strongly in contrastive models, hardly in masked ones.",
+        sv_images_numbers, panels(*SPECTRUM, each=RANKS)),
+    "fourier": Diagnostic(
+        "High frequencies in feature maps",
+        "Near 0: texture is kept; low: shape. The paper finds masked models above contrastive "
+        "ones; the last blocks of both lose high frequencies.",
+        fourier_numbers,
+        panels(curve("depth", "highest", "depth (blocks)", "\u0394 log amplitude, highest"),
+               each=depths("frequency", "delta", "frequency (\u03c0)", "\u0394 log amplitude")),
+        "fourier"),
+    "decoder": Diagnostic(
+        "What MAE's decoder takes over",
+        "Dashed: decoder, given all patches. The paper: its maps have low frequencies and its NMI "
+        "is high, so that late blocks of the encoder need not paint.",
+        decoder_numbers,
+        panels(curve("depth", "highest", "depth (blocks)", "\u0394 log amplitude, highest"),
+               curve("block", "nmi", "block", "normalised MI"),
+               curve("block", "pixels", "block", "attention distance (px)")),
+        "decoder attention_distance nmi fourier"),
+    "adjacent_count": Diagnostic(
+        "Neighbours that are alike",
+        "How many of a patch's eight neighbours have a cosine above the threshold. By labels "
+        "SelfPatch reports 4.3 on COCO; late contrastive tokens should be alike.",
+        adjacent_numbers,
+        panels(curve("count", "features_share", "alike, by features", "share of patches"),
+               curve("count", "labels_share", "alike, by labels", "share of patches"),
+               curve("depth", "at_depth", "depth (blocks)", "mean count, by features")),
+        "adjacent adjacent_labels adjacent_depth"),
+    "intra_inter": Diagnostic(
+        "Patches of one object and of different ones",
+        "O: overlap of the densities; 0: objects can be told apart, 1: not at all. MMC reports .55 "
+        "for itself, .56 iBOT, .66 DINO, .76 MAE.",
+        pair_numbers, panels(each=densities), "pairs"),
+    "attention_maps": Diagnostic(
+        "Attention of two queries, and of the class token",
+        "Do the maps of the two queries (framed) differ? Contrastive, late: hardly, and they show "
+        "the object. Masked: a spot around the query. Mean of heads; each map to its own scale.",
+        map_numbers, pictures()),
+    "pca": Diagnostic(
+        "Principal components of patch tokens",
+        "The first three of all these images as red, green, blue: like colours, like tokens. One "
+        "colour for a part in several images: the model knows the part.",
+        pca_numbers, pictures()),
+    "kmeans": Diagnostic(
+        "k-means segments of patch tokens",
+        "k = 3, each image for itself, largest segment dark. Segments that follow the object show "
+        "that its patches are alike.",
+        segments, pictures()),
+    "prompt_heatmap": Diagnostic(
+        "Which patches are like the prompt?",
+        "Cosine with the patch at the star. Good: light inside the outline, dark outside. IoU with "
+        "the object of what is above the best of ten thresholds, over all images.",
+        heat_numbers, pictures(scale="cosine")),
+    "patch_retrieval": Diagnostic(
+        "Which crops are like the query?",
+        "Framed: the query; then the nearest crops of other images. The part-aware study: encoded, "
+        "the same part; projected, other parts of the same kind of object.",
+        retrieval_numbers, pictures(width=14, height=0.6)),
+    "layer_reconstruction": Diagnostic(
+        "Which block paints?",
+        "Tokens of a block sent straight to the painting head; below, what each block changes, to "
+        "one scale for a model. The strongest fills the hidden patches, later ones refine.",
+        recon_numbers, pictures()),
+    "tsne": Diagnostic(
+        "t-SNE of patch tokens",
+        "18 images of 3 classes (colours). Contrastive: islands by image and class; masked: mixed.",
+        tsne_numbers, panels(each=islands, alike=False)),
+    "feature_variance": Diagnostic(
+        "Variance under crops and hidden patches",
+        "Over the features' mean square. Low: stable. MMC reports raw variance, lowest for MAE "
+        "(crops) and itself (hidden patches); raw values go with the scale of the features.",
+        variance_numbers, panels(bars("", "relative variance"))),
+    "views": Diagnostic(
+        "What pretext tasks see", "One image as patches, masked, with noise or another image in "
+        "the hidden part, and two crops. No network takes part.", view_numbers, pictures()),
+    "layerwise": Diagnostic(
+        "Linear probe of every block", "The paper: contrastive models rise to the end, masked ones "
+        "are ahead early and have their best block before the end.",
+        layerwise_numbers, panels(curve("block", "top1", "block", "top-1 (%)"))),
+    "frequency_noise": Diagnostic(
+        "Accuracy under noise of one frequency",
+        "Compare models at the same frequency. The paper: at high ones masked models lose more.",
+        noise_numbers, panels(curve("frequency", "change", "frequency (\u03c0)",
+                                    "change of top-1 (points)"))),
+    "shape_bias": Diagnostic(
+        "Shape or texture?", "High: decides by shape. The paper: contrastive above supervised "
+        "above masked.", bias_numbers, panels(bars("shape", "decisions for the shape (%)"))),
+    "reinit": Diagnostic(
+        "Fine-tuning with blocks drawn anew", "The paper: masked models suffer more from new early "
+        "blocks, contrastive ones from new late blocks.",
+        reinit_numbers,
+        panels(curve("first_count", "first_change", "first blocks anew", "change (points)"),
+               curve("last_count", "last_change", "last blocks anew", "change (points)"))),
+    "knn": Diagnostic(
+        "kNN by class token, by patch mean", "MMC: its patches classify as well as its class "
+        "token, other models' do not.", knn_numbers, panels(bars("feature", "top-1 (%)"))),
+    "accuracy_similarity": Diagnostic(
+        "Accuracy and similarity of tokens", "ASL, fig. 1: models with both objectives have the "
+        "higher accuracy and the more similar tokens.", accuracy_numbers,
+        panels(curve("linear", "similarity", "linear probe, top-1 (%)", "cosine of two tokens")),
+        "final_similarity"),
+}
+STANDARD = """attention_distance nmi head_similarity depth_similarity token_similarity sv_tokens
+fourier attention_maps pca kmeans prompt_heatmap""".split()
+
+
+# ---- command line and report ---------------------------------------------------------------------
+
+
+def parse(argv=None):
+    known = "\n".join(f"  {name:<22}{what.title}{' *' * (name in STANDARD)}"
+                      for name, what in WHAT.items())
+    parser = training.Parser(
+        description=__doc__, epilog=f"diagnostics (*: standard report):\n{known}",
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (kind, default, text) in FLAGS.items():
+        how = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind,
+                                                                      metavar=name.upper())
+        how |= dict(nargs="+") if isinstance(default, list) else {}
+        shown = "" if default in (None, []) else f" [{default}]"
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]),
+                            default=default, help=text + shown, **how)
+    args = parser.parse_args(argv)
+    args.what = list(WHAT) if args.what == ["all"] else list(dict.fromkeys(args.what)) or STANDARD
+    for name in args.what:
+        if name not in WHAT:
+            raise ValueError(f"unknown diagnostic {name!r}{training.nearest(name, WHAT)}")
+    if args.image < 0:
+        raise ValueError(f"--image {args.image}: images are counted from 0")
+    args.device = training.pick_device(args.device)
+    args.precision = training.pick_precision(args.precision, args.device)
+    return args
+
+
+@torch.no_grad()
+def analyse(model, args):
+    """All that is asked for, of one model -> {diagnostic: numbers}, {diagnostic: why it is left
+    out}."""
+    streams = {stream for name in args.what for stream in WHAT[name].streams.split()}
+    shared, found, missed = shared_pass(model, args, streams) if streams else None, {}, {}
+    for name in args.what:
+        try:
+            found[name] = WHAT[name].numbers(model, args, shared)
+        except Missing as why:
+            missed[name] = str(why)
+    return found, missed
+
+
+def plain(x):
+    """Tensors as lists, for JSON; what is not a number as null."""
+    if torch.is_tensor(x):
+        return plain(x.tolist())
+    if isinstance(x, dict):
+        return {name: plain(value) for name, value in x.items() if name != "show"}
+    if isinstance(x, (list, tuple)):
+        return [plain(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def flat(x, *at):
+    """Nested numbers -> rows of CSV: name, four places for positions, value."""
+    for key, value in x.items() if isinstance(x, dict) else enumerate(x):
+        if isinstance(value, (dict, list)):
+            yield from flat(value, *at, key)
+        else:
+            yield [*at, key, *[""] * (4 - len(at)), value]
+
+
+def write(folder, name, results, args):
+    """NAME.json, and NAME.csv with a row for each number and its position in the (nested) list."""
+    content = dict(
+        what=name, title=WHAT[name].title, reading=WHAT[name].reading, data=args.data,
+        settings={key: str(value) for key, value in vars(args).items()}, torch=torch.__version__,
+        models=[dict(model=r.model.name, checkpoint=r.model.source.path, step=r.model.source.step,
+                     size=r.model.size, numbers=plain(r.numbers)) for r in results])
+    vit.replace_file(folder / f"{name}.json", lambda f: f.write(json.dumps(content).encode()))
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow("model quantity i j k l value".split())
+        for r in results:
+            out.writerows([r.model.name, *line] for line in flat(plain(r.numbers)))
+
+
+def save_figure(plt, folder, name, results):
+    fig, what = WHAT[name].figure(plt, results), WHAT[name]
+    fig.suptitle(what.title, fontsize=12)
+    reading = textwrap.wrap(what.reading, int(13 * fig.get_size_inches()[0]))
+    fig.supxlabel("\n".join(reading), fontsize=8, color="0.3")
+    fig.savefig(folder / f"{name}.png", dpi=130)
+    plt.close(fig)
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>What did it learn?</title>
+<style>body {{ font: 16px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }}
+img {{ max-width: 100% }} h2 {{ margin-top: 2.5em }} p.r {{ color: #444 }}</style>
+<h1>Diagnostics</h1><p>{head}</p>{body}"""
+
+
+def page(folder, names, found, notes, args, figures):
+    """index.html: every diagnostic, one below the other."""
+    links = " &middot; ".join(f'<a href="#{name}">{WHAT[name].title}</a>' for name in found)
+    body = [f"<p>{links}</p>"]
+    for name in found:
+        title, reading = html.escape(WHAT[name].title), html.escape(WHAT[name].reading)
+        image = f'<img src="{name}.png" alt="{title}">' if figures else ""
+        body.append(f'<h2 id="{name}">{title}</h2>{image}<p class="r">{reading} Numbers: '
+                    f'<a href="{name}.json">JSON</a>, <a href="{name}.csv">CSV</a></p>')
+    body += [f"<p>note: {html.escape(note)}</p>" for note in notes]
+    head = html.escape(f"{', '.join(names)}; test images of {args.data}; {args.precision}")
+    (folder / "index.html").write_text(PAGE.format(head=head, body="\n".join(body)), "utf-8")
+
+
+def main(argv=None):
+    args, begin = parse(argv), time.perf_counter()
+    training.keep_memory()
+    folder = Path(args.out) / "analysis"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another --out"
+                      ) from None
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        plt = None
+    found, missed, names = {name: [] for name in args.what}, {}, []
+    for i, model in enumerate(evaluate.models(args)):
+        twins = sum(name.split(" (")[0] == model.name for name in names)
+        model.name += f" ({twins + 1})" if twins else ""
+        names.append(model.name)
+        numbers, left_out = analyse(model, args)
+        for name, values in numbers.items():
+            found[name].append(SimpleNamespace(
+                model=model, numbers=values, show=values.get("show"),
+                colour=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)]))
+        for name, why in left_out.items():
+            missed.setdefault((name, why), []).append(model.name)
+        print(f"{model.name}: {len(numbers)} diagnostics, {time.perf_counter() - begin:.0f} s")
+    found = {name: results for name, results in found.items() if results}
+    for name, results in found.items():
+        write(folder, name, results, args)
+        if plt:
+            save_figure(plt, folder, name, results)
+        for r in results:                                    # in a line: the numbers that are one
+            said = {key: x for key, x in plain(r.numbers).items() if isinstance(x, (int, float))}
+            said = ", ".join(f"{key} {x:.4g}" for key, x in said.items())
+            print(f"{name:<22}{r.model.name}{': ' * bool(said)}{said}")
+    notes = [f"{name} left out ({', '.join(of)}): {why}" for (name, why), of in missed.items()]
+    page(folder, names, found, notes, args, bool(plt))
+    for note in notes:
+        print(f"note: {note}")
+    if not plt:
+        print("figures need matplotlib: pip install matplotlib; the numbers are complete")
+    print(f"{time.perf_counter() - begin:.1f} s; {folder}/index.html; a .json, .csv"
+          f"{', .png' * bool(plt)} for each diagnostic")
+
+
+if __name__ == "__main__":
+    training.main(main)

@@ -1,0 +1,326 @@
+"""The shared pass against the ViT's own forward, decoders against the methods', and the report."""
+import csv
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import analysis
+import data
+import mae
+import readers
+import rng
+import simmim
+import toy
+import training
+import vit
+
+TINY = dict(img_size=32, patch_size=4, embed_dim=24, depth=3, num_heads=3)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def model(path=None, **config):
+    torch.manual_seed(0)
+    encoder = vit.ViT(**{**TINY, **config}).eval()
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    encoder.source = SimpleNamespace(path=path, step=1, heads={})
+    return SimpleNamespace(name="tiny", encoder=encoder, size=32, mean=data.MEAN, std=data.STD,
+                           source=encoder.source, interpolation="bicubic")
+
+
+def settings(*flags):
+    args = analysis.parse([*flags, "--device", "cpu", "--workers", "0"])
+    args.data = args.data or "toy"
+    return args
+
+
+@pytest.mark.parametrize("config", [{}, dict(pos="none", rel_pos="shared", layer_scale=0.1,
+                                             qkv_bias="split"), dict(class_token=False)])
+@torch.no_grad()
+def test_walk_is_the_forward(config):
+    encoder, x, args = model(**config).encoder, draw(2, 3, 32, 32).float(), settings()
+    tokens, grid = encoder.embed(x)
+    passed, fused = (list(analysis.walk(args, encoder.blocks, tokens, encoder.num_prefix,
+                                        lambda b: encoder.attention_bias(b, grid), look))
+                     for look in (True, False))
+    outputs, found = encoder.layers(x, norm=False, attention=range(3))
+    assert torch.equal(passed[0].before, encoder.split(tokens)[1])
+    for l, (c, f) in enumerate(zip(passed, fused)):
+        assert torch.allclose(c.tokens, outputs[l], atol=1e-5)
+        assert torch.allclose(c.weights, found[l], atol=1e-6)
+        assert f.weights is None and torch.allclose(f.tokens, c.tokens, atol=1e-5)
+        block, heads = encoder.blocks[l], c.heads.transpose(1, 2).flatten(2)
+        after = c.before + block.ls1(block.attn.proj(heads))
+        assert torch.allclose(after, c.after, atol=1e-5)
+        assert not torch.allclose(after, c.out, atol=1e-2)               # control
+
+
+def means(m, names, *flags):
+    return analysis.shared_pass(m, settings(*flags), names).means
+
+
+def test_zero_projection_leaves_tokens_alone():
+    m = model()
+    torch.nn.init.zeros_(m.encoder.blocks[1].attn.proj.weight)
+    torch.nn.init.zeros_(m.encoder.blocks[1].attn.proj.bias)
+    found = means(m, {"depth_similarity"}, "--limit", "4")["depth_similarity"]
+    assert found[1] == pytest.approx(1, abs=1e-12) and found[0] < 0.999
+
+
+def test_means_do_not_depend_on_batches():
+    m, names = model(), set(analysis.STREAMS)
+    a, b = (means(m, names, "--limit", "7", "--batch-size", size) for size in ("7", "3"))
+    for name in names:
+        assert torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6), name
+    fewer = means(m, names, "--limit", "3")                              # control
+    assert not torch.allclose(a["nmi"], fewer["nmi"], rtol=1e-4)
+    assert torch.isfinite(a.std("token_similarity")).all() and "pairs" in a and "fourier" in a
+    assert "pairs" not in means(m, {"fourier"}, "--limit", "3")
+
+
+def test_attention_is_written_out_only_if_looked_at(monkeypatch):
+    looked, walk = [], analysis.walk
+    monkeypatch.setattr(analysis, "walk", lambda *given: looked.append(given[-1]) or walk(*given))
+    means(model(), {"fourier"}, "--limit", "2")
+    means(model(), {"nmi"}, "--limit", "2")
+    assert looked == [False, True]
+
+
+def test_narrow_window_is_local():
+    names = {"attention_distance", "nmi"}
+    found = means(model(), names, "--limit", "2", "--window", "1")
+    assert found["attention_distance"].max() < 1e-6 and found["nmi"].min() > 0.999
+    free = means(model(), names, "--limit", "2")["nmi"]
+    wide = means(model(), names, "--limit", "2", "--window", "15")["nmi"]    # 2g - 1: all is seen
+    assert torch.allclose(wide, free, atol=1e-7) and wide.max() < 0.999
+
+
+# ---- decoders ------------------------------------------------------------------------------------
+
+
+def save_mae(folder):
+    """A run's folder with MAE's encoder.pt, full.pt and config.yaml."""
+    cfg = training.config(mae.Config, "--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 "
+                          "--num-heads 3 --decoder-embed-dim 16 --decoder-depth 2 "
+                          "--decoder-num-heads 2".split())
+    torch.manual_seed(0)
+    net = mae.Network(cfg).eval()
+    folder.mkdir(parents=True)
+    vit.save(folder / "encoder.pt", net.encoder, method="mae", data="toy", branch="base")
+    torch.save(dict(model=mae.official(net), num_heads=3), folder / "full.pt")
+    (folder / "config.yaml").write_text("decoder_num_heads: 2\nmask_ratio: 0.75\nnorm_pix: false\n")
+    m = model(str(folder / "encoder.pt"))
+    m.encoder = net.encoder
+    m.encoder.source = m.source
+    return m, net
+
+
+@torch.no_grad()
+def test_decoder_is_maes_own_and_in_order(tmp_path):
+    m, net = save_mae(tmp_path / "mae")
+    decoder, x = analysis.mae_decoder(m), draw(2, 3, 32, 32).float()
+    tokens = net.encoder(x)
+    order = torch.arange(64).expand(2, 64)
+    z = decoder.enter(tokens)
+    for block in decoder.blocks:
+        z = block(z)
+    assert torch.allclose(decoder.paint(z), net.decoder(tokens, order)[:, 1:], atol=1e-5)
+    shuffled = net.decoder(tokens, order.flip(1))[:, 1:]
+    assert not torch.allclose(decoder.paint(z), shuffled, atol=1e-3)     # control
+    for block in net.encoder.blocks:         # the encoder path keeps the order of the patches
+        for last in (block.attn.proj, block.mlp.fc2):
+            torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
+    tokens, grid = net.encoder.embed(x)
+    *_, c = analysis.walk(settings(), net.encoder.blocks, tokens, 1)
+    assert torch.equal(c.tokens, tokens)
+
+
+def test_identity_blocks_of_the_decoder_give_a_flat_curve(tmp_path):
+    m, net = save_mae(tmp_path / "mae")
+    args = settings("--limit", "3", "--what", "decoder")
+    found = analysis.analyse(m, args)[0]["decoder"]
+    assert found["decoder_depth"] == [3, 4, 5] and found["decoder_block"] == [4, 5]
+    assert (found["decoder_highest"].diff().abs() > 1e-3).all()          # control
+    path, raw = tmp_path / "mae/full.pt", torch.load(tmp_path / "mae/full.pt")
+    for key, x in raw["model"].items():
+        if key.startswith("decoder_blocks") and ("attn.proj" in key or "mlp.fc2" in key):
+            x.zero_()
+    torch.save(raw, path)
+    flat = analysis.analyse(m, args)[0]["decoder"]["decoder_highest"]
+    assert torch.allclose(flat, flat[:1].expand(3), atol=1e-6)
+
+
+@torch.no_grad()
+def test_last_block_paints_what_the_network_paints(tmp_path):
+    m, net = save_mae(tmp_path / "mae")
+    x = draw(2, 3, 32, 32).float()
+    hidden, paint = analysis.painter(m, x, 0)
+    noise = rng.uniform(torch.arange(2), 64, 0, "hide")
+    pred, mask = net(x, noise)
+    assert torch.equal(hidden, mask) and mask.sum() == 96
+    assert torch.allclose(paint(2), mae.unpatchify(pred), atol=1e-5)
+    assert not torch.allclose(paint(1), paint(2), atol=1e-3)
+    for last in (net.encoder.blocks[2].attn.proj, net.encoder.blocks[2].mlp.fc2):
+        torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
+    _, paint = analysis.painter(m, x, 0)
+    assert torch.equal(paint(1), paint(2))                   # an identity block changes nothing
+
+
+@torch.no_grad()
+def test_simmim_paints_what_its_network_paints(tmp_path):
+    cfg = training.config(simmim.Config, "--img-size 32 --patch-size 4 --mask-block 8 --embed-dim "
+                          "24 --depth 3 --num-heads 3".split())
+    torch.manual_seed(0)
+    net = simmim.Network(cfg).eval()
+    torch.save(dict(model=simmim.official(net)), tmp_path / "full.pt")
+    (tmp_path / "config.yaml").write_text(f"mask_block: 8\nmask_ratio: {cfg.mask_ratio}\n")
+    m, x = model(str(tmp_path / "encoder.pt")), draw(2, 3, 32, 32).float()
+    m.encoder, source = net.backbone, m.source
+    m.source = m.encoder.source = source
+    hidden, paint = analysis.painter(m, x, 0)
+    assert hidden.sum(1).tolist() == [40, 40]                # 10 of 16 blocks, four patches each
+    assert torch.allclose(paint(2), net(x, hidden.view(2, 8, 8)), atol=1e-5)
+    assert not torch.allclose(paint(1), paint(2), atol=1e-3)             # control
+
+
+def test_without_a_decoder_one_line_says_so():
+    found, missed = analysis.analyse(model(), settings(
+        "--limit", "2", "--what", "decoder", "layer_reconstruction", "nmi"))
+    assert set(found) == {"nmi"} and set(missed) == {"decoder", "layer_reconstruction"}
+
+
+# ---- labels of pixels ----------------------------------------------------------------------------
+
+
+def test_labels_are_those_of_the_picture():
+    m, args = model(), settings("--limit", "5", "--batch-size", "3")
+    found = list(analysis.batches(m, args, 5, maps=True))
+    x, number, labels = (torch.cat(parts) for parts in zip(*found))
+    drawn = toy.draw(number, "test", 32, annotate=True)
+    assert number.tolist() == [0, 1, 2, 3, 4] and torch.equal(labels, drawn["semantic"].long())
+    plain = torch.cat([x for x, *_ in analysis.batches(m, args, 5)])
+    assert torch.allclose(x, plain, atol=1e-6)               # one and the same images
+    assert all(labels is None for *_, labels in analysis.batches(m, args, 5))
+
+
+def voc(root):
+    """VOC's layout: a dark picture with a bright square, an aeroplane, that has an unknown rim."""
+    top = root / "VOCdevkit/VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (top / name).mkdir(parents=True)
+    image, labels = np.full((2, 80, 120, 3), 20, np.uint8), np.zeros((2, 80, 120), np.uint8)
+    image[:, 20:60, 40:80], labels[:, 18:62, 38:82], labels[:, 20:60, 40:80] = 230, 255, 1
+    for part in ("train", "val"):
+        (top / f"ImageSets/Segmentation/{part}.txt").write_text("a\nb\n")
+    for i, name in enumerate("ab"):
+        Image.fromarray(image[i]).save(top / f"JPEGImages/{name}.jpg", quality=95)
+        Image.fromarray(labels[i]).save(top / f"SegmentationClass/{name}.png")
+    return ["--data", "voc", "--data-root", str(root)]
+
+
+def test_every_set_of_class_maps_can_be_asked(tmp_path):
+    m, args = model(), settings("--limit", "4", *voc(tmp_path))
+    [(x, number, labels)] = analysis.batches(m, args, 4, maps=True)
+    assert x.shape == (2, 3, 32, 32) and set(labels.unique().tolist()) == {-1, 0, 1}
+    bright = x.mean(1) > 0
+    assert (bright[labels == 1]).all() and not bright[labels == 0].any()    # cut out alike
+    args.what = ["intra_inter", "prompt_heatmap", "adjacent_count", "attention_distance", "tsne"]
+    found, missed = analysis.analyse(m, args)
+    assert not missed and found["intra_inter"]["pairs"][0] > 0 and found["prompt_heatmap"][
+        "prompts"] == 2
+    shown = found["prompt_heatmap"]["show"][0].tiles[0]
+    assert shown.outline[int(shown.star[1]), int(shown.star[0])]
+
+
+def test_sets_without_a_background_start_at_class_one(monkeypatch):
+    items = [SimpleNamespace(image=torch.zeros(3, 36, 36, dtype=torch.uint8),
+                             labels=torch.tensor([[0, 255]] * 2, dtype=torch.uint8)
+                             .repeat_interleave(18, 0).repeat_interleave(18, 1))]
+    monkeypatch.setattr(readers, "segmentation", lambda *given: iter(items))
+    [(*_, labels)] = analysis.annotated(model(), settings("--data", "cityscapes"), 1)
+    assert labels.unique().tolist() == [-1, 1]
+
+
+def test_a_set_without_class_maps_is_told_which_have_some():
+    assert "choose --data toy or" in analysis.no_maps("cifar10", None)
+    assert analysis.no_maps("toy", None) is None
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def report(tmp_path, *flags):
+    save_mae(tmp_path / "out/mae-toy")
+    analysis.main(["--out", str(tmp_path / "out"), "--limit", "8", "--workers", "0",
+                   "--device", "cpu", *flags])
+    return tmp_path / "out/analysis"
+
+
+def test_report_without_matplotlib(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder = report(tmp_path, "--what", "nmi", "fourier", "layerwise", "--baseline", "untrained")
+    out = capsys.readouterr().out
+    assert "pip install matplotlib" in out and "--task layerwise" in out
+    assert {f.name for f in folder.iterdir()} == {
+        "nmi.json", "nmi.csv", "fourier.json", "fourier.csv", "index.html"}
+    found = json.loads((folder / "nmi.json").read_text())["models"]
+    assert [m["model"] for m in found] == ["mae-toy", "untrained"]
+    with open(folder / "nmi.csv") as file:
+        rows = [r for r in csv.DictReader(file) if r["quantity"] == "nmi"
+                and r["model"] == "mae-toy"]
+    assert [float(r["value"]) for r in rows] == found[0]["numbers"]["nmi"]
+    assert (folder / "index.html").read_text().count("<h2") == 2
+
+
+def test_unknown_diagnostic_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean fourier"):
+        analysis.parse(["--what", "furier"])
+    assert analysis.parse(["--what", "all"]).what == list(analysis.WHAT)
+    assert analysis.parse([]).what == analysis.STANDARD
+
+
+def test_recorded_numbers_are_drawn_from_results(tmp_path):
+    m, _ = save_mae(tmp_path / "mae")
+    args, own = settings("--limit", "2"), dict(data="toy", checkpoint=m.source.path)
+    tune = dict(task="finetune", **own)
+    lines = [dict(task="layerwise", metrics={"block 2 pat": {"top-1": 7.0},
+                                             "block 1 pat": {"top-1": 5.0}}, **own),
+             dict(task="layerwise", metrics={"block 1 pat": {"top-1": 99.0}},
+                  data="cifar10", checkpoint=m.source.path),
+             dict(tune, metrics={"pat": {"top-1": 60.0}}, settings={"reinit": None}),
+             dict(tune, metrics={"pat": {"top-1": 40.0}}, settings={"reinit": "last:2"}),
+             dict(task="frequency_noise",
+                  metrics={"cls": {"clean": 50.0, "0.1 pi": 3.0, "1 pi": 8.0}}, **own),
+             dict(task="knn", metrics={"cls": {"k=10": 30.0, "k=20": 20.0}}, data="toy",
+                  checkpoint=None),                          # a baseline, measured beside it
+             dict(task="shape_bias", metrics={"cls": {"shape bias": 60.0, "either": 50.0,
+                                                      "cat": 70.0}}, **own)]
+    (tmp_path / "mae/results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert analysis.layerwise_numbers(m, args, None) == dict(block=[1, 2], top1=[5.0, 7.0])
+    assert analysis.noise_numbers(m, args, None) == dict(frequency=[0.1, 1.0], change=[-3.0, -8.0])
+    assert analysis.bias_numbers(m, args, None)["bars"] == {"shape bias": 60.0, "cat": 70.0}
+    tuned = analysis.reinit_numbers(m, args, None)
+    assert tuned["last_change"] == [0, -20] and tuned["first_change"] == [0]
+    with pytest.raises(analysis.Missing, match="--task knn"):
+        analysis.knn_numbers(m, args, None)
+    m.source.path = str(tmp_path / "mae/other.pt")           # control: another checkpoint's numbers
+    with pytest.raises(analysis.Missing, match="--task layerwise"):
+        analysis.layerwise_numbers(m, args, None)
+
+
+def test_pictures_of_a_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    what = ("decoder token_transform sv_tokens intra_inter attention_maps patch_retrieval "
+            "layer_reconstruction").split()
+    folder = report(tmp_path, "--baseline", "untrained", "--what", *what)
+    assert all((folder / f"{name}.png").stat().st_size > 5000 for name in what)
+    assert (folder / "index.html").read_text().count("<img") == len(what)
