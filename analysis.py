@@ -170,8 +170,8 @@ def walk(args, blocks, x, prefix, bias=lambda block: None, look=True):
 
 
 # name: (of what, function -> (B, ...), an image each). attention: weights; block: what walk yields;
-# state: z_0, u_1, z_1, ... u_L, z_L; final: patches after the norm, shares of their labels or None.
-# at: prefix, grid, between (distances of patches), threshold.
+# state: z_0, u_1, z_1, ... u_L, z_L; final: patches after the norm; labels: these, and shares of the
+# classes in each, (B, N, classes). at: prefix, grid, between (distances of patches), threshold.
 STREAMS = {
     "attention_distance": ("attention", lambda a, at: d.attention_distance(
         d.rows(a, at.prefix, 1e-32), at.between)),
@@ -184,8 +184,8 @@ STREAMS = {
     "sv_tokens":        ("state", lambda z, at: d.log_spectrum(z)),
     "fourier":          ("state", lambda z, at: d.fourier(z, at.grid)),
     "adjacent_depth":   ("state", lambda z, at: d.adjacent(z, at.grid, at.threshold).mean(1)),
-    "adjacent":         ("final", lambda z, y, at: counts(d.adjacent(z, at.grid, at.threshold))),
-    "final_similarity": ("final", lambda z, y, at: d.token_similarity(z)),
+    "adjacent":         ("final", lambda z, at: counts(d.adjacent(z, at.grid, at.threshold))),
+    "final_similarity": ("final", lambda z, at: d.token_similarity(z)),
     "adjacent_labels":  ("labels", lambda z, y, at: counts(d.adjacent(y, at.grid))),
     "pairs":            ("labels", lambda z, y, at: torch.stack(
         [d.pair_histogram(*one) for one in zip(z, d.majority(y))])),
@@ -198,18 +198,16 @@ def counts(neighbours):
 
 
 class Means:
-    """What STREAMS of these names measure: means[name] over images, float64, (layers, ...)."""
+    """What the STREAMS of these names measure: means[name] over images, float64, (layers, ...)."""
 
     def __init__(self, names):
-        self.names, self.sums = names, {name: {} for name in names}
-        # sums[name][layer]: number of images, sum, sum of squares
+        self.names, self.sums = names, {}                    # (name, layer): images, their sum
 
     def measure(self, kind, layer, *what):
         for name in self.names:
             if STREAMS[name][0] == kind:
-                x = STREAMS[name][1](*what).double()
-                new, layers = (len(x), x.sum(0).cpu(), (x * x).sum(0).cpu()), self.sums[name]
-                layers[layer] = [sum(pair) for pair in zip(new, layers.get(layer, (0, 0, 0)))]
+                values, (n, total) = STREAMS[name][1](*what), self.sums.get((name, layer), (0, 0))
+                self.sums[name, layer] = n + len(values), total + values.double().sum(0).cpu()
 
     def through(self, args, blocks, x, at, bias=lambda block: None):
         """Tokens (B, T, C) through blocks, all that is asked measured -> what the last leaves."""
@@ -224,15 +222,10 @@ class Means:
         return c.tokens
 
     def __contains__(self, name):
-        return bool(self.sums.get(name))
+        return any(key == name for key, _ in self.sums)
 
     def __getitem__(self, name):
-        return torch.stack([total / n for n, total, _ in self.sums[name].values()])
-
-    def std(self, name):
-        """Over images."""
-        square = torch.stack([square / n for n, _, square in self.sums[name].values()])
-        return (square - self[name].square()).clamp(min=0).sqrt()
+        return torch.stack([total / n for (key, _), (n, total) in self.sums.items() if key == name])
 
 
 @torch.no_grad()
@@ -248,11 +241,10 @@ def shared_pass(model, args, names):
         at = SimpleNamespace(prefix=encoder.num_prefix, grid=grid, threshold=args.threshold,
                              between=d.spacing(grid, encoder.patch_size).to(x.device))
         wall = encoder.local_mask(args.window, grid) if args.window else None
-        tokens = encoder.norm(means.through(
-            args, encoder.blocks, tokens, at,
-            lambda block: encoder.attention_bias(block, grid, None, wall)))     # noqa: B023
+        bias = functools.partial(encoder.attention_bias, grid=grid, attn_mask=wall)
+        tokens = encoder.norm(means.through(args, encoder.blocks, tokens, at, bias))
         patches = encoder.split(tokens)[1]
-        means.measure("final", 0, patches, None, at)
+        means.measure("final", 0, patches, at)
         if labels is not None:
             y = d.label_shares(labels, encoder.patch_size, max(int(labels.max()) + 1, 1))
             means.measure("labels", 0, patches, y, at)
@@ -367,8 +359,7 @@ def nmi_numbers(model, args, s):
 
 
 def block_numbers(name, model, args, s):
-    return dict(block=upto(len(s.means[name]), 1), similarity=s.means[name],
-                images_std=s.means.std(name))
+    return dict(block=upto(len(s.means[name]), 1), similarity=s.means[name])
 
 
 def token_numbers(model, args, s):
@@ -430,8 +421,8 @@ def decoder_numbers(model, args, s):
     out = {}
     for name, means, start in (("", s.means, 0), ("decoder_", s.decoder, model.encoder.depth)):
         found = means["fourier"][::2]
-        out |= {f"{name}depth": upto(len(found), start), f"{name}block": upto(len(found) - 1,
-                                                                              start + 1),
+        out |= {f"{name}depth": upto(len(found), start),
+                f"{name}block": upto(len(found) - 1, start + 1),
                 f"{name}highest": found[:, -1] - found[:, 0],
                 f"{name}nmi": means["nmi"].mean(1),
                 f"{name}pixels": means["attention_distance"].mean(1)}
@@ -512,12 +503,16 @@ def map_numbers(model, args, s):
                 class_token=heads, class_token_60_percent_on=kept, show=[row("", tiles)])
 
 
-def segments(model, args, s, shown=6):
+def unit(model, args, x):
+    """(B, 3, S, S) -> (B, N, C) patches after the final norm, of length 1."""
+    return F.normalize(model.encoder.split(final(model, args, x))[1], dim=-1).cpu()
+
+
+def kmeans_numbers(model, args, s, shown=6):
     """k-means with k = 3 on unit vectors, each image for itself (MMC, fig. 6)."""
     x = few(model, args, shown)
-    z = F.normalize(model.encoder.split(final(model, args, x))[1], dim=-1).cpu()     # (I, N, C)
-    g = math.isqrt(z.shape[1])
-    found = torch.stack([d.kmeans(one, seed=args.seed)[0].view(g, g) for one in z])
+    found = torch.stack([d.kmeans(z, seed=args.seed)[0] for z in unit(model, args, x)])
+    found = found.unflatten(1, (math.isqrt(found.shape[1]), -1))                     # (I, g, g)
     return dict(segments=found, show=[
         row("", [tile(image) for image in picture(model, x)], once=True),
         row("", [tile(one, limits=(0, 2)) for one in found])])
@@ -526,11 +521,11 @@ def segments(model, args, s, shown=6):
 def pca_numbers(model, args, s, shown=6):
     """The three principal components of the patches of all these images as red, green and blue."""
     x = few(model, args, shown)
-    z = F.normalize(model.encoder.split(final(model, args, x))[1], dim=-1).cpu().double()
-    g, (v, explained) = math.isqrt(z.shape[1]), d.principal(z.flatten(0, 1))
-    colour = z @ v.T                                                                 # (I, N, 3)
-    low, high = (colour.flatten(0, 1).quantile(share, 0) for share in (0.02, 0.98))
-    colour = ((colour - low) / (high - low)).clamp(0, 1).unflatten(1, (g, g))
+    z = unit(model, args, x).double()                                                # (I, N, C)
+    v, explained = d.principal(z.flatten(0, 1))
+    colour = (z @ v.T).unflatten(1, (math.isqrt(z.shape[1]), -1))                    # (I, g, g, 3)
+    low, high = (colour.flatten(0, 2).quantile(share, 0) for share in (0.02, 0.98))
+    colour = ((colour - low) / (high - low)).clamp(0, 1)
     return dict(explained=explained, show=[
         row("", [tile(image) for image in picture(model, x)], once=True),
         row("", [tile(one) for one in colour])])
@@ -546,8 +541,7 @@ def heat_numbers(model, args, s, shown=4):
     limit, p = max(args.limit or 256, args.image + shown), model.encoder.patch_size
     thresholds, scores, tiles = [t / 10 for t in range(10)], [], []
     for x, number, labels in batches(model, args, limit, maps=True):
-        z = F.normalize(model.encoder.split(final(model, args, x))[1], dim=-1).cpu()
-        g = x.shape[-1] // p
+        z, g = unit(model, args, x), x.shape[-1] // p
         for i, image in enumerate(picture(model, x)):
             objects = [None]
             if labels is not None:
@@ -793,7 +787,7 @@ def curve(x, y, across, up, level=None):
         for value in sorted({round(r.numbers[level], 1) for r in results if level}):
             ax.axhline(value, color="0.5", linestyle=":", label=f"{level}, {value} px")
             ax.set_ylim(0)
-        if x in ("block", "depth", "count"):
+        if x in ("block", "depth") or x.endswith("count"):
             ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel=across, ylabel=up.format(**results[0].numbers))
     return draw
@@ -1020,7 +1014,7 @@ WHAT = {
         "k-means segments of patch tokens",
         "k = 3, each image for itself, largest segment dark. Segments that follow the object show "
         "that its patches are alike.",
-        segments, pictures()),
+        kmeans_numbers, pictures()),
     "prompt_heatmap": Diagnostic(
         "Which patches are like the prompt?",
         "Cosine with the patch at the star. Good: light inside the outline, dark outside. IoU with "
@@ -1158,7 +1152,7 @@ def write(folder, name, results, args):
 
 def save_figure(plt, folder, name, results):
     fig, what = WHAT[name].figure(plt, results), WHAT[name]
-    fig.suptitle(what.title, fontsize=12)
+    fig.suptitle(what.title, fontsize=12, x=0.01, ha="left")
     reading = textwrap.wrap(what.reading, int(13 * fig.get_size_inches()[0]))
     fig.supxlabel("\n".join(reading), fontsize=8, color="0.3")
     fig.savefig(folder / f"{name}.png", dpi=130)

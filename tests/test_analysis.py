@@ -83,8 +83,6 @@ def test_means_do_not_depend_on_batches():
         assert torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6), name
     fewer = means(m, names, "--limit", "3")                              # control
     assert not torch.allclose(a["nmi"], fewer["nmi"], rtol=1e-4)
-    assert torch.isfinite(a.std("token_similarity")).all() and "pairs" in a and "fourier" in a
-    assert "pairs" not in means(m, {"fourier"}, "--limit", "3")
 
 
 def test_attention_is_written_out_only_if_looked_at(monkeypatch):
