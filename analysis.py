@@ -170,8 +170,8 @@ def walk(args, blocks, x, prefix, bias=lambda block: None, look=True):
 
 
 # name: (of what, function -> (B, ...), an image each). attention: weights; block: what walk yields;
-# state: z_0, u_1, z_1, ... u_L, z_L; final: patches after the norm; labels: these, and shares of the
-# classes in each, (B, N, classes). at: prefix, grid, between (distances of patches), threshold.
+# state: z_0, u_1, z_1, ... u_L, z_L; final: patches after the norm; labels: these and the shares of
+# classes in each (B, N, classes). at: prefix, grid, between (distances of patches), threshold.
 STREAMS = {
     "attention_distance": ("attention", lambda a, at: d.attention_distance(
         d.rows(a, at.prefix, 1e-32), at.between)),
