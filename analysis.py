@@ -96,7 +96,7 @@ def no_maps(name, root):
         return (f"{name} has no class for every pixel: choose --data "
                 f"{' or '.join(readers.SEGMENTATION)}")
     try:
-        next(iter(readers.segmentation(name, root, "test", 1, level(name))))
+        next(iter(readers.segmentation(name, root, "test", 1, level(name))), None)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
 
@@ -401,7 +401,7 @@ def sv_images_numbers(model, args, s):
         for one, z in zip(scatter, states):
             one.add(encoder.split(z)[1].float().mean(1).cpu())
     if scatter[0].n < 3:
-        raise ValueError(f"sv_images needs 3 images or more, not {scatter[0].n}: raise --limit")
+        raise Missing(f"3 images are the least, not {scatter[0].n}: raise --limit")
     found = torch.stack([one.log_spectrum() for one in scatter])
     return spectrum_numbers(found) | dict(images=scatter[0].n)
 
