@@ -350,7 +350,7 @@ def test_full_checkpoint_loads_as_an_official_one_with_its_decoder(run, tmp_path
     run(tmp_path)
     full, encoder = (vit.load(tmp_path / name, quiet=True) for name in ("full.pt", "encoder.pt"))
     assert (full.source.layout, full.source.method, full.source.step) == ("MAE", "mae", 1)
-    assert full.config == {**encoder.config, "init": "trunc", "mlp_ratio": 4.0}
+    assert full.config == {**encoder.config, "mlp_ratio": 4.0}
     assert full.config["num_heads"] == 3                               # not 24 / 64
     x = batch()[0]
     assert torch.equal(full(x), encoder(x)) and encoder.source.heads == {}
