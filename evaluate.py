@@ -369,10 +369,10 @@ def seen_by_linear(args):
 
 def trained(model, args):
     """The head of `linear`: the feature's name, the classifier, number of training images."""
-    names, tokens = seen_by_linear(args)
+    recipe, (names, tokens) = settings_of(args, RECIPES), seen_by_linear(args)
     found, y, classes = features(model, args, "train", names, tokens, mirror=True)
     [(name, x)] = found.items()                                             # (n, 2, D)
-    return name, classifier(x, y, classes, settings_of(args, RECIPES), args), len(y)
+    return name, classifier(x, y, classes, recipe, args), len(y)
 
 
 def layerwise(model, args):
@@ -1435,6 +1435,9 @@ def models(args):
     for name, encoder in zip([*names, *baselines], encoders):
         source = getattr(encoder, "source", unknown)
         size = args.size or (encoder.config if encoder else shape)["img_size"]
+        if encoder and size % encoder.patch_size:
+            raise ValueError(f"image size {size} is not a multiple of patch size "
+                             f"{encoder.patch_size} of {name}")
         yield SimpleNamespace(name=name, encoder=encoder and encoder.to(args.device), size=size,
                               mean=source.mean, std=source.std, source=source,
                               interpolation=source.interpolation)

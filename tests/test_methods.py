@@ -185,6 +185,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
             in_micro_batches(plain, bn_in_head=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_what_cannot_be_is_said_in_a_sentence(method, run, tmp_path):
     def refused(sentence, *more, **settings):
