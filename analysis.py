@@ -786,7 +786,7 @@ def curve(x, y, across, up, level=None):
                         **style(r, linestyle="--", label=f"{r.model.name}, decoder"))
         for value in sorted({round(r.numbers[level], 1) for r in results if level}):
             ax.axhline(value, color="0.5", linestyle=":", label=f"{level}, {value} px")
-            ax.set_ylim(0)
+            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])            # room for the topmost mark
         if x in ("block", "depth") or x.endswith("count"):
             ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel=across, ylabel=up.format(**results[0].numbers))
