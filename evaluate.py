@@ -10,18 +10,15 @@ Each model is a few rows of the printed table and one line of results.jsonl by i
 A probe is one function that reads like its protocol, task(model, args) -> report(rows, protocol),
 and one line in TASKS. It gets features from `features` (one pass over a split) or `extract` (one
 pass over any batches), scores from metrics.py, and its own flags from a line in FLAGS. Probes that
-look at every patch are in dense.py.
+look at every patch are in dense.py, those that train all weights in finetune.py.
 """
 import argparse
 import copy
-import functools
 import json
 import math
 import os
-import re
 import sys
 import time
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,20 +26,30 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from PIL.Image import Resampling
-from torch import nn
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 import data
 import dense
+import finetune
 import metrics
 import readers
 import rng
 import toy
 import training
 import vit
+from features import (
+    all_tokens,
+    block_means,
+    extract,
+    features,
+    last_blocks,
+    load,
+    pooled,
+    settings_of,
+    view,
+    wanted,
+)
 from metrics import report
 
 # B images, N tokens, D width, S pixels a side, C classes, L learning rates, H attention heads,
@@ -106,204 +113,6 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "show":       (bool, False, "write pictures of what a probe saw to --out: part_retrieval and "
                    "the probes of dense.py"),
 }
-
-# ---- features ------------------------------------------------------------------------------------
-
-
-def pooled(encoder, x):
-    """(B, 3, S, S) -> three features of a picture, after the final norm: {name: (B, D or 2D)}.
-
-    cls: class token. pat: mean of the patch tokens. hyber: both, each brought to length 1 first, as
-    the shorter one would hardly count otherwise (the name is MMC's, the scaling our choice).
-    """
-    return pool(encoder, encoder(x))
-
-
-def pool(encoder, tokens):
-    cls, patches = encoder.split(tokens)
-    pat = patches.float().mean(1)
-    cls = pat if cls is None else cls.float()            # no class token: the mean stands in for it
-    return {"cls": cls, "pat": pat, "hyber": torch.cat([F.normalize(cls), F.normalize(pat)], 1)}
-
-
-projector = functools.lru_cache(maxsize=1)(vit.projector)       # of the model at hand: built once
-
-
-def projected(encoder, x):
-    """`pooled`, and what the projection head in the checkpoint, if any, makes of the class token.
-
-    The part-aware study compares the two: encoded features know parts, projected ones objects.
-    """
-    tokens, head = encoder(x), projector(encoder)
-    found = pool(encoder, tokens)
-    if head:
-        with torch.autocast(x.device.type, enabled=False):
-            found["projected"] = head(tokens.float())
-    return found
-
-
-def block_means(encoder, x):
-    """Class token and patch mean of every block's output, without the final norm."""
-    outputs, _ = encoder.layers(x, norm=False)
-    found = {}
-    for number, tokens in enumerate(outputs, 1):
-        z = pool(encoder, tokens)
-        found |= {f"block {number} {name}": z[name] for name in ("cls", "pat")}
-    return found
-
-
-def all_tokens(encoder, x):
-    """All tokens after the final norm (B, N, D), in 16 bits: there are many."""
-    return {"tokens": encoder(x).half()}
-
-
-def last_blocks(encoder, x):
-    """What DINO's linear probe sees, after the final norm. Narrow models (ViT-S): class tokens of
-    the last four blocks. Wide ones (ViT-B): class token and patch mean of the last block."""
-    if encoder.embed_dim >= 768:
-        z = pooled(encoder, x)
-        return {"cls+pat": torch.cat([z["cls"], z["pat"]], 1)}
-    outputs, _ = encoder.layers(x, range(max(0, encoder.depth - 4), encoder.depth))
-    split = [encoder.split(tokens) for tokens in outputs]
-    return {"4 x cls": torch.cat([pat.mean(1) if cls is None else cls for cls, pat in split], 1)}
-
-
-def pixels(_, x):
-    """The floor below every encoder: the picture itself, as means over a 32 x 32 grid at most."""
-    x = F.interpolate(x, (32, 32), mode="area") if x.shape[-1] > 32 else x
-    return {"pixels": x.flatten(1)}
-
-
-def wanted(args, *protocol):
-    """The features that a probe looks at, and the function that makes them."""
-    names = [args.feature] if args.feature else list(protocol)
-    return names, projected if "projected" in names else pooled
-
-
-@torch.no_grad()
-def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled, total=None,
-            key=None):
-    """One pass over (x (B, 3, S, S), numbers (B,)) -> {name: (n, ...)}, numbers (n,).
-
-    numbers: what goes with the images, such as labels or their place in the data set. names: the
-    features to keep; of a model that has none of them (pixels have no class token) all it has.
-    total: number of images, for the progress bar. key: what the images are, in words; with --cache
-    they are encoded only once.
-    """
-    tokens, path = tokens if model.encoder else pixels, stored(model, args, tokens, key)
-    if path and path.is_file():
-        content = torch.load(path, map_location=args.device, weights_only=True)
-        return choose(model, content["features"], names), content["numbers"]
-    found, numbers = {}, []
-    bar = tqdm(total=total, unit="img", desc=f"{model.name}: encoding", delay=5, leave=False,
-               dynamic_ncols=True, disable=None)         # silent if fast, or not on a terminal
-    for x, number in batches:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z = tokens(model.encoder, x)
-        for name, value in (z if path else choose(model, z, names)).items():
-            found.setdefault(name, []).append(value if name == "tokens" else value.float())
-        numbers.append(number.to(x.device))
-        bar.update(len(x))
-    bar.close()
-    if not numbers:
-        raise ValueError(f"{args.task}: nothing to look at; raise --limit or change --data")
-    found, numbers = {name: torch.cat(z) for name, z in found.items()}, torch.cat(numbers)
-    if not all(z.isfinite().all() for z in found.values()):
-        raise ValueError(f"{model.name}: its features are not finite; try --precision fp32, or an "
-                         f"earlier checkpoint")
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = dict(features={name: z.cpu() for name, z in found.items()}, numbers=numbers.cpu())
-        vit.replace_file(path, lambda file: torch.save(content, file))
-    return choose(model, found, names), numbers
-
-
-def choose(model, found, names):
-    """Those of the features that are asked for, or all if there is none of these."""
-    if list(names) == ["projected"] and "projected" not in found and model.encoder:
-        raise ValueError(f"{model.name} has no projection head in its checkpoint; take a file with "
-                         f"one (MoCo v3; DINO and iBOT: the full checkpoint), or another --feature")
-    return {name: z for name, z in found.items() if name in names} or found
-
-
-def stored(model, args, tokens, key):
-    """Where --cache keeps these features; None: nowhere.
-
-    The name holds a hash of all that they depend on; a checkpoint counts as the same as long as its
-    size and time are. The data are taken to stay as they are: if not, delete the folder.
-    """
-    if not args.cache or key is None:
-        return None
-    path = model.source.path
-    what = (path and (str(Path(path).resolve()), *(getattr(Path(path).stat(), of)
-                      for of in ("st_size", "st_mtime_ns"))), model.source.branch,
-            path or (model.name, args.seed, model.encoder and sorted(model.encoder.config.items())),
-            tokens.__name__, args.data, args.data_root, args.limit, model.size, args.precision,
-            model.mean, model.std, model.interpolation, key)
-    name = f"{model.name}-{Path(args.data).name}-{rng.key(str(what)) % 2**64:016x}.pt"
-    return Path(args.out) / "features" / name
-
-
-@functools.lru_cache                                     # several models look at the same images
-def load(name, root, split, size, limit, device):
-    """data.load; of a folder without train/ and val/, every fifth image is the test split."""
-    images = data.load(name, root, split, size, limit, device)
-    if images.split != "all":
-        return images
-    chosen = (torch.arange(len(images)) % 5 == 0) == (split == "test")
-    print(f"{name} has no train/ and val/: {split} is {chosen.sum()} of its {len(images)} images")
-    return replace(images, split=split, paths=[p for p, c in zip(images.paths, chosen) if c],
-                   labels=None if images.labels is None else images.labels[chosen])
-
-
-def labelled(model, args, split):
-    """A split whose images have labels, and the number of classes."""
-    images = load(args.data, args.data_root, split, model.size, args.limit, args.device)
-    if images.labels is None:
-        raise ValueError(f"this data set has no labels ({args.data}), and {args.task} needs them: "
-                         f"choose another --data, or give each class a sub-folder of its own")
-    return images, len(images.classes or range(int(images.labels.max()) + 1))
-
-
-def features(model, args, split, names=("cls", "pat", "hyber"), tokens=pooled, mirror=False,
-             change=None, whole=False):
-    """One pass over a split in the standard test view -> {name: (n, D)}, labels (n,), classes C.
-
-    mirror: encode the mirror image of every picture, too -> {name: (n, 2, D)}. change: what is done
-    to each batch first, a function of x and the numbers of the images. whole: nothing is cut off.
-    """
-    images, classes = labelled(model, args, split)
-    batches = data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
-                           std=model.std, workers=args.workers, interpolation=model.interpolation,
-                           resize=model.size if whole else None)
-    if mirror:
-        batches = ((torch.cat([x, x.flip(-1)]), index.repeat(2)) for x, index in batches)
-    if change:
-        batches = ((change(x, index), index) for x, index in batches)
-    found, index = extract(model, batches, args, names, tokens, len(images) * (1 + mirror),
-                           None if change else (split, mirror, whole))
-    if mirror:                                           # an image's two rows become neighbours
-        order = index.argsort(stable=True)
-        found = {name: z[order].unflatten(0, (-1, 2)) for name, z in found.items()}
-        index = index[order][::2]
-    return found, images.labels.to(index.device)[index], classes
-
-
-def view(model, args):
-    """The standard test view in words: files lose their rim, small resident sets are seen whole."""
-    files = load(args.data, args.data_root, "test", model.size, args.limit, args.device).paths
-    rim = f"centre of short side {model.size * 256 // 224}" if files else "whole picture"
-    return f"{rim} at {model.size} px"
-
-
-def settings_of(args, recipes):
-    """The settings of --recipe, or the first. ValueError if the task has none of that name."""
-    args.recipe = args.recipe or next(iter(recipes))
-    if args.recipe not in recipes:
-        raise ValueError(f"{args.task} has no recipe {args.recipe}; choose --recipe "
-                         f"{', '.join(recipes)}")
-    return recipes[args.recipe]
-
 
 # ---- probes --------------------------------------------------------------------------------------
 
@@ -1046,365 +855,31 @@ def contact_sheet(crops, parts, path, across=16):
     print(f"{path}: {', '.join(parts)}, a row each")
 
 
-# ---- fine-tuning ---------------------------------------------------------------------------------
-
-# lr: at a batch of `per`, else in proportion. clip: of the gradient's norm. mae, simmim: as their
-# released code. mmc: Wu et al., table 7, where "64 on 4 GPUs" for ImageNet and "on 2" for others is
-# read as 64 on each; what it leaves open (lr in proportion, end of the cosine, mixing, erasing,
-# drop path, no clip, head) is as in mae: our choice.
-FINETUNE = {
-    "mae":    dict(lr=5e-4, per=256, batch=1024, epochs=100, warmup=5, clip=None,
-                   augment="RandAugment"),
-    "simmim": dict(lr=1.25e-3, per=512, batch=2048, epochs=100, warmup=20, clip=5.0,
-                   augment="RandAugment"),
-    "mmc":    dict(lr=5e-4, per=256, batch=256, epochs=100, warmup=5, clip=None,
-                   augment="RandAugment")}
-MMC_ELSEWHERE = dict(batch=128, epochs=200, augment="ThreeAugment")          # than on ImageNet
-LAYER_DECAY, WEIGHT_DECAY, DROP_PATH = 0.65, 0.05, 0.1   # of all three recipes
-
-
-def finetune(model, args):
-    """All weights are trained on as a classifier: how good a start was the pre-training?
-
-    With --reinit some blocks forget first: where does what was learned sit? (Park et al., F.3)
-    The papers report the best epoch on the test images, which flatters: the last one stands beside.
-    """
-    recipe, both = settings_of(args, FINETUNE), args.recipe == "mmc"
-    if both and args.data != "imagenet":
-        recipe = {**recipe, **MMC_ELSEWHERE}
-    if not model.encoder:
-        raise ValueError("finetune trains an encoder, and pixels have none: leave out that "
-                         "--baseline, or take untrained")
-    anew = blocks_anew(args.reinit, model.encoder.depth)
-    (images, classes), (tests, _) = (labelled(model, args, s) for s in ("train", "test"))
-
-    # Our choice for small sets: a batch of at most 1/64 of the images, so that they get enough
-    # steps, and lr down with the root of it, as suits AdamW; in proportion, little would move.
-    rank, world = training.rank(), training.world_size()
-    size = min(recipe["batch"], max(16, len(images) // 64)) // world * world
-    loader = data.Loader(images, [data.View(model.size)], size, args.seed, args.device,
-                         args.workers, rank, world)      # crop of 8 to 100 %, bicubic, and flip
-    epochs = args.epochs or recipe["epochs"]
-    total = epochs * len(loader)
-    warmup = total * recipe["warmup"] // recipe["epochs"]
-    peak = recipe["lr"] * recipe["batch"] / recipe["per"] * math.sqrt(size / recipe["batch"])
-    schedule, end = ((simmim_lr, 2.5e-7 / 1.25e-3 * peak) if args.recipe == "simmim" else
-                     (training.cosine, 1e-6))            # 1e-6 both, at the recipe's batch
-
-    torch.manual_seed(args.seed)
-    net = Classifier(restart(model.encoder, anew, final_norm=both), classes, both).to(args.device)
-    opt = torch.optim.AdamW(layer_groups(net, LAYER_DECAY, WEIGHT_DECAY), betas=(0.9, 0.999),
-                            fused=True)
-    parallel = training.share_gradients(net, args.device)
-    augment, mix = AUGMENT[recipe["augment"]], mixing(classes)
-    bar = tqdm(total=total, desc=model.name, leave=False, dynamic_ncols=True,
-               disable=rank > 0 or not sys.stderr.isatty())
-    curve, losses, begin = [], [], time.perf_counter()   # curve: (top-1, top-5) of every epoch
-    for step, batch in enumerate(islice(loader.batches(), total)):
-        torch.manual_seed(rng.key(args.seed, "finetune", step, rank))        # what torchvision uses
-        lr = schedule(step, total, peak, end, warmup)
-        for group in opt.param_groups:
-            group["lr"] = lr * group["factor"]
-        x = augment(data.denormalize(batch.views[0]))                        # (B, 3, S, S)
-        x = erase(data.normalize(x, model.mean, model.std))
-        x, y = mix(x, batch.label)                                           # y: (B, C), sums to 1
-        parts = range(0, len(x), args.batch_size)
-        for i in parts:                                  # in parts, if --batch-size asks for it
-            parallel.require_backward_grad_sync = i == parts[-1]             # DDP's no_sync
-            rows = slice(i, i + args.batch_size)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                scores = parallel(x[rows])
-            loss = soft_cross_entropy(scores.float(), y[rows]) / len(x)
-            loss.backward()
-            losses.append(loss.detach() * len(parts))
-        if recipe["clip"]:
-            nn.utils.clip_grad_norm_(net.parameters(), recipe["clip"])
-        opt.step(), opt.zero_grad()
-        bar.update()
-
-        ended = (step + 1) % len(loader) == 0
-        if ended or step % 50 == 0:                      # now and then: a GPU has to be waited for
-            mean = training.all_mean(torch.stack(losses).mean()).item()
-            if not math.isfinite(mean):
-                raise ValueError(f"{model.name}: the loss is not finite by step {step + 1} of "
-                                 f"{total} (lr {lr:.1e}); try --precision fp32, or an earlier "
-                                 f"checkpoint")
-            bar.set_postfix(loss=f"{mean:.3f}")
-        if ended:
-            curve.append(score(net, tests, model, args))
-            left = (time.perf_counter() - begin) * (total - step - 1) / (step + 1)
-            tqdm.write(f"epoch {len(curve)}/{epochs}  loss {mean:.3f}  lr {lr:.1e}  top-1 "
-                       f"{curve[-1][0]:.1f}%  eta {tqdm.format_interval(left)}", file=sys.stdout)
-            losses = []
-    bar.close()
-
-    best, last = max(curve), curve[-1]
-    row = {"top-1": best[0], "top-5": best[1], "last epoch": last[0], "last top-5": last[1]}
-    start = f", {args.reinit} blocks drawn anew" if args.reinit else ""
-    small = " (both our choice, for few images)" if size < recipe["batch"] // world * world else ""
-    return report({"cls+pat" if both else "pat": row},
-                  f"fine-tuned end to end, recipe {args.recipe}{start}: AdamW, batch {size}, lr "
-                  f"{peak:.2g}{small}, layer decay {LAYER_DECAY}, {epochs} epochs, "
-                  f"{recipe['augment']}, mixup, cutmix, erasing, drop path {DROP_PATH}; top-1, "
-                  f"top-5 of the epoch that is best on the test images, and of the last; "
-                  f"{view(model, args)}",
-                  notes=[f"{model.name}: best epoch {curve.index(best) + 1} of {epochs}"],
-                  train=len(images), test=len(tests))
-
-
-class Classifier(nn.Module):
-    """Encoder, pooled feature, linear head (B, C) that starts as good as zero.
-
-    The feature is the patch mean through a LayerNorm of its own (fc_norm), in place of the
-    encoder's. both (MMC): class token and patch mean side by side; our choice: after the encoder's
-    norm, which stays.
-    """
-
-    def __init__(self, encoder, classes, both=False):
-        super().__init__()
-        width, eps = encoder.embed_dim, encoder.config["norm_eps"]
-        self.encoder, self.both = encoder, both
-        self.fc_norm = nn.Identity() if both else nn.LayerNorm(width, eps)
-        self.head = nn.Linear(2 * width if both else width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, x):
-        cls, patches = self.encoder.split(self.encoder(x))                   # (B, D), (B, N, D)
-        z = patches.mean(1)
-        if self.both:
-            z = torch.cat([z if cls is None else cls, z], 1)                 # (B, 2D)
-        return self.head(self.fc_norm(z))
-
-
-def blocks_anew(text, depth):
-    """ "first:2", "last:2" or None -> numbers of the blocks that are to be drawn anew."""
-    found = re.fullmatch(r"(first|last):(\d+)", text or "first:0")
-    n = int(found[2]) if found else -1
-    if not 0 <= n <= depth:
-        raise ValueError(f"--reinit {text}: give first:N or last:N with N from 0 to {depth}, the "
-                         f"blocks of this encoder")
-    return range(n) if found[1] == "first" else range(depth - n, depth)
-
-
-def restart(encoder, anew=(), final_norm=False):
-    """A copy of the encoder to train on: the blocks `anew` as before pre-training, with drop path.
-
-    A relative position table that all blocks share becomes one for each (BEiT, SimMIM). Positions
-    that pre-training kept fixed are trained, too, as MAE's code does.
-    """
-    config = {**encoder.config, "drop_path": DROP_PATH}
-    config["final_norm"] &= final_norm
-    state, key = encoder.state_dict(), "relative_position_bias_table"
-    if config["rel_pos"] == "shared":
-        config["rel_pos"] = "block"
-        for i in range(encoder.depth):
-            state[f"blocks.{i}.attn.{key}"] = state[f"rel_pos_bias.{key}"]
-    copy = vit.ViT(**config)                             # drawn as the backbone draws its weights
-    new = tuple(f"blocks.{i}." for i in anew)
-    copy.load_state_dict({name: x if name.startswith(new) else state[name]
-                          for name, x in copy.state_dict().items()})
-    if copy.pos_embed is not None:
-        copy.pos_embed.requires_grad_(True)
-    return copy
-
-
-def layer_groups(net, decay, weight_decay):
-    """AdamW's groups of a Classifier. The lower a layer, the less it moves: lr times `factor`.
-
-    Layer 0 embeds patches, class token and positions, layer i is block i of L, counted from 1, and
-    L+1 the norm and the head: factor = decay^(L+1-layer). Vectors, class token and positions are
-    not pulled to zero.
-    """
-    groups, top = {}, net.encoder.depth + 1
-    for name, p in net.named_parameters():
-        part, *rest = name.removeprefix("encoder.").split(".")
-        embeds = part in ("patch_embed", "cls_token", "pos_embed")
-        layer = int(rest[0]) + 1 if part == "blocks" else 0 if embeds else top
-        free = p.ndim <= 1 or part in ("cls_token", "pos_embed")
-        groups.setdefault((layer, free), []).append(p)
-    return [dict(params=params, factor=decay**(top - layer),
-                 weight_decay=0.0 if free else weight_decay)
-            for (layer, free), params in groups.items()]
-
-
-def simmim_lr(step, total, start, end, warmup):
-    """The cosine runs from step 0 on, underneath the warm-up, which rises from `end`: at the peak
-    lr steps down to where the cosine has got by then (from 5e-3 to 4.523e-3 in SimMIM's log)."""
-    if step < warmup:
-        return end + (start - end) * step / warmup
-    return training.cosine(step, total, start, end)
-
-
-def soft_cross_entropy(scores, targets, smoothing=0.1):
-    """Summed over the batch. scores: (B, C), targets: (B, C), smoothed to 0.9 y + 0.1 / C."""
-    return F.cross_entropy(scores, targets, label_smoothing=smoothing, reduction="sum")
-
-
-def mixing(classes):
-    """A function (x (B, 3, S, S), y (B,)) -> x mixed with its neighbours in the batch, y (B, C).
-
-    Half of the batches are blended (mixup, share by Beta(0.8, 0.8)), the others get a box of the
-    neighbour's (cutmix, area by Beta(1, 1)); the labels in proportion.
-    """
-    return v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
-                            v2.CutMix(alpha=1.0, num_classes=classes)])
-
-
-def rand_augment(x):
-    """RandAugment: two of 14 operations on every image. (B, 3, S, S) uint8 -> in [0, 1].
-
-    The recipes say magnitude 9 of timm's 10 (m9-mstd0.5-inc1); of torchvision's bins 0 to 30 that
-    is 27. Its strength does not vary (mstd), and posterize and solarize differ a little from timm.
-    Our choice: in a batch above 32 a few images share an operation, so that a GPU is not handed
-    every picture by itself; with their signs there are no more than 23 operations, anyway.
-    """
-    one = v2.RandAugment(1, magnitude=27, interpolation=TF.InterpolationMode.BILINEAR,
-                         fill=[round(255 * m) for m in data.MEAN])
-    x = x.clone()
-    for _ in range(2):
-        for rows in torch.randperm(len(x)).to(x.device).chunk(32):
-            x[rows] = one(x[rows])
-    return x / 255
-
-
-def three_augment(x):
-    """ThreeAugment (DeiT III): grey, solarised or blurred, and jitter. uint8 -> in [0, 1]."""
-    x, kind = x / 255, torch.randint(3, (len(x),))
-    radius, threshold = 0.1 + 1.9 * torch.rand(len(x)), torch.full((len(x),), 128 / 255)
-    data.apply(lambda x, _: data.luma(x).expand_as(x), x, kind == 0, radius)
-    data.apply(data.solarize, x, kind == 1, threshold)
-    data.apply(data.blur, x, kind == 2, radius)
-    order = torch.rand(len(x), 3).argsort(1)             # of brightness, contrast, saturation
-    return data.jitter(x, order, 0.7 + 0.6 * torch.rand(len(x), 3))
-
-
-AUGMENT = {"RandAugment": rand_augment, "ThreeAugment": three_augment}
-
-
-def erase(x, p=0.25):
-    """Random erasing: a box of 2 to 33 % of the picture becomes noise, in a share p of the images.
-    x is normalised, and so is the noise of each pixel."""
-    size, u = x.shape[-1], torch.rand(len(x), 22)
-    box = data.crop_boxes(u, size, size, torch.tensor([0.02, 1 / 3]), torch.tensor([0.3, 1 / 0.3]))
-    box[torch.rand(len(x)) >= p] = 0                     # of no height
-    top, left, height, width = box.to(x.device)[:, :, None].unbind(1)        # (B, 1)
-    at = torch.arange(size, device=x.device)
-    rows, columns = (at >= top) & (at < top + height), (at >= left) & (at < left + width)
-    inside = rows[:, None, :, None] & columns[:, None, None, :]              # (B, 1, S, S)
-    return torch.where(inside, torch.randn_like(x), x)
-
-
-@torch.no_grad()
-def score(net, tests, model, args):
-    """Top-1 and top-5 on the test images, in percent; each process looks at its share of them."""
-    own = slice(training.rank(), None, training.world_size())
-    some = replace(tests, labels=tests.labels[own], paths=tests.paths and tests.paths[own],
-                   pixels=None if tests.paths else tests.pixels[own])
-    net.eval()
-    scores = []
-    for x, _ in data.batches(some, model.size, args.batch_size, args.device, mean=model.mean,
-                             std=model.std, workers=args.workers,
-                             interpolation=model.interpolation):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            scores.append(net(x).float())
-    net.train()
-    percent = metrics.accuracy(torch.cat(scores), some.labels.to(args.device))
-    right = torch.tensor([*percent, 1.0], dtype=torch.float64, device=args.device) * len(some)
-    right = training.all_mean(right)
-    return (right[:2] / right[2]).tolist()
-
-
+DENSE = {
+    "linear_segmentation": dense.linear_segmentation,
+    "zero_shot_segmentation": dense.zero_shot_segmentation,
+    "video": dense.video,
+    "pose": dense.pose,
+}
 TASKS = {
     "knn": knn,
     "few_shot": few_shot,
     "linear": linear,
     "layerwise": layerwise,
     "attentive": attentive,
-    "finetune": finetune,
+    "finetune": finetune.finetune,
     "object_retrieval": object_retrieval,
     "part_retrieval": part_retrieval,
     "part_classification": part_classification,
     "landmark_retrieval": landmark_retrieval,
     "shape_bias": shape_bias,
     "frequency_noise": frequency_noise,
-    "linear_segmentation": dense.linear_segmentation,
-    "zero_shot_segmentation": dense.zero_shot_segmentation,
-    "video": dense.video,
-    "pose": dense.pose,
+    **DENSE,
 }
 SHARED = {"finetune"}        # its work is split over the processes of torchrun; others run in one
 FROZEN = [task for task in TASKS if task not in SHARED]  # what --task all runs
-ALL_EPOCHS, ALL_IMAGES = 10, 2000      # of its heads, and of toy's splits, unless flags say other
-
-# ---- the papers' numbers -------------------------------------------------------------------------
-
-# In percent: task -> (data, where, feature/column of each number, by model).
-# "encoded" is the better of cls and pat.
-REFERENCE = {
-    "knn": [
-        ("imagenet100", "MMC, table 4, ViT-S", "cls/k=10 pat/k=10",
-         "REC 17.18 14.70; CLS 75.02 63.88; PAT 39.92 40.82; CLS+PAT 75.56 75.54; "
-         "REC+PAT 33.54 33.74; REC+CLS 72.54 53.68; MMC 77.54 76.96"),
-        ("imagenet100", "MMC, table 11", "pat/k=10 cls/k=10",
-         "MAE 35.32 46.98; DINO 75.56 91.54; iBOT 75.22 92.12; MSN 82.38 89.38; SiT 76.40 87.62; "
-         "MC-SSL 83.38 88.98; MMC 90.04 89.94"),
-        ("imagenet10", "SelfPatch, table 5, patch 16", "pat/k=20",
-         "DINO 83.8; SelfPatch k=1 85.0; SelfPatch k=2 86.0; SelfPatch k=4 85.8; "
-         "SelfPatch k=6 85.0; SelfPatch k=8 82.6"),
-        *[(name, "MMC, table 6", "cls/k=10 pat/k=10 hyber/k=10 cls/k=20 pat/k=20 hyber/k=20",
-           f"MMC {numbers}") for name, numbers in (
-               ("pets", "72.9 75.9 75.0 73.4 76.4 75.3"),
-               ("flowers", "63.5 66.0 65.5 59.6 63.8 62.5"),
-               ("cifar10", "84.5 84.9 84.8 83.9 84.5 84.6"))]],
-    "few_shot": [(name, "MMC, table 8", "cls/accuracy cls/F1", numbers) for name, numbers in (
-        ("miniimagenet", "SiT 72.6 57.3; DINO 73.1 65.0; iBOT 74.1 66.0; MAE 27.1 33.8; "
-                         "MC-SSL 60.0 50.3; MMC 73.3 62.3"),
-        ("cifar10", "SiT 50.9 45.4; DINO 40.9 39.2; iBOT 39.9 37.7; MAE 27.2 34.7; "
-                    "MC-SSL 30.8 33.7; MMC 47.4 42.9"),
-        ("pets", "SiT 80.9 67.8; DINO 83.7 73.0; iBOT 84.6 73.4; MAE 24.4 33.5; MC-SSL 80.8 70.1; "
-                 "MMC 69.7 62.1"))],
-    "linear": [
-        ("imagenet", "part-aware study, table 1, ViT-B", "-/top-1",
-         "DeiT 81.8; MoCo v3 76.2; DINO 77.3; BEiT 41.8; MAE 67.8; CAE 70.4; iBOT 79.5"),
-        ("imagenet", "SelfPatch, table 2, ViT-S", "-/top-1",
-         "MoCo v3 73.2; MoBY 72.8; DINO 75.1; SelfPatch 75.6"),
-        ("imagenet", "ASL, table 1, trained on COCO", "-/top-1",
-         "MAE 46.8; CMAE 46.6; ccMIM 46.7; SIM 46.0; iBOT 45.2; ASL 48.6"),
-        ("imagenet", "ASL, table 5", "-/top-1", "MAE 67.8; ASL 69.2"),
-        ("imagenet100", "ASL, table 2", "-/top-1",
-         "MAE 74.5; iBOT 71.8; ccMIM 72.3; ASL 79.6; ASL, 4000 epochs 85.9"),
-        ("cifar10", "ASL, table 6, ViT-S", "-/top-1", "DINO 89.0; MAE 87.3; ASL 91.4"),
-        ("cifar100", "ASL, table 6, ViT-S", "-/top-1", "DINO 65.8; MAE 54.0; ASL 60.3")],
-    "attentive": [("imagenet", "part-aware study, table 1", "tokens/top-1",
-                   "DeiT 81.8; MoCo v3 77.0; DINO 77.8; BEiT 51.9; MAE 74.2; CAE 77.1; iBOT 79.8")],
-    "object_retrieval": [
-        (name, "part-aware study, table 2", "encoded/AP projected/AP", numbers)
-        for name, numbers in (
-            ("cifar10", "DeiT 71.3 -; MoCo v3 40.6 56.0; DINO 31.3 61.5; BEiT 14.6 -; MAE 15.9 -; "
-                        "CAE 39.1 -; iBOT 40.2 60.0"),
-            ("coco", "DeiT 71.2 -; MoCo v3 47.7 55.9; DINO 38.0 57.3; BEiT 11.7 -; MAE 13.8 -; "
-                     "CAE 46.0 -; iBOT 53.2 55.8"))],
-    "part_retrieval": [
-        (name, "part-aware study, table 4", "encoded/AP projected/AP", numbers)
-        for name, numbers in (
-            ("cub", "DeiT 35.0 -; MoCo v3 50.8 28.4; DINO 48.9 31.7; BEiT 27.9 -; MAE 28.5 -; "
-                    "CAE 58.0 -; iBOT 49.3 31.2"),
-            ("coco", "DeiT 44.1 -; MoCo v3 52.3 36.8; DINO 51.8 41.2; BEiT 35.3 -; MAE 37.1 -; "
-                     "CAE 57.0 -; iBOT 59.2 41.5"))],
-    "part_classification": [
-        (name, "part-aware study, table 4", "cls/top-1 tokens/top-1", numbers)
-        for name, numbers in (
-            ("cub", "DeiT 90.9 92.9; MoCo v3 93.8 96.0; DINO 93.2 95.2; BEiT 55.4 86.5; "
-                    "MAE 86.9 92.8; CAE 89.5 95.8; iBOT 93.8 95.8"),
-            ("coco", "DeiT 88.5 91.4; MoCo v3 92.4 95.3; DINO 91.7 94.5; BEiT 69.3 86.5; "
-                     "MAE 88.0 93.9; CAE 91.1 95.5; iBOT 92.1 95.1"))],
-    "landmark_retrieval": [
-        (name, "MMC, table 9", "cls/medium mAP,cls/hard mAP", numbers) for name, numbers in (
-            ("roxford5k", "iBOT 34.2 13.4; DINO 32.8 10.7; MC-SSL 27.4 11.4; SiT 29.3 8.3; "
-                          "MMC 26.1 8.9"),
-            ("rparis6k", "iBOT 61.9 35.2; DINO 60.4 34.2; MC-SSL 52.6 29.9; SiT 51.1 21.3; "
-                         "MMC 53.4 28.6"))]}
+ALL_EPOCHS, ALL_IMAGES = 10, 2000      # of its heads, and of toy's splits, unless flags say other;
+                                       # those of DENSE have smaller limits of their own
 
 # ---- models --------------------------------------------------------------------------------------
 
@@ -1507,17 +982,16 @@ def table_of_all(results):
 
 def reference(task, name):
     """The papers' rows, for the evaluated data set if there are any, as `table` takes them."""
-    entries = REFERENCE.get(task, [])
+    tables = training.read_yaml(Path(__file__).parent / "papers.yaml").get(task, [])
     rows = []
-    for on, where, columns, numbers in [e for e in entries if e[0] == name] or entries:
-        columns = [c.split("/") for c in columns.split("," if "," in columns else None)]
-        for one in numbers.split(";"):
-            model, *values = one.strip().rsplit(None, len(columns))
+    for t in [t for t in tables if t["data"] == name] or tables:
+        columns = [column.split("/") for column in t["columns"]]
+        for model, numbers in t["rows"].items():
             found = {}
-            for (feature, column), value in zip(columns, values):
-                if value != "-":
-                    found.setdefault(feature, {})[column] = float(value)
-            rows.append((SimpleNamespace(name=f"{model} ({where}; {on})"),
+            for (feature, column), number in zip(columns, numbers):
+                if number is not None:
+                    found.setdefault(feature, {})[column] = number
+            rows.append((SimpleNamespace(name=f"{model} ({t['where']}; {t['data']})"),
                          SimpleNamespace(rows=found)))
     return rows
 
@@ -1560,7 +1034,8 @@ def main(argv=None):
             own, start = argparse.Namespace(**{**vars(args), "task": task}), time.perf_counter()
             if every:                                    # probes share features; quick heads
                 own.cache, own.epochs = True, args.epochs or ALL_EPOCHS
-                own.limit = args.limit or (ALL_IMAGES if args.data.startswith("toy") else None)
+                if args.data.startswith("toy") and task not in DENSE:
+                    own.limit = args.limit or ALL_IMAGES
             with append(path) as file:                   # opened first: no work for a bad path
                 try:
                     result = TASKS[task](model, own)
@@ -1575,7 +1050,10 @@ def main(argv=None):
                 elif not model.encoder.num_prefix:
                     result.notes.append(f"{model.name} has no class token: its patch mean stands "
                                         f"in")
-                file.write(record(model, result, own, time.perf_counter() - start))
+                seconds = time.perf_counter() - start
+                file.write(record(model, result, own, seconds))
+            if every:
+                print(f"{model.name}: {task}, {seconds:.1f} s", flush=True)
             results.append((model, result))
     if every and not results:
         raise ValueError("; ".join(missed))

@@ -16,6 +16,8 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 import evaluate
+import features
+import finetune
 import training
 import vit
 
@@ -60,11 +62,11 @@ def groups_of(net):
     """{name of a parameter: (factor, weight decay)}"""
     names = {id(p): name for name, p in net.named_parameters()}
     return {names[id(p)]: (group["factor"], group["weight_decay"])
-            for group in evaluate.layer_groups(net, 0.65, 0.05) for p in group["params"]}
+            for group in finetune.layer_groups(net, 0.65, 0.05) for p in group["params"]}
 
 
 def test_layer_decay_of_twelve_blocks_as_published():
-    net = evaluate.Classifier(evaluate.restart(encoder(depth=12)), 10)
+    net = finetune.Classifier(finetune.restart(encoder(depth=12)), 10)
     factor = {name: f for name, (f, _) in groups_of(net).items()}
     assert set(factor) == {name for name, _ in net.named_parameters()}       # each, and once
     for name, value in {"head.weight": 1, "fc_norm.bias": 1, "encoder.blocks.11.norm1.weight": 0.65,
@@ -73,25 +75,25 @@ def test_layer_decay_of_twelve_blocks_as_published():
                         "encoder.cls_token": 0.0037, "encoder.patch_embed.proj.bias": 0.0037,
                         }.items():
         assert factor[name] == pytest.approx(value, abs=5e-5)
-    norm = evaluate.Classifier(evaluate.restart(encoder(depth=12), final_norm=True), 10, both=True)
+    norm = finetune.Classifier(finetune.restart(encoder(depth=12), final_norm=True), 10, both=True)
     assert groups_of(norm)["encoder.norm.weight"] == (1, 0)
 
 
 def test_matrices_decay_but_no_vectors_class_token_or_positions():
-    net = evaluate.Classifier(evaluate.restart(encoder(**BEIT)), 10)
+    net = finetune.Classifier(finetune.restart(encoder(**BEIT)), 10)
     decays = {name for name, (_, wd) in groups_of(net).items() if wd}
     assert decays == {"head.weight", "encoder.patch_embed.proj.weight"} | {
         f"encoder.blocks.{i}.{name}" for i in range(3) for name in (
             "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight",
             "attn.relative_position_bias_table")}
-    positions = groups_of(evaluate.Classifier(evaluate.restart(encoder(pos="sincos_col")), 10))
+    positions = groups_of(finetune.Classifier(finetune.restart(encoder(pos="sincos_col")), 10))
     assert positions["encoder.pos_embed"][1] == 0        # fixed before, trained here, no decay
 
 
 def test_schedules_of_mae_and_simmim():
     mae = [training.cosine(epoch, 100, 2e-3, 1e-6, 5) for epoch in (0, 1, 5, 52.5, 100)]
     assert mae == pytest.approx([0, 4e-4, 2e-3, (2e-3 + 1e-6) / 2, 1e-6])
-    simmim = [evaluate.simmim_lr(epoch, 100, 5e-3, 1e-6, 20) for epoch in (0, 10, 19.999, 20, 100)]
+    simmim = [finetune.simmim_lr(epoch, 100, 5e-3, 1e-6, 20) for epoch in (0, 10, 19.999, 20, 100)]
     assert simmim == pytest.approx([1e-6, 2.5005e-3, 5e-3, 4.523e-3, 1e-6], rel=2e-4)
 
 
@@ -102,19 +104,19 @@ def test_a_restarted_encoder_gives_the_same_tokens_and_shares_no_memory():
     x = torch.randn(2, 3, 32, 32)
     for config in (BEIT, dict(pos="sincos_col"), dict(class_token=False)):
         net = encoder(scramble=True, **config)
-        copy = evaluate.restart(net, final_norm=True).eval()
+        copy = finetune.restart(net, final_norm=True).eval()
         torch.testing.assert_close(copy(x), net(x))
         memory = {p.data_ptr() for p in net.parameters()}
         assert not memory & {p.data_ptr() for p in copy.parameters()}
         assert all(p.requires_grad for p in copy.parameters())
     small = torch.randn(2, 3, 48, 48)                    # tables are resized, too
     net = encoder(scramble=True, **BEIT)
-    torch.testing.assert_close(evaluate.restart(net, final_norm=True).eval()(small), net(small))
+    torch.testing.assert_close(finetune.restart(net, final_norm=True).eval()(small), net(small))
 
 
 def test_the_shared_table_becomes_one_for_each_block():
     net = encoder(scramble=True, **BEIT)
-    tables = [block.attn.relative_position_bias_table for block in evaluate.restart(net).blocks]
+    tables = [block.attn.relative_position_bias_table for block in finetune.restart(net).blocks]
     shared = net.rel_pos_bias.relative_position_bias_table
     assert all(torch.equal(table, shared) for table in tables)
     tables[0].data.zero_()
@@ -128,8 +130,8 @@ def test_reinit_draws_those_blocks_anew_and_nothing_else(flag, anew, config):
     torch.manual_seed(5)
     fresh = vit.ViT(**{**net.config, "rel_pos": config and "block" or None})
     torch.manual_seed(5)
-    copy = evaluate.restart(net, evaluate.blocks_anew(flag, 3), final_norm=True)
-    kept, first = evaluate.restart(net, final_norm=True).state_dict(), fresh.state_dict()
+    copy = finetune.restart(net, finetune.blocks_anew(flag, 3), final_norm=True)
+    kept, first = finetune.restart(net, final_norm=True).state_dict(), fresh.state_dict()
     for name, x in copy.state_dict().items():
         drawn = name.startswith(tuple(f"blocks.{i}." for i in anew))
         assert torch.equal(x, (first if drawn else kept)[name]), name
@@ -146,15 +148,15 @@ def test_an_official_encoder_knows_how_its_blocks_were_drawn(tmp_path):
 
 def test_pooled_features_and_a_head_near_zero():
     net, x = encoder(scramble=True), torch.randn(2, 3, 32, 32)
-    pat = evaluate.Classifier(evaluate.restart(net), 5).eval()
+    pat = finetune.Classifier(finetune.restart(net), 5).eval()
     raw = net.layers(x, [2], norm=False)[0][0]
     z = torch.nn.functional.layer_norm(raw[:, 1:].mean(1), (32,), eps=1e-6)
     torch.testing.assert_close(pat(x), z @ pat.head.weight.T)
-    both = evaluate.Classifier(evaluate.restart(net, final_norm=True), 5, both=True).eval()
+    both = finetune.Classifier(finetune.restart(net, final_norm=True), 5, both=True).eval()
     tokens = net(x)
     z = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
     torch.testing.assert_close(both(x), z @ both.head.weight.T)
-    big = evaluate.Classifier(evaluate.restart(net), 1000).head
+    big = finetune.Classifier(finetune.restart(net), 1000).head
     assert big.weight.std().item() == pytest.approx(2e-5, rel=0.05) and not big.bias.any()
 
 
@@ -166,7 +168,7 @@ def test_mixed_and_smoothed_targets():
     x, y = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16), torch.tensor([0, 1, 2, 2])
     kinds = set()
     for _ in range(40):
-        mixed, target = evaluate.mixing(5)(x, y)
+        mixed, target = finetune.mixing(5)(x, y)
         assert target.shape == (4, 5)
         torch.testing.assert_close(target.sum(1), torch.ones(4))
         share = 1 - target[1, 1].item()                  # of image 0 in image 1
@@ -178,17 +180,17 @@ def test_mixed_and_smoothed_targets():
     assert kinds == {"mixup", "cutmix"}
     # By hand: 0.7 of class 0 and 0.3 of class 1 of four, smoothed: .655, .295, .025, .025.
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    loss = evaluate.soft_cross_entropy(scores, torch.tensor([[0.7, 0.3, 0.0, 0.0]]))
+    loss = finetune.soft_cross_entropy(scores, torch.tensor([[0.7, 0.3, 0.0, 0.0]]))
     log_sum = torch.logsumexp(scores, 1).item()
     assert loss.item() == pytest.approx(log_sum - (0.655 * 2 + 0.295 * 1 - 0.025), rel=1e-6)
-    uniform = evaluate.soft_cross_entropy(torch.zeros(3, 4), torch.eye(4)[:3])
+    uniform = finetune.soft_cross_entropy(torch.zeros(3, 4), torch.eye(4)[:3])
     assert uniform.item() == pytest.approx(3 * 1.386294, rel=1e-6)           # a sum, not a mean
 
 
 def test_rand_augment_is_torchvisions_at_nine_tenths_of_its_range():
     x = torch.randint(256, (20, 3, 24, 24), dtype=torch.uint8)
     torch.manual_seed(3)
-    ours = evaluate.rand_augment(x)
+    ours = finetune.rand_augment(x)
     torch.manual_seed(3)
     theirs = x.clone()
     one = v2.RandAugment(1, magnitude=27, interpolation=TF.InterpolationMode.BILINEAR,
@@ -204,7 +206,7 @@ def test_rand_augment_is_torchvisions_at_nine_tenths_of_its_range():
 def test_three_augment_does_one_of_three_and_jitters():
     torch.manual_seed(0)
     x = torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8)
-    y = evaluate.three_augment(x)
+    y = finetune.three_augment(x)
     grey = (y - y.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-5
     assert 70 < grey.sum() < 130                         # a third; no jitter brings colour back
     assert y.min() >= 0 and y.max() <= 1 and not torch.equal(y, x / 255)
@@ -213,13 +215,13 @@ def test_three_augment_does_one_of_three_and_jitters():
 def test_erasing_puts_noise_into_a_box_of_a_quarter_of_the_images():
     torch.manual_seed(0)
     x = torch.full((800, 3, 32, 32), 7.0)
-    changed = evaluate.erase(x) != 7
+    changed = finetune.erase(x) != 7
     assert 150 < changed.any((1, 2, 3)).float().sum() < 250
     for mask in changed[changed.flatten(1).any(1)][:50]:
         rows, columns = mask.any(0).any(1).nonzero(), mask.any(0).any(0).nonzero()
         box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
         assert mask.all(0).sum() == box and 0.01 < box / 1024 < 0.36
-    noise = evaluate.erase(x, p=1.0)
+    noise = finetune.erase(x, p=1.0)
     noise = noise[noise != 7]
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
@@ -240,7 +242,7 @@ def two_classes(monkeypatch, shuffled):
             labels = labels[torch.randperm(256, generator=g)]
         return data.Images(name, split, ["red", "blue"], labels, pixels)
 
-    monkeypatch.setattr(evaluate, "load", load)
+    monkeypatch.setattr(features, "load", load)
 
 
 @pytest.mark.parametrize("recipe", ["mae", "simmim", "mmc"])
@@ -248,12 +250,12 @@ def test_it_learns_what_is_there_and_leaves_the_encoder_alone(monkeypatch, recip
     net = encoder(**(BEIT if recipe == "simmim" else {}))
     before = {name: x.clone() for name, x in net.state_dict().items()}
     # Few steps ask for a larger lr than the recipe's.
-    monkeypatch.setitem(evaluate.FINETUNE, recipe, {**evaluate.FINETUNE[recipe], "lr": 8e-3})
+    monkeypatch.setitem(finetune.FINETUNE, recipe, {**finetune.FINETUNE[recipe], "lr": 8e-3})
     args, found = settings("--recipe", recipe, "--epochs", "4"), []
     for shuffled in (False, True):
         with monkeypatch.context() as patch:
             two_classes(patch, shuffled)
-            result = evaluate.finetune(model(net), args)
+            result = finetune.finetune(model(net), args)
         (feature, row), = result.rows.items()
         assert feature == ("cls+pat" if recipe == "mmc" else "pat")
         found.append(row["last epoch"])
@@ -268,10 +270,10 @@ def test_parts_of_a_batch_make_the_same_step(monkeypatch):
     def loss_after(size):
         two_classes(monkeypatch, False)
         seen = []
-        monkeypatch.setattr(evaluate, "score", lambda net, *_: seen.append(
+        monkeypatch.setattr(finetune, "score", lambda net, *_: seen.append(
             [p.detach().clone() for p in net.parameters()]) or (0.0, 0.0))
-        monkeypatch.setattr(evaluate, "DROP_PATH", 0.0)  # drawn for each part
-        result = evaluate.finetune(model(encoder()),
+        monkeypatch.setattr(finetune, "DROP_PATH", 0.0)  # drawn for each part
+        result = finetune.finetune(model(encoder()),
                                    settings("--epochs", "1", "--batch-size", size))
         # 1/64 of 256 images is below the least batch; 2e-3 at 1024, times the root of 16/1024.
         assert "batch 16, lr 0.00025 (both our choice" in result.protocol
@@ -292,7 +294,7 @@ def test_mistakes_get_one_sentence(capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         evaluate.parse(["--task", "finetune", "--recipe", "magic"])
     assert stop.value.code == 2 and "magic" in capsys.readouterr().err
-    monkeypatch.setitem(evaluate.FINETUNE, "mae", {**evaluate.FINETUNE["mae"], "lr": float("nan")})
+    monkeypatch.setitem(finetune.FINETUNE, "mae", {**finetune.FINETUNE["mae"], "lr": float("nan")})
     error = message(capsys, *flags, "--epochs", "2")
     assert "not finite by step" in error and "--precision fp32" in error
 
@@ -319,14 +321,14 @@ def test_two_processes_write_one_line_and_other_tasks_run_in_one(tmp_path):
 
 
 def test_the_processes_share_the_test_images(monkeypatch):
-    net = evaluate.Classifier(evaluate.restart(encoder()), 2)
+    net = finetune.Classifier(finetune.restart(encoder()), 2)
     two_classes(monkeypatch, False)
     tests, args = replace(evaluate.load("toy", None, "test", 32, None, None)), settings()
-    whole, sums = evaluate.score(net, tests, model(net.encoder), args), []
+    whole, sums = finetune.score(net, tests, model(net.encoder), args), []
     monkeypatch.setattr(training, "world_size", lambda: 2)
     monkeypatch.setattr(training, "all_mean", lambda x: sums.append(x) or x)
     for number in (0, 1):
         monkeypatch.setattr(training, "rank", lambda number=number: number)
-        evaluate.score(net, tests, model(net.encoder), args)
+        finetune.score(net, tests, model(net.encoder), args)
     right = sum(sums)
     assert right[2] == 256 and (right[:2] / right[2]).tolist() == pytest.approx(whole)

@@ -2,6 +2,7 @@
 oracles and chance, and every task once from the command line."""
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import dino
 import evaluate
+import features
 import hybrid
 import ibot
 import metrics
@@ -101,7 +103,7 @@ def test_projected_features_are_those_of_the_methods_own_network(tmp_path, metho
     path = tmp_path / "encoder.pt"
     vit.save(path, network.backbone, heads={name: h.state_dict() for name, h in heads.items()})
     encoder, x = vit.load(path, quiet=True), torch.randn(5, 3, 32, 32)
-    z, tokens = evaluate.projected(encoder, x), encoder(x)
+    z, tokens = features.projected(encoder, x), encoder(x)
     expected = expected(tokens)
     whole = vit.projector(encoder, narrow=False)(tokens)
     assert torch.allclose(whole, expected, atol=1e-5, rtol=1e-4)
@@ -147,7 +149,7 @@ def test_projector_of_the_official_moco_v3_file(tmp_path):
     for n in (0, 3, 6):
         z = norm(z @ head[f"{n}.weight"].T, n + 1, n < 6)
         z = z.clamp(min=0) if n < 6 else z
-    assert torch.allclose(evaluate.projected(encoder, x)["projected"], z, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(features.projected(encoder, x)["projected"], z, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
@@ -175,7 +177,7 @@ def test_heads_of_the_official_dino_and_ibot_files(tmp_path, loss, form):
     expected = last(F.normalize(mlp(encoder(x)[:, 0]), dim=1))              # (4, 50) logits
     found = vit.projector(encoder, narrow=False)(encoder(x))
     assert torch.allclose(found, expected, atol=1e-5)
-    narrow = evaluate.projected(encoder, x)["projected"]                    # (4, 6)
+    narrow = features.projected(encoder, x)["projected"]                    # (4, 6)
     assert narrow.shape == (4, 6)
     assert torch.allclose(torch.cdist(narrow, narrow), torch.cdist(expected, expected), atol=1e-4)
 
@@ -184,7 +186,7 @@ def test_no_head_is_none_and_an_odd_one_an_error_with_its_keys():
     m = model()
     assert vit.projector(m.encoder) is None               # never saved
     m.encoder.source = SimpleNamespace(path="x.pt", heads={"decoder": {"weight": torch.ones(1)}})
-    assert vit.projector(m.encoder) is None and "projected" not in evaluate.projected(
+    assert vit.projector(m.encoder) is None and "projected" not in features.projected(
         m.encoder, torch.randn(1, 3, 32, 32))
     m.encoder.source.heads = {"head": {"mlp.weight": torch.ones(2, 2)}}
     with pytest.raises(ValueError, match="x.pt: cannot rebuild the head with the keys mlp.weight"):
@@ -718,15 +720,15 @@ def test_all_prints_one_table_and_says_what_was_left_out(tmp_path, checkpoint, c
     assert "DINO (MMC, table 11; imagenet100)" in text
 
 
-def test_reference_rows_parse_and_are_those_of_the_data():
-    for task, entries in evaluate.REFERENCE.items():
+def test_reference_rows_are_those_of_the_data():
+    for task, tables in training.read_yaml(Path(evaluate.__file__).parent / "papers.yaml").items():
         assert task in evaluate.TASKS
-        for on, _, columns, numbers in entries:
-            count = len(columns.split("," if "," in columns else None))
-            for one in numbers.split(";"):
-                name, *values = one.strip().rsplit(None, count)
-                assert name and all(v == "-" or 0 < float(v) <= 100 for v in values), (task, one)
-            assert {m.name.split("; ")[1] for m, _ in evaluate.reference(task, on)} == {f"{on})"}
+        for t in tables:
+            for name, numbers in t["rows"].items():
+                assert len(numbers) == len(t["columns"]), (task, name)
+                assert all(n is None or 0 < n <= 100 for n in numbers), (task, name)
+            found = {m.name.split("; ")[1] for m, _ in evaluate.reference(task, t["data"])}
+            assert found == {f"{t['data']})"}
     [mmc_row] = [r for m, r in evaluate.reference("few_shot", "pets") if m.name.startswith("MMC (")]
     assert mmc_row.rows == {"cls": {"accuracy": 69.7, "F1": 62.1}}
     [row] = [r for m, r in evaluate.reference("landmark_retrieval", "rparis6k")

@@ -1,0 +1,217 @@
+"""Features of a frozen encoder, in one pass over a data set: what evaluate.py starts from.
+
+    found, labels, classes = features(model, args, "train", ["cls", "pat"])    # {"cls": (n, D), ..}
+
+model: a row of the table, with name, encoder (a ViT; None: raw pixels), size, mean, std and
+interpolation. args: the flags of evaluate.py.
+"""
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import rng
+import vit
+
+# B images, N tokens, D width, S pixels a side, C classes
+
+# ---- of a batch ----------------------------------------------------------------------------------
+
+
+def pooled(encoder, x):
+    """(B, 3, S, S) -> three features of a picture, after the final norm: {name: (B, D or 2D)}.
+
+    cls: class token. pat: mean of the patch tokens. hyber: both, each brought to length 1 first, as
+    the shorter one would hardly count otherwise (the name is MMC's, the scaling our choice).
+    """
+    return pool(encoder, encoder(x))
+
+
+def pool(encoder, tokens):
+    cls, patches = encoder.split(tokens)
+    pat = patches.float().mean(1)
+    cls = pat if cls is None else cls.float()            # no class token: the mean stands in for it
+    return {"cls": cls, "pat": pat, "hyber": torch.cat([F.normalize(cls), F.normalize(pat)], 1)}
+
+
+projector = functools.lru_cache(maxsize=1)(vit.projector)       # of the model at hand: built once
+
+
+def projected(encoder, x):
+    """`pooled`, and what the projection head in the checkpoint, if any, makes of the class token.
+
+    The part-aware study compares the two: encoded features know parts, projected ones objects.
+    """
+    tokens, head = encoder(x), projector(encoder)
+    found = pool(encoder, tokens)
+    if head:
+        with torch.autocast(x.device.type, enabled=False):
+            found["projected"] = head(tokens.float())
+    return found
+
+
+def block_means(encoder, x):
+    """Class token and patch mean of every block's output, without the final norm."""
+    outputs, _ = encoder.layers(x, norm=False)
+    found = {}
+    for number, tokens in enumerate(outputs, 1):
+        z = pool(encoder, tokens)
+        found |= {f"block {number} {name}": z[name] for name in ("cls", "pat")}
+    return found
+
+
+def all_tokens(encoder, x):
+    """All tokens after the final norm (B, N, D), in 16 bits: there are many."""
+    return {"tokens": encoder(x).half()}
+
+
+def last_blocks(encoder, x):
+    """What DINO's linear probe sees, after the final norm. Narrow models (ViT-S): class tokens of
+    the last four blocks. Wide ones (ViT-B): class token and patch mean of the last block."""
+    if encoder.embed_dim >= 768:
+        z = pooled(encoder, x)
+        return {"cls+pat": torch.cat([z["cls"], z["pat"]], 1)}
+    outputs, _ = encoder.layers(x, range(max(0, encoder.depth - 4), encoder.depth))
+    split = [encoder.split(tokens) for tokens in outputs]
+    return {"4 x cls": torch.cat([pat.mean(1) if cls is None else cls for cls, pat in split], 1)}
+
+
+def pixels(_, x):
+    """The floor below every encoder: the picture itself, as means over a 32 x 32 grid at most."""
+    x = F.interpolate(x, (32, 32), mode="area") if x.shape[-1] > 32 else x
+    return {"pixels": x.flatten(1)}
+
+
+def wanted(args, *protocol):
+    """The features that a probe looks at, and the function that makes them."""
+    names = [args.feature] if args.feature else list(protocol)
+    return names, projected if "projected" in names else pooled
+
+
+@torch.no_grad()
+def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled, total=None,
+            key=None):
+    """One pass over (x (B, 3, S, S), numbers (B,)) -> {name: (n, ...)}, numbers (n,).
+
+    numbers: what goes with the images, such as labels or their place in the data set. names: the
+    features to keep; of a model that has none of them (pixels have no class token) all it has.
+    total: number of images, for the progress bar. key: what the images are, in words; with --cache
+    they are encoded only once.
+    """
+    tokens, path = tokens if model.encoder else pixels, stored(model, args, tokens, key)
+    if path and path.is_file():
+        content = torch.load(path, map_location=args.device, weights_only=True)
+        return choose(model, content["features"], names), content["numbers"]
+    found, numbers = {}, []
+    bar = tqdm(total=total, unit="img", desc=f"{model.name}: encoding", delay=5, leave=False,
+               dynamic_ncols=True, disable=None)         # silent if fast, or not on a terminal
+    for x, number in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            z = tokens(model.encoder, x)
+        for name, value in (z if path else choose(model, z, names)).items():
+            found.setdefault(name, []).append(value if name == "tokens" else value.float())
+        numbers.append(number.to(x.device))
+        bar.update(len(x))
+    bar.close()
+    if not numbers:
+        raise ValueError(f"{args.task}: nothing to look at; raise --limit or change --data")
+    found, numbers = {name: torch.cat(z) for name, z in found.items()}, torch.cat(numbers)
+    if not all(z.isfinite().all() for z in found.values()):
+        raise ValueError(f"{model.name}: its features are not finite; try --precision fp32, or an "
+                         f"earlier checkpoint")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = dict(features={name: z.cpu() for name, z in found.items()}, numbers=numbers.cpu())
+        vit.replace_file(path, lambda file: torch.save(content, file))
+    return choose(model, found, names), numbers
+
+
+def choose(model, found, names):
+    """Those of the features that are asked for, or all if there is none of these."""
+    if list(names) == ["projected"] and "projected" not in found and model.encoder:
+        raise ValueError(f"{model.name} has no projection head in its checkpoint; take a file with "
+                         f"one (MoCo v3; DINO and iBOT: the full checkpoint), or another --feature")
+    return {name: z for name, z in found.items() if name in names} or found
+
+
+def stored(model, args, tokens, key):
+    """Where --cache keeps these features; None: nowhere.
+
+    The name holds a hash of all that they depend on; a checkpoint counts as the same as long as its
+    size and time are. The data are taken to stay as they are: if not, delete the folder.
+    """
+    if not args.cache or key is None:
+        return None
+    path = model.source.path
+    what = (path and (str(Path(path).resolve()), *(getattr(Path(path).stat(), of)
+                      for of in ("st_size", "st_mtime_ns"))), model.source.branch,
+            path or (model.name, args.seed, model.encoder and sorted(model.encoder.config.items())),
+            tokens.__name__, args.data, args.data_root, args.limit, model.size, args.precision,
+            model.mean, model.std, model.interpolation, key)
+    name = f"{model.name}-{Path(args.data).name}-{rng.key(str(what)) % 2**64:016x}.pt"
+    return Path(args.out) / "features" / name
+
+
+@functools.lru_cache                                     # several models look at the same images
+def load(name, root, split, size, limit, device):
+    """data.load; of a folder without train/ and val/, every fifth image is the test split."""
+    images = data.load(name, root, split, size, limit, device)
+    if images.split != "all":
+        return images
+    chosen = (torch.arange(len(images)) % 5 == 0) == (split == "test")
+    print(f"{name} has no train/ and val/: {split} is {chosen.sum()} of its {len(images)} images")
+    return replace(images, split=split, paths=[p for p, c in zip(images.paths, chosen) if c],
+                   labels=None if images.labels is None else images.labels[chosen])
+
+
+def labelled(model, args, split):
+    """A split whose images have labels, and the number of classes."""
+    images = load(args.data, args.data_root, split, model.size, args.limit, args.device)
+    if images.labels is None:
+        raise ValueError(f"this data set has no labels ({args.data}), and {args.task} needs them: "
+                         f"choose another --data, or give each class a sub-folder of its own")
+    return images, len(images.classes or range(int(images.labels.max()) + 1))
+
+
+def features(model, args, split, names=("cls", "pat", "hyber"), tokens=pooled, mirror=False,
+             change=None, whole=False):
+    """One pass over a split in the standard test view -> {name: (n, D)}, labels (n,), classes C.
+
+    mirror: encode the mirror image of every picture, too -> {name: (n, 2, D)}. change: what is done
+    to each batch first, a function of x and the numbers of the images. whole: nothing is cut off.
+    """
+    images, classes = labelled(model, args, split)
+    batches = data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
+                           std=model.std, workers=args.workers, interpolation=model.interpolation,
+                           resize=model.size if whole else None)
+    if mirror:
+        batches = ((torch.cat([x, x.flip(-1)]), index.repeat(2)) for x, index in batches)
+    if change:
+        batches = ((change(x, index), index) for x, index in batches)
+    found, index = extract(model, batches, args, names, tokens, len(images) * (1 + mirror),
+                           None if change else (split, mirror, whole))
+    if mirror:                                           # an image's two rows become neighbours
+        order = index.argsort(stable=True)
+        found = {name: z[order].unflatten(0, (-1, 2)) for name, z in found.items()}
+        index = index[order][::2]
+    return found, images.labels.to(index.device)[index], classes
+
+
+def view(model, args):
+    """The standard test view in words: files lose their rim, small resident sets are seen whole."""
+    files = load(args.data, args.data_root, "test", model.size, args.limit, args.device).paths
+    rim = f"centre of short side {model.size * 256 // 224}" if files else "whole picture"
+    return f"{rim} at {model.size} px"
+
+
+def settings_of(args, recipes):
+    """The settings of --recipe, or the first. ValueError if the task has none of that name."""
+    args.recipe = args.recipe or next(iter(recipes))
+    if args.recipe not in recipes:
+        raise ValueError(f"{args.task} has no recipe {args.recipe}; choose --recipe "
+                         f"{', '.join(recipes)}")
+    return recipes[args.recipe]
