@@ -323,7 +323,7 @@ def test_two_processes_write_one_line_and_other_tasks_run_in_one(tmp_path):
 def test_the_processes_share_the_test_images(monkeypatch):
     net = finetune.Classifier(finetune.restart(encoder()), 2)
     two_classes(monkeypatch, False)
-    tests, args = replace(evaluate.load("toy", None, "test", 32, None, None)), settings()
+    tests, args = replace(features.load("toy", None, "test", 32, None, None)), settings()
     whole, sums = finetune.score(net, tests, model(net.encoder), args), []
     monkeypatch.setattr(training, "world_size", lambda: 2)
     monkeypatch.setattr(training, "all_mean", lambda x: sums.append(x) or x)
