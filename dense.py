@@ -197,21 +197,20 @@ def linear_segmentation(model, args):
     recipe, depth = RECIPES[args.recipe], model.encoder.depth
     names = readers.segmentation_classes(args.data, args.level, args.data_root)
     blocks = sorted({max(1, round(block * depth / 12)) - 1 for block in recipe["blocks"]})
-    if is_toy(args):
-        side = side_of(model, args, None)
-        sizes = (side, side, (side, side), (side, side))
-    else:
-        sizes = SIZES[args.data]
+    sizes = sizes_of(model, args)
     iters = args.iters or (TOY_ITERS if is_toy(args) else recipe["iters"])
     lrs = args.lr or (TOY_LRS if is_toy(args) else [recipe["lr"]])
 
     def read(split, keep=lambda number: True):
-        items = readers.segmentation(args.data, args.data_root, split, args.limit or (
-            TOY[split] if is_toy(args) else None), args.level, sizes[0])
-        return (item for number, item in enumerate(items) if keep(number))
+        return (item for number, item in enumerate(mapped(args, split, sizes)) if keep(number))
 
     def encode(x):
         return patches(model, x, args, blocks)
+
+    def predict(x):                                      # one window at a time: there may be many
+        for z in heads.normed(encode(x)):                # heads, and classes
+            yield [upsample(layer(z).permute(2, 0, 1), model.encoder.patch_size)
+                   for layer in heads.layers]
 
     several = len(lrs) > 1
     stream = shuffled(lambda: read("train", lambda number: not several or number % 10),
@@ -224,27 +223,51 @@ def linear_segmentation(model, args):
     chosen, notes = 0, []
     if several:
         held = itertools.islice(read("train", lambda number: number % 10 == 0), HELD_OUT)
-        found = [s["miou"] for s in score_segmentation(heads, encode, held, model, args, sizes)[0]]
+        found = [metrics.segmentation_scores(counts)["miou"] for counts in score_segmentation(
+            predict, held, names, model, args, sizes)[0]]
         chosen = found.index(max(found))
         notes.append(f"{model.name}: lr {lrs[chosen]:g}; mIoU on held-out training images " +
                      ", ".join(f"{100 * s:.1f} at {lr:g}" for s, lr in zip(found, lrs)))
         heads.layers = heads.layers[chosen:chosen + 1]
-    [scores], rows, count = score_segmentation(heads, encode, read("test"), model, args, sizes,
-                                               names, 8 if args.show else 0)
+    [counts], rows, count = score_segmentation(predict, read("test"), names, model, args, sizes,
+                                               8 if args.show else 0)
     if rows:
-        level = args.level or next(iter(readers.SEGMENTATION[args.data][1]))
-        contact_sheet(rows, Path(args.out) / f"segmentation-{args.data}-{level}-{model.name}.png")
+        contact_sheet(rows, picture_of(model, args))
     if args.level in ("object", "part") and args.data in ("ade20k", "pascal"):
         notes.append(f"the {len(names)} classes: {', '.join(names)}")
     shown = " ".join(str(b + 1) for b in blocks)
     return metrics.report(
-        {f"blocks {shown}": {"mIoU": 100 * scores["miou"], "mAcc": 100 * scores["macc"],
-                             "aAcc": 100 * scores["aacc"]}},
+        {f"blocks {shown}": percent(counts)},
         f"linear layer, recipe {args.recipe}, {len(names)} classes; blocks {shown} of {depth} "
         f"before the final norm{', batch norm' * recipe['batch_norm']}; crops of {sizes[0]} px, "
         f"{iters:,} iterations of {BATCH} (the paper's: {recipe['iters']:,}), AdamW, lr "
         f"{'chosen on held-out images' if several else f'{lrs[0]:g}'}; windows of {sizes[0]} px, "
         f"stride {sizes[1]}; a ratio of sums at the original size", notes, test=count)
+
+
+def sizes_of(model, args):
+    """The line of SIZES; of toy all sides are twice what the encoder was trained on."""
+    if not is_toy(args):
+        return SIZES[args.data]
+    side = side_of(model, args, None)
+    return side, side, (side, side), (side, side)
+
+
+def mapped(args, split, sizes):
+    """Items of a split with a class for every pixel, as readers.segmentation gives them."""
+    limit = args.limit or (TOY[split] if is_toy(args) else None)
+    return readers.segmentation(args.data, args.data_root, split, limit, args.level, sizes[0])
+
+
+def picture_of(model, args):
+    level = args.level or next(iter(readers.SEGMENTATION[args.data][1]))
+    return Path(args.out) / f"{args.task}-{args.data}-{level}-{model.name}.png"
+
+
+def percent(counts):
+    """Sum of metrics.confusion -> a row of the table."""
+    scores = metrics.segmentation_scores(counts)
+    return {name: 100 * scores[name.lower()] for name in ("mIoU", "mAcc", "aAcc")}
 
 
 class Heads(nn.Module):
@@ -279,12 +302,9 @@ def train_segmentation(heads, encode, stream, model, args, sizes, iters, lrs, sw
         for group in opt.param_groups:                   # linear up over the warm-up, and down to 0
             up = 1 - (1 - min(step / warmup, 1)) * (1 - 1e-6)
             group["lr"] = group["peak"] * (1 - step / iters) * up
-        pairs = [training_crop(item, sizes, rng.generator(args.seed, "crop", step, i), swap)
-                 for i, item in enumerate(itertools.islice(stream, BATCH))]
-        x = [normalised(model, image, args) for image, _ in pairs]
-        x = torch.stack([F.pad(x, (0, crop - x.shape[2], 0, crop - x.shape[1])) for x in x])
-        labels = torch.stack([F.pad(y, (0, crop - y.shape[1], 0, crop - y.shape[0]), value=255)
-                              for _, y in pairs]).long().to(args.device)
+        x, labels = (t.to(args.device) for t in stacked(
+            [training_crop(item, sizes, rng.generator(args.seed, "crop", step, i), swap)
+             for i, item in enumerate(itertools.islice(stream, BATCH))], crop, model))
         z = heads.normed(encode(x))                      # (B, h, w, D), no gradient behind it
         for layer in heads.layers:
             for features, y in zip(z.split(some), labels.split(some)):
@@ -334,6 +354,15 @@ def training_crop(item, sizes, g, swap=None):
     return distort(image, g), labels
 
 
+def stacked(views, crop, model):
+    """[(image (3, h, w) of 0 to 255, labels (h, w)), ...] -> (B, 3, crop, crop) normalised, (B,
+    crop, crop) int64. What is smaller gets 0 and label 255 on the right and at the bottom."""
+    x = [data.normalize(image / 255, model.mean, model.std) for image, _ in views]
+    x = [F.pad(x, (0, crop - x.shape[2], 0, crop - x.shape[1])) for x in x]
+    y = [F.pad(y, (0, crop - y.shape[1], 0, crop - y.shape[0]), value=255) for _, y in views]
+    return torch.stack(x), torch.stack(y).long()
+
+
 def distort(x, g):
     """Photometric distortion of (3, H, W), 0 to 255: each of four changes with probability 1/2."""
     def maybe():
@@ -372,29 +401,28 @@ def starts(length, window, stride):
 
 
 @torch.no_grad()
-def segment(heads, encode, image, model, args, sizes):
+def segment(predict, image, model, args, sizes):
     """(3, H, W) uint8 -> the most likely class of every pixel by every head, [(H, W) int64].
 
-    Windows overlap; their logits are averaged. A side shorter than a window is taken as it is.
+    predict: windows (B, 3, h, w) normalised -> for each of them the logits (C, >= h, >= w) of every
+    head. Windows overlap; their logits are averaged. A side shorter than a window is taken as it
+    is.
     """
     window, stride, _, (long, short) = sizes
     x = normalised(model, resize(image, scaled(image.shape[1:], long, short)), args)
     places = list(itertools.product(*(starts(n, window, stride) for n in x.shape[1:])))
     height, width = (min(n, window) for n in x.shape[1:])
-    sums = [0.0] * len(heads.layers)
-    counts = torch.zeros(x.shape[1:], device=x.device)
+    sums, counts = [], torch.zeros(x.shape[1:], device=x.device)
     for some in range(0, len(places), AT_ONCE):
         some = places[some:some + AT_ONCE]
-        z = heads.normed(encode(torch.stack([x[:, top:top + height, left:left + width]
-                                             for top, left in some])))
-        for (top, left), features in zip(some, z):
+        found = predict(torch.stack([x[:, top:top + height, left:left + width]
+                                     for top, left in some]))
+        for (top, left), heads in zip(some, found):
             at = slice(top, top + height), slice(left, left + width)
             counts[at] += 1
-            for number, layer in enumerate(heads.layers):
-                logits = upsample(layer(features).permute(2, 0, 1), model.encoder.patch_size)
-                if not torch.is_tensor(sums[number]):
-                    sums[number] = x.new_zeros(len(logits), *x.shape[1:])
-                sums[number][:, *at] += logits[:, :height, :width]
+            sums = sums or [x.new_zeros(len(logits), *x.shape[1:]) for logits in heads]
+            for total, logits in zip(sums, heads):
+                total[:, *at] += logits[:, :height, :width]
     return [likeliest(logits / counts, image.shape[1:]) for logits in sums]
 
 
@@ -409,24 +437,21 @@ def likeliest(logits, shape, chunk=16):
     return where
 
 
-def score_segmentation(heads, encode, items, model, args, sizes, names=(), show=0):
-    """-> scores of every head; rows of pictures (image, truth, prediction) of the first `show`
-    items; number of items."""
-    classes = heads.layers[0].out_features
-    counts, rows, count = [0] * len(heads.layers), [], 0
-    for item in bar(items, model):
-        found = segment(heads, encode, item.image, model, args, sizes)
-        for number, predicted in enumerate(found):
-            counts[number] += metrics.confusion(predicted.cpu(), item.labels, classes)
-        if count < show:
-            image = item.image
+def score_segmentation(predict, items, names, model, args, sizes, show=0):
+    """-> metrics.confusion of every head, summed over all items; rows of pictures (image, truth,
+    prediction) of the first `show` items; number of items. predict: see `segment`."""
+    counts, rows, number = None, [], 0
+    for number, item in enumerate(bar(items, model), 1):
+        found = segment(predict, item.image, model, args, sizes)
+        new = [metrics.confusion(predicted.cpu(), item.labels, len(names)) for predicted in found]
+        counts = new if counts is None else [a + b for a, b in zip(counts, new)]
+        if number <= show:
             known = item.labels != 255
-            rows.append([image, *(painted(image, labels, known, names) for labels in (
-                item.labels, found[0].cpu()))])
-        count += 1
-    if not count:
+            rows.append([item.image, *(painted(item.image, labels, known, names)
+                                       for labels in (item.labels, found[0].cpu()))])
+    if not number:
         raise ValueError(f"{args.task}: nothing to look at; raise --limit or change --data")
-    return [metrics.segmentation_scores(c) for c in counts], rows, count
+    return counts, rows, number
 
 
 def painted(image, labels, known, names):

@@ -82,14 +82,16 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "reference":  (bool, False, "print the papers' numbers under ours"),
     "feature":    (("cls", "pat", "hyber", "projected"), None, "only this; none: the protocol's"),
     "k":          (natural, [10, 20], "knn: numbers of neighbours"),
-    "recipe":     (("mae", "dino", "park", "simmim", "mmc", "parts"), None, "whose settings; none: "
-                   "the first; linear: mae, dino, park; finetune: mae, simmim, mmc; "
-                   "linear_segmentation: parts, mmc"),
+    "recipe":     (("mae", "dino", "park", "simmim", "mmc", "parts", "selfpatch"), None, "whose "
+                   "settings; none: the first; linear: mae, dino, park; finetune: mae, simmim, "
+                   "mmc; linear_segmentation: parts, mmc; segmentation: fpn selfpatch, upernet "
+                   "mae, selfpatch"),
     "epochs":     (natural, None, "of a head's or all weights' training; none: the recipe's"),
     "reinit":     (str, None, "finetune: first:N or last:N, so many blocks start anew"),
     "crop":       (("code", "paper"), "code", "parts: geometry, see part_crops"),
     "parts":      (str, [], "names of key-points, or all; none: the study's"),
-    "head":       (("linear", "attentive"), "linear", "part_classification: on which features"),
+    "head":       (("linear", "attentive", "fpn", "upernet"), None, "part_classification: linear, "
+                   "attentive; segmentation: fpn, upernet; none: the first"),
     "episodes":   (natural, 600, "few_shot: number of draws"),
     "max-aspect": (float, 1.2, "object_retrieval: longer side / shorter side of a box, at most"),
     "min-side":   (natural, 64, "object_retrieval: shorter side of a box in pixels, at least"),
@@ -102,16 +104,16 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "equal-energy": (bool, False, "frequency_noise: bands of equal strength, not of equal density"),
     "level":      (("object", "part", "scene"), None, "segmentation: which classes; none: the "
                    "first that the data set has"),
-    "iters":      (natural, None, "linear_segmentation, pose: steps of training; none: the "
-                   "protocol's, on toy 200"),
+    "iters":      (natural, None, "segmentation, linear_segmentation, pose: steps of training; "
+                   "none: the protocol's, on toy 200"),
     "lr":         (float, [], "linear_segmentation: learning rates, side by side; none: the "
-                   "recipe's, on toy three"),
-    "swap-sides": (bool, False, "linear_segmentation: left becomes right in flipped pictures"),
+                   "recipe's, on toy three; segmentation: one"),
+    "swap-sides": (bool, False, "segmentation: left becomes right in flipped pictures"),
     "prompt":     (("deepest", "random"), "deepest", "zero_shot_segmentation: which patch"),
     "target":     (("category", "instance", "stuff"), "category", "zero_shot_segmentation: what is "
                    "looked for"),
     "show":       (bool, False, "write pictures of what a probe saw to --out: part_retrieval and "
-                   "the probes of dense.py"),
+                   "the probes of dense.py, segmentation"),
 }
 
 # ---- probes --------------------------------------------------------------------------------------
@@ -694,6 +696,10 @@ def part_classification(model, args):
     augmentation. Our choice, as in `linear`: small batches, a sweep of lr around the paper's, a
     held-out tenth that chooses lr and epoch (the paper: the best epoch on the test crops).
     """
+    args.head = args.head or "linear"
+    if args.head not in ("linear", "attentive"):
+        raise ValueError(f"part_classification has no head {args.head}; choose --head linear, "
+                         f"attentive")
     known, parts, (_, _, _, source) = key_points(args)
     if args.head == "attentive" and not model.encoder:
         raise ValueError("the attentive head needs tokens, and pixels have none")
@@ -868,6 +874,7 @@ TASKS = {
     "layerwise": layerwise,
     "attentive": attentive,
     "finetune": finetune.finetune,
+    "segmentation": finetune.segmentation,
     "object_retrieval": object_retrieval,
     "part_retrieval": part_retrieval,
     "part_classification": part_classification,
@@ -876,7 +883,7 @@ TASKS = {
     "frequency_noise": frequency_noise,
     **DENSE,
 }
-SHARED = {"finetune"}        # its work is split over the processes of torchrun; others run in one
+SHARED = {"finetune", "segmentation"}        # split over torchrun's processes; others run in one
 FROZEN = [task for task in TASKS if task not in SHARED]  # what --task all runs
 ALL_EPOCHS, ALL_IMAGES = 10, 2000      # of its heads, and of toy's splits, unless flags say other;
                                        # those of DENSE have smaller limits of their own

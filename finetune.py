@@ -2,6 +2,10 @@
 
     python evaluate.py --task finetune --recipe simmim --checkpoint out/simmim-toy
     python evaluate.py --task finetune --reinit last:2          # where does what was learned sit?
+    python evaluate.py --task segmentation --head upernet --show
+
+picture -> ViT -> patch mean -> linear layer                     -> its class          finetune
+               -> maps of four blocks -> Semantic FPN or UPerNet -> that of each pixel segmentation
 """
 import math
 import re
@@ -9,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +23,18 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import data
+import dense
 import metrics
+import readers
 import rng
 import training
 import vit
 from features import labelled, settings_of, view
 from metrics import report
 
-# B images, S pixels a side, C classes, D width
+# B images, S pixels a side, H, W of a picture, h, w of a map, C classes, D width
+
+# ---- classification ------------------------------------------------------------------------------
 
 # lr: at a batch of `per`, else in proportion. clip: of the gradient's norm. mae, simmim: as their
 # released code. mmc: Wu et al., table 7, where "64 on 4 GPUs" for ImageNet and "on 2" for others is
@@ -166,11 +175,13 @@ def blocks_anew(text, depth):
     return range(n) if found[1] == "first" else range(depth - n, depth)
 
 
-def restart(encoder, anew=(), final_norm=False):
+def restart(encoder, anew=(), final_norm=False, size=None):
     """A copy of the encoder to train on: the blocks `anew` as before pre-training, with drop path.
 
     A relative position table that all blocks share becomes one for each (BEiT, SimMIM). Positions
-    that pre-training kept fixed are trained, too, as MAE's code does.
+    that pre-training kept fixed are trained, too, as MAE's code does. size: pixels a side of the
+    pictures to come; positions are resampled to it here, once, so that each patch then trains its
+    own.
     """
     config = {**encoder.config, "drop_path": DROP_PATH}
     config["final_norm"] &= final_norm
@@ -179,9 +190,17 @@ def restart(encoder, anew=(), final_norm=False):
         config["rel_pos"] = "block"
         for i in range(encoder.depth):
             state[f"blocks.{i}.attn.{key}"] = state[f"rel_pos_bias.{key}"]
+    if size not in (None, config["img_size"]):
+        config["img_size"] = size
+        grids = encoder.grid, (size // encoder.patch_size,) * 2
+        for name, x in state.items():
+            if name == "pos_embed":
+                state[name] = vit.resize_positions(x, *grids, encoder.num_prefix, config["resize"])
+            elif name.endswith(key):
+                state[name] = vit.resize_table(x, *grids)
     copy = vit.ViT(**config)                             # drawn as the backbone draws its weights
-    new = tuple(f"blocks.{i}." for i in anew)
-    copy.load_state_dict({name: x if name.startswith(new) else state[name]
+    drawn = tuple(f"blocks.{i}." for i in anew)
+    copy.load_state_dict({name: x if name.startswith(drawn) else state[name]
                           for name, x in copy.state_dict().items()})
     if copy.pos_embed is not None:
         copy.pos_embed.requires_grad_(True)
@@ -189,7 +208,8 @@ def restart(encoder, anew=(), final_norm=False):
 
 
 def layer_groups(net, decay, weight_decay):
-    """AdamW's groups of a Classifier. The lower a layer, the less it moves: lr times `factor`.
+    """AdamW's groups of an `encoder` and its head. The lower a layer, the less it moves: lr times
+    `factor`.
 
     Layer 0 embeds patches, class token and positions, layer i is block i of L, counted from 1, and
     L+1 the norm and the head: factor = decay^(L+1-layer). Vectors, class token and positions are
@@ -292,3 +312,297 @@ def score(net, tests, model, args):
     right = torch.tensor([*percent, 1.0], dtype=torch.float64, device=args.device) * len(some)
     right = training.all_mean(right)
     return (right[:2] / right[2]).tolist()
+
+
+# ---- a class for every pixel ---------------------------------------------------------------------
+
+# blocks: of 12, counted from 1, in proportion for other depths. iters: of BATCH crops. selfpatch:
+# as SelfPatch's released configuration of Semantic FPN, which follows XCiT's; its UPerNet has the
+# same lr by our choice. mae: as MAE and BEiT fine-tune. Our choice: ASL and Park et al., who do not
+# say theirs, are read as mae, and drop path is that of all recipes here.
+SEGMENT = {
+    "fpn": {
+        "selfpatch": dict(blocks=(3, 6, 9, 12), lr=6e-5, decay=0.01, layer_decay=1.0, iters=40000)},
+    "upernet": {
+        "mae":       dict(blocks=(4, 6, 8, 12), lr=1e-4, decay=0.05, layer_decay=0.65,
+                          iters=160000),
+        "selfpatch": dict(blocks=(4, 6, 8, 12), lr=6e-5, decay=0.01, layer_decay=1.0,
+                          iters=160000)}}
+BATCH, WARMUP = 16, 1500                                 # crops, iterations
+AUXILIARY, DROPOUT = 0.4, 0.1                            # weight of UPerNet's second loss; in heads
+POOLS = 1, 2, 3, 6                                       # cells a side of UPerNet's averages
+# On toy, our choice: narrow heads and a larger lr, as 40,000 iterations shrink to 200.
+TOY_SEGMENT = dict(lr=1e-3, iters=200)
+
+
+def segmentation(model, args):
+    """Semantic FPN or UPerNet (--head) on top, all weights trained: the class of every pixel.
+
+    SelfPatch, tables 1 and 3; ASL, tables 4 and 5; Park et al., table G.1. Blocks of the encoder
+    give four maps, before the final norm and without the class token; crops, resizing, flips and
+    colours as in dense.linear_segmentation; scores at the original size, of whole pictures (fpn)
+    or of windows (upernet: our choice for all papers). Our choices: on toy, pictures of twice the
+    encoder's size, narrow heads, 200 iterations of a larger lr; warm-up shrinks with --iters; no
+    bias decays. The processes of torchrun share crops, gradients, batch norm and test pictures.
+    """
+    dense.needs_tokens(model, args)
+    head = args.head = args.head or "fpn"
+    if head not in SEGMENT:
+        raise ValueError(f"segmentation has no head {head}; choose --head {', '.join(SEGMENT)}")
+    toy, rank, world = dense.is_toy(args), training.rank(), training.world_size()
+    recipe = settings_of(args, SEGMENT[head])
+    published, recipe = recipe["iters"], {**recipe, **(TOY_SEGMENT if toy else {})}
+    if len(args.lr) > 1:
+        raise ValueError("segmentation trains all weights, so with one --lr at a time")
+    peak, iters = args.lr[0] if args.lr else recipe["lr"], args.iters or recipe["iters"]
+    if BATCH % world:
+        raise ValueError(f"{world} processes cannot share {BATCH} crops: take 1, 2, 4, 8 or 16")
+    share = BATCH // world
+    parts = -(-share // args.batch_size)                 # of a batch, if --batch-size asks for it
+    if share // parts * world < 2:
+        raise ValueError("batch norm needs crops to compare: --batch-size 2 or more")
+    names = readers.segmentation_classes(args.data, args.level, args.data_root)
+    sizes, depth = dense.sizes_of(model, args), model.encoder.depth
+    blocks = [max(1, round(block * depth / 12)) - 1 for block in recipe["blocks"]]
+
+    torch.manual_seed(args.seed)
+    net = Segmenter(model.encoder, blocks, head, len(names), sizes[0], toy).to(args.device)
+    if args.device.type == "cuda":                       # quicker than BatchNorm2d, and the same
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    opt = torch.optim.AdamW(layer_groups(net, recipe["layer_decay"], recipe["decay"]),
+                            betas=(0.9, 0.999), fused=True)
+    parallel = training.share_gradients(net, args.device)
+    warmup = max(1, WARMUP * iters // published)
+    batches = data.in_workers(Crops(args, model, sizes, names), range(iters),
+                              0 if toy else args.workers, args.device)
+    bar = tqdm(total=iters, desc=model.name, leave=False, dynamic_ncols=True,
+               disable=rank > 0 or not sys.stderr.isatty())
+    losses, begin, say = [], time.perf_counter(), min(1000, max(1, iters // 10))
+    for step, (x, y) in enumerate(batches):              # (B, 3, S, S), (B, S, S)
+        torch.manual_seed(rng.key(args.seed, "segmentation", step, rank))    # dropout, drop path
+        lr = poly(step, iters, peak, warmup)
+        for group in opt.param_groups:
+            group["lr"] = lr * group["factor"]
+        x, y = (t.to(args.device, non_blocking=True) for t in (x, y))
+        for rows in torch.arange(share).tensor_split(parts):
+            parallel.require_backward_grad_sync = rows[-1] == share - 1      # DDP's no_sync
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                logits, *second = parallel(x[rows])
+            loss = dense.segmentation_loss(logits, y[rows])
+            for logits in second:                        # UPerNet's auxiliary head
+                loss = loss + AUXILIARY * dense.segmentation_loss(logits, y[rows])
+            (loss * len(rows) / share).backward()
+            losses.append(loss.detach())
+        opt.step(), opt.zero_grad()
+        bar.update()
+
+        if (step + 1) % say == 0 or step % 50 == 0:      # now and then: a GPU has to be waited for
+            mean = training.all_mean(torch.stack(losses).mean()).item()
+            if not math.isfinite(mean):
+                raise ValueError(f"{model.name}: the loss is not finite by step {step + 1} of "
+                                 f"{iters} (lr {lr:.1e}); try --precision fp32, a smaller --lr or "
+                                 f"an earlier checkpoint")
+            bar.set_postfix(loss=f"{mean:.3f}")
+        if (step + 1) % say == 0:
+            left = (time.perf_counter() - begin) * (iters - step - 1) / (step + 1)
+            tqdm.write(f"step {step + 1:,}/{iters:,}  loss {mean:.3f}  lr {lr:.1e}  eta "
+                       f"{tqdm.format_interval(left)}", file=sys.stdout)
+            losses = []
+    bar.close()
+
+    def predict(x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            return net(x)[0][:, None]                    # (B, 1 head, C, H, W)
+
+    net.eval()
+    view = sizes if head == "upernet" else (sizes[3][0], sizes[3][0], *sizes[2:])    # one window
+    own = islice(dense.mapped(args, "test", sizes), rank, None, world)
+    [counts], rows, number = dense.score_segmentation(predict, own, names, model, args, view,
+                                                      8 if args.show else 0)
+    counts, number = (training.all_mean(n) * world for n in (
+        counts.double(), torch.tensor(number, dtype=torch.float64)))
+    if rows and rank == 0:
+        dense.contact_sheet(rows, dense.picture_of(model, args))
+    return report(
+        {head: dense.percent(counts)},
+        f"{NAMES[head]}, fine-tuned end to end, recipe {args.recipe}, {len(names)} classes; blocks "
+        f"{' '.join(str(b + 1) for b in blocks)} of {depth} before the final norm; crops of "
+        f"{sizes[0]} px, {iters:,} iterations of {BATCH} (the paper's: {published:,}), AdamW, lr "
+        f"{peak:g}, weight decay {recipe['decay']}, layer decay {recipe['layer_decay']}, drop path "
+        f"{DROP_PATH}; " + ("whole pictures" if head == "fpn" else
+                            f"windows of {sizes[0]} px, stride {sizes[1]}") +
+        "; a ratio of sums at the original size",
+        [f"{model.name}: batch norm saw {share // parts * world} crops at a time, not {BATCH}"] * (
+            parts > 1),
+        test=int(number))
+
+
+def poly(step, total, peak, warmup):
+    """Straight down from `peak` to 0 (power 1), times a straight rise from 1e-6 to 1 at first."""
+    return peak * (1 - step / total) * (1 - (1 - min(step / warmup, 1)) * (1 - 1e-6))
+
+
+class Crops:
+    """step -> this process's crops: x (B, 3, S, S) normalised, y (B, S, S) int64, 255 = ignore.
+
+    To be asked step after step, or for every nth of them by each of n workers: all of them, and all
+    processes, read the same pictures in the same order, so their number changes nothing.
+    """
+
+    def __init__(self, args, model, sizes, names):
+        self.args, self.sizes, self.done, self.stream = args, sizes, 0, None
+        self.swap = dense.sides(names) if args.swap_sides else None
+        self.model = SimpleNamespace(mean=model.mean, std=model.std)
+        self.own = range(training.rank(), BATCH, training.world_size())
+
+    def __call__(self, step):
+        if not self.stream:                              # in the worker, if there are workers
+            self.stream = dense.shuffled(lambda: dense.mapped(self.args, "train", self.sizes),
+                                         rng.generator(self.args.seed, "order"))
+        for _ in range(self.done, step):
+            list(islice(self.stream, BATCH))             # other workers' steps
+        items, self.done = list(islice(self.stream, BATCH)), step + 1
+        return dense.stacked(
+            [dense.training_crop(items[i], self.sizes,
+                                 rng.generator(self.args.seed, "crop", step, i), self.swap)
+             for i in self.own], self.sizes[0], self.model)
+
+
+class Segmenter(nn.Module):
+    """Encoder and head: pictures (B, 3, H, W) of any size -> [logits (B, C, H, W), ...]; the second
+    ones are an auxiliary head's, in training.
+
+    blocks: four numbers from 0. Sides that are no multiple of the patch are padded with 0, and the
+    logits of the padding cut off.
+    """
+
+    def __init__(self, encoder, blocks, head, classes, crop, narrow=False):
+        super().__init__()
+        p, width = encoder.patch_size, encoder.embed_dim
+        self.encoder, self.blocks = restart(encoder, size=-(-crop // p) * p), blocks
+        if head == "fpn":
+            self.head = SemanticFPN(width, classes, **dict(neck=64, channels=32) if narrow else {})
+        else:
+            self.head = UPerNet(width, classes, p, **dict(channels=64, aux=32) if narrow else {})
+
+    def forward(self, x):
+        p, (height, width) = self.encoder.patch_size, x.shape[2:]
+        x = F.pad(x, (0, -width % p, 0, -height % p))
+        outputs, _ = self.encoder.layers(x, self.blocks, norm=False)
+        maps = [self.encoder.split(z)[1].transpose(1, 2).unflatten(2, (x.shape[2] // p, -1))
+                for z in outputs]                                            # (B, D, h, w)
+        return [like(logits.float(), x)[..., :height, :width] for logits in self.head(maps)]
+
+
+class SemanticFPN(nn.Module):
+    """Kirillov et al., 2019: four maps (B, D, h, w) of one size -> [logits (B, C, h, w)].
+
+        block 3 -1x1- + -3x3- conv ------------------------------- + - dropout - 1x1
+        block 6 -1x1- + -3x3- conv x2 ---------------------------- |
+        block 9 -1x1- + -3x3- conv x2 conv x2 -------------------- |
+        block 12 1x1- + -3x3- conv x2 conv x2 conv x2 ------------ |
+
+    + on the left: from the bottom up, each adds the ones below; x2: upsampled. The head was made
+    for maps of strides 4, 8, 16, 32; all of a plain ViT's have the patch's, and are enlarged and
+    shrunk again as if they had not (SelfPatch's configuration).
+    """
+
+    def __init__(self, width, classes, neck=256, channels=128):
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Conv2d(width, neck, 1) for _ in range(4))
+        self.smooth = nn.ModuleList(nn.Conv2d(neck, neck, 3, padding=1) for _ in range(4))
+        for layer in (*self.laterals, *self.smooth):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.levels = nn.ModuleList([conv(neck, channels, 3)])
+        for count in (1, 2, 3):
+            layers = [(conv(channels if i else neck, channels, 3),
+                       nn.Upsample(scale_factor=2, mode="bilinear")) for i in range(count)]
+            self.levels.append(nn.Sequential(*sum(layers, ())))
+        self.classify = classifier(channels, classes)
+
+    def forward(self, maps):
+        maps = [lateral(x) for lateral, x in zip(self.laterals, maps)]
+        for i in (2, 1, 0):
+            maps[i] = maps[i] + maps[i + 1]
+        maps = [level(smooth(x)) for level, smooth, x in zip(self.levels, self.smooth, maps)]
+        return [self.classify(sum(like(x, maps[0]) for x in maps))]
+
+
+class UPerNet(nn.Module):
+    """Xiao et al., 2018: four maps (B, D, h, w) of one size -> [logits at stride 4]; in training
+    also those of an auxiliary head (a fully convolutional one) on the map at stride 16.
+
+        stride 4  -1x1- + -3x3-+
+        stride 8  -1x1- + -3x3-+
+        stride 16 -1x1- + -3x3-+
+        stride 32 pooled, 3x3 -+- 3x3 - dropout - 1x1
+
+    + on the left: each adds the coarser one below, enlarged. `pyramid` makes the strides.
+    """
+
+    def __init__(self, width, classes, patch_size=16, channels=512, aux=256):
+        super().__init__()
+        self.pyramid = pyramid(width, patch_size)
+        self.pools = nn.ModuleList(conv(width, channels, 1) for _ in POOLS)
+        self.context = conv(width + len(POOLS) * channels, channels, 3)
+        self.laterals = nn.ModuleList(conv(width, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(conv(channels, channels, 3) for _ in range(3))
+        self.fuse = conv(4 * channels, channels, 3)
+        self.classify = classifier(channels, classes)
+        self.auxiliary = nn.Sequential(conv(width, aux, 3), classifier(aux, classes))
+
+    def forward(self, maps):
+        maps = [level(x) for level, x in zip(self.pyramid, maps)]
+        top = maps[3]
+        pooled = [like(pool(F.adaptive_avg_pool2d(top, n)), top)
+                  for n, pool in zip(POOLS, self.pools)]
+        levels = [lateral(x) for lateral, x in zip(self.laterals, maps)]
+        levels.append(self.context(torch.cat([top, *pooled], 1)))
+        for i in (2, 1, 0):
+            levels[i] = levels[i] + like(levels[i + 1], levels[i])
+        levels = [*(smooth(x) for smooth, x in zip(self.smooth, levels)), levels[3]]
+        logits = self.classify(self.fuse(torch.cat([like(x, levels[0]) for x in levels], 1)))
+        return [logits, self.auxiliary(maps[2])] if self.training else [logits]
+
+
+NAMES = {"fpn": "Semantic FPN", "upernet": "UPerNet"}
+
+
+def pyramid(width, patch_size=16):
+    """Four modules that make maps of strides 4, 8, 16, 32 of a plain ViT's (B, D, h, w), as BEiT's
+    code does for patches of 16 and 8. Our choice: of other patches as of 16."""
+    def twice():
+        return nn.ConvTranspose2d(width, width, 2, 2)
+
+    if patch_size == 8:
+        return nn.ModuleList([twice(), nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(4)])
+    return nn.ModuleList([nn.Sequential(twice(), BatchNorm2d(width), nn.GELU(), twice()),
+                          twice(), nn.Identity(), nn.MaxPool2d(2)])
+
+
+class BatchNorm2d(training.BatchNorm):
+    """Of maps (B, D, h, w): over the crops of all processes."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, 3)).movedim(3, 1)
+
+
+def conv(width, out, size):
+    """Convolution that keeps h and w, batch norm, ReLU."""
+    layer = nn.Conv2d(width, out, size, padding=size // 2, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(layer, BatchNorm2d(out), nn.ReLU())
+
+
+def classifier(width, classes):
+    """Dropout of whole channels, and a linear layer for every pixel."""
+    layer = nn.Conv2d(width, classes, 1)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.Dropout2d(DROPOUT), layer)
+
+
+def like(x, other):
+    """Maps (B, D, h, w) at the size of others, bilinear."""
+    return F.interpolate(x, other.shape[2:], mode="bilinear", align_corners=False)

@@ -78,19 +78,16 @@ def test_the_argmax_at_another_size_is_the_same_in_parts():
 
 
 def test_windows_are_averaged_where_they_overlap():
-    """An encoder that gives the mean colour of each patch, and a head that is the identity."""
-    heads = dense.Heads(3, 3, 1, False, 0)
-    heads.layers[0].weight.copy_(torch.eye(3))
+    """A model whose logits are the mean colour of each patch."""
     image = torch.zeros(3, 40, 72, dtype=torch.uint8)
     image[0, :, :24], image[1, :, 24:56], image[2, :, 56:] = 255, 255, 255
     seen = []
 
-    def encode(x):
+    def predict(x):
         seen.extend(x.shape[2:] for _ in x)
-        return F.avg_pool2d(x, 8).permute(0, 2, 3, 1)
+        return ([dense.upsample(z, 8)] for z in F.avg_pool2d(x, 8))
 
-    [found] = dense.segment(heads, encode, image, model(), settings(), (
-        32, 24, None, (10000, 40)))
+    [found] = dense.segment(predict, image, model(), settings(), (32, 24, None, (10000, 40)))
     assert len(seen) == 2 * 3 and set(seen) == {(32, 32)}
     assert found.equal(image.long().argmax(0))
 
@@ -398,8 +395,9 @@ def run(tmp_path, *flags):
 
 
 @pytest.mark.parametrize("task, column, images, pictures", [
-    ("linear_segmentation --level part --iters 3", "mIoU", "test", "segmentation-toy*part*"),
-    ("linear_segmentation --level object --recipe mmc --iters 2 --lr 1e-3", "aAcc", "test", "seg*"),
+    ("linear_segmentation --level part --iters 3", "mIoU", "test", "linear_seg*toy*part*"),
+    ("linear_segmentation --level object --recipe mmc --iters 2 --lr 1e-3", "aAcc", "test",
+     "linear_seg*"),
     ("zero_shot_segmentation --prompt random", "T=0.1", "targets", "similarity-toy*"),
     ("video", "J&F", "films", "video-toy*"), ("pose --iters 3", "PCK@0.1", "objects", "pose-toy*")])
 def test_every_task_runs_on_toy(tmp_path, task, column, images, pictures):
