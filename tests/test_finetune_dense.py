@@ -1,0 +1,443 @@
+"""Fine-tuned segmentation: heads against their functional form, groups and schedule against the
+published numbers, processes and workers against one, and a small run with shuffled labels as
+control."""
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import dense
+import evaluate
+import finetune
+import readers
+import rng
+import training
+import vit
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
+BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
+ROOT = Path(__file__).parent.parent
+
+
+def encoder(**config):
+    torch.manual_seed(0)
+    return scrambled(vit.ViT(**{**SMALL, **config}).eval())
+
+
+def model(**config):
+    return SimpleNamespace(name="small", encoder=encoder(**config), size=32, mean=data.MEAN,
+                           std=data.STD)
+
+
+def settings(*flags):
+    args = evaluate.parse(["--task", "segmentation", "--device", "cpu", "--precision", "fp32",
+                           "--workers", "0", "--size", "32", *flags])
+    args.data = args.data or "toy"
+    return args
+
+
+def scrambled(net):
+    """As if trained: no zeros, no ones, in running statistics neither."""
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    for name, x in net.named_buffers():
+        if name.endswith("running_mean"):
+            x.normal_()
+        if name.endswith("running_var"):
+            x.uniform_(0.5, 2)
+    return net
+
+
+def two_classes(monkeypatch, shuffled=False):
+    """Reddish and bluish squares under the name of toy; or with the labels of another picture."""
+    def segmentation(name, root, split, limit, level, size):
+        for number in range(32 if split == "train" else 8):
+            side = torch.randint(2, (2, 2), generator=rng.generator(split, number))
+            other = torch.randint(2, (2, 2), generator=rng.generator(split, number, "other"))
+            side, other = (x.repeat_interleave(16, 0).repeat_interleave(16, 1)
+                           for x in (side, other))
+            image = torch.randint(100, (3, 32, 32), generator=rng.generator(number, "noise"))
+            image[0] += 120 * (1 - side)
+            image[2] += 120 * side
+            yield SimpleNamespace(image=image.to(torch.uint8),
+                                  labels=(other if shuffled else side).to(torch.uint8))
+
+    monkeypatch.setattr(readers, "segmentation", segmentation)
+    monkeypatch.setattr(readers, "segmentation_classes", lambda *_: ["red", "blue"])
+
+
+# ---- heads ---------------------------------------------------------------------------------------
+
+
+def conv_norm_relu(x, state, name):
+    """Convolution without bias, batch norm by its running statistics, ReLU, written out."""
+    weight = state[f"{name}.0.weight"]
+    x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    mean, var, gain, shift = (state[f"{name}.1.{of}"][:, None, None] for of in (
+        "running_mean", "running_var", "weight", "bias"))
+    return ((x - mean) / (var + 1e-5).sqrt() * gain + shift).clamp(min=0)
+
+
+def bilinear(x, shape):
+    """Half-pixel bilinear resizing by two matrices; no call to interpolate."""
+    def matrix(old, new):
+        at = ((torch.arange(new) + 0.5) * old / new - 0.5).clamp(0, old - 1)
+        return (1 - (at[:, None] - torch.arange(old)).abs()).clamp(min=0)            # (new, old)
+    rows, columns = (matrix(o, n) for o, n in zip(x.shape[2:], shape))
+    return rows @ x @ columns.T
+
+
+def double(x):
+    return bilinear(x, [2 * n for n in x.shape[2:]])
+
+
+def last(x, state, name="classify"):
+    return torch.einsum("kd,bdhw->bkhw", state[f"{name}.1.weight"][..., 0, 0], x) + (
+        state[f"{name}.1.bias"][:, None, None])
+
+
+@torch.no_grad()
+def test_semantic_fpn_is_what_is_published():
+    torch.manual_seed(0)
+    head = scrambled(finetune.SemanticFPN(12, 5, neck=8, channels=6)).eval()
+    maps, state = [torch.randn(2, 12, 5, 7) for _ in range(4)], head.state_dict()
+    x = [F.conv2d(m, state[f"laterals.{i}.weight"], state[f"laterals.{i}.bias"])
+         for i, m in enumerate(maps)]
+    x = [x[0] + x[1] + x[2] + x[3], x[1] + x[2] + x[3], x[2] + x[3], x[3]]   # top down
+    x = [F.conv2d(m, state[f"smooth.{i}.weight"], state[f"smooth.{i}.bias"], padding=1)
+         for i, m in enumerate(x)]
+    total = conv_norm_relu(x[0], state, "levels.0")      # nominal stride 4: 1 block, no upsampling
+    for level, count in ((1, 1), (2, 2), (3, 3)):        # 8, 16, 32: 1, 2, 3 blocks
+        z = x[level]
+        for i in range(count):
+            z = double(conv_norm_relu(z, state, f"levels.{level}.{2 * i}"))
+        total = total + bilinear(z, (5, 7))
+    [found] = head(maps)
+    torch.testing.assert_close(found, last(total, state), rtol=1e-4, atol=1e-4)
+    assert head.classify[0].p == 0.1 and isinstance(head.classify[0], nn.Dropout2d)
+
+
+def enlarged(x, state, name):
+    """A transposed convolution of 2 x 2 and stride 2: each pixel becomes four, independently."""
+    out = torch.einsum("bdhw,dkij->bkhiwj", x, state[f"{name}.weight"])
+    return out.flatten(4, 5).flatten(2, 3) + state[f"{name}.bias"][:, None, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [16, 8])
+def test_upernet_is_what_is_published(patch):
+    torch.manual_seed(0)
+    head = scrambled(finetune.UPerNet(12, 5, patch, channels=6, aux=4)).eval()
+    head.training = True                                 # the auxiliary head, but no dropout
+    maps, s = [torch.randn(2, 12, 8, 12) for _ in range(4)], head.state_dict()
+    if patch == 16:
+        z = enlarged(maps[0], s, "pyramid.0.0")
+        mean, var, gain, shift = (s[f"pyramid.0.1.{of}"][:, None, None] for of in (
+            "running_mean", "running_var", "weight", "bias"))
+        z = F.gelu((z - mean) / (var + 1e-5).sqrt() * gain + shift)
+        x = [enlarged(z, s, "pyramid.0.3"), enlarged(maps[1], s, "pyramid.1"), maps[2],
+             maps[3].unflatten(3, (6, 2)).unflatten(2, (4, 2)).amax((3, 5))]
+    else:
+        x = [enlarged(maps[0], s, "pyramid.0"), maps[1],
+             maps[2].unflatten(3, (6, 2)).unflatten(2, (4, 2)).amax((3, 5)),
+             maps[3].unflatten(3, (3, 4)).unflatten(2, (2, 4)).amax((3, 5))]
+    for level, stride in zip(x, (4, 8, 16, 32)):         # of a picture of 8 p x 12 p pixels
+        assert level.shape == (2, 12, 8 * patch // stride, 12 * patch // stride)
+
+    def pooled(x, n):                                    # cells may overlap
+        h, w = x.shape[2:]
+        return torch.stack([torch.stack([
+            x[:, :, i * h // n:-(-(i + 1) * h // n), j * w // n:-(-(j + 1) * w // n)].mean((2, 3))
+            for j in range(n)], 2) for i in range(n)], 2)
+
+    top = [x[3]] + [bilinear(conv_norm_relu(pooled(x[3], n), s, f"pools.{i}"), x[3].shape[2:])
+                    for i, n in enumerate((1, 2, 3, 6))]
+    y = [conv_norm_relu(x[i], s, f"laterals.{i}") for i in range(3)]
+    y.append(conv_norm_relu(torch.cat(top, 1), s, "context"))
+    for i in (2, 1, 0):
+        y[i] = y[i] + bilinear(y[i + 1], y[i].shape[2:])
+    y = [conv_norm_relu(y[i], s, f"smooth.{i}") for i in range(3)] + y[3:]
+    y = conv_norm_relu(torch.cat([bilinear(z, y[0].shape[2:]) for z in y], 1), s, "fuse")
+    second = conv_norm_relu(x[2], s, "auxiliary.0")
+    found = head(maps)
+    assert len(found) == 2
+    torch.testing.assert_close(found[0], last(y, s), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], last(second, s, "auxiliary.1"), rtol=1e-4, atol=1e-4)
+    assert len(head.eval()(maps)) == 1
+
+
+def test_heads_have_the_published_widths():
+    with torch.device("meta"):
+        fpn, uper = finetune.SemanticFPN(384, 150), finetune.UPerNet(768, 150)
+    assert [x.out_channels for x in (*fpn.laterals, *fpn.smooth)] == [256] * 8
+    assert fpn.classify[1].weight.shape == (150, 128, 1, 1)
+    assert uper.context[0].weight.shape == (512, 768 + 4 * 512, 3, 3)
+    assert uper.fuse[0].weight.shape == (512, 2048, 3, 3)
+    assert uper.auxiliary[0][0].weight.shape == (256, 768, 3, 3)
+    assert uper.classify[1].weight.shape == (150, 512, 1, 1)
+    last = finetune.classifier(512, 150)[1]
+    assert last.weight.std().item() == pytest.approx(0.01, rel=0.05) and not last.bias.any()
+
+
+@torch.no_grad()
+def test_the_head_gets_raw_blocks_as_maps_and_logits_have_the_size_of_the_picture():
+    net = encoder()
+    whole, seen = finetune.Segmenter(net, [0, 1, 1, 2], "fpn", 5, 32, True).eval(), []
+    logits = torch.randn(2, 5, 5, 3)
+    whole.head.forward = lambda maps: seen.extend(maps) or [logits]
+    x = torch.randn(2, 3, 35, 22)
+    [found] = whole(x)
+    outputs, _ = net.layers(F.pad(x, (0, 2, 0, 5)), [0, 1, 2], norm=False)
+    for at, number in zip(seen, (0, 1, 1, 2)):
+        expected = outputs[number][:, 1:].unflatten(1, (5, 3)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(at, expected)
+    torch.testing.assert_close(found, bilinear(logits, (40, 24))[:, :, :35, :22])
+    assert finetune.Segmenter(net, [0, 1, 1, 2], "fpn", 5, 44, True).encoder.grid == (6, 6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [{}, dict(pos="sincos_col", resize="size"), BEIT])
+def test_positions_are_resampled_to_the_crop_once(config):
+    net, x = encoder(**config), torch.randn(2, 3, 48, 48)
+    copy = finetune.restart(net, size=48, final_norm=True).eval()
+    torch.testing.assert_close(copy(x), net(x), rtol=1e-4, atol=1e-4)
+    assert copy.grid == (6, 6) and net.grid == (4, 4)
+    names = [name for name, p in copy.named_parameters() if p.shape != dict(
+        finetune.restart(net).named_parameters()).get(name, p).shape]
+    assert names == ([f"blocks.{i}.attn.relative_position_bias_table" for i in range(3)]
+                     if config == BEIT else ["pos_embed"])
+
+
+# ---- batch norm ----------------------------------------------------------------------------------
+
+
+def test_batch_norm_is_torchs_and_can_be_made_synchronous():
+    torch.manual_seed(0)
+    ours, theirs, x = finetune.BatchNorm2d(6), nn.BatchNorm2d(6), torch.randn(4, 6, 5, 3)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(ours))
+    assert isinstance(net[0], nn.SyncBatchNorm)
+    torch.testing.assert_close(net(x), theirs(x))
+
+
+# ---- the optimiser -------------------------------------------------------------------------------
+
+
+def test_groups_of_heads_and_encoder_as_published():
+    net = finetune.Segmenter(encoder(depth=12), [3, 5, 7, 11], "upernet", 5, 32, True)
+    names = {id(p): name for name, p in net.named_parameters()}
+    found = {names[id(p)]: (group["factor"], group["weight_decay"])
+             for group in finetune.layer_groups(net, 0.65, 0.05) for p in group["params"]}
+    assert set(found) == set(names.values())
+    for name, (factor, decay) in {
+            "encoder.pos_embed": (0.65**13, 0), "encoder.cls_token": (0.65**13, 0),
+            "encoder.patch_embed.proj.weight": (0.65**13, 0.05),
+            "encoder.blocks.0.attn.qkv.weight": (0.65**12, 0.05),
+            "encoder.blocks.11.norm1.weight": (0.65, 0),
+            "encoder.blocks.11.mlp.fc2.bias": (0.65, 0), "head.pyramid.0.weight": (1, 0.05),
+            "head.pyramid.0.bias": (1, 0), "head.fuse.0.weight": (1, 0.05),
+            "head.fuse.1.weight": (1, 0), "head.auxiliary.1.1.bias": (1, 0)}.items():
+        assert found[name] == (pytest.approx(factor), decay), name
+    assert all(factor == 1 for factor, _ in (found[n] for n in found if n.startswith("head.")))
+
+
+def test_the_schedule_by_hand():
+    found = [finetune.poly(step, 40000, 6e-5, 1500) for step in (0, 750, 1500, 20000, 39999)]
+    assert found == pytest.approx([6e-11, 6e-5 * 0.98125 * 0.5000005, 6e-5 * 0.9625, 3e-5, 1.5e-9])
+
+
+@pytest.mark.parametrize("flags, lr, decay, factors, words", [
+    ("--head fpn", 6e-5, 0.01, {1.0}, ["blocks 3 6 9 12 of 12", "40,000)", "whole pictures"]),
+    ("--head upernet", 1e-4, 0.05, {0.65**i for i in range(14)},
+     ["blocks 4 6 8 12 of 12", "160,000)", "windows of 32 px, stride 24"]),
+    ("--head upernet --recipe selfpatch --lr 3e-4", 3e-4, 0.01, {1.0}, ["160,000)", "lr 0.0003"])])
+def test_recipes_as_published(monkeypatch, flags, lr, decay, factors, words):
+    two_classes(monkeypatch)
+    monkeypatch.setitem(dense.SIZES, "voc", (32, 24, (64, 32), (64, 32)))
+    seen, of, windows = [], [], []
+    monkeypatch.setattr(finetune.SemanticFPN.__init__, "__defaults__", (8, 4))       # for speed
+    monkeypatch.setattr(finetune.UPerNet.__init__, "__defaults__", (16, 8, 4))
+
+    class AdamW(torch.optim.AdamW):
+        def step(self):
+            seen.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+            super().step()
+            of.append(self)
+
+    def score(predict, items, names, model, args, sizes, show=0):
+        windows.append(sizes[0])
+        return [torch.eye(2, dtype=torch.int64)], [], 1
+
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    monkeypatch.setattr(dense, "score_segmentation", score)
+    args = settings("--data", "voc", "--iters", "2", *flags.split())
+    result = finetune.segmentation(model(depth=12, embed_dim=8), args)
+    assert {wd for _, wd in seen[1]} == {0, decay}
+    assert sorted({rate for rate, _ in seen[1]}) == pytest.approx(     # half way down; no warm-up
+        sorted(lr / 2 * factor for factor in factors))
+    assert all(p.grad is None for group in of[-1].param_groups for p in group["params"])
+    assert all(word in result.protocol for word in words), result.protocol
+    assert windows == [64 if "fpn" in flags else 32]
+    assert result.rows[args.head] == {"mIoU": 100, "mAcc": 100, "aAcc": 100}
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def crops(rank, world, monkeypatch):
+    monkeypatch.setattr(training, "rank", lambda: rank)
+    monkeypatch.setattr(training, "world_size", lambda: world)
+    args = settings()
+    return finetune.Crops(args, model(), dense.sizes_of(model(), args), ["red", "blue"])
+
+
+def test_processes_and_workers_see_what_one_would_see(monkeypatch):
+    two_classes(monkeypatch)
+    alone = crops(0, 1, monkeypatch)
+    whole = [alone(step) for step in range(3)]
+    assert whole[0][0].shape == (16, 3, 32, 32) and not whole[0][0].equal(whole[1][0])
+    for rank in (0, 1):
+        of_two = crops(rank, 2, monkeypatch)
+        for step in (1, 2):                              # a worker that leaves step 0 to others
+            for mine, all_of_it in zip(of_two(step), whole[step]):
+                assert mine.equal(all_of_it[rank::2])
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["fpn", "upernet"])
+def test_it_learns_what_is_there_and_leaves_the_encoder_alone(monkeypatch, head):
+    monkeypatch.setattr(finetune, "BATCH", 8)            # for speed
+    small, found = model(), []
+    before = {name: x.clone() for name, x in small.encoder.state_dict().items()}
+    for shuffled in (False, True):
+        two_classes(monkeypatch, shuffled)
+        result = finetune.segmentation(small, settings("--head", head, "--iters", "12", "--lr",
+                                                       "1e-2"))
+        found.append(result.rows[head]["mAcc"])
+    assert found[0] > 90 and 35 < found[1] < 65
+    assert not small.encoder.training and result.images == {"test": 8}
+    assert all(x.equal(before[name]) for name, x in small.encoder.state_dict().items())
+
+
+def weights_after(monkeypatch, *flags):
+    """Of a run of two steps in which crops do not depend on each other."""
+    seen = []
+    with monkeypatch.context() as patch:
+        two_classes(patch)
+        patch.setattr(finetune, "BatchNorm2d", functools.partial(nn.GroupNorm, 1))
+        patch.setattr(finetune, "DROP_PATH", 0.0)
+        patch.setattr(finetune, "DROPOUT", 0.0)
+        patch.setattr(dense, "score_segmentation", lambda predict, *rest: (
+            seen.append(predict), ([torch.eye(2)], [], 1))[1])
+        result = finetune.segmentation(model(), settings("--iters", "2", *flags))
+    x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+    return seen[0](x), result
+
+
+def test_parts_of_a_batch_make_the_same_step_but_for_batch_norm(monkeypatch):
+    (whole, _), (parts, result) = (weights_after(monkeypatch, "--batch-size", n)
+                                   for n in ("16", "3"))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    assert "batch norm saw 2 crops at a time, not 16" in result.notes[0]
+    other, _ = weights_after(monkeypatch, "--seed", "1")
+    assert not torch.allclose(other, whole, rtol=1e-2, atol=1e-2)
+
+
+def test_the_second_loss_weighs_two_fifths(monkeypatch, capsys):
+    two_classes(monkeypatch)
+    monkeypatch.setattr(dense, "segmentation_loss", lambda logits, y: 1 + 0 * logits.sum())
+    for head, loss in (("fpn", "1.000"), ("upernet", "1.400")):
+        finetune.segmentation(model(), settings("--head", head, "--iters", "1"))
+        assert f"loss {loss}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--baseline pixels", "segmentation needs tokens, and pixels have none"),
+    ("--head attentive", "no head attentive; choose --head fpn, upernet"),
+    ("--recipe mae", "segmentation has no recipe mae; choose --recipe selfpatch"),
+    ("--lr 1e-3 1e-2", "one --lr at a time"), ("--batch-size 1", "--batch-size 2 or more"),
+    ("--data cifar10", "No segmentation of 'cifar10' here"),
+    ("--level scene", "No level 'scene' of toy"),
+    ("--lr nan --iters 2", "the loss is not finite by step 2 of 2"),
+    ("--task part_classification --head fpn", "no head fpn; choose --head linear, attentive")])
+def test_mistakes_get_one_sentence(capsys, tmp_path, flags, expected):
+    flags = ["--baseline", "untrained", "--limit", "4", "--out", str(tmp_path), "--size", "32",
+             *flags.split()]
+    with pytest.raises(SystemExit) as stop:
+        training.main(lambda: evaluate.main(["--task", "segmentation", "--device", "cpu", *flags]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert expected in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--head fpn --level part --show", "--head upernet"])
+def test_it_runs_on_toy(tmp_path, flags, capsys):
+    evaluate.main(["--task", "segmentation", "--baseline", "untrained", "--limit", "32", "--iters",
+                   "2", "--out", str(tmp_path), "--device", "cpu", "--reference", *flags.split()])
+    line, = (tmp_path / "results.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["metrics"].keys() == {flags.split()[1]} and row["images"] == {"test": 32}
+    assert len(list(tmp_path.glob("segmentation-toy-part-untrained.png"))) == ("part" in flags)
+    assert "SelfPatch (SelfPatch, table 1, ViT-S; ade20k)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(tmp_path, monkeypatch, capsys):
+    flags = ["--task", "segmentation", "--head", "upernet", "--baseline", "untrained", "--limit",
+             "33", "--device", "cpu", "--precision", "fp32", "--iters", "4", "--size", "64"]
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import evaluate, finetune, sys, training\n"
+        "finetune.DROP_PATH = finetune.DROPOUT = 0.0\n"      # drawn by each process for itself
+        "training.main(lambda: evaluate.main(sys.argv[1:]))\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+         str(random.randint(20000, 40000)), str(script), *flags, "--out", str(tmp_path / "two")],
+        cwd=ROOT, text=True, capture_output=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(finetune, "DROP_PATH", 0.0)
+    monkeypatch.setattr(finetune, "DROPOUT", 0.0)
+    evaluate.main([*flags, "--out", str(tmp_path / "one")])
+    found = []
+    for out, name in ((capsys.readouterr().out, "one"), (done.stdout, "two")):
+        line, = (tmp_path / name / "results.jsonl").read_text().splitlines()
+        assert json.loads(line)["images"]["test"] == 33
+        found.append((json.loads(line)["metrics"]["upernet"], [
+            float(text.split()[3]) for text in out.splitlines() if text.startswith("step ")]))
+    (one, losses), (two, same) = found
+    assert len(losses) == 4 and len(set(losses)) > 1
+    assert same == pytest.approx(losses, abs=2e-3) and two == pytest.approx(one, abs=0.2)
+
+
+# ---- the papers' numbers -------------------------------------------------------------------------
+
+
+def test_reference_has_the_dense_probes_under_the_names_of_their_columns():
+    def row(task, data, start):
+        return next(r.rows for m, r in evaluate.reference(task, data) if m.name.startswith(start))
+
+    assert row("segmentation", "ade20k", "SelfPatch (SelfPatch, table 1") == {
+        "fpn": {"mIoU": 41.2, "mAcc": 52.1, "aAcc": 80.7}}
+    assert row("linear_segmentation", "pascal", "BEiT (part-aware study, table 8, 193") == {
+        "blocks 4 6 8 12": {"mIoU": 14.8, "mAcc": 21.4, "aAcc": 47.0}}
+    assert row("linear_segmentation", "voc", "MMC") == {"blocks 6 8 10 12": {"mIoU": 77.7}}
+    assert row("zero_shot_segmentation", "coco", "MMC")["mean over targets"]["Opt"] == 38.4
+    assert row("video", "davis", "MMC (MMC, table 2, ViT-B") == {
+        "patches": {"J&F": 63.8, "J": 61.8, "F": 65.6}}
+    assert row("pose", "coco", "CAE") == {
+        "patches": {"AP": 17.5, "AP50": 50.1, "AR": 28.9, "AR50": 64.0}}
