@@ -13,20 +13,17 @@ before the final norm. Images are seen whole, without masks, and only patch toke
 serves all curves: a block is measured as soon as it is computed and then forgotten; what stays are
 sums over images in float64, so memory does not grow with their number.
 
-The formulas stand in diagnostics.py. A diagnostic is a function that makes its numbers, and an
-entry of WHAT with title, expected reading and figure; what it needs of the shared pass is a line in
-STREAMS. It leaves NAME.json, NAME.csv and, with matplotlib, NAME.png; index.html shows all of them.
+The formulas stand in diagnostics.py, title, expected reading and drawing in figures.py. What makes
+the numbers is a function here and a line of WHAT; what it needs of the shared pass, one of STREAMS.
+A diagnostic leaves NAME.json, NAME.csv and, with matplotlib, NAME.png; index.html shows all.
 """
 import argparse
 import csv
 import functools
-import html
 import itertools
 import json
 import math
-import textwrap
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,10 +36,12 @@ from torchvision.transforms.v2 import functional as TF
 import data
 import diagnostics as d
 import evaluate
+import figures
 import readers
 import rng
 import training
 import vit
+from figures import PINK, QUERY, row, tile
 
 # B images, L blocks, H heads, N = g x g patches, C width, p pixels a side of a patch, S of an image
 
@@ -254,16 +253,19 @@ def shared_pass(model, args, names):
     return SimpleNamespace(means=means, decoder=behind, grid=grid, images=seen)
 
 
-# ---- decoders, rebuilt from the checkpoint -------------------------------------------------------
+# ---- what paints, rebuilt from the checkpoint ----------------------------------------------------
 
 
-def full_state(model):
-    """The state dict that holds a decoder, in official names: of the file itself or of full.pt
-    beside it, {} if there is none; and the settings of the run, if they lie there, too."""
-    path = Path(model.source.path or "")
-    for file in (path, path.with_name("full.pt")) if model.source.path else ():
-        state = vit.read(file).get("model", {}) if file.is_file() else {}
-        if "decoder_embed.weight" in state or "decoder.0.weight" in state:
+def trained(model):
+    """The state dict of pre-training that holds what paints, in official names, {} if there is
+    none: of the file itself, of full.pt beside it (MAE, ASL, SimMIM) or the student's in last.pt
+    (MMC, hybrid); and the settings of the run, if they lie there, too."""
+    path, own = Path(model.source.path or ""), getattr(model.source, "method", None)
+    files = [path, path.with_name("full.pt")] if model.source.path else []
+    files += [path.with_name("last.pt")] if own in ("mmc", "hybrid") else []     # they are large
+    for raw in (vit.read(file) for file in files if file.is_file()):
+        state = raw.get("model") or raw.get("state", {}).get("student", {})
+        if PAINTERS.keys() & state.keys():
             config, device = path.with_name("config.yaml"), next(model.encoder.parameters()).device
             return ({key: x.to(device) for key, x in state.items()},
                     yaml.safe_load(config.read_text()) if config.is_file() else {})
@@ -273,7 +275,7 @@ def full_state(model):
 def mae_decoder(model):
     """MAE's decoder: enter(tokens (B, 1+N, C), all of them, or with restore (B, N) some) -> what
     its first block gets; blocks; paint(tokens) -> (B, N, 3pp). None: the checkpoint has none."""
-    state, config = full_state(model)
+    state, config = trained(model)
     if "decoder_embed.weight" not in state:
         return None
     own = {key.removeprefix("decoder_"): x for key, x in state.items() if key[:8] == "decoder_"}
@@ -300,41 +302,97 @@ def mae_decoder(model):
 
 
 def painter(model, x, seed):
-    """Hides part of images x (B, 3, S, S) as pre-training did -> hidden (B, N) bool, and
-    paint(block) -> (B, 3, S, S) from that block's tokens, later blocks left out, final norm as in
-    training. Of MAE and SimMIM; Missing for checkpoints without a decoder."""
-    (state, config), encoder = full_state(model), model.encoder
-    if not state:
-        raise Missing("no painting head: it lies in full.pt of MAE and SimMIM")
-    p, number = encoder.patch_size, torch.arange(len(x), device=x.device)
-    g = x.shape[-1] // p
-    if "decoder_embed.weight" in state:                                      # MAE
-        decoder, visible = mae_decoder(model), int(g * g * (1 - config.get("mask_ratio", 0.75)))
-        order = rng.uniform(number, g * g, seed, "hide").argsort(dim=1, stable=True)
-        restore = order.argsort(1)
-        layers, _ = encoder.layers(x, keep=order[:, :visible])
-        var, mean = torch.var_mean(F.pixel_unshuffle(x, p), 1, keepdim=True)     # (B, 1, g, g)
+    """Hides part of images x (B, 3, S, S) as pre-training did -> hidden (B, 1, S, S) bool, what is
+    given (B, 3, S, S), and paint(block) -> (B, 3, S, S) from that block's tokens, later blocks left
+    out, final norm as in training. Missing where nothing paints."""
+    state, config = trained(model)
+    kind = next((key for key in PAINTERS if key in state), None)
+    if not kind:
+        raise Missing("nothing paints: full.pt of MAE, ASL or SimMIM or last.pt of MMC or the "
+                      "hybrid is wanted beside encoder.pt")
+    return PAINTERS[kind](model, x, seed, state, config)
 
-        def paint(block):
-            z = decoder.enter(layers[block], restore)
-            for own in decoder.blocks:
-                z = own(z)
-            z = decoder.paint(z).unflatten(2, (p * p, 3)).permute(0, 3, 2, 1)    # (B, 3, pp, N)
-            z = z.flatten(1, 2).unflatten(2, (g, g))
-            z = z * (var + 1e-6).sqrt() + mean if config.get("norm_pix", True) else z
-            return F.pixel_shuffle(z, p)
-        return restore >= visible, paint
-    side = max(1, config.get("mask_block", 32) // p)                         # SimMIM: blocks
-    rank = rng.uniform(number, (g // side) ** 2, seed, "hide").argsort(1).argsort(1)
-    hidden = rank < math.ceil(config.get("mask_ratio", 0.6) * rank.shape[1])
-    hidden = hidden.view(-1, g // side, g // side).repeat_interleave(side, 1)
-    hidden = hidden.repeat_interleave(side, 2).flatten(1)
-    layers, _ = encoder.layers(x, mask=hidden, mask_token=state["encoder.mask_token"])
+
+def mae_painter(model, x, seed, state, config):
+    decoder, p = mae_decoder(model), model.encoder.patch_size
+    g = x.shape[-1] // p
+    visible = int(g * g * (1 - config.get("mask_ratio", 0.75)))
+    order = rng.uniform(torch.arange(len(x), device=x.device), g * g, seed, "hide")
+    order = order.argsort(dim=1, stable=True)
+    restore = order.argsort(1)
+    layers, _ = model.encoder.layers(x, keep=order[:, :visible])
+    var, mean = torch.var_mean(F.pixel_unshuffle(x, p), 1, keepdim=True)             # (B, 1, g, g)
+
+    def paint(block):
+        z = decoder.enter(layers[block], restore)
+        for own in decoder.blocks:
+            z = own(z)
+        z = pixels_last(decoder.paint(z), g)
+        z = z * (var + 1e-6).sqrt() + mean if config.get("norm_pix", True) else z
+        return F.pixel_shuffle(z, p)
+    hidden = cells(restore >= visible, x.shape[-1])
+    return hidden, x.masked_fill(hidden, 0), paint
+
+
+def pixels_last(z, g):
+    """(B, N, pp3), colours innermost -> (B, 3pp, g, g) for pixel_shuffle, that wants them first."""
+    return z.unflatten(2, (-1, 3)).permute(0, 3, 2, 1).flatten(1, 2).unflatten(2, (g, g))
+
+
+def simmim_painter(model, x, seed, state, config):
+    """Of the hybrid, too: its state, from last.pt, is not in official names."""
+    encoder, p = model.encoder, model.encoder.patch_size
+    g = x.shape[-1] // p
+    side = max(1, config.get("mask_block", 32) // p)                                 # of a block
+    rank = rng.uniform(torch.arange(len(x), device=x.device), (g // side) ** 2, seed, "hide")
+    rank = rank.argsort(1).argsort(1)
+    blocks = rank < math.ceil(config.get("mask_ratio", 0.6) * rank.shape[1])
+    hidden = cells(blocks, x.shape[-1])
+    token = state["encoder.mask_token"] if "encoder.mask_token" in state else state["mask_token"]
+    layers, _ = encoder.layers(x, mask=hidden[:, 0, ::p, ::p].flatten(1), mask_token=token)
 
     def paint(block):
         z = encoder.split(layers[block])[1].mT.unflatten(2, (g, g))
         return F.pixel_shuffle(F.conv2d(z, state["decoder.0.weight"], state["decoder.0.bias"]), p)
-    return hidden, paint
+    return hidden, x.masked_fill(hidden, 0), paint
+
+
+def mmc_painter(model, x, seed, state, config):
+    """By the student, on whose tokens the head has learned; encoder.pt is the teacher. Hidden are
+    rectangles, in noise."""
+    student = vit.ViT(**model.encoder.config).to(x.device).eval()
+    student.load_state_dict({key.removeprefix("backbone."): z for key, z in state.items()
+                             if key.startswith("backbone.")})
+    head = vit.numbered({key.removeprefix("head_rec."): z for key, z in state.items()
+                         if key.startswith("head_rec.")}, relu=False).to(x.device).eval()
+    number, S = torch.arange(len(x)), x.shape[-1]
+    corners = rng.uniform(number, (255, 4), seed, "hide")
+    hidden = torch.stack([rectangles(u, S, config.get("noise_share", 0.75)) for u in corners])
+    hidden = hidden[:, None].to(x.device)
+    given = rng.normal(number, x.shape[1:], seed, "noise").to(x.device).where(hidden, x)
+    layers, _ = student.layers(given)
+
+    def paint(block):
+        z = head(student.split(layers[block])[1])
+        return F.pixel_shuffle(pixels_last(z, S // student.patch_size), student.patch_size)
+    return hidden, given, paint
+
+
+def rectangles(u, S, share):
+    """u (M, 4) uniform numbers for rectangles of sides below 0.3 S, one after the other until they
+    cover `share` -> (S, S) bool."""
+    hidden = torch.zeros(S, S, dtype=torch.bool)
+    for top, left, high, wide in u.tolist():
+        if hidden.sum() >= share * S * S:
+            break
+        top, left = (int(start * (S - 1)) for start in (top, left))
+        high, wide = (1 + int(length * (int(0.3 * S) - 1)) for length in (high, wide))
+        hidden[top:top + high, left:left + wide] = True
+    return hidden
+
+
+PAINTERS = {"decoder_embed.weight": mae_painter, "decoder.0.weight": simmim_painter,
+            "head_rec.0.weight": mmc_painter}
 
 
 # ---- numbers of curves, from the shared pass s ---------------------------------------------------
@@ -386,6 +444,10 @@ def spectrum_numbers(found):
     return dict(rank=upto(found.shape[1], 1), delta=delta, depth=upto(len(found)),
                 ranks=[first, second], at_first=delta[:, first - 1],
                 at_second=delta[:, second - 1], log_second_value=found[:, 1])
+
+
+def sv_tokens_numbers(model, args, s):
+    return spectrum_numbers(s.means["sv_tokens"][::2])
 
 
 def sv_images_numbers(model, args, s):
@@ -467,19 +529,6 @@ def final(model, args, x):
         return torch.cat([model.encoder(part).float() for part in x.split(args.batch_size)])
 
 
-def row(label, tiles, once=False):
-    """A row of a picture grid; once: the same for all models, so drawn for the first alone."""
-    return SimpleNamespace(label=label, tiles=tiles, once=once)
-
-
-def tile(image, title="", **marks):
-    """image: (S, S, 3) array, or (g, g) numbers drawn as colours, limits=(low, high). marks: star
-    (x, y), boxes [(x, y, side, colour)], outline (S, S) bool."""
-    image = image.cpu().numpy() if torch.is_tensor(image) else image
-    return SimpleNamespace(**{"image": image, "title": title, "star": None, "boxes": (),
-                              "outline": None, "limits": (None, None)} | marks)
-
-
 def map_numbers(model, args, s):
     """Two queries in the first, the middle and the last block but one, mean of heads (Park et al.,
     fig. 2); and the class token in the last block, each head (as DINO draws it)."""
@@ -497,7 +546,7 @@ def map_numbers(model, args, s):
             tiles.append(tile(maps[-1], f"block {b + 1}", boxes=[(c, r, 1, colour)]))
     heads = weights[L - 1][0, :, 0, P:].float() if P else weights[L - 1][0, :0, 0]   # (H or 0, N)
     kept = d.keep_mass(heads, 0.6).sum(1)
-    tiles += [tile(one.view(g, g), f"class, head {h}\n60 % on {kept[h - 1]}")
+    tiles += [tile(one.view(g, g), f"class, head {h}\n60 % on {kept[h - 1]} patches")
               for h, one in enumerate(heads[:4], 1)]
     return dict(blocks=[b + 1 for b in blocks], queries=queries, maps=torch.stack(maps),
                 class_token=heads, class_token_60_percent_on=kept, show=[row("", tiles)])
@@ -535,11 +584,12 @@ def heat_numbers(model, args, s, shown=4):
     """Cosine of all patches to the prompt; IoU of what is above a threshold with the object (MMC,
     table 1: mean over prompts, one for each class in an image).
 
-    The prompt lies deepest in the object (our choice). Of data without class maps it is the centre
-    patch, and there is no IoU.
+    The prompt lies deepest in the object (our choice). The whole picture is the floor: tokens that
+    are all alike reach it and no more. `order` needs no threshold. Of data without class maps the
+    prompt is the centre patch, and there are no scores.
     """
     limit, p = max(args.limit or 256, args.image + shown), model.encoder.patch_size
-    thresholds, scores, tiles = [t / 10 for t in range(10)], [], []
+    thresholds, scores, tiles, heats = [t / 10 for t in range(10)], [], [], []
     for x, number, labels in batches(model, args, limit, maps=True):
         z, g = unit(model, args, x), x.shape[-1] // p
         for i, image in enumerate(picture(model, x)):
@@ -547,22 +597,39 @@ def heat_numbers(model, args, s, shown=4):
             if labels is not None:
                 kinds, area = labels[i][labels[i] > 0].unique(return_counts=True)
                 kinds = kinds[area.argsort(descending=True, stable=True)]            # largest first
-                objects = [(labels[i] == kind).cpu() for kind in kinds]
+                objects, known = [(labels[i] == kind).cpu() for kind in kinds], labels[i].cpu() >= 0
             for rank, truth in enumerate(objects):
                 q = g * (g // 2) + g // 2 if truth is None else d.deepest(truth, p)
-                heat = (z[i] @ z[i, q]).view(g, g)
+                heat = z[i] @ z[i, q]                                                # (N,)
+                big = pixels(heat, p)
                 if truth is not None:
-                    big = heat.repeat_interleave(p, 0).repeat_interleave(p, 1)
-                    scores.append([d.iou(big > t, truth) for t in thresholds])
+                    inside, outside = (F.avg_pool2d(part[None].float(), p).flatten()
+                                       for part in (truth, known & ~truth))
+                    others = torch.arange(len(heat)) != q                # it is like itself
+                    scores.append([*(d.iou((big > t) & known, truth) for t in thresholds),
+                                   d.iou(known, truth),
+                                   d.order(heat[others], inside[others], outside[others])])
                 if rank == 0 and number[i] >= args.image and len(tiles) < 2 * shown:
                     r, c = divmod(q, g)
-                    tiles += [tile(image, star=(p * (c + 0.5), p * (r + 0.5)), outline=truth),
-                              tile(heat, star=(c + 0.5, r + 0.5), limits=(0, 1))]
+                    outlines = [] if truth is None else [(truth, QUERY[1])]
+                    tiles += [tile(image, star=(p * (c + 0.5), p * (r + 0.5)), outlines=outlines),
+                              tile(heat.view(g, g), star=(c + 0.5, r + 0.5), limits=(0, 1))]
+                    heats.append(big)
     if not scores:
         return dict(show=[row("", tiles)])
-    mean = torch.tensor(scores).double().mean(0)
-    return dict(thresholds=thresholds, iou=mean, best=mean.max().item(), prompts=len(scores),
-                show=[row(f"IoU {mean.max():.2f}", tiles)])
+    *mean, floor, order = torch.tensor(scores).double().nanmean(0).tolist()
+    best = max(mean)
+    for shown_image, heat in zip(tiles[::2], heats):
+        shown_image.outlines.append((heat > thresholds[mean.index(best)], PINK))
+    return dict(thresholds=thresholds, iou=mean, best=best, whole_picture=floor, order=order,
+                prompts=len(scores), show=[row(
+                    f"IoU {best:.2f}, whole {floor:.2f}; order {order:.2f}", tiles)])
+
+
+def pixels(values, p):
+    """(N,) of patches -> (S, S): of the pixels in them."""
+    g = math.isqrt(len(values))
+    return values.view(g, g).repeat_interleave(p, 0).repeat_interleave(p, 1)
 
 
 def retrieval_numbers(model, args, s, shown=3):
@@ -580,15 +647,15 @@ def retrieval_numbers(model, args, s, shown=3):
             found |= {"projected": head(tokens)} if head else {}
             for name, z in found.items():
                 bank.setdefault(name, []).append(z.half().cpu())
-    images, bank = torch.cat(images), {name: torch.cat(z) for name, z in bank.items()}
+    images, bank, S = torch.cat(images), {k: torch.cat(z) for k, z in bank.items()}, model.size
     owner = torch.arange(len(images)).repeat_interleave(49)
 
-    def strip(numbers):
-        """The crops side by side, the first one framed: a tile."""
-        crops = [d.windows(images[i // 49, None].float())[i % 49] for i in numbers]  # (3, S, S)
-        gaps = F.pad(torch.stack(crops), (0, crops[0].shape[2] // 8, 0, 0), value=255)
-        return tile(torch.cat([*gaps], 2).clamp(0, 255).byte().permute(1, 2, 0),
-                    boxes=[(0, 0, crops[0].shape[1] - 1, QUERY[0])])
+    def strip(q, nearest):
+        """The query's image, the query in it framed, and the nearest crops side by side: a tile."""
+        crops = [d.windows(images[i // 49, None].float())[i % 49] for i in nearest]  # (3, S, S)
+        gaps = F.pad(torch.stack([images[q // 49].float(), *crops]), (0, S // 8), value=255)
+        return tile(torch.cat([*gaps], 2).clamp(0, 255).byte().permute(1, 2, 0), boxes=[
+            (S // 8 * (q % 49 % 7), S // 8 * (q % 49 // 7), S // 4, QUERY[0])])
 
     out, rows = dict(queries=[], crops=len(owner)), []
     for q in (49 * i + 24 for i in range(args.image, min(args.image + shown, len(images)))):
@@ -597,7 +664,7 @@ def retrieval_numbers(model, args, s, shown=3):
             at, cosine = d.nearest(z, q, 24, owner == owner[q])
             out.setdefault(f"{name}_crop", []).append(at)
             out.setdefault(f"{name}_similarity", []).append(cosine)
-            rows.append(row(name, [strip([q, *at.tolist()])]))
+            rows.append(row(name, [strip(q, at.tolist())]))
     return out | dict(show=rows)
 
 
@@ -605,19 +672,20 @@ def recon_numbers(model, args, s):
     """Which block paints? Tokens of the last six, each sent straight to the painting head; mean
     absolute change from block to block, in deviations of the data set's colours (MMC, fig. 9)."""
     x, L = few(model, args, 1), model.encoder.depth
-    hidden, paint = painter(model, x, args.seed)
-    blocks, g = upto(min(6, L), L - min(6, L)), x.shape[-1] // model.encoder.patch_size
+    hidden, given, paint = painter(model, x, args.seed)
+    blocks = upto(min(6, L), L - min(6, L))
     painted = torch.cat([paint(b).float() for b in blocks])                          # (6, 3, S, S)
     change = painted.diff(dim=0).abs().mean(1)                                       # (5, S, S)
     by_block, top = change.mean((1, 2)), max(change.max().item() if len(change) else 0, 1e-9)
-    masked = x.masked_fill(F.interpolate(hidden.view(1, 1, g, g).float(), x.shape[-1]) > 0, 0)
-    images = picture(model, torch.cat([masked, painted]))
+    error = (painted - x).abs().masked_select(hidden).view(len(blocks), -1).mean(1)
+    images = picture(model, torch.cat([x, given, painted]))
     return dict(blocks=[b + 1 for b in blocks], change=by_block, largest_change=top,
-                error=(painted - x).abs().mean((1, 2, 3)), show=[
-        row("", [tile(one, f"from block {b + 1}") for b, one in zip(blocks, images[1:])]),
-        row("", [tile(images[0], "given"), *(
-            tile(one, f"block {b + 1}: {mean:.2f}", limits=(0, top))
-            for b, one, mean in zip(blocks[1:], change, by_block))])])
+                error_where_hidden=error, show=[
+        row("painted", [tile(images[0], "image"), *(
+            tile(one, f"from block {b + 1}") for b, one in zip(blocks, images[2:]))]),
+        row(f"change, 0 to {top:.1f}", [tile(images[1], "given"), tile(None), *(
+            tile(one, f"mean {mean:.2f}", limits=(0, top))
+            for one, mean in zip(change, by_block))])])
 
 
 def tsne_numbers(model, args, s, each=6):
@@ -765,309 +833,38 @@ def accuracy_numbers(model, args, s):
     return dict(linear=[found["top-1"]], similarity=s.means["final_similarity"])
 
 
-# ---- figures -------------------------------------------------------------------------------------
-
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()   # Okabe and Ito
-QUERY, MARKERS = (COLOURS[1], COLOURS[0]), "osD^vP*"
-
-
-def style(r, **more):
-    return dict(color=r.colour, marker=r.marker, label=r.model.name, markersize=4) | more
-
-
-def curve(x, y, across, up, level=None):
-    """An axes with a line for each model: its numbers y over x; dashed, those of its decoder."""
-    def draw(ax, results):
-        for r in (r for r in results if y in r.numbers):
-            many = dict(marker=None) if len(r.numbers[x]) > 40 else {}
-            ax.plot(r.numbers[x], r.numbers[y], **style(r, **many))
-            if f"decoder_{y}" in r.numbers:
-                ax.plot(r.numbers[f"decoder_{x}"], r.numbers[f"decoder_{y}"],
-                        **style(r, linestyle="--", label=f"{r.model.name}, decoder"))
-        for value in sorted({round(r.numbers[level], 1) for r in results if level}):
-            ax.axhline(value, color="0.5", linestyle=":", label=f"{level}, {value} px")
-            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])            # room for the topmost mark
-        if x in ("block", "depth") or x.endswith("count"):
-            ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set(xlabel=across, ylabel=up.format(**results[0].numbers))
-    return draw
-
-
-def depths(x, y, across, up):
-    """An axes of one model with a line for each depth."""
-    def draw(ax, results):
-        from matplotlib import colormaps
-        [r] = results
-        last = max(len(r.numbers[y]) - 1, 1)
-        for depth, line in enumerate(r.numbers[y]):
-            ax.plot(r.numbers[x], line, color=colormaps["cividis"](depth / last), linewidth=1.2)
-        ax.set(xlabel=across, ylabel=up, title=f"depth 0 (dark) to {last} (light)")
-    return draw
-
-
-def bars(across, up):
-    """Grouped bars, a colour for each model."""
-    def draw(ax, results):
-        names, width = list(dict.fromkeys(n for r in results for n in r.numbers["bars"])), 0.8
-        for i, r in enumerate(results):
-            ax.bar([j + (i + 0.5) * width / len(results) - width / 2 for j in range(len(names))],
-                   [r.numbers["bars"].get(name, math.nan) for name in names],
-                   0.9 * width / len(results), color=r.colour, label=r.model.name)
-        names = ["\n".join(textwrap.wrap(name, 18)) for name in names]
-        ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90 if len(names) > 4 else 0)
-        ax.set(xlabel=across, ylabel=up)
-    return draw
-
-
-def plane(ax, results):
-    """Tokens of two images before and after a layer, and their centres."""
-    for side, colour, cross in zip(results[0].numbers["plane"], COLOURS, "+x"):
-        for points, marker in zip(side[..., :2], "o^"):
-            ax.scatter(*points.T, s=6, color=colour, marker=marker, alpha=0.45, linewidths=0)
-            ax.scatter(*points.mean(0), s=70, color="black", marker=cross)
-    ax.set(xlabel="component 1", ylabel="component 2", title="blue before, orange after")
-    ax.axis("equal")
-
-
-def islands(ax, results):
-    numbers = results[0].numbers
-    for label, colour in zip(numbers["label"].unique(), COLOURS):
-        ax.scatter(*numbers["position"][numbers["label"] == label].T, s=3, color=colour,
-                   linewidths=0)
-    ax.set(xticks=[], yticks=[], title="neighbours of same image {purity_image:.0%}, class "
-           "{purity_class:.0%}".format(**numbers))
-
-
-def densities(ax, results):
-    numbers = results[0].numbers
-    for line, name, colour in zip(numbers["densities"], ("same object", "different"), COLOURS):
-        ax.fill_between(numbers["cosine"], line, color=colour, alpha=0.45, label=name, linewidth=0)
-    ax.set(xlabel="cosine of two patches", ylabel="density",
-           title="O {overlap:.2f}, intra {intra:.2f}, inter {inter:.2f}".format(**numbers))
-
-
-def panels(*shared, each=None, alike=True):
-    """A figure: an axes of its own for each model, drawn by `each`, to one scale if `alike`; then
-    those that all models share."""
-    def draw(plt, results):
-        parts = [(each, [r]) for r in results if each] + [(part, results) for part in shared]
-        wide, down = min(4, len(parts)), -(-len(parts) // 4)
-        fig, axes = plt.subplots(down, wide, squeeze=False, layout="constrained",
-                                 figsize=(3.5 * wide + 1.6, 3.4 * down + 0.5))
-        for ax, (part, chosen) in zip(axes.flat, parts):
-            if part is each and alike:
-                ax.sharey(axes[0, 0])
-            part(ax, chosen)
-            ax.grid(alpha=0.25)
-            if part is each:
-                title = f"{chosen[0].model.name}\n{ax.get_title()}"
-                ax.set_title(title, fontsize=9, color=chosen[0].colour)
-        for ax in axes.flat[len(parts):]:
-            ax.set_axis_off()
-        found = {label: line for ax in axes.flat
-                 for line, label in zip(*ax.get_legend_handles_labels())}
-        if found:
-            fig.legend(found.values(), found, loc="outside right upper", fontsize=8, frameon=False)
-        return fig
-    return draw
-
-
-def pictures(width=1.4, height=1.4, scale=None):
-    """A figure: the rows of tiles each model shows. scale: what the colours of the last mean."""
-    def draw(plt, results):
-        rows = [(r, one) for i, r in enumerate(results) for one in r.show if not (i and one.once)]
-        wide = max(len(one.tiles) for _, one in rows)
-        fig, axes = plt.subplots(len(rows), wide, squeeze=False, layout="constrained",
-                                 figsize=(width * wide + 1.6, height * len(rows) + 0.9))
-        for line, (r, one) in zip(axes, rows):
-            for ax in line:
-                ax.set(xticks=[], yticks=[])
-                ax.spines[:].set_visible(False)
-            name = one.label if one.once else f"{r.model.name} {one.label}"
-            line[0].set_ylabel("\n".join(textwrap.wrap(name, 14)), fontsize=8, rotation=0,
-                               ha="right", va="center", color="black" if one.once else r.colour)
-            for ax, t in zip(line, one.tiles):
-                low, high = t.limits
-                drawn = ax.imshow(t.image, cmap="cividis", vmin=low, vmax=high)
-                ax.set_title(t.title, fontsize=8)
-                for x, y, length, colour in t.boxes:
-                    ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), length, length, fill=False,
-                                               edgecolor=colour, linewidth=1.5))
-                if t.outline is not None:
-                    ax.contour(t.outline, [0.5], colors=COLOURS[5], linewidths=1.2)
-                if t.star:
-                    ax.plot(t.star[0] - 0.5, t.star[1] - 0.5, "*", color=COLOURS[1], markersize=8)
-        if scale:
-            fig.colorbar(drawn, ax=axes, shrink=0.6, label=scale)
-        return fig
-    return draw
-
-
 # ---- all of them ---------------------------------------------------------------------------------
 
-
-@dataclass
-class Diagnostic:
-    title: str
-    reading: str                 # what to expect, under the figure; "the paper" is Park et al.
-    numbers: callable            # (model, args, shared pass) -> dict; show: what only figures need
-    figure: callable             # (matplotlib.pyplot, results) -> figure
-    streams: str = ""            # what it needs of the shared pass
-
-
-SPECTRUM = (curve("depth", "at_first", "depth (blocks)", "\u0394 at rank {ranks[0]}"),
-            curve("depth", "at_second", "depth (blocks)", "\u0394 at rank {ranks[1]}"))
-RANKS = depths("rank", "delta", "rank", "\u0394 log singular value")
-WHAT = {
-    "attention_distance": Diagnostic(
-        "Attention distance",
-        "Mean distance from a query to where it looks. Low: local; on the dotted line: everywhere "
-        "alike. The paper finds contrastive models above masked ones, most of all late.",
-        distance_numbers,
-        panels(curve("block", "pixels", "block", "distance (px of the input)", level="uniform")),
-        "attention_distance"),
-    "nmi": Diagnostic(
-        "Mutual information of query and key",
-        "Low: all queries look at the same place. The paper: contrastive models fall to 0 late, "
-        "masked ones stay above. Middle: do heads differ? Right: heads of block 3, or the last.",
-        nmi_numbers,
-        panels(curve("block", "nmi", "block", "normalised MI"),
-               curve("block", "spread", "block", "standard deviation over heads"),
-               curve("density_at", "density", "normalised MI of a head", "density")),
-        "nmi class_mass"),
-    "head_similarity": Diagnostic(
-        "Similarity of heads",
-        "High: heads say the same. The paper: contrastive above masked, late.",
-        functools.partial(block_numbers, "head_similarity"),
-        panels(curve("block", "similarity", "block", "cosine of two heads")), "head_similarity"),
-    "depth_similarity": Diagnostic(
-        "Similarity before and after attention",
-        "High: attention changes little. The paper: contrastive above masked, late.",
-        functools.partial(block_numbers, "depth_similarity"),
-        panels(curve("block", "similarity", "block", "cosine before, after")), "depth_similarity"),
-    "token_similarity": Diagnostic(
-        "Similarity of tokens of one image",
-        "High: tokens are alike. The paper: contrastive models rise late, above masked ones.",
-        token_numbers,
-        panels(curve("block", "after_attention", "block, after attention", "cosine of two tokens"),
-               curve("depth", "after_block", "depth (blocks; 0: embedding)",
-                     "cosine of two tokens")), "token_similarity"),
-    "token_transform": Diagnostic(
-        "How attention moves tokens",
-        "1: tokens of an image move together, as the paper shows for contrastive models; masked "
-        "ones move each their own way. Crosses: centres of two images (+ before, x after).",
-        unison_numbers, panels(curve("block", "common", "block", "share of movement in common"),
-                               each=plane, alike=False), "unison"),
-    "sv_tokens": Diagnostic(
-        "Spectrum of tokens within images",
-        "Covariance of tokens, against its second singular value. Rising with depth: tokens fill "
-        "more volume (masked, until the last blocks); flat or falling: contrastive.",
-        lambda model, args, s: spectrum_numbers(s.means["sv_tokens"][::2]),
-        panels(*SPECTRUM, each=RANKS), "sv_tokens"),
-    "sv_images": Diagnostic(
-        "Spectrum over images",
-        "The same for the mean tokens of many images. Rising with depth: images spread apart, "
-        "strongly in contrastive models, hardly in masked ones.",
-        sv_images_numbers, panels(*SPECTRUM, each=RANKS)),
-    "fourier": Diagnostic(
-        "High frequencies in feature maps",
-        "Near 0: texture is kept; low: shape. The paper finds masked models above contrastive "
-        "ones; the last blocks of both lose high frequencies.",
-        fourier_numbers,
-        panels(curve("depth", "highest", "depth (blocks)", "\u0394 log amplitude, highest"),
-               each=depths("frequency", "delta", "frequency (\u03c0)", "\u0394 log amplitude")),
-        "fourier"),
-    "decoder": Diagnostic(
-        "What MAE's decoder takes over",
-        "Dashed: decoder, given all patches. The paper: its maps have low frequencies and its NMI "
-        "is high, so that late blocks of the encoder need not paint.",
-        decoder_numbers,
-        panels(curve("depth", "highest", "depth (blocks)", "\u0394 log amplitude, highest"),
-               curve("block", "nmi", "block", "normalised MI"),
-               curve("block", "pixels", "block", "attention distance (px)")),
-        "decoder attention_distance nmi fourier"),
-    "adjacent_count": Diagnostic(
-        "Neighbours that are alike",
-        "How many of a patch's eight neighbours have a cosine above the threshold. By labels "
-        "SelfPatch reports 4.3 on COCO; late contrastive tokens should be alike.",
-        adjacent_numbers,
-        panels(curve("count", "features_share", "alike, by features", "share of patches"),
-               curve("count", "labels_share", "alike, by labels", "share of patches"),
-               curve("depth", "at_depth", "depth (blocks)", "mean count, by features")),
-        "adjacent adjacent_labels adjacent_depth"),
-    "intra_inter": Diagnostic(
-        "Patches of one object and of different ones",
-        "O: overlap of the densities; 0: objects can be told apart, 1: not at all. MMC reports .55 "
-        "for itself, .56 iBOT, .66 DINO, .76 MAE.",
-        pair_numbers, panels(each=densities), "pairs"),
-    "attention_maps": Diagnostic(
-        "Attention of two queries, and of the class token",
-        "Do the maps of the two queries (framed) differ? Contrastive, late: hardly, and they show "
-        "the object. Masked: a spot around the query. Mean of heads; each map to its own scale.",
-        map_numbers, pictures()),
-    "pca": Diagnostic(
-        "Principal components of patch tokens",
-        "The first three of all these images as red, green, blue: like colours, like tokens. One "
-        "colour for a part in several images: the model knows the part.",
-        pca_numbers, pictures()),
-    "kmeans": Diagnostic(
-        "k-means segments of patch tokens",
-        "k = 3, each image for itself, largest segment dark. Segments that follow the object show "
-        "that its patches are alike.",
-        kmeans_numbers, pictures()),
-    "prompt_heatmap": Diagnostic(
-        "Which patches are like the prompt?",
-        "Cosine with the patch at the star. Good: light inside the outline, dark outside. IoU with "
-        "the object of what is above the best of ten thresholds, over all images.",
-        heat_numbers, pictures(scale="cosine")),
-    "patch_retrieval": Diagnostic(
-        "Which crops are like the query?",
-        "Framed: the query; then the nearest crops of other images. The part-aware study: encoded, "
-        "the same part; projected, other parts of the same kind of object.",
-        retrieval_numbers, pictures(width=14, height=0.6)),
-    "layer_reconstruction": Diagnostic(
-        "Which block paints?",
-        "Tokens of a block sent straight to the painting head; below, what each block changes, to "
-        "one scale for a model. The strongest fills the hidden patches, later ones refine.",
-        recon_numbers, pictures()),
-    "tsne": Diagnostic(
-        "t-SNE of patch tokens",
-        "18 images of 3 classes (colours). Contrastive: islands by image and class; masked: mixed.",
-        tsne_numbers, panels(each=islands, alike=False)),
-    "feature_variance": Diagnostic(
-        "Variance under crops and hidden patches",
-        "Over the features' mean square. Low: stable. MMC reports raw variance, lowest for MAE "
-        "(crops) and itself (hidden patches); raw values go with the scale of the features.",
-        variance_numbers, panels(bars("", "relative variance"))),
-    "views": Diagnostic(
-        "What pretext tasks see", "One image as patches, masked, with noise or another image in "
-        "the hidden part, and two crops. No network takes part.", view_numbers, pictures()),
-    "layerwise": Diagnostic(
-        "Linear probe of every block", "The paper: contrastive models rise to the end, masked ones "
-        "are ahead early and have their best block before the end.",
-        layerwise_numbers, panels(curve("block", "top1", "block", "top-1 (%)"))),
-    "frequency_noise": Diagnostic(
-        "Accuracy under noise of one frequency",
-        "Compare models at the same frequency. The paper: at high ones masked models lose more.",
-        noise_numbers, panels(curve("frequency", "change", "frequency (\u03c0)",
-                                    "change of top-1 (points)"))),
-    "shape_bias": Diagnostic(
-        "Shape or texture?", "High: decides by shape. The paper: contrastive above supervised "
-        "above masked.", bias_numbers, panels(bars("shape", "decisions for the shape (%)"))),
-    "reinit": Diagnostic(
-        "Fine-tuning with blocks drawn anew", "The paper: masked models suffer more from new early "
-        "blocks, contrastive ones from new late blocks.",
-        reinit_numbers,
-        panels(curve("first_count", "first_change", "first blocks anew", "change (points)"),
-               curve("last_count", "last_change", "last blocks anew", "change (points)"))),
-    "knn": Diagnostic(
-        "kNN by class token, by patch mean", "MMC: its patches classify as well as its class "
-        "token, other models' do not.", knn_numbers, panels(bars("feature", "top-1 (%)"))),
-    "accuracy_similarity": Diagnostic(
-        "Accuracy and similarity of tokens", "ASL, fig. 1: models with both objectives have the "
-        "higher accuracy and the more similar tokens.", accuracy_numbers,
-        panels(curve("linear", "similarity", "linear probe, top-1 (%)", "cosine of two tokens")),
-        "final_similarity"),
+WHAT = {       # name: (model, args, shared pass) -> numbers; what that needs of the shared pass
+    "attention_distance":   (distance_numbers, "attention_distance"),
+    "nmi":                  (nmi_numbers, "nmi class_mass"),
+    "head_similarity":      (functools.partial(block_numbers, "head_similarity"),
+                             "head_similarity"),
+    "depth_similarity":     (functools.partial(block_numbers, "depth_similarity"),
+                             "depth_similarity"),
+    "token_similarity":     (token_numbers, "token_similarity"),
+    "token_transform":      (unison_numbers, "unison"),
+    "sv_tokens":            (sv_tokens_numbers, "sv_tokens"),
+    "sv_images":            (sv_images_numbers, ""),
+    "fourier":              (fourier_numbers, "fourier"),
+    "decoder":              (decoder_numbers, "decoder attention_distance nmi fourier"),
+    "adjacent_count":       (adjacent_numbers, "adjacent adjacent_labels adjacent_depth"),
+    "intra_inter":          (pair_numbers, "pairs"),
+    "attention_maps":       (map_numbers, ""),
+    "pca":                  (pca_numbers, ""),
+    "kmeans":               (kmeans_numbers, ""),
+    "prompt_heatmap":       (heat_numbers, ""),
+    "patch_retrieval":      (retrieval_numbers, ""),
+    "layer_reconstruction": (recon_numbers, ""),
+    "tsne":                 (tsne_numbers, ""),
+    "feature_variance":     (variance_numbers, ""),
+    "views":                (view_numbers, ""),
+    "layerwise":            (layerwise_numbers, ""),
+    "frequency_noise":      (noise_numbers, ""),
+    "shape_bias":           (bias_numbers, ""),
+    "reinit":               (reinit_numbers, ""),
+    "knn":                  (knn_numbers, ""),
+    "accuracy_similarity":  (accuracy_numbers, "final_similarity"),
 }
 STANDARD = """attention_distance nmi head_similarity depth_similarity token_similarity sv_tokens
 fourier attention_maps pca kmeans prompt_heatmap""".split()
@@ -1077,8 +874,8 @@ fourier attention_maps pca kmeans prompt_heatmap""".split()
 
 
 def parse(argv=None):
-    known = "\n".join(f"  {name:<22}{what.title}{' *' * (name in STANDARD)}"
-                      for name, what in WHAT.items())
+    known = "\n".join(f"  {name:<22}{figure.title}{' *' * (name in STANDARD)}"
+                      for name, figure in figures.FIGURES.items())
     parser = training.Parser(
         description=__doc__, epilog=f"diagnostics (*: standard report):\n{known}",
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1105,11 +902,11 @@ def parse(argv=None):
 def analyse(model, args):
     """All that is asked for, of one model -> {diagnostic: numbers}, {diagnostic: why it is left
     out}."""
-    streams = {stream for name in args.what for stream in WHAT[name].streams.split()}
+    streams = {stream for name in args.what for stream in WHAT[name][1].split()}
     shared, found, missed = shared_pass(model, args, streams) if streams else None, {}, {}
     for name in args.what:
         try:
-            found[name] = WHAT[name].numbers(model, args, shared)
+            found[name] = WHAT[name][0](model, args, shared)
         except Missing as why:
             missed[name] = str(why)
     return found, missed
@@ -1138,7 +935,8 @@ def flat(x, *at):
 def write(folder, name, results, args):
     """NAME.json, and NAME.csv with a row for each number and its position in the (nested) list."""
     content = dict(
-        what=name, title=WHAT[name].title, reading=WHAT[name].reading, data=args.data,
+        what=name, title=figures.FIGURES[name].title, reading=figures.FIGURES[name].reading,
+        data=args.data,
         settings={key: str(value) for key, value in vars(args).items()}, torch=torch.__version__,
         models=[dict(model=r.model.name, checkpoint=r.model.source.path, step=r.model.source.step,
                      size=r.model.size, numbers=plain(r.numbers)) for r in results])
@@ -1148,35 +946,6 @@ def write(folder, name, results, args):
         out.writerow("model quantity i j k l value".split())
         for r in results:
             out.writerows([r.model.name, *line] for line in flat(plain(r.numbers)))
-
-
-def save_figure(plt, folder, name, results):
-    fig, what = WHAT[name].figure(plt, results), WHAT[name]
-    fig.suptitle(what.title, fontsize=12, x=0.01, ha="left")
-    reading = textwrap.wrap(what.reading, int(13 * fig.get_size_inches()[0]))
-    fig.supxlabel("\n".join(reading), fontsize=8, color="0.3")
-    fig.savefig(folder / f"{name}.png", dpi=130)
-    plt.close(fig)
-
-
-PAGE = """<!doctype html><meta charset="utf-8"><title>What did it learn?</title>
-<style>body {{ font: 16px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }}
-img {{ max-width: 100% }} h2 {{ margin-top: 2.5em }} p.r {{ color: #444 }}</style>
-<h1>Diagnostics</h1><p>{head}</p>{body}"""
-
-
-def page(folder, names, found, notes, args, figures):
-    """index.html: every diagnostic, one below the other."""
-    links = " &middot; ".join(f'<a href="#{name}">{WHAT[name].title}</a>' for name in found)
-    body = [f"<p>{links}</p>"]
-    for name in found:
-        title, reading = html.escape(WHAT[name].title), html.escape(WHAT[name].reading)
-        image = f'<img src="{name}.png" alt="{title}">' if figures else ""
-        body.append(f'<h2 id="{name}">{title}</h2>{image}<p class="r">{reading} Numbers: '
-                    f'<a href="{name}.json">JSON</a>, <a href="{name}.csv">CSV</a></p>')
-    body += [f"<p>note: {html.escape(note)}</p>" for note in notes]
-    head = html.escape(f"{', '.join(names)}; test images of {args.data}; {args.precision}")
-    (folder / "index.html").write_text(PAGE.format(head=head, body="\n".join(body)), "utf-8")
 
 
 def main(argv=None):
@@ -1202,8 +971,7 @@ def main(argv=None):
         numbers, left_out = analyse(model, args)
         for name, values in numbers.items():
             found[name].append(SimpleNamespace(
-                model=model, numbers=values, show=values.get("show"),
-                colour=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)]))
+                model=model, numbers=values, show=values.get("show"), **figures.style(i)))
         for name, why in left_out.items():
             missed.setdefault((name, why), []).append(model.name)
         print(f"{model.name}: {len(numbers)} diagnostics, {time.perf_counter() - begin:.0f} s")
@@ -1211,13 +979,14 @@ def main(argv=None):
     for name, results in found.items():
         write(folder, name, results, args)
         if plt:
-            save_figure(plt, folder, name, results)
+            figures.save(plt, folder / f"{name}.png", name, results)
         for r in results:                                    # in a line: the numbers that are one
             said = {key: x for key, x in plain(r.numbers).items() if isinstance(x, (int, float))}
             said = ", ".join(f"{key} {x:.4g}" for key, x in said.items())
             print(f"{name:<22}{r.model.name}{': ' * bool(said)}{said}")
     notes = [f"{name} left out ({', '.join(of)}): {why}" for (name, why), of in missed.items()]
-    page(folder, names, found, notes, args, bool(plt))
+    head = f"{', '.join(names)}; test images of {args.data}; {args.precision}"
+    figures.page(folder / "index.html", head, found, notes, bool(plt))
     for note in notes:
         print(f"note: {note}")
     if not plt:

@@ -291,6 +291,17 @@ def iou(found, truth):
     return ((found & truth).sum() / (found | truth).sum().clamp(min=1)).item()
 
 
+def order(heat, inside, outside):
+    """How often is a point of the object hotter than one outside? heat (N,) of patches, inside and
+    outside (N,) the shares of each that are object and that are not -> a float; 0.5: chance, ties
+    count half, nan without one of the two. The area under the ROC curve: no threshold in it."""
+    heat, at = heat.unique(return_inverse=True)                                       # ascending
+    inside, outside = (torch.zeros(len(heat)).double().index_add(0, at, part.double())
+                       for part in (inside, outside))
+    below = outside.cumsum(0) - outside / 2
+    return ((inside @ below) / (inside.sum() * outside.sum())).item()
+
+
 def kmeans(x, k=3, restarts=10, iterations=100, seed=0):
     """(N, C) -> labels (N,), largest cluster first; inertia after each step of the best start.
 

@@ -7,11 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import analysis
 import data
+import figures
+import hybrid
 import mae
+import mmc
 import readers
 import rng
 import simmim
@@ -161,15 +165,16 @@ def test_identity_blocks_of_the_decoder_give_a_flat_curve(tmp_path):
 def test_last_block_paints_what_the_network_paints(tmp_path):
     m, net = save_mae(tmp_path / "mae")
     x = draw(2, 3, 32, 32).float()
-    hidden, paint = analysis.painter(m, x, 0)
+    hidden, given, paint = analysis.painter(m, x, 0)
     noise = rng.uniform(torch.arange(2), 64, 0, "hide")
     pred, mask = net(x, noise)
-    assert torch.equal(hidden, mask) and mask.sum() == 96
+    assert torch.equal(hidden[:, 0, ::4, ::4].flatten(1), mask) and mask.sum() == 96
+    assert torch.equal(given, x.where(~hidden, 0.0))
     assert torch.allclose(paint(2), mae.unpatchify(pred), atol=1e-5)
     assert not torch.allclose(paint(1), paint(2), atol=1e-3)
     for last in (net.encoder.blocks[2].attn.proj, net.encoder.blocks[2].mlp.fc2):
         torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
-    _, paint = analysis.painter(m, x, 0)
+    *_, paint = analysis.painter(m, x, 0)
     assert torch.equal(paint(1), paint(2))                   # an identity block changes nothing
 
 
@@ -182,12 +187,52 @@ def test_simmim_paints_what_its_network_paints(tmp_path):
     torch.save(dict(model=simmim.official(net)), tmp_path / "full.pt")
     (tmp_path / "config.yaml").write_text(f"mask_block: 8\nmask_ratio: {cfg.mask_ratio}\n")
     m, x = model(str(tmp_path / "encoder.pt")), draw(2, 3, 32, 32).float()
-    m.encoder, source = net.backbone, m.source
-    m.source = m.encoder.source = source
-    hidden, paint = analysis.painter(m, x, 0)
-    assert hidden.sum(1).tolist() == [40, 40]                # 10 of 16 blocks, four patches each
-    assert torch.allclose(paint(2), net(x, hidden.view(2, 8, 8)), atol=1e-5)
+    m.encoder, m.encoder.source = net.backbone, m.source
+    hidden, given, paint = analysis.painter(m, x, 0)
+    mask = hidden[:, 0, ::4, ::4]
+    assert mask.sum((1, 2)).tolist() == [40, 40]             # 10 of 16 blocks, four patches each
+    assert torch.allclose(paint(2), net(x, mask), atol=1e-5)
     assert not torch.allclose(paint(1), paint(2), atol=1e-3)             # control
+
+
+def trained(method, folder, *flags):
+    """A model whose painting head lies in the student of last.pt; and that student."""
+    cfg = training.config(method.Config, "--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 "
+                          "--num-heads 3 --hidden 16 --out-dim 8".split() + list(flags))
+    torch.manual_seed(0)
+    net = method.Network(cfg).eval()
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    torch.save(dict(format="training/1", state=dict(student=net.state_dict())), folder / "last.pt")
+    (folder / "config.yaml").write_text("noise_share: 0.4\nmask_block: 8\nmask_ratio: 0.5\n")
+    m = model(str(folder / "encoder.pt"), **net.backbone.config)
+    m.encoder.source.method = method.__name__
+    return m, net, draw(2, 3, 32, 32).float()
+
+
+@torch.no_grad()
+def test_hybrid_paints_what_its_network_paints(tmp_path):
+    m, net, x = trained(hybrid, tmp_path, "--mask-block", "8")
+    m.encoder.load_state_dict(net.backbone.state_dict())     # base: encoder.pt holds the student
+    hidden, _, paint = analysis.painter(m, x, 0)
+    pixels, _ = net((x, hidden[:, 0, ::4, ::4], None))
+    assert torch.allclose(paint(2), pixels, atol=1e-5)
+    assert not torch.allclose(paint(1), paint(2), atol=1e-3)             # control
+
+
+@torch.no_grad()
+def test_mmc_paints_by_its_student_in_rectangles_of_noise(tmp_path):
+    m, net, x = trained(mmc, tmp_path)
+    hidden, given, paint = analysis.painter(m, x, 0)         # encoder.pt: a teacher, other weights
+    assert torch.allclose(paint(2), net(given)[2], atol=1e-5)
+    assert not torch.allclose(paint(2), net(x)[2], atol=1e-3)            # control: of the intact
+    u = rng.uniform(torch.arange(2), (255, 4), 0, "hide")
+    assert torch.equal(hidden[:, 0], mmc.rectangles(u, 32, torch.tensor([0.4, 0.4])))
+    assert torch.equal(given.where(~hidden, 0.0), x.where(~hidden, 0.0))
+    assert (given[hidden.expand_as(x)] != x[hidden.expand_as(x)]).all()
+    m.encoder.source.method = "dino"                         # last.pt is large: not opened in vain
+    with pytest.raises(analysis.Missing, match="nothing paints"):
+        analysis.painter(m, x, 0)
 
 
 def test_without_a_decoder_one_line_says_so():
@@ -236,7 +281,25 @@ def test_every_set_of_class_maps_can_be_asked(tmp_path):
     assert not missed and found["intra_inter"]["pairs"][0] > 0 and found["prompt_heatmap"][
         "prompts"] == 2
     shown = found["prompt_heatmap"]["show"][0].tiles[0]
-    assert shown.outline[int(shown.star[1]), int(shown.star[0])]
+    (truth, _), (above, _) = shown.outlines
+    place = int(shown.star[1]), int(shown.star[0])
+    assert truth[place] and above[place]
+
+
+def test_alike_tokens_reach_the_floor_of_the_prompt_and_no_more(tmp_path, monkeypatch):
+    m, args = model(), settings("--limit", "2", *voc(tmp_path))
+    alike = torch.ones(1, 64, 4).expand(2, 64, 4) / 2
+    monkeypatch.setattr(analysis, "unit", lambda *given: alike)
+    found = analysis.heat_numbers(m, args, None)
+    assert found["best"] == pytest.approx(found["whole_picture"]) and found["order"] == 0.5
+    [(*_, labels)] = analysis.batches(m, args, 2, maps=True)             # void counts nowhere
+    expected = (labels[0] == 1).sum() / (labels[0] >= 0).sum()
+    assert found["whole_picture"] == pytest.approx(expected.item())
+    cover = F.avg_pool2d((labels == 1).float(), 4).flatten(1)      # (2, 64)
+    perfect = F.normalize(torch.stack([cover, 1 - cover], 2), dim=2)
+    monkeypatch.setattr(analysis, "unit", lambda *given: perfect)
+    found = analysis.heat_numbers(m, args, None)             # control
+    assert found["order"] > 0.95 and found["best"] > found["whole_picture"] + 0.3
 
 
 def test_sets_without_a_background_start_at_class_one(monkeypatch):
@@ -282,7 +345,7 @@ def test_report_without_matplotlib(tmp_path, capsys, monkeypatch):
 def test_unknown_diagnostic_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean fourier"):
         analysis.parse(["--what", "furier"])
-    assert analysis.parse(["--what", "all"]).what == list(analysis.WHAT)
+    assert analysis.parse(["--what", "all"]).what == list(analysis.WHAT) == list(figures.FIGURES)
     assert analysis.parse([]).what == analysis.STANDARD
 
 
@@ -315,6 +378,7 @@ def test_recorded_numbers_are_drawn_from_results(tmp_path):
         analysis.layerwise_numbers(m, args, None)
 
 
+@pytest.mark.slow
 def test_pictures_of_a_run(tmp_path):
     pytest.importorskip("matplotlib")
     what = ("decoder token_transform sv_tokens intra_inter attention_maps patch_retrieval "

@@ -267,6 +267,16 @@ def test_prompt_lies_deep_in_the_object():
     assert d.iou(mask, torch.ones_like(mask)) == pytest.approx(mask.float().mean().item())
 
 
+def test_order_needs_no_threshold():
+    heat, inside = torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.tensor([1.0, 0, 1, 0])
+    assert d.order(heat, inside, 1 - inside) == pytest.approx(3 / 4)     # 3 of 4 pairs
+    assert d.order(heat / 9 + 0.5, inside, 1 - inside) == pytest.approx(3 / 4)
+    assert d.order(torch.ones(4), inside, 1 - inside) == 0.5             # ties
+    share = torch.tensor([0.5, 0.5])         # inside: half of both; pairs: 1/4 right, 1/2 ties
+    assert d.order(torch.tensor([1.0, 0.0]), share, 1 - share) == pytest.approx(0.5)
+    assert math.isnan(d.order(heat, torch.ones(4), torch.zeros(4)))
+
+
 def test_kmeans_finds_three_regions():
     truth = torch.tensor([0] * 30 + [1] * 20 + [2] * 14)
     label, history = d.kmeans(torch.eye(3)[truth])
