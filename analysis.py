@@ -230,7 +230,8 @@ class Means:
 @torch.no_grad()
 def shared_pass(model, args, names):
     """All curves in one forward per batch -> means of the encoder, of MAE's decoder or None; grid,
-    number of images."""
+    number of images. Park et al. take the validation set, their notebooks a mean over batches of
+    which they see one; here 256 images by default, each with the same weight."""
     encoder, decoder = model.encoder, mae_decoder(model) if "decoder" in names else None
     means = Means([name for name in STREAMS if name in names])
     behind = Means(["attention_distance", "nmi", "fourier"]) if decoder else None
@@ -409,6 +410,8 @@ def distance_numbers(model, args, s):
 
 
 def nmi_numbers(model, args, s):
+    """Spread over heads (divisor H) of means over images, and the density of the heads of block 3
+    (fig. E.1); how both are taken is our choice."""
     found, at = s.means["nmi"], torch.linspace(-0.1, 1.1, 512)                       # (L, H)
     third = min(3, len(found))
     return dict(block=upto(len(found), 1), nmi=found.mean(1), spread=found.std(1, correction=0),
@@ -421,19 +424,21 @@ def block_numbers(name, model, args, s):
 
 
 def token_numbers(model, args, s):
+    """Park et al., fig. 5c, "in the self-attentions": after them (our choice); beside it z_l."""
     found = s.means["token_similarity"]                      # z_0, u_1, z_1, ... u_L, z_L
     return dict(block=upto(len(found) // 2, 1), after_attention=found[1::2],
                 depth=upto(len(found) // 2 + 1), after_block=found[::2])
 
 
 def unison_numbers(model, args, s):
-    """Curves over all blocks, and two images in one basis before and after the last attention."""
+    """Curves over all blocks, and two images in one basis before and after the last attention; how
+    far apart their centres are after it, over before, in all dimensions (our choice)."""
     found, encoder = s.means["unison"], model.encoder
     tokens, grid = encoder.embed(few(model, args, 2))
     *_, last = walk(args, encoder.blocks, tokens, encoder.num_prefix,
                     lambda block: encoder.attention_bias(block, grid), look=False)
     plane = d.principal_plane(last.before, last.after)                               # (2, I, N, 3)
-    before, after = (centres[0] - centres[-1] for centres in plane.mean(2))
+    before, after = (z[0].mean(0) - z[-1].mean(0) for z in (last.before, last.after))
     return dict(block=upto(len(found), 1), common=found[:, 0], spread_ratio=found[:, 1],
                 centre_ratio=(after.norm() / before.norm()).item(), plane=plane)
 
@@ -451,8 +456,8 @@ def sv_tokens_numbers(model, args, s):
 
 
 def sv_images_numbers(model, args, s):
-    """Mean patch tokens of many images, one covariance for each depth (fig. 7b): a pass of its own,
-    as it takes more images."""
+    """Mean patch tokens of many images, one covariance for each depth (fig. 7b). A pass of its own,
+    as it takes more images: 2048 or 4 C (our choice; the paper: the validation set)."""
     encoder = model.encoder
     scatter = [d.Scatter() for _ in range(encoder.depth + 1)]
     for x, *_ in batches(model, args, args.limit or max(2048, 4 * encoder.embed_dim)):
@@ -530,8 +535,9 @@ def final(model, args, x):
 
 
 def map_numbers(model, args, s):
-    """Two queries in the first, the middle and the last block but one, mean of heads (Park et al.,
-    fig. 2); and the class token in the last block, each head (as DINO draws it)."""
+    """Two queries in the first, the middle and the last block but one (Park et al., fig. 2), mean
+    of heads (our choice: the notebook has one head, and frames that drift, as they are 14 pixels
+    wide and patches 16); and the class token in the last block, each head (as DINO draws it)."""
     x, encoder = few(model, args, 1), model.encoder
     L, p, P, g = encoder.depth, encoder.patch_size, encoder.num_prefix, (
         x.shape[-1] // encoder.patch_size)
@@ -558,7 +564,8 @@ def unit(model, args, x):
 
 
 def kmeans_numbers(model, args, s, shown=6):
-    """k-means with k = 3 on unit vectors, each image for itself (MMC, fig. 6)."""
+    """k-means with k = 3, each image for itself (MMC, fig. 6), on unit vectors after the final norm
+    (our choice)."""
     x = few(model, args, shown)
     found = torch.stack([d.kmeans(z, seed=args.seed)[0] for z in unit(model, args, x)])
     found = found.unflatten(1, (math.isqrt(found.shape[1]), -1))                     # (I, g, g)
@@ -633,10 +640,12 @@ def pixels(values, p):
 
 
 def retrieval_numbers(model, args, s, shown=3):
-    """A crop asks for the crops most like it, by the encoder and by the projection head.
+    """A crop asks for the crops most like it, by the encoder (mean patch, after the final norm) and
+    by the projection head (`vit.projector`: what enters the loss, of DINO and iBOT the logits).
 
-    Every crop is encoded on its own, since tokens of the whole image know their surroundings. The
-    query's own image is left out (our choice, for few images): its neighbours overlap.
+    Every crop is encoded on its own, since tokens of the whole image know their surroundings. 24
+    are shown, as in the part-aware study; its script shows 84. The query's own image is left out
+    (our choice, for few images: its windows overlap; the script keeps it).
     """
     head, images, bank = vit.projector(model.encoder), [], {}
     for x, *_ in batches(model, args, args.limit or 1000):
@@ -651,11 +660,12 @@ def retrieval_numbers(model, args, s, shown=3):
     owner = torch.arange(len(images)).repeat_interleave(49)
 
     def strip(q, nearest):
-        """The query's image, the query in it framed, and the nearest crops side by side: a tile."""
-        crops = [d.windows(images[i // 49, None].float())[i % 49] for i in nearest]  # (3, S, S)
+        """An image and the query in it, framed, and the nearest crops side by side: a tile."""
+        crops = [d.windows(images[i // 49, None].float())[i % 49] for i in (q, *nearest)]
         gaps = F.pad(torch.stack([images[q // 49].float(), *crops]), (0, S // 8), value=255)
         return tile(torch.cat([*gaps], 2).clamp(0, 255).byte().permute(1, 2, 0), boxes=[
-            (S // 8 * (q % 49 % 7), S // 8 * (q % 49 // 7), S // 4, QUERY[0])])
+            (S // 8 * (q % 49 % 7), S // 8 * (q % 49 // 7), S // 4, QUERY[0]),
+            (S + S // 8, 0, S - 1, QUERY[0])])
 
     out, rows = dict(queries=[], crops=len(owner)), []
     for q in (49 * i + 24 for i in range(args.image, min(args.image + shown, len(images)))):
@@ -670,21 +680,23 @@ def retrieval_numbers(model, args, s, shown=3):
 
 def recon_numbers(model, args, s):
     """Which block paints? Tokens of the last six, each sent straight to the painting head; mean
-    absolute change from block to block, in deviations of the data set's colours (MMC, fig. 9)."""
+    absolute change from block to block, of colours from 0 to 1 (MMC, fig. 9; our choice: the final
+    norm before the head, all patches as painted, visible ones, too)."""
     x, L = few(model, args, 1), model.encoder.depth
     hidden, given, paint = painter(model, x, args.seed)
     blocks = upto(min(6, L), L - min(6, L))
     painted = torch.cat([paint(b).float() for b in blocks])                          # (6, 3, S, S)
-    change = painted.diff(dim=0).abs().mean(1)                                       # (5, S, S)
+    shade = x.new_tensor(model.std).view(3, 1, 1)
+    change = (shade * painted.diff(dim=0)).abs().mean(1)                             # (5, S, S)
     by_block, top = change.mean((1, 2)), max(change.max().item() if len(change) else 0, 1e-9)
-    error = (painted - x).abs().masked_select(hidden).view(len(blocks), -1).mean(1)
+    error = (shade * (painted - x)).abs().masked_select(hidden).view(len(blocks), -1).mean(1)
     images = picture(model, torch.cat([x, given, painted]))
     return dict(blocks=[b + 1 for b in blocks], change=by_block, largest_change=top,
                 error_where_hidden=error, show=[
         row("painted", [tile(images[0], "image"), *(
             tile(one, f"from block {b + 1}") for b, one in zip(blocks, images[2:]))]),
-        row(f"change, 0 to {top:.1f}", [tile(images[1], "given"), tile(None), *(
-            tile(one, f"mean {mean:.2f}", limits=(0, top))
+        row(f"change, 0 to {top:.2f}", [tile(images[1], "given"), tile(None), *(
+            tile(one, f"mean {mean:.3f}", limits=(0, top))
             for one, mean in zip(change, by_block))])])
 
 
@@ -706,8 +718,9 @@ def tsne_numbers(model, args, s, each=6):
         z.shape[1])
     image = torch.arange(len(z)).repeat_interleave(z.shape[1])
     same_image, same_class = d.purity(z.flatten(0, 1), image, label)
-    return dict(purity_image=same_image, purity_class=same_class, image=image, label=label,
-                position=d.tsne(z.flatten(0, 1), seed=args.seed))
+    return dict(purity_image=same_image, image=image, label=label,
+                position=d.tsne(z.flatten(0, 1), seed=args.seed)) | (
+                    {} if labels is None else dict(purity_class=same_class))
 
 
 def variance_numbers(model, args, s):

@@ -100,8 +100,8 @@ def pair_cosine(x):
 def head_similarity(o):
     """Do heads say the same of a token? Outputs of the heads (B, H, N, d) -> (B,), nan if H is 1.
 
-    Park et al., fig. 5a, names no tensor; here, before the output projection. Heads live in
-    subspaces of their own, so the value depends on the basis; that is the paper's notion.
+    Park et al., fig. 5a, names no tensor; here, before the output projection (our choice). Heads
+    live in subspaces of their own, so the value depends on the basis; that is the paper's notion.
     """
     return pair_cosine(o.transpose(1, 2)).mean(1)
 
@@ -141,7 +141,8 @@ def principal(x, n=3):
 def principal_plane(before, after):
     """States of I images (I, N, C) -> (2, I, N, 3), both in one basis: that of `principal`.
 
-    Park et al., fig. 6. With a basis for each a translation would not be seen.
+    Park et al., fig. 6, which does not say what is decomposed: all shown tokens together, less
+    their mean (our choice). With a basis for each a translation would not be seen.
     """
     both = torch.stack([before, after]).double()
     v, _ = principal(both.flatten(0, 2))
@@ -188,7 +189,8 @@ class Scatter:
 
 
 def delta(log_values):
-    """(..., R) less the second largest (the paper's choice): the first is often a common offset."""
+    """(..., R) less the second largest: the first is often a common offset. The paper writes "the
+    (second) largest", its fig. E.3 plots the second, its notebook takes no difference."""
     return log_values - log_values[..., 1:2]
 
 

@@ -9,6 +9,7 @@ those of Okabe and Ito, which the colour-blind tell apart, as they do the shades
 matplotlib is handed in: the rest works without it.
 """
 import html
+import itertools
 import math
 import textwrap
 from dataclasses import dataclass
@@ -95,13 +96,14 @@ def plane(ax, results):
 
 
 def islands(ax, results):
-    """Tokens where t-SNE puts them, a colour for each class."""
+    """Tokens where t-SNE puts them, a colour for each class, or image if there are no classes."""
     numbers = results[0].numbers
-    for label, colour in zip(numbers["label"].unique(), COLOURS):
+    for label, colour in zip(numbers["label"].unique(), itertools.cycle(COLOURS)):
         ax.scatter(*numbers["position"][numbers["label"] == label].T, s=3, color=colour,
                    linewidths=0)
-    ax.set(xticks=[], yticks=[], title="neighbours of same image {purity_image:.0%}, class "
-           "{purity_class:.0%}".format(**numbers))
+    title = "neighbours of same image {purity_image:.0%}"
+    title += ", class {purity_class:.0%}" if "purity_class" in numbers else ""
+    ax.set(xticks=[], yticks=[], title=title.format(**numbers))
 
 
 def densities(ax, results):
@@ -176,7 +178,7 @@ def pictures(width=1.4, height=1.4, scale=None):
                 drawn = ax.imshow(t.image, cmap="cividis", vmin=low, vmax=high)
                 ax.set_title(t.title, fontsize=8)
                 for x, y, length, colour in t.boxes:
-                    for edge, thick in (("white", 3), (colour, 1.5)):
+                    for edge, thick in (("white", 2.2), (colour, 1.2)):
                         ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), length, length, fill=False,
                                                    edgecolor=edge, linewidth=thick))
                 for mask, colour in t.outlines:
@@ -264,7 +266,7 @@ FIGURES = {
         "Patches of one object and of different ones",
         "O: overlap of the densities; 0: objects can be told apart, 1: not at all. MMC reports .55 "
         "for itself, .56 iBOT, .66 DINO, .76 MAE.",
-        panels(each=densities)),
+        panels(each=densities, alike=False)),
     "attention_maps": Figure(
         "Attention of two queries, and of the class token",
         "Do the maps of the two queries (framed) differ? Contrastive, late: hardly, and they show "
@@ -300,7 +302,9 @@ FIGURES = {
         pictures()),
     "tsne": Figure(
         "t-SNE of patch tokens",
-        "18 images of 3 classes (colours). Contrastive: islands by image and class; masked: mixed.",
+        "18 images of 3 classes (colours; of images, where there are no classes). Contrastive: "
+        "islands by image and class; masked: mixed. Neighbours: the ten nearest before t-SNE; of "
+        "the same class: in other images.",
         panels(each=islands, alike=False)),
     "feature_variance": Figure(
         "Variance under crops and hidden patches",

@@ -106,6 +106,42 @@ def test_narrow_window_is_local():
     assert torch.allclose(wide, free, atol=1e-7) and wide.max() < 0.999
 
 
+@pytest.mark.parametrize("k, keys", [(3, 8.16327), (5, 20.8980), (7, 37.7347), (13, 100),
+                                     (27, 196)])
+def test_window_lets_so_many_patches_be_seen(k, keys):
+    encoder = vit.ViT(56, 4, embed_dim=4, depth=1, num_heads=1)          # 14 x 14 patches
+    mask = encoder.local_mask(k)[1:, 1:]
+    assert mask.double().sum(1).mean().item() == pytest.approx(keys, rel=1e-5)
+    assert mask.any(1).all()                                 # no query is left without a key
+
+
+def test_maps_are_those_of_the_queries(monkeypatch):
+    m, args = model(), settings("--limit", "1")
+    own, even = torch.eye(65).expand(1, 3, 65, 65), torch.full((1, 3, 65, 65), 1 / 65)
+    weights = {0: own, 1: even, 2: even}
+    monkeypatch.setattr(m.encoder, "layers", lambda *given, **how: (None, weights))
+    found = analysis.map_numbers(m, args, None)              # blocks 1 and 2 of 3, two queries
+    assert found["blocks"] == [1, 2] and found["queries"] == [(4, 4), (1, 1)]
+    maps = found["maps"]                                     # (queries x blocks, 8, 8)
+    assert torch.allclose(maps.sum((1, 2)), torch.ones(4))
+    assert maps[0, 4, 4] > 0.999 and maps[2, 1, 1] > 0.999   # each looks at itself: there
+    assert torch.allclose(maps[[1, 3]], torch.full((2, 8, 8), 1 / 64))
+    image, *tiles = found["show"][0].tiles
+    assert [box[:3] for box in image.boxes] == [(16, 16, 4), (4, 4, 4)]  # pixels of the two patches
+    assert tiles[0].boxes[0][:3] == (4, 4, 1) and tiles[2].boxes[0][:3] == (1, 1, 1)
+    assert abs(int(found["class_token_60_percent_on"][0]) - 39) <= 1     # of 64 alike
+
+
+def test_images_whose_centres_move_apart():
+    m, args = model(), settings("--limit", "2")
+    s, last = analysis.shared_pass(m, args, {"unison"}), m.encoder.blocks[2]
+    last.norm1, attention = torch.nn.Identity(), last.attn
+    attention.forward = lambda x, *_: 0 * attention.proj(x)              # adds nothing
+    assert analysis.unison_numbers(m, args, s)["centre_ratio"] == pytest.approx(1)
+    attention.forward = lambda x, *_: x + 0 * attention.proj(x)          # adds the token itself
+    assert analysis.unison_numbers(m, args, s)["centre_ratio"] == pytest.approx(2)
+
+
 # ---- decoders ------------------------------------------------------------------------------------
 
 

@@ -133,6 +133,9 @@ def test_common_basis_shows_a_translation():
     assert (after - before).norm(dim=-1).std() < 0.2 * (after - before).norm(dim=-1).mean()
     alone = d.principal_plane(z, z)                   # control
     assert torch.equal(alone[0], alone[1])
+    axes, _ = d.principal(draw(20, 6))
+    assert all(v[v.abs().argmax()] > 0 for v in axes)        # else the sign is arbitrary
+    assert torch.allclose(d.principal(-draw(20, 6))[0], axes)
 
 
 # ---- spectra -------------------------------------------------------------------------------------
@@ -175,6 +178,14 @@ def test_spectrum_over_images_does_not_depend_on_batches():
     naive = (x.float().T @ x.float() / 64 - x.float().mean(0)[:, None] * x.float().mean(0))
     assert not torch.allclose(torch.linalg.eigvalsh(naive).flip(0).clamp(min=1e-9).log().double(),
                               found[0], atol=0.1)            # control: what streaming can do wrong
+
+
+def test_images_on_a_line_have_one_singular_value():
+    scatter = d.Scatter()
+    scatter.add(torch.arange(9.0)[:, None] * torch.tensor([3.0, 4, 0]))
+    values = scatter.log_spectrum()              # variance of 0 ... 8 is 7.5, of the line 25 times
+    assert values[0].item() == pytest.approx(math.log(25 * 7.5))
+    assert values[1:].tolist() == pytest.approx([values[0].item() + math.log(1e-12)] * 2)
 
 
 def maps(x, g=14):

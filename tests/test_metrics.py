@@ -54,6 +54,13 @@ def test_knn_equals_a_loop_over_queries_for_every_k_and_any_chunk():
                 assert label == max(range(5), key=lambda c: votes[c])
 
 
+def test_a_bank_asked_for_itself_knows_every_label():
+    bank, labels = torch.eye(12), torch.arange(12) % 4
+    assert metrics.knn(bank, labels, 5 * bank, k=(1,))[1].equal(labels)
+    wrong = metrics.knn(bank, labels, bank.roll(1, 0), k=(1,))[1]        # control
+    assert (wrong == labels).sum() == 0
+
+
 def test_knn_survives_a_tiny_temperature():
     bank, labels = on_circle([.9, .8]).float(), torch.tensor([1, 0])
     assert metrics.knn(bank, labels, on_circle([1.0]).float(), k=(2,), tau=1e-3)[2].tolist() == [1]
