@@ -695,18 +695,19 @@ def start_worker(_):
 
 
 def batches(images, size, batch_size=256, device="cpu", resize=None, mean=MEAN, std=STD, workers=2,
-            interpolation="bicubic"):
+            interpolation="bicubic", rank=0, world=1):
     """Iterator of ((B, 3, size, size) normalised, (B,) image numbers), in order, on the device.
 
     Files: short side to `resize` (default 256/224 size), centre crop. Resident sets: whole image at
     `size`, or resized to `resize` if that is given, centre crop. ValueError names an unreadable
-    file: to leave it out would move the rows against the labels.
+    file: to leave it out would move the rows against the labels. rank, world: only every world-th
+    batch, from the rank-th on; files of the others are not opened.
     """
     device, files = torch.device(device), images.paths is not None
     resize = resize or (size * 256 // 224 if files else size)
     if resize < size:
         raise ValueError(f"resize {resize} is smaller than the centre crop {size}: give {size} up")
-    numbers = torch.arange(len(images)).split(batch_size)
+    numbers = torch.arange(len(images)).split(batch_size)[rank::world]
     read = partial(read_centres, images.paths, size, resize, interpolation)
     for index, x in zip(numbers, in_workers(read, numbers, workers, device) if files else numbers):
         if isinstance(x, str):

@@ -11,19 +11,25 @@ A probe is one function that reads like its protocol, task(model, args) -> repor
 and one line in TASKS. It gets features from `features` (one pass over a split) or `extract` (one
 pass over any batches), scores from metrics.py, and its own flags from a line in FLAGS. Probes that
 look at every patch are in dense.py, those that train all weights in finetune.py.
+
+torchrun --nproc_per_node=8 evaluate.py ...: the processes share the encoding of images, see
+features.py, and fine-tuning; the probes of dense.py run in the first of them alone.
 """
 import argparse
 import copy
+import functools
 import json
 import math
 import os
 import sys
 import time
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL.Image import Resampling
 from torchvision.transforms.v2 import functional as TF
@@ -47,6 +53,7 @@ from features import (
     load,
     pooled,
     settings_of,
+    share,
     view,
     wanted,
 )
@@ -81,11 +88,16 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "cache":      (bool, False, "keep features in --out/features, and take them from there"),
     "reference":  (bool, False, "print the papers' numbers under ours"),
     "feature":    (("cls", "pat", "hyber", "projected"), None, "only this; none: the protocol's"),
+    "hyber-norm": (("halves", "joint"), "halves", "hyber: cls and pat brought to length 1 one by "
+                   "one, or together (iBOT)"),
     "k":          (natural, [10, 20], "knn: numbers of neighbours"),
     "recipe":     (("mae", "dino", "park", "simmim", "mmc", "parts", "selfpatch"), None, "whose "
                    "settings; none: the first; linear: mae, dino, park; finetune: mae, simmim, "
                    "mmc; linear_segmentation: parts, mmc; segmentation: fpn selfpatch, upernet "
                    "mae, selfpatch"),
+    "paper":      (bool, False, "linear, layerwise: lr and weight decay of recipe park as printed"),
+    "bn":         (("running", "batch"), "running", "attentive head: statistics of its batch norm "
+                   "at test; batch: as the published code"),
     "epochs":     (natural, None, "of a head's or all weights' training; none: the recipe's"),
     "reinit":     (str, None, "finetune: first:N or last:N, so many blocks start anew"),
     "crop":       (("code", "paper"), "code", "parts: geometry, see part_crops"),
@@ -136,12 +148,15 @@ def knn(model, args):
 
 
 # lr: at batch 256, else in proportion. mae, dino: as their released code. park: batch and epochs of
-# Park et al., table A.1; its lr 1 with decay 0.05 would shrink weights by 5 % a step: lr is ours.
-# cae: CAE's attentive probe, lr 0.4 at 8192. part: of part_classification, lr 0.4 and 0.04 at 1024.
+# Park et al., table A.1; its lr 1 with decay 0.05 (the line below; literal: at any batch, no sweep)
+# would shrink weights by 5 % a step: lr is ours. cae: CAE's attentive probe, lr 0.4 at 8192. part:
+# of part_classification, lr 0.4 and 0.04 at 1024.
 RECIPES = {
     "mae":  dict(lr=0.1,   batch=16384, epochs=90,  warmup=10, lars=True,  standardise=True),
     "dino": dict(lr=0.001, batch=1024,  epochs=100, warmup=0,  lars=False, standardise=False),
     "park": dict(lr=0.1,   batch=1024,  epochs=50,  warmup=0,  lars=False, standardise=True),
+    "park paper": dict(lr=1.0, batch=1024, epochs=50, warmup=0, lars=False, standardise=True,
+                       decay=0.05, literal=True),
     "cae":  dict(lr=0.0125, batch=8192, epochs=90,  warmup=10, lars=False, standardise=False),
     "part": dict(lr=0.1,   batch=1024,  epochs=90,  warmup=0,  lars=False, standardise=False),
     "part attentive":
@@ -159,17 +174,33 @@ def linear(model, args):
     training features, which is what the recipes' BatchNorm without affine converges to; cosine per
     step; a sweep of lr. The papers report the best epoch on the test images. Here a tenth of the
     training images is held out to choose lr and epoch, and the test images are looked at once.
+    --recipe park --paper takes lr 1 (at any batch; the table calls it a base rate) and weight decay
+    0.05 from the paper's table A.1, without a sweep. That is not the default because each step
+    takes 5 % off the weights, with momentum ten times that: a head keeps little of what it learned.
     """
     name, head, train = trained(model, args)
     tests, truth, _ = features(model, args, "test", *seen_by_linear(args))
-    recipe = settings_of(args, RECIPES)
+    recipe = linear_recipe(args)
     how = ("LARS" if recipe["lars"] else "SGD") + ", standardised" * recipe["standardise"]
     return report({name: head.score(*tests.values(), truth)},
                   f"linear head, recipe {args.recipe} ({how}, {head.epochs} epochs), after the "
-                  f"final norm; {view(model, args)} and its mirror image, no random crops; lr and "
-                  f"epoch chosen on a held-out tenth", train=train, test=len(truth),
+                  f"final norm; {view(model, args)} and its mirror image, no random crops; "
+                  f"{chosen(recipe)}", train=train, test=len(truth),
                   notes=[f"{model.name}: base lr {head.lr:.2g}, epoch {head.epoch} of "
                          f"{head.epochs}"])
+
+
+def linear_recipe(args):
+    """The settings of --recipe for a linear head, of park with --paper those of its table."""
+    recipe = settings_of(args, {name: RECIPES[name] for name in ("mae", "dino", "park")})
+    if args.paper and args.recipe != "park":
+        raise ValueError("--paper is about the settings of recipe park: add --recipe park")
+    return RECIPES["park paper"] if args.paper else recipe
+
+
+def chosen(recipe):
+    return (f"lr {recipe['lr']:g} and decay {recipe['decay']:g} as printed, epoch"
+            if recipe.get("literal") else "lr and epoch") + " chosen on a held-out tenth"
 
 
 def seen_by_linear(args):
@@ -180,7 +211,7 @@ def seen_by_linear(args):
 
 def trained(model, args):
     """The head of `linear`: the feature's name, the classifier, number of training images."""
-    recipe, (names, tokens) = settings_of(args, RECIPES), seen_by_linear(args)
+    recipe, (names, tokens) = linear_recipe(args), seen_by_linear(args)
     found, y, classes = features(model, args, "train", names, tokens, mirror=True)
     [(name, x)] = found.items()                                             # (n, 2, D)
     return name, classifier(x, y, classes, recipe, args), len(y)
@@ -193,20 +224,22 @@ def layerwise(model, args):
     blocks, contrastive ones to the end. Recipe park. Our choice, as in `linear`, are its settings,
     one pass over the images and a held-out tenth; also ours: the patch mean (--feature cls for the
     class token) without the final norm, each dimension standardised, as the scales of the blocks
-    differ. All blocks come from one pass, so n x 2 x depth x D numbers must fit in memory.
+    differ. All blocks come from one pass, so n x 2 x depth x D numbers must fit in memory. --paper:
+    the paper's lr and decay, see `linear`.
     """
     feature, depth = args.feature or "pat", model.encoder.depth if model.encoder else 0
+    recipe = RECIPES["park paper" if args.paper else "park"]
     if feature not in ("cls", "pat"):
         raise ValueError("layerwise reads --feature cls or pat")
     names = [f"block {number} {feature}" for number in range(1, depth + 1)]
     found, y, classes = features(model, args, "train", names, block_means, mirror=True)
     tests, truth, _ = features(model, args, "test", names, block_means)
-    heads = {name: classifier(x, y, classes, RECIPES["park"], args) for name, x in found.items()}
+    heads = {name: classifier(x, y, classes, recipe, args) for name, x in found.items()}
     rows = {name: head.score(tests[name], truth) for name, head in heads.items()}
     return report(rows, f"linear head, recipe park (SGD, standardised, "
-                  f"{args.epochs or RECIPES['park']['epochs']} epochs), of every block, before the "
-                  f"final norm; {view(model, args)} and its mirror image, no random crops; lr and "
-                  f"epoch chosen on a held-out tenth", train=len(y), test=len(truth),
+                  f"{args.epochs or recipe['epochs']} epochs), of every block, before the final "
+                  f"norm; {view(model, args)} and its mirror image, no random crops; "
+                  f"{chosen(recipe)}", train=len(y), test=len(truth),
                   notes=[f"{model.name}: base lr of the blocks "
                          f"{', '.join(f'{head.lr:.2g}' for head in heads.values())}"])
 
@@ -217,8 +250,9 @@ def attentive(model, args):
     Part-aware study, table 1, with CAE's head and recipe: a query attends once to all tokens, class
     token included, after the final norm. Our choice, as in `linear`: the test view and its mirror
     image instead of random crops, encoded once; small batches; a held-out tenth chooses lr and
-    epoch. Also ours: running statistics of the batch norm at test, where the published code takes
-    the test batch's own. All tokens stay in memory, in 16 bits.
+    epoch. Also ours: running statistics of the batch norm at test. The published code takes the
+    test batch's own, so that an answer depends on its neighbours: --bn batch, with batches of 256
+    in the order of the data set. All tokens stay in memory, in 16 bits, of each process.
     """
     if not model.encoder:
         raise ValueError("attentive needs tokens, and pixels have none: leave out that --baseline")
@@ -229,9 +263,11 @@ def attentive(model, args):
                          f"take fewer with --limit")
     found, y, classes = features(model, args, "train", ["tokens"], all_tokens, mirror=True)
     tests, truth, _ = features(model, args, "test", ["tokens"], all_tokens)
-    head = classifier(found["tokens"], y, classes, RECIPES["cae"], args, AttentiveHeads)
+    head = classifier(found["tokens"], y, classes, RECIPES["cae"], args,
+                      functools.partial(AttentiveHeads, bn=args.bn))
     return report({"tokens": head.score(tests["tokens"], truth)},
-                  f"one query attends to all tokens after the final norm, batch norm, linear; "
+                  f"one query attends to all tokens after the final norm, batch norm"
+                  f"{' of the test batch' * (args.bn == 'batch')}, linear; "
                   f"recipe cae (SGD, {head.epochs} epochs); {view(model, args)} and its mirror "
                   f"image, no random crops; lr and epoch chosen on a held-out tenth",
                   train=len(y), test=len(truth),
@@ -262,10 +298,11 @@ class AttentiveHeads:
     query, key and value; then a projection, batch norm without affine, and a linear classifier.
     As there is one query, nothing is projected token by token: q . (W_k x) = (W_k^T q) . x, and the
     weighted mean of W_v x is W_v times that of x. So L heads cost hardly more than one. The shift
-    of the key's LayerNorm is left out: it cancels in the softmax.
+    of the key's LayerNorm is left out: it cancels in the softmax. bn: the statistics at test,
+    "running" or those of the "batch".
     """
 
-    def __init__(self, heads, width, classes, g, device):
+    def __init__(self, heads, width, classes, g, device, bn="running"):
         def drawn(*shape, std=0.02):
             x = torch.empty(shape)
             return torch.nn.init.trunc_normal_(x, std=std, generator=g).to(device)
@@ -277,6 +314,7 @@ class AttentiveHeads:
                  drawn(classes, width, std=0.01), torch.zeros(classes, device=device)]
         self.params = [p.repeat(heads, *[1] * p.ndim) for p in alone]
         self.state = [zero.repeat(heads, 1), one.repeat(heads, 1)]          # running mean, variance
+        self.bn = bn
 
     def __call__(self, x, training=False):
         (query, q_gain, q_shift, k_gain, v_gain, v_shift, w_q, b_q, w_k, w_v, b_v, w_o, b_o,
@@ -296,8 +334,9 @@ class AttentiveHeads:
         v = torch.einsum("blhi,lhdi->blhd", v, w_v.unflatten(1, (H, -1))).flatten(2) + b_v
         z = torch.einsum("bli,loi->blo", v, w_o) + b_o                      # (B, L, D)
         mean, var = self.state
-        if training:
+        if training or self.bn == "batch":
             mean, var = z.mean(0), z.var(0, correction=0)
+        if training:
             with torch.no_grad():
                 n = len(z)
                 self.state[0].lerp_(mean, 0.1)
@@ -334,7 +373,7 @@ def classifier(x, y, classes, recipe, args, kind=LinearHeads):
 
 @torch.enable_grad()
 def train_heads(x, y, classes, recipe, epochs, seed, kind=LinearHeads):
-    """Trains a head for each lr of SWEEP, side by side on the same batches.
+    """Trains a head for each lr of SWEEP (literal: for one), side by side on the same batches.
 
     x: (n, V, ...) features of V views of each image, y: (n,). Returns the head of the epoch with
     the best accuracy on a held-out tenth of the images, the same head after the last epoch, its
@@ -347,8 +386,9 @@ def train_heads(x, y, classes, recipe, epochs, seed, kind=LinearHeads):
     batch = max(1, min(recipe["batch"], len(train) // 32))
     total = epochs * -(-len(train) // batch)
     warmup = total * recipe["warmup"] // recipe["epochs"]
-    lrs = torch.tensor(SWEEP, device=x.device) * recipe["lr"] * batch / 256
-    heads = kind(len(SWEEP), x.shape[-1], classes, g, x.device)
+    sweep, scale = ((1.0,), 1.0) if recipe.get("literal") else (SWEEP, batch / 256)
+    lrs = torch.tensor(sweep, device=x.device) * recipe["lr"] * scale
+    heads = kind(len(sweep), x.shape[-1], classes, g, x.device)
     momenta = [torch.zeros_like(p) for p in heads.params]
     for p in heads.params:
         p.requires_grad_()
@@ -358,12 +398,12 @@ def train_heads(x, y, classes, recipe, epochs, seed, kind=LinearHeads):
         for index in train[torch.randperm(len(train), generator=g).to(x.device)].split(batch):
             shown = torch.randint(views, (len(index),), generator=g).to(x.device)
             scores = heads(x[index, shown], training=True)                  # (B, L, C)
-            labels = y[index, None].expand(-1, len(SWEEP))
+            labels = y[index, None].expand(-1, len(sweep))
             loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
             grads = torch.autograd.grad(loss / len(index), heads.params)    # a mean for each head
             with torch.no_grad():
                 lr = lrs * training.cosine(step, total, 1.0, 0.0, warmup)
-                descend(heads.params, grads, momenta, lr, recipe["lars"])
+                descend(heads.params, grads, momenta, lr, recipe["lars"], recipe.get("decay", 0))
             step += 1
         with torch.no_grad():
             right = sum((heads(x[index, 0]).argmax(2) == y[index, None]).sum(0)
@@ -372,7 +412,7 @@ def train_heads(x, y, classes, recipe, epochs, seed, kind=LinearHeads):
             number = int(right.argmax())
             best = right.max(), number, epoch, one_head(heads, number)
     _, number, epoch, winner = best
-    return winner, one_head(heads, number), SWEEP[number] * recipe["lr"], epoch
+    return winner, one_head(heads, number), sweep[number] * recipe["lr"], epoch
 
 
 def one_head(heads, number):
@@ -383,15 +423,17 @@ def one_head(heads, number):
     return head
 
 
-def descend(params, grads, momenta, lrs, lars, trust=0.001):
+def descend(params, grads, momenta, lrs, lars, decay=0.0, trust=0.001):
     """A step of SGD with momentum 0.9, in place, for heads side by side: params (L, ...), lrs (L,).
 
+    decay: of weights and biases alike, as part of the gradient, like torch.optim.SGD's.
     lars (You et al., 2017; as in MAE): the gradient of a weight is first brought to `trust` times
     the length of the weight, so that lr is a relative step whatever the scale of the loss. Biases
     (last axis 1) go without.
     """
     for p, grad, m in zip(params, grads, momenta):
         each = (-1, *[1] * (p.ndim - 1))                                    # (L,) -> (L, 1, ...)
+        grad = grad + decay * p
         if lars and p.shape[-1] > 1:
             size, slope = p.flatten(1).norm(dim=1), grad.flatten(1).norm(dim=1)
             scale = torch.where((size > 0) & (slope > 0), trust * size / slope, 1.0)
@@ -591,7 +633,8 @@ def shape_bias(model, args):
     images = data.Images("cue-conflict", "test", paths=list(world.paths))
     batches = data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
                            std=model.std, workers=args.workers, interpolation=model.interpolation,
-                           resize=model.size if args.no_crop else None)
+                           resize=model.size if args.no_crop else None, rank=training.rank(),
+                           world=training.world_size())
     found, index = extract(model, batches, args, names, tokens, len(images),
                            ("cue-conflict", args.no_crop))
     [(name, z)] = found.items()
@@ -670,13 +713,15 @@ def part_retrieval(model, args):
     """
     known, parts, (split, at_most, _, source) = key_points(args)
 
+    limit = args.limit or at_most
+
     def crops():
-        items = readers.keypoints(args.data, args.data_root, split, args.limit or at_most)
+        items = readers.keypoints(args.data, args.data_root, split, limit)
         return part_crops(items, known, parts, model.size, args.crop)
 
     names, tokens = wanted(args, "cls", "pat", "projected")
     found, labels = extract(model, crop_batches(crops(), model, args), args, names, tokens,
-                            key=("parts", args.crop, tuple(parts)))
+                            key=("parts", split, limit, model.size, args.crop, tuple(parts)))
     if args.show:
         contact_sheet(crops(), parts, Path(args.out) / f"part_crops-{args.data}.png")
     rows, notes = ranked(found, labels, "part")
@@ -706,19 +751,19 @@ def part_classification(model, args):
     names, tokens = wanted(args, "cls", "pat", "projected")
     kind, recipe = LinearHeads, RECIPES["part"]
     if args.head == "attentive":
-        names, tokens, kind, recipe = ["tokens"], all_tokens, AttentiveHeads, RECIPES[
-            "part attentive"]
+        kind = functools.partial(AttentiveHeads, bn=args.bn)
+        names, tokens, recipe = ["tokens"], all_tokens, RECIPES["part attentive"]
 
-    def crops(split):
-        large = model.size * 256 // 224 if split == "train" else model.size
+    def crops(split, large):
         rim = round((large - model.size) / 2)
         items = readers.keypoints(args.data, args.data_root, split, args.limit)
         for crop, label in part_crops(items, known, parts, large, args.crop):
             yield crop[:, rim:rim + model.size, rim:rim + model.size], label
 
-    (found, y), (tests, truth) = (
-        extract(model, crop_batches(crops(split), model, args), args, names, tokens,
-                key=("part crops", split, args.crop, tuple(parts))) for split in ("train", "test"))
+    (found, y), (tests, truth) = (                       # key: on toy, those of part_retrieval
+        extract(model, crop_batches(crops(split, large), model, args), args, names, tokens,
+                key=("parts", split, args.limit, large, args.crop, tuple(parts)))
+        for split, large in (("train", model.size * 256 // 224), ("test", model.size)))
     heads = {name: classifier(x[:, None], y, len(parts), recipe, args, kind)
              for name, x in found.items()}
     rows = {name: head.score(tests[name], truth) for name, head in heads.items()}
@@ -756,7 +801,7 @@ def landmark_views(items, boxes, side, model, args):
     The longer side is shrunk to `side`, never enlarged; h and w are multiples of the patch.
     """
     p = model.encoder.patch_size if model.encoder else 1
-    for number, item in enumerate(items):
+    for number, item in share(enumerate(items)):
         image = TF.to_pil_image(item) if torch.is_tensor(item) else data.read_image(item)
         if boxes is not None:
             image = image.crop([round(float(v)) for v in boxes[number]])
@@ -840,9 +885,11 @@ def part_crops(items, names, parts, size, rule="code"):
 
 
 def crop_batches(crops, model, args):
-    """(crop (3, S, S) uint8, label) one by one -> batches (B, 3, S, S) normalised, labels (B,)."""
+    """(crop (3, S, S) uint8, label) one by one -> batches (B, 3, S, S) normalised, labels (B,).
+
+    Several processes cut all crops, as a picture has many, and encode their share of them."""
     crops = iter(crops)
-    while batch := list(islice(crops, args.batch_size)):
+    for batch in share(iter(lambda: list(islice(crops, args.batch_size)), [])):
         x, labels = zip(*batch)
         x = torch.stack(x).to(args.device).float() / 255
         yield data.normalize(x, model.mean, model.std), torch.tensor(labels)
@@ -883,8 +930,8 @@ TASKS = {
     "frequency_noise": frequency_noise,
     **DENSE,
 }
-SHARED = {"finetune", "segmentation"}        # split over torchrun's processes; others run in one
-FROZEN = [task for task in TASKS if task not in SHARED]  # what --task all runs
+TUNED = {"finetune", "segmentation"}                     # these train all weights
+FROZEN = [task for task in TASKS if task not in TUNED]   # what --task all runs
 ALL_EPOCHS, ALL_IMAGES = 10, 2000      # of its heads, and of toy's splits, unless flags say other;
                                        # those of DENSE have smaller limits of their own
 
@@ -1024,44 +1071,51 @@ def append(path):
 
 def main(argv=None):
     args, first = parse(argv), os.environ.get("RANK", "0") == "0"
-    if args.task in SHARED:
+    if args.task not in DENSE:
         training.join(args.device)
     elif not first:
         return
     if not first:                                        # the first process speaks and writes
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout, args.show = open(os.devnull, "w"), False
     training.keep_memory()
     every = args.task == "all"
-    results, missed, folder, begin = [], [], Path(args.out), time.perf_counter()
+    jobs, results, missed, folder, begin = [], [], [], Path(args.out), time.perf_counter()
     for model in models(args):
         if model.source.path:
             folder = Path(model.source.path).parent      # baselines: with the checkpoint before
         path = Path((args.json or folder / "results.jsonl") if first else os.devnull)
-        for task in FROZEN if every else [args.task]:
-            own, start = argparse.Namespace(**{**vars(args), "task": task}), time.perf_counter()
-            if every:                                    # probes share features; quick heads
-                own.cache, own.epochs = True, args.epochs or ALL_EPOCHS
-                if args.data.startswith("toy") and task not in DENSE:
-                    own.limit = args.limit or ALL_IMAGES
-            with append(path) as file:                   # opened first: no work for a bad path
-                try:
-                    result = TASKS[task](model, own)
-                except (ValueError, FileNotFoundError) as error:
-                    if not every:
-                        raise
-                    missed.append(f"{model.name}: no {task}: {error}")
-                    continue
-                result.task = task
-                if not model.encoder:
-                    result.notes.append("pixels: the picture as 32 x 32 means at most, no encoder")
-                elif not model.encoder.num_prefix:
-                    result.notes.append(f"{model.name} has no class token: its patch mean stands "
-                                        f"in")
-                seconds = time.perf_counter() - start
-                file.write(record(model, result, own, seconds))
-            if every:
-                print(f"{model.name}: {task}, {seconds:.1f} s", flush=True)
-            results.append((model, result))
+        jobs += [(model, path, task) for task in (FROZEN if every else [args.task])]
+    # Dense probes come last: the first process does them alone, and the others wait at the end.
+    end = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if every and (
+        training.world_size() > 1) else None
+    for model, path, task in sorted(jobs, key=lambda job: job[2] in DENSE):
+        if task in DENSE and not first:
+            continue
+        own, start = argparse.Namespace(**{**vars(args), "task": task}), time.perf_counter()
+        if every:                                        # probes share features; quick heads
+            own.cache, own.epochs = True, args.epochs or ALL_EPOCHS
+            if args.data.startswith("toy") and task not in DENSE:
+                own.limit = args.limit or ALL_IMAGES
+        with append(path) as file:                       # opened first: no work for a bad path
+            try:
+                result = TASKS[task](model, own)
+            except (ValueError, FileNotFoundError) as error:
+                if not every:
+                    raise
+                missed.append(f"{model.name}: no {task}: {error}")
+                continue
+            result.task = task
+            if not model.encoder:
+                result.notes.append("pixels: the picture as 32 x 32 means at most, no encoder")
+            elif not model.encoder.num_prefix:
+                result.notes.append(f"{model.name} has no class token: its patch mean stands in")
+            seconds = time.perf_counter() - start
+            file.write(record(model, result, own, seconds))
+        if every:
+            print(f"{model.name}: {task}, {seconds:.1f} s", flush=True)
+        results.append((model, result))
+    if end:
+        dist.barrier(end)
     if every and not results:
         raise ValueError("; ".join(missed))
     say(results, args)

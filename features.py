@@ -4,17 +4,29 @@
 
 model: a row of the table, with name, encoder (a ViT; None: raw pixels), size, mean, std and
 interpolation. args: the flags of evaluate.py.
+
+Of several processes each encodes its share of the batches, and all get the features of all images,
+in the order and with the bits of one process:
+
+    batches  0 1 2 3 4 ..   process 0: 0 2 4 ..  ──┐
+                            process 1: 1 3 ..    ──┴─ all_gather ── 0 1 2 3 4 ..  in both
+
+What follows, a vote, a ranking or a head, they all compute alike: to wait for one would take as
+long, and nothing has to be sent around.
 """
 import functools
 from dataclasses import replace
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 import rng
+import training
 import vit
 
 # B images, N tokens, D width, S pixels a side, C classes
@@ -26,7 +38,8 @@ def pooled(encoder, x):
     """(B, 3, S, S) -> three features of a picture, after the final norm: {name: (B, D or 2D)}.
 
     cls: class token. pat: mean of the patch tokens. hyber: both, each brought to length 1 first, as
-    the shorter one would hardly count otherwise (the name is MMC's, the scaling our choice).
+    the shorter one would hardly count otherwise (the name is MMC's, the scaling our choice; for
+    iBOT's see `joint`).
     """
     return pool(encoder, encoder(x))
 
@@ -36,6 +49,12 @@ def pool(encoder, tokens):
     pat = patches.float().mean(1)
     cls = pat if cls is None else cls.float()            # no class token: the mean stands in for it
     return {"cls": cls, "pat": pat, "hyber": torch.cat([F.normalize(cls), F.normalize(pat)], 1)}
+
+
+def joint(encoder, x):
+    """`pooled` with iBOT's hyber: both as they are, brought to length 1 together."""
+    found = pooled(encoder, x)
+    return found | {"hyber": F.normalize(torch.cat([found["cls"], found["pat"]], 1))}
 
 
 projector = functools.lru_cache(maxsize=1)(vit.projector)       # of the model at hand: built once
@@ -89,6 +108,8 @@ def pixels(_, x):
 def wanted(args, *protocol):
     """The features that a probe looks at, and the function that makes them."""
     names = [args.feature] if args.feature else list(protocol)
+    if args.hyber_norm == "joint" and "hyber" in names:
+        return names, joint
     return names, projected if "projected" in names else pooled
 
 
@@ -97,37 +118,75 @@ def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled, 
             key=None):
     """One pass over (x (B, 3, S, S), numbers (B,)) -> {name: (n, ...)}, numbers (n,).
 
-    numbers: what goes with the images, such as labels or their place in the data set. names: the
-    features to keep; of a model that has none of them (pixels have no class token) all it has.
-    total: number of images, for the progress bar. key: what the images are, in words; with --cache
-    they are encoded only once.
+    batches: of several processes this one's share, see `share`; what comes back is of all. numbers:
+    what goes with the images, such as labels or their place in the data set. names: the features to
+    keep; of a model that has none of them (pixels have no class token) all it has. total: number of
+    images, for the progress bar. key: what the images are, in words; with --cache they are encoded
+    only once.
     """
     tokens, path = tokens if model.encoder else pixels, stored(model, args, tokens, key)
-    if path and path.is_file():
+    if all(each(bool(path) and path.is_file())):
         content = torch.load(path, map_location=args.device, weights_only=True)
         return choose(model, content["features"], names), content["numbers"]
-    found, numbers = {}, []
+    found, error = {}, None
     bar = tqdm(total=total, unit="img", desc=f"{model.name}: encoding", delay=5, leave=False,
-               dynamic_ncols=True, disable=None)         # silent if fast, or not on a terminal
-    for x, number in batches:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z = tokens(model.encoder, x)
-        for name, value in (z if path else choose(model, z, names)).items():
-            found.setdefault(name, []).append(value if name == "tokens" else value.float())
-        numbers.append(number.to(x.device))
-        bar.update(len(x))
+               dynamic_ncols=True,                       # silent if fast, or not on a terminal
+               disable=training.rank() > 0 or None)
+    try:
+        for x, number in batches:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                z = tokens(model.encoder, x)
+            for name, value in (z if path else choose(model, z, names)).items():
+                found.setdefault(name, []).append(value if name == "tokens" else value.float())
+            found.setdefault("numbers", []).append(number.to(x.device))
+            bar.update(len(x) * training.world_size())
+    except (ValueError, FileNotFoundError) as e:         # a damaged file in this share
+        error = e
     bar.close()
-    if not numbers:
+    for problem in filter(None, each(error)):            # or the others would wait for this one
+        raise problem
+    found = gather(found, args.device)
+    if not found:
         raise ValueError(f"{args.task}: nothing to look at; raise --limit or change --data")
-    found, numbers = {name: torch.cat(z) for name, z in found.items()}, torch.cat(numbers)
+    numbers = found.pop("numbers")
     if not all(z.isfinite().all() for z in found.values()):
         raise ValueError(f"{model.name}: its features are not finite; try --precision fp32, or an "
                          f"earlier checkpoint")
-    if path:
+    if path and training.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = dict(features={name: z.cpu() for name, z in found.items()}, numbers=numbers.cpu())
         vit.replace_file(path, lambda file: torch.save(content, file))
     return choose(model, found, names), numbers
+
+
+def share(items):
+    """This process's part of things in order: every world-th, from the rank-th on."""
+    return islice(items, training.rank(), None, training.world_size())
+
+
+def each(word):
+    """What every process says, in the order of ranks."""
+    words = [word] * training.world_size()
+    if len(words) > 1:
+        dist.all_gather_object(words, word)
+    return words
+
+
+def gather(found, device):
+    """{name: [(b, ...), ..] batches of this process} -> {name: (n, ...)} of all, in turn."""
+    like = {name: ([len(z) for z in batches], batches[0].shape[1:], batches[0].dtype)
+            for name, batches in found.items()}
+    said, rows = each(like), {}
+    for name, (_, shape, dtype) in {k: v for some in said for k, v in some.items()}.items():
+        sizes = [some[name][0] if name in some else [] for some in said]
+        z = torch.cat(found.pop(name, [torch.empty(0, *shape, dtype=dtype, device=device)]))
+        if len(said) > 1:                                # what is gathered has to be of one length
+            pad = z.new_zeros(max(map(sum, sizes)) - len(z), *shape)
+            parts = training.all_gather(torch.cat([z, pad])).chunk(len(said))
+            parts = [part[:sum(size)].split(size) for part, size in zip(parts, sizes)]
+            z = torch.cat([z for turn in zip_longest(*parts) for z in turn if z is not None])
+        rows[name] = z
+    return rows
 
 
 def choose(model, found, names):
@@ -187,7 +246,8 @@ def features(model, args, split, names=("cls", "pat", "hyber"), tokens=pooled, m
     images, classes = labelled(model, args, split)
     batches = data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
                            std=model.std, workers=args.workers, interpolation=model.interpolation,
-                           resize=model.size if whole else None)
+                           resize=model.size if whole else None, rank=training.rank(),
+                           world=training.world_size())
     if mirror:
         batches = ((torch.cat([x, x.flip(-1)]), index.repeat(2)) for x, index in batches)
     if change:

@@ -3,6 +3,10 @@ hand-made pictures, and the command line as a user meets it."""
 import ast
 import json
 import os
+import random
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +23,7 @@ import toy
 import training
 import vit
 
+ROOT = Path(evaluate.__file__).parent
 SMALL = dict(img_size=32, patch_size=8, embed_dim=16, depth=5, num_heads=2)
 
 
@@ -105,6 +110,23 @@ def test_dino_probes_see_four_blocks_of_a_narrow_and_two_parts_of_a_wide_model()
     assert torch.allclose(evaluate.last_blocks(wide, x)["cls+pat"], expected, atol=1e-5)
 
 
+def test_hyber_is_scaled_by_halves_or_jointly():
+    x = torch.randn(3, 3, 32, 32)
+    encoder = model().encoder.requires_grad_(False)
+    z = evaluate.pooled(encoder, x)
+    for flags, ratio in (([], torch.ones(3)),                                # halves of length 1
+                         (["--hyber-norm", "joint"], z["cls"].norm(dim=1) / z["pat"].norm(dim=1))):
+        names, tokens = evaluate.wanted(settings(*flags), "cls", "hyber")
+        found = tokens(encoder, x)
+        cls, pat = found["hyber"].split(16, 1)
+        assert torch.allclose(cls.norm(dim=1) / pat.norm(dim=1), ratio) and "hyber" in names
+        assert torch.allclose(F.normalize(cls), F.normalize(z["cls"]), atol=1e-6)
+        assert torch.allclose(F.normalize(pat), F.normalize(z["pat"]), atol=1e-6)
+        assert found["cls"].equal(z["cls"])
+    assert (ratio - 1).abs().min() > 0.1 and torch.allclose(found["hyber"].norm(dim=1),
+                                                            torch.ones(3))
+
+
 def test_not_finite_features_are_an_error_and_not_a_number():
     m = model()
     m.encoder.norm.weight.data[0] = torch.nan
@@ -125,6 +147,96 @@ def test_a_folder_without_splits_gives_every_fifth_image_to_the_test(tmp_path, c
     assert "test is 4 of its 20 images" in capsys.readouterr().out
 
 
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def test_processes_share_the_batches_and_touch_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: 3)
+    args, m = settings("--batch-size", "4"), model()
+    drawn = toy.draw(torch.arange(26), "test", 32)["image"]
+    crops = [(image, number) for number, image in enumerate(drawn)]
+    paths = [tmp_path / f"{number}.png" for number in range(26)]
+    for rank in range(3):
+        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        own = [n for start in (0, 4, 8, 12, 16, 20, 24)[rank::3] for n in range(start, start + 4)
+               if n < 26]
+        whole, files = data.Images("x", "test", pixels=drawn), data.Images("x", "test", paths=paths)
+        for n in own:
+            Image.fromarray(drawn[n].permute(1, 2, 0).numpy()).save(paths[n])
+        sources = [
+            data.batches(whole, 32, 4, rank=rank, world=3),
+            data.batches(files, 32, 4, rank=rank, world=3, resize=32, workers=0),
+            evaluate.crop_batches(crops, m, args)]
+        for source in sources:
+            found = list(source)
+            assert torch.cat([index for _, index in found]).tolist() == own
+            x = data.normalize(drawn[own].float() / 255)
+            assert torch.allclose(torch.cat([x for x, _ in found]), x, atol=1e-6)
+        [path.unlink() for path in paths if path.exists()]
+        Image.new("RGB", (32, 32)).save(paths[rank])     # those of the others are not there
+        some = list(evaluate.landmark_views(paths[:3], None, 32, m, args))
+        assert [number.tolist() for _, number in some] == [[rank]]
+    few = data.Images("x", "test", pixels=drawn[:4])
+    assert list(data.batches(few, 32, 4, rank=1, world=3)) == []
+
+
+TWO = """
+import sys, torch, evaluate, training
+from metrics import report
+
+def lone(model, args):
+    "One batch: the second process has none."
+    batches = evaluate.share([(torch.ones(3, 3, 64, 64), torch.arange(3))])
+    found, numbers = evaluate.extract(model, batches, args, key="lone")
+    return report({"cls": {"n": float(len(numbers))}}, "three")
+
+def damaged(model, args):
+    "Only the last process meets the bad file; all must say so, and go on."
+    def batches():
+        yield torch.ones(1, 3, 64, 64), torch.zeros(1)
+        if training.rank() == training.world_size() - 1:
+            raise ValueError("cannot read a.jpg")
+    evaluate.extract(model, batches(), args)
+
+def alone(model, args):
+    "As a probe of dense.py: in the first process."
+    assert training.rank() == 0
+    return report({"patches": {"n": 1.0}}, "dense")
+
+evaluate.TASKS |= {"lone": lone, "damaged": damaged, "alone": alone}
+evaluate.DENSE["alone"] = alone
+evaluate.FROZEN = ["alone", "knn", "damaged", "linear", "part_retrieval", "lone"]
+training.main(lambda: evaluate.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_features_and_numbers_of_one(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(max(1, cores // 2))}
+    for count in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                  str(random.randint(20000, 40000))] if count == 2 else []
+        done = subprocess.run(
+            [sys.executable, *launch, str(tmp_path / "two.py"), "--task", "all", "--baseline",
+             "untrained", "--limit", "50", "--batch-size", "12", "--epochs", "2", "--device",
+             "cpu", "--workers", "0", "--out", str(tmp_path / str(count))],
+            text=True, capture_output=True, timeout=300, env=env)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("no damaged: cannot read a.jpg") == 1
+        assert done.stdout.count("untrained: knn") == 1
+    one, two = ([json.loads(line) for line in open(tmp_path / n / "results.jsonl")] for n in "12")
+    assert [line["task"] for line in two] == ["knn", "linear", "part_retrieval", "lone", "alone"]
+    assert [line["metrics"] for line in two] == [line["metrics"] for line in one]
+    kept = sorted((tmp_path / "1" / "features").iterdir())
+    assert len(kept) == 5                                # of knn 2, linear 1 more, crops, lone
+    for path in kept:
+        a, b = (torch.load(tmp_path / n / "features" / path.name) for n in "12")
+        assert a["numbers"].equal(b["numbers"]) and a["features"].keys() == b["features"].keys()
+        assert all(z.equal(b["features"][name]) for name, z in a["features"].items())
+
+
 # ---- linear --------------------------------------------------------------------------------------
 
 
@@ -134,10 +246,14 @@ def cloud(n=400, width=6, classes=3):
     return torch.randn(n, 2, width, generator=g) + 3 * torch.eye(width)[y][:, None], y
 
 
-def test_a_head_trains_as_torch_optim_would(monkeypatch):
+@pytest.mark.parametrize("paper", [False, True])
+def test_a_head_trains_as_torch_optim_would(monkeypatch, paper):
     (x, y), epochs = cloud(), 7
     recipe = dict(evaluate.RECIPES["dino"], lr=0.5, warmup=20)            # 20 of 100 epochs
-    monkeypatch.setattr(evaluate, "SWEEP", (1.0,))
+    if paper:                                                             # lr 1, decay 0.05
+        recipe = dict(evaluate.RECIPES["park paper"], warmup=10)          # 10 of 50 epochs
+    else:
+        monkeypatch.setattr(evaluate, "SWEEP", (1.0,))
     _, last, lr, _ = evaluate.train_heads(x, y, 3, recipe, epochs, seed=3)
     weight, bias = (p[0].squeeze(1) for p in last.params)
 
@@ -145,7 +261,8 @@ def test_a_head_trains_as_torch_optim_would(monkeypatch):
     train = torch.randperm(400, generator=g)[40:]
     head = torch.nn.Linear(6, 3)
     head.weight.data, head.bias.data = 0.01 * torch.randn(3, 6, generator=g), torch.zeros(3)
-    opt = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    opt = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05 * paper)
+    peak = 1.0 if paper else 0.5 * (360 // 32) / 256
     step, batch = 0, 360 // 32
     total = epochs * -(-360 // batch)
     warm = total * 20 // 100
@@ -155,12 +272,12 @@ def test_a_head_trains_as_torch_optim_would(monkeypatch):
             angle = torch.tensor((step - warm) / (total - warm) * torch.pi)
             factor = step / warm if step < warm else (1 + angle.cos().item()) / 2
             # torch keeps the momentum without lr, as train_heads does: a changing lr is exact
-            opt.param_groups[0]["lr"] = 0.5 * batch / 256 * factor
+            opt.param_groups[0]["lr"] = peak * factor
             opt.zero_grad()
             F.cross_entropy(head(x[index, view]), y[index]).backward()
             opt.step()
             step += 1
-    assert lr == 0.5
+    assert lr == (1.0 if paper else 0.5)
     assert torch.allclose(weight, head.weight, atol=1e-5)
     assert torch.allclose(bias, head.bias, atol=1e-5)
 
@@ -203,6 +320,15 @@ def test_the_probe_finds_what_is_linear_and_nothing_in_noise():
         x = x if signal else torch.randn(600, 2, 6, generator=torch.Generator().manual_seed(9))
         best, *_ = evaluate.train_heads(x[:400], y[:400], 3, evaluate.RECIPES["mae"], 20, seed=0)
         assert low <= metrics.accuracy(best(x[400:, 0])[:, 0], y[400:])[0] <= high
+
+
+def test_the_scale_of_the_features_does_not_matter_where_the_recipe_standardises():
+    (x, y), args = cloud(), settings("--epochs", "3")
+    scale, shift = torch.tensor([1e-2, 1, 5, 100, 2e3, 7]), torch.tensor([0., 3, -8, 40, -1e3, 2])
+    for name, same in (("mae", True), ("park", True), ("dino", False)):     # dino: the control
+        one, two = (evaluate.classifier(z, y, 3, evaluate.RECIPES[name], args).scores(z[:, 0])
+                    for z in (x, x * scale + shift))
+        assert torch.allclose(one, two, atol=1e-2 * one.std().item()) == same
 
 
 def test_too_few_images_to_hold_out_a_tenth():
@@ -397,6 +523,5 @@ def test_no_method_is_imported():
     tree = ast.parse(open(evaluate.__file__).read())
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    folder = os.path.dirname(evaluate.__file__)
-    ours = {name for name in names if os.path.exists(f"{folder}/{name}.py")}
-    assert ours == {"data", "dense", "metrics", "readers", "rng", "toy", "training", "vit"}
+    methods = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert len(methods) > 8 and {"data", "vit"} < set(names) and not methods & set(names)

@@ -372,6 +372,19 @@ def test_attentive_heads_use_running_statistics_at_test():
     assert torch.allclose(heads(x)[:1], heads(x[:1]), atol=1e-5)     # the batch does not matter
 
 
+def test_attentive_heads_use_the_test_batchs_statistics_if_told_so():
+    g = torch.Generator().manual_seed(8)
+    module = Attentive(64, 3, 1)                                     # stays in training: batch norm
+    heads = evaluate.AttentiveHeads(1, 64, 3, g, "cpu", bn="batch")  # of the batch, at test, too
+    for p, values in zip(module.ordered(), heads.params):
+        p.copy_(values[0])
+    heads(torch.randn(12, 5, 64, generator=g), training=True)
+    x, before = torch.randn(12, 5, 64, generator=g), heads.state[0].clone()
+    alone = evaluate.one_head(heads, 0)
+    assert torch.allclose(alone(x)[:, 0], module(x), atol=1e-4) and heads.state[0].equal(before)
+    assert not torch.allclose(alone(x)[:6], alone(x[:6]), atol=1e-3)   # the batch does matter
+
+
 def test_only_the_attentive_head_finds_what_one_token_says():
     g = torch.Generator().manual_seed(9)
     y = torch.randint(2, (400,), generator=g)
@@ -660,8 +673,8 @@ def run(out, checkpoint, *flags):
 
 
 @pytest.mark.parametrize("task, flags, columns", [
-    ("layerwise", [], {"block 1 pat", "block 2 pat"}),
-    ("attentive", [], {"tokens"}),
+    ("layerwise", ["--paper"], {"block 1 pat", "block 2 pat"}),
+    ("attentive", ["--bn", "batch"], {"tokens"}),
     ("object_retrieval", [], {"cls", "pat", "projected"}),
     ("object_retrieval", ["--data", "toy-scenes", "--limit", "20"], {"cls", "pat", "projected"}),
     ("part_retrieval", ["--limit", "12"], {"cls", "pat", "projected"}),
