@@ -381,7 +381,8 @@ def train_heads(x, y, classes, recipe, epochs, seed, kind=LinearHeads):
     """
     (n, views), g = x.shape[:2], rng.generator(seed, "linear")
     if n < 10:
-        raise ValueError(f"a tenth of the training images is held out: {n} are too few")
+        raise ValueError(f"a tenth of the training images is held out: {n} are too few; raise "
+                         f"--limit or change --data")
     held, train = torch.randperm(n, generator=g).to(x.device).tensor_split([n // 10])
     batch = max(1, min(recipe["batch"], len(train) // 32))
     total = epochs * -(-len(train) // batch)
@@ -855,6 +856,9 @@ def key_points(args):
     for part in parts:
         if part not in known:
             raise ValueError(f"{args.data} has no part {part!r}{training.nearest(part, known)}")
+    if len(parts) < 2 and args.crop == "code":
+        raise ValueError(f"--crop code measures from one of --parts to another, and {parts[0]} is "
+                         f"alone: name two or more, or take --crop paper")
     return known, parts, line
 
 
@@ -1079,7 +1083,7 @@ def main(argv=None):
         sys.stdout, args.show = open(os.devnull, "w"), False
     training.keep_memory()
     every = args.task == "all"
-    jobs, results, missed, folder, begin = [], [], [], Path(args.out), time.perf_counter()
+    jobs, results, missed, folder, begin = [], [], {}, Path(args.out), time.perf_counter()
     for model in models(args):
         if model.source.path:
             folder = Path(model.source.path).parent      # baselines: with the checkpoint before
@@ -1102,7 +1106,7 @@ def main(argv=None):
             except (ValueError, FileNotFoundError) as error:
                 if not every:
                     raise
-                missed.append(f"{model.name}: no {task}: {error}")
+                missed.setdefault((model.name, str(error)), []).append(task)
                 continue
             result.task = task
             if not model.encoder:
@@ -1116,6 +1120,7 @@ def main(argv=None):
         results.append((model, result))
     if end:
         dist.barrier(end)
+    missed = [f"{name}: no {', '.join(tasks)}: {error}" for (name, error), tasks in missed.items()]
     if every and not results:
         raise ValueError("; ".join(missed))
     say(results, args)

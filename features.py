@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import readers
 import rng
 import training
 import vit
@@ -229,6 +230,9 @@ def load(name, root, split, size, limit, device):
 
 def labelled(model, args, split):
     """A split whose images have labels, and the number of classes."""
+    if args.data in readers.LAYOUT and args.data not in data.NAMES:
+        raise ValueError(f"{args.task} needs pictures of one class each, and {args.data} has none: "
+                         f"choose --data {', '.join(data.NAMES)} or a folder")
     images = load(args.data, args.data_root, split, model.size, args.limit, args.device)
     if images.labels is None:
         raise ValueError(f"this data set has no labels ({args.data}), and {args.task} needs them: "

@@ -507,7 +507,14 @@ def test_a_task_is_a_function_and_a_line(tmp_path, monkeypatch):
     (["--size", "60"], "is not a multiple of patch size 8"),
     (["--task", "part_retrieval", "--data", "stl10"], "no key-points of stl10; choose --data toy"),
     (["--task", "part_retrieval", "--parts", "hed"], "toy has no part 'hed'; did you mean head?"),
-    (["--task", "part_retrieval", "--parts", "tail", "--limit", "9"], "nothing to look at; raise"),
+    (["--task", "part_retrieval", "--parts", "tail"], "and tail is alone: name two or more"),
+    (["--task", "object_retrieval", "--data", "toy-scenes", "--limit", "2", "--min-side", "999"],
+     "nothing to look at; raise"),
+    (["--task", "linear", "--limit", "9"], "9 are too few; raise --limit"),
+    (["--task", "linear", "--paper"], "add --recipe park"),
+    (["--task", "linear", "--recipe", "simmim"], "choose --recipe mae, dino, park\n"),
+    (["--data", "cub"], "knn needs pictures of one class each, and cub has none"),
+    (["--data", "toyy", "--task", "all"], "no knn, few_shot, linear"),
     (["--task", "part_retrieval", "--data", "cub", "--data-root", "x"], "No cub under x: expected"),
 ])
 def test_mistakes_get_one_sentence(tmp_path, capsys, flags, expected):
