@@ -364,6 +364,8 @@ def segmentation(model, args):
     names = readers.segmentation_classes(args.data, args.level, args.data_root)
     sizes, depth = dense.sizes_of(model, args), model.encoder.depth
     blocks = [max(1, round(block * depth / 12)) - 1 for block in recipe["blocks"]]
+    for split in ("test", "train"):                      # what is missing is said before all work
+        next(iter(dense.mapped(args, split, sizes)))
 
     torch.manual_seed(args.seed)
     net = Segmenter(model.encoder, blocks, head, len(names), sizes[0], toy).to(args.device)
@@ -378,12 +380,14 @@ def segmentation(model, args):
     bar = tqdm(total=iters, desc=model.name, leave=False, dynamic_ncols=True,
                disable=rank > 0 or not sys.stderr.isatty())
     losses, begin, say = [], time.perf_counter(), min(1000, max(1, iters // 10))
-    for step, (x, y) in enumerate(batches):              # (B, 3, S, S), (B, S, S)
+    for step, batch in enumerate(batches):
+        if isinstance(batch, str):
+            raise ValueError(batch)
+        x, y = (t.to(args.device, non_blocking=True) for t in batch)         # (B, 3, S, S), ...
         torch.manual_seed(rng.key(args.seed, "segmentation", step, rank))    # dropout, drop path
         lr = poly(step, iters, peak, warmup)
         for group in opt.param_groups:
             group["lr"] = lr * group["factor"]
-        x, y = (t.to(args.device, non_blocking=True) for t in (x, y))
         for rows in torch.arange(share).tensor_split(parts):
             parallel.require_backward_grad_sync = rows[-1] == share - 1      # DDP's no_sync
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -443,7 +447,8 @@ def poly(step, total, peak, warmup):
 
 
 class Crops:
-    """step -> this process's crops: x (B, 3, S, S) normalised, y (B, S, S) int64, 255 = ignore.
+    """step -> this process's crops: x (B, 3, S, S) normalised, y (B, S, S) int64, 255 = ignore; or
+    what is wrong with a file, as an error of a worker would come with its traceback.
 
     To be asked step after step, or for every nth of them by each of n workers: all of them, and all
     processes, read the same pictures in the same order, so their number changes nothing.
@@ -459,9 +464,12 @@ class Crops:
         if not self.stream:                              # in the worker, if there are workers
             self.stream = dense.shuffled(lambda: dense.mapped(self.args, "train", self.sizes),
                                          rng.generator(self.args.seed, "order"))
-        for _ in range(self.done, step):
-            list(islice(self.stream, BATCH))             # other workers' steps
-        items, self.done = list(islice(self.stream, BATCH)), step + 1
+        try:
+            for _ in range(self.done, step + 1):         # the earlier ones: other workers' steps
+                items = list(islice(self.stream, BATCH))
+        except ValueError as error:
+            return str(error)
+        self.done = step + 1
         return dense.stacked(
             [dense.training_crop(items[i], self.sizes,
                                  rng.generator(self.args.seed, "crop", step, i), self.swap)

@@ -314,6 +314,20 @@ def test_processes_and_workers_see_what_one_would_see(monkeypatch):
                 assert mine.equal(all_of_it[rank::2])
 
 
+def test_a_damaged_file_is_named_in_one_sentence_though_a_worker_reads_it(monkeypatch):
+    two_classes(monkeypatch)
+    monkeypatch.setitem(dense.SIZES, "voc", (32, 24, (64, 32), (64, 32)))
+    read = readers.segmentation
+
+    def segmentation(*args):
+        yield next(read(*args))
+        raise ValueError("Cannot read x.jpg")
+
+    monkeypatch.setattr(readers, "segmentation", segmentation)
+    with pytest.raises(ValueError, match="^Cannot read x.jpg$"):
+        finetune.segmentation(model(), settings("--data", "voc", "--workers", "1"))
+
+
 # ---- whole runs ----------------------------------------------------------------------------------
 
 
@@ -370,6 +384,7 @@ def test_the_second_loss_weighs_two_fifths(monkeypatch, capsys):
     ("--recipe mae", "segmentation has no recipe mae; choose --recipe selfpatch"),
     ("--lr 1e-3 1e-2", "one --lr at a time"), ("--batch-size 1", "--batch-size 2 or more"),
     ("--data cifar10", "No segmentation of 'cifar10' here"),
+    ("--data voc --data-root x", "No voc under x: expected"),
     ("--level scene", "No level 'scene' of toy"),
     ("--lr nan --iters 2", "the loss is not finite by step 2 of 2"),
     ("--task part_classification --head fpn", "no head fpn; choose --head linear, attentive")])
