@@ -383,31 +383,33 @@ def segmentation(model, args):
     for step, batch in enumerate(batches):
         if isinstance(batch, str):
             raise ValueError(batch)
-        x, y = (t.to(args.device, non_blocking=True) for t in batch)         # (B, 3, S, S), ...
+        x, y = (t.to(args.device, non_blocking=True).tensor_split(parts) for t in batch)
         torch.manual_seed(rng.key(args.seed, "segmentation", step, rank))    # dropout, drop path
         lr = poly(step, iters, peak, warmup)
         for group in opt.param_groups:
             group["lr"] = lr * group["factor"]
-        for rows in torch.arange(share).tensor_split(parts):
-            parallel.require_backward_grad_sync = rows[-1] == share - 1      # DDP's no_sync
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                logits, *second = parallel(x[rows])
-            loss = dense.segmentation_loss(logits, y[rows])
+        for number, (crops, labels) in enumerate(zip(x, y), 1):  # (b, 3, S, S), (b, S, S)
+            parallel.require_backward_grad_sync = number == parts            # DDP's no_sync
+            with torch.autocast(args.device.type, torch.bfloat16,
+                                enabled=args.precision == "bf16"):
+                logits, *second = parallel(crops)
+            loss = dense.segmentation_loss(logits, labels)
             for logits in second:                        # UPerNet's auxiliary head
-                loss = loss + AUXILIARY * dense.segmentation_loss(logits, y[rows])
-            (loss * len(rows) / share).backward()
+                loss = loss + AUXILIARY * dense.segmentation_loss(logits, labels)
+            (loss * len(crops) / share).backward()
             losses.append(loss.detach())
         opt.step(), opt.zero_grad()
         bar.update()
 
-        if (step + 1) % say == 0 or step % 50 == 0:      # now and then: a GPU has to be waited for
+        due = (step + 1) % say == 0 or step + 1 == iters
+        if due or step % 50 == 0:                        # now and then: a GPU has to be waited for
             mean = training.all_mean(torch.stack(losses).mean()).item()
             if not math.isfinite(mean):
                 raise ValueError(f"{model.name}: the loss is not finite by step {step + 1} of "
                                  f"{iters} (lr {lr:.1e}); try --precision fp32, a smaller --lr or "
                                  f"an earlier checkpoint")
             bar.set_postfix(loss=f"{mean:.3f}")
-        if (step + 1) % say == 0:
+        if due:
             left = (time.perf_counter() - begin) * (iters - step - 1) / (step + 1)
             tqdm.write(f"step {step + 1:,}/{iters:,}  loss {mean:.3f}  lr {lr:.1e}  eta "
                        f"{tqdm.format_interval(left)}", file=sys.stdout)
