@@ -731,7 +731,7 @@ def part_retrieval(model, args):
     return report(rows, f"average precision by cosine, query left out; last block, after the final "
                   f"norm; visible {', '.join(parts)} of {source}; squares, side {side[args.crop]}, "
                   f"kept if 20 < d/2 < 1000 px, resized to {model.size} px",
-                  notes, crops=len(labels))
+                  notes + without_crops(parts, labels), crops=len(labels))
 
 
 def part_classification(model, args):
@@ -775,7 +775,7 @@ def part_classification(model, args):
                   f"{', '.join(parts)} of {source}; training crops without their rim; lr and epoch "
                   f"chosen on a held-out tenth", train=len(y), test=len(truth),
                   notes=[f"{model.name}, {name}: base lr {head.lr:.2g}, epoch {head.epoch} of "
-                         f"{epochs}" for name, head in heads.items()])
+                         f"{epochs}" for name, head in heads.items()] + without_crops(parts, y))
 
 
 # ---- crops and readers ---------------------------------------------------------------------------
@@ -860,6 +860,12 @@ def key_points(args):
         raise ValueError(f"--crop code measures from one of --parts to another, and {parts[0]} is "
                          f"alone: name two or more, or take --crop paper")
     return known, parts, line
+
+
+def without_crops(parts, labels):
+    """A note for the table. --crop paper keeps hardly an eye or a nose: others are too near."""
+    none = [part for i, part in enumerate(parts) if not (labels == i).any()]
+    return [f"no crop of {', '.join(none)} is large enough"] * bool(none)
 
 
 def part_crops(items, names, parts, size, rule="code"):

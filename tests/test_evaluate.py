@@ -379,6 +379,12 @@ def test_a_part_without_a_partner_or_with_a_twin_in_its_place_is_dropped():
         assert crops(points, parts=NAMES) == []
 
 
+def test_parts_without_a_crop_are_named():
+    assert evaluate.without_crops(("eye", "leg", "tail"), torch.tensor([1, 1])) == [
+        "no crop of eye, tail is large enough"]
+    assert evaluate.without_crops(("eye", "leg"), torch.tensor([1, 0])) == []
+
+
 def test_other_objects_count_in_the_paper_and_not_in_the_code():
     # Two eyes 100 apart: of one object each, so by the code both are alone. A leg 60 below the
     # first gives it a crop of side 30 by the code and 60 by the paper; the other is far from all.

@@ -274,11 +274,12 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_retrieval_among_50000_never_holds_the_whole_matrix():
     z, y = torch.randn(50_000, 8), torch.arange(50_000) % 10
     with Largest() as largest:
-        ap = metrics.retrieval(z, y, queries=torch.arange(0, 50_000, 500))
-    assert len(ap) == 100 and largest.elements <= 2**24             # the matrix: 2.5e9
+        ap = metrics.retrieval(z, y, queries=torch.arange(0, 50_000, 125))
+    assert len(ap) == 400 and largest.elements <= 2**24             # all rows of these: 2e7
     assert ap.mean().item() == pytest.approx(metrics.chance(y)[0].item(), abs=0.01)
     few = torch.tensor([3, 49_999])
     assert metrics.retrieval(z[:999], y[:999], queries=few[:1]).equal(
