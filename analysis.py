@@ -541,7 +541,8 @@ def map_numbers(model, args, s):
     x, encoder = few(model, args, 1), model.encoder
     L, p, P, g = encoder.depth, encoder.patch_size, encoder.num_prefix, (
         x.shape[-1] // encoder.patch_size)
-    blocks, queries = sorted({0, -(-L // 2) - 1, max(L - 2, 0)}), [(g // 2, g // 2), (g // 8,) * 2]
+    blocks = sorted({0, -(-L // 2) - 1, max(L - 2, 0)})
+    queries = [(g // 2, g // 2), (g // 4, g // 8)]
     _, weights = encoder.layers(x, [L - 1], attention=[*blocks, L - 1])
     image = tile(picture(model, x)[0], boxes=[
         (p * c, p * r, p, colour) for (r, c), colour in zip(queries, QUERY)])

@@ -195,8 +195,8 @@ def pictures(width=1.4, height=1.4, scale=None):
 # ---- all of them ---------------------------------------------------------------------------------
 
 
-SPECTRUM = (curve("depth", "at_first", "depth (blocks)", "\u0394 at rank {ranks[0]}"),
-            curve("depth", "at_second", "depth (blocks)", "\u0394 at rank {ranks[1]}"))
+SPECTRUM = (curve("depth", "at_first", "depth (blocks)", "\u0394 log singular value {ranks[0]}"),
+            curve("depth", "at_second", "depth (blocks)", "\u0394 log singular value {ranks[1]}"))
 RANKS = depths("rank", "delta", "rank", "\u0394 log singular value")
 FIGURES = {
     "attention_distance": Figure(
@@ -258,7 +258,8 @@ FIGURES = {
     "adjacent_count": Figure(
         "Neighbours that are alike",
         "How many of a patch's eight neighbours have a cosine above the threshold. By labels "
-        "SelfPatch reports 4.3 on COCO; late contrastive tokens should be alike.",
+        "SelfPatch reports 4.3 on COCO; they are the same for all models of one grid. Late "
+        "contrastive tokens should be alike.",
         panels(curve("count", "features_share", "alike, by features", "share of patches"),
                curve("count", "labels_share", "alike, by labels", "share of patches"),
                curve("depth", "at_depth", "depth (blocks)", "mean count, by features"))),

@@ -121,14 +121,14 @@ def test_maps_are_those_of_the_queries(monkeypatch):
     weights = {0: own, 1: even, 2: even}
     monkeypatch.setattr(m.encoder, "layers", lambda *given, **how: (None, weights))
     found = analysis.map_numbers(m, args, None)              # blocks 1 and 2 of 3, two queries
-    assert found["blocks"] == [1, 2] and found["queries"] == [(4, 4), (1, 1)]
+    assert found["blocks"] == [1, 2] and found["queries"] == [(4, 4), (2, 1)]
     maps = found["maps"]                                     # (queries x blocks, 8, 8)
     assert torch.allclose(maps.sum((1, 2)), torch.ones(4))
-    assert maps[0, 4, 4] > 0.999 and maps[2, 1, 1] > 0.999   # each looks at itself: there
+    assert maps[0, 4, 4] > 0.999 and maps[2, 2, 1] > 0.999   # each looks at itself: there
     assert torch.allclose(maps[[1, 3]], torch.full((2, 8, 8), 1 / 64))
     image, *tiles = found["show"][0].tiles
-    assert [box[:3] for box in image.boxes] == [(16, 16, 4), (4, 4, 4)]  # pixels of the two patches
-    assert tiles[0].boxes[0][:3] == (4, 4, 1) and tiles[2].boxes[0][:3] == (1, 1, 1)
+    assert [box[:3] for box in image.boxes] == [(16, 16, 4), (4, 8, 4)]  # pixels of the two patches
+    assert tiles[0].boxes[0][:3] == (4, 4, 1) and tiles[2].boxes[0][:3] == (1, 2, 1)
     assert abs(int(found["class_token_60_percent_on"][0]) - 39) <= 1     # of 64 alike
 
 
@@ -328,6 +328,8 @@ def test_alike_tokens_reach_the_floor_of_the_prompt_and_no_more(tmp_path, monkey
     monkeypatch.setattr(analysis, "unit", lambda *given: alike)
     found = analysis.heat_numbers(m, args, None)
     assert found["best"] == pytest.approx(found["whole_picture"]) and found["order"] == 0.5
+    monkeypatch.setattr(analysis, "unit", lambda *given: torch.eye(64).expand(2, 64, 64))
+    assert analysis.heat_numbers(m, args, None)["order"] == 0.5          # but for the prompt itself
     [(*_, labels)] = analysis.batches(m, args, 2, maps=True)             # void counts nowhere
     expected = (labels[0] == 1).sum() / (labels[0] >= 0).sum()
     assert found["whole_picture"] == pytest.approx(expected.item())
