@@ -37,6 +37,7 @@ from torchvision.utils import save_image
 
 import data
 import dense
+import detection
 import finetune
 import metrics
 import readers
@@ -91,10 +92,10 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "hyber-norm": (("halves", "joint"), "halves", "hyber: cls and pat brought to length 1 one by "
                    "one, or together (iBOT)"),
     "k":          (natural, [10, 20], "knn: numbers of neighbours"),
-    "recipe":     (("mae", "dino", "park", "simmim", "mmc", "parts", "selfpatch"), None, "whose "
-                   "settings; none: the first; linear: mae, dino, park; finetune: mae, simmim, "
-                   "mmc; linear_segmentation: parts, mmc; segmentation: fpn selfpatch, upernet "
-                   "mae, selfpatch"),
+    "recipe":     (("mae", "dino", "park", "simmim", "mmc", "parts", "selfpatch", "1x", "100ep",
+                    "vitdet"), None, "whose settings; none: the first; linear: mae, dino, park; "
+                   "finetune: mae, simmim, mmc; linear_segmentation: parts, mmc; segmentation: fpn "
+                   "selfpatch, upernet mae, selfpatch; detection: 1x, 100ep, vitdet"),
     "paper":      (bool, False, "linear, layerwise: lr and weight decay of recipe park as printed"),
     "bn":         (("running", "batch"), "running", "attentive head: statistics of its batch norm "
                    "at test; batch: as the published code"),
@@ -116,16 +117,16 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "equal-energy": (bool, False, "frequency_noise: bands of equal strength, not of equal density"),
     "level":      (("object", "part", "scene"), None, "segmentation: which classes; none: the "
                    "first that the data set has"),
-    "iters":      (natural, None, "segmentation, linear_segmentation, pose: steps of training; "
-                   "none: the protocol's, on toy 200"),
+    "iters":      (natural, None, "segmentation, linear_segmentation, pose, detection: steps of "
+                   "training; none: the protocol's, on toy a few hundred"),
     "lr":         (float, [], "linear_segmentation: learning rates, side by side; none: the "
                    "recipe's, on toy three; segmentation: one"),
     "swap-sides": (bool, False, "segmentation: left becomes right in flipped pictures"),
     "prompt":     (("deepest", "random"), "deepest", "zero_shot_segmentation: which patch"),
     "target":     (("category", "instance", "stuff"), "category", "zero_shot_segmentation: what is "
                    "looked for"),
-    "show":       (bool, False, "write pictures of what a probe saw to --out: part_retrieval and "
-                   "the probes of dense.py, segmentation"),
+    "show":       (bool, False, "write pictures of what a probe saw to --out: part_retrieval, "
+                   "segmentation, detection and the probes of dense.py"),
 }
 
 # ---- probes --------------------------------------------------------------------------------------
@@ -932,6 +933,7 @@ TASKS = {
     "attentive": attentive,
     "finetune": finetune.finetune,
     "segmentation": finetune.segmentation,
+    "detection": detection.detection,
     "object_retrieval": object_retrieval,
     "part_retrieval": part_retrieval,
     "part_classification": part_classification,
@@ -940,7 +942,7 @@ TASKS = {
     "frequency_noise": frequency_noise,
     **DENSE,
 }
-TUNED = {"finetune", "segmentation"}                     # these train all weights
+TUNED = {"finetune", "segmentation", "detection"}        # these train all weights
 FROZEN = [task for task in TASKS if task not in TUNED]   # what --task all runs
 ALL_EPOCHS, ALL_IMAGES = 10, 2000      # of its heads, and of toy's splits, unless flags say other;
                                        # those of DENSE have smaller limits of their own

@@ -309,7 +309,8 @@ def coco_ap(images, kind="bbox", sigmas=SIGMAS):
       truth  boxes (K, 4) x0 y0 x1 y1, areas (K,) of the masks, crowd (K,) bool
       found  scores (M,); boxes (M, 4) if kind is "bbox"
       both   labels (K,), (M,) int64, without them all are of one class; of kind "segm" masks
-             (n, H, W) bool, of kind "keypoints" points (n, P, 3), v of the found ones is not used
+             (n, H, W) bool, or a list of n run lengths as pycocotools encodes them; of kind
+             "keypoints" points (n, P, 3), v of the found ones is not used
     Images are taken one at a time and kept as run lengths: a generator saves memory.
     """
     try:
@@ -320,6 +321,8 @@ def coco_ap(images, kind="bbox", sigmas=SIGMAS):
         raise ValueError("COCO's AP is computed by pycocotools: pip install pycocotools") from None
 
     def shape(of, k):
+        if kind == "segm" and isinstance(of.masks, list):
+            return {"segmentation": of.masks[k]}
         if kind == "segm":                  # uint8, columns first, is what the encoder reads
             return {"segmentation": mask.encode(np.asfortranarray(of.masks[k].cpu().byte()))}
         if kind == "keypoints":
@@ -335,8 +338,7 @@ def coco_ap(images, kind="bbox", sigmas=SIGMAS):
 
     truths, results, sizes = [], [], []
     for number, (truth, found) in enumerate(images):
-        height, width = truth.masks.shape[1:] if kind == "segm" else (0, 0)
-        sizes.append({"id": number, "height": height, "width": width})
+        sizes.append({"id": number, "height": 0, "width": 0})       # not looked at, but asked for
         for k in range(len(truth.boxes)):   # an id of 0 would mean: matched to nobody
             truths.append({
                 "id": len(truths) + 1, "image_id": number, "category_id": label(truth, k),

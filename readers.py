@@ -192,10 +192,13 @@ def extra(module, what):
         raise ValueError(f"{what}, which {package} reads: pip install {package}") from None
 
 
-def spread(items, limit):
-    """So many of a list, evenly spread as it is often sorted by class; None: all."""
+def spread(items, limit, order=None):
+    """So many of a list, evenly spread as it is often sorted by class; None: all. order: a function
+    of their number -> which of them to take, and in which order."""
     n = len(items)
-    return items if limit is None or limit >= n else [items[i * n // limit] for i in range(limit)]
+    if limit is not None and limit < n:
+        items = [items[i * n // limit] for i in range(limit)]
+    return items if order is None else [items[i] for i in order(len(items))]
 
 
 def corners(boxes):
@@ -217,9 +220,10 @@ def view(name, split, sets, what):
 # ---- the sets ------------------------------------------------------------------------------------
 
 
-def drawn(scenes, root, split, limit, size):
+def drawn(scenes, root, split, limit, size, order=None):
     """toy, toy-scenes: creatures of which nothing is seen are left out."""
-    for index in torch.arange(limit or toy.SIZES[split]).split(64):
+    numbers = spread(range(limit or toy.SIZES[split]), None, order)
+    for index in torch.tensor(numbers, dtype=torch.int64).split(64):
         out = toy.draw(index, split, size, scenes, annotate=True)
         creature = torch.arange(1, out["classes"].shape[1] + 1)[:, None, None]
         masks = out["instances"][:, None] == creature                           # (B, K, S, S)
@@ -293,7 +297,7 @@ def decode(segmentation, shape):
     return torch.from_numpy(mask.decode(segmentation)).bool()
 
 
-def coco(kind, root, split, limit, size, masks=False):
+def coco(kind, root, split, limit, size, order=None, masks=False):
     """COCO 2017 (Lin et al., 2014); kind: instances or person_keypoints. Crowds are among them."""
     if masks:
         extra("pycocotools.mask", "The masks of coco are polygons and run lengths")
@@ -303,7 +307,7 @@ def coco(kind, root, split, limit, size, masks=False):
     rows, people = coco_json(path), kind == "person_keypoints"
     with reading("coco", path):             # half of the images show nobody: not read in vain
         rows = [row for row in rows if not people or any(a["num_keypoints"] for a in row[2])]
-    for number, file, annotations in spread(rows, limit):
+    for number, file, annotations in spread(rows, limit, order):
         with reading("coco", path):
             item = SimpleNamespace(
                 id=number, boxes=corners([a["bbox"] for a in annotations]),
@@ -732,13 +736,14 @@ def box_classes(name):
     return list(BOXES[name][1])
 
 
-def masks(name, root=None, split="test", limit=None, size=256):
+def masks(name, root=None, split="test", limit=None, size=256, order=None):
     """As `boxes`, and masks (K, H, W) bool: of COCO, pycocotools makes them from the outlines.
 
     A crowd's mask covers many objects. Masks may overlap: who is in front is not annotated.
+    order: a function of the number of images -> which of them to read, and in which order.
     """
     reader, split = view(name, split, MASKS, "masks")
-    return reader(root, split, limit, size)
+    return reader(root, split, limit, size, order)
 
 
 def segmentation(name, root=None, split="test", limit=None, level=None, size=256):
