@@ -43,7 +43,12 @@ from torchvision.models.detection.faster_rcnn import (
 )
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import (
+    Conv2dNormActivation,
+    FeaturePyramidNetwork,
+    MultiScaleRoIAlign,
+    masks_to_boxes,
+)
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 from torchvision.transforms import v2
@@ -362,8 +367,11 @@ def training_view(item, recipe, side, mean):
     boxes = TF.clamp_bounding_boxes(sample["boxes"]).as_subclass(torch.Tensor)
     masks = sample["masks"].as_subclass(torch.Tensor)
     left = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1) & (masks > 0).flatten(1).any(1)
+    boxes, masks = boxes[left], masks[left]
+    if recipe["input"] == "jitter":                      # of an object that was cut, a box may hold
+        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])     # less: drawn anew (ViTDet)
     return sample["image"].as_subclass(torch.Tensor), dict(
-        boxes=boxes[left], labels=item.labels[single][left] + 1, masks=masks[left])
+        boxes=boxes, labels=item.labels[single][left] + 1, masks=masks)
 
 
 def multi_scale(sample, zoom=1.0):
@@ -499,9 +507,10 @@ def beside(item, found):
 
 
 def painted(image, boxes, labels, masks):
-    colours = [tuple(int(c) for c in rng.uniform(label[None], 3, "colour")[0] * 256)
-               for label in labels]
-    for draw, shapes in ((draw_segmentation_masks, masks), (draw_bounding_boxes, boxes)):
-        if len(shapes):
-            image = draw(image, shapes, colors=colours)
+    """One object after the other: torchvision leaves black where masks overlap."""
+    colours = (rng.uniform(labels, 3, "colour") * 256).int().tolist()
+    for box, mask, colour in zip(boxes, masks, map(tuple, colours)):
+        image = draw_segmentation_masks(image, mask, colors=colour)
+        width = image.shape[1] // 150 + 1
+        image = draw_bounding_boxes(image, box[None], colors=colour, width=width)
     return image

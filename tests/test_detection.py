@@ -263,6 +263,14 @@ def test_picture_boxes_and_masks_move_together(name, most):
         if len(target["boxes"]) == 2:
             red, green = target["boxes"][target["labels"].argsort(descending=True)]
             flipped, both = flipped + int(red[0] > green[0]), both + 1
+            found, edge = torch.stack([red, green]), torch.tensor(image.shape[:0:-1]) - 1
+            if found.min() > 1 and (found[:, 2:] < edge).all():              # none is cut off
+                zoom = (red[3] - red[1]) / 34            # as the boxes of the picture, or mirrored
+                size = torch.tensor([[26, 34], [26, 24]]) * zoom
+                assert (found[:, 2:] - found[:, :2] - size).abs().max() <= 1 + most
+                gap = found[0, :2] - found[1, :2]
+                assert (gap[1] + 4 * zoom).abs() <= 1 + most
+                assert (gap[0].abs() - 30 * zoom).abs() <= 1 + most
     assert max(off) > 10                                 # control: other boxes are seen to be wrong
     assert 5 < flipped < both - 5
 
@@ -620,13 +628,16 @@ def test_the_real_coco(tmp_path):
     with tarfile.open(path) as tar:
         tar.extractall(tmp_path, filter="data")
     readers.coco_json.cache_clear()
-    for item in readers.masks("coco", tmp_path, "train"):
-        torch.manual_seed(item.id)
-        image, target = detection.training_view(item, detection.FULL | detection.RECIPES["1x"],
-                                                800, data.MEAN)
-        for box, mask in zip(target["boxes"], target["masks"]):              # annotated apart
-            assert (extent(mask) - box).abs().max() <= 0.1 * max(image.shape)
-    order = [item.id for item in readers.masks("coco", tmp_path, "train", None, 0,
+    for one in readers.masks("coco", tmp_path, "train"):
+        for name, side in (("1x", 800), ("vitdet", 1024)):
+            torch.manual_seed(one.id)
+            _, target = detection.training_view(one, detection.FULL | detection.RECIPES[name],
+                                                side, data.MEAN)
+            for box, mask in zip(target["boxes"], target["masks"]):
+                out = extent(mask) - box                 # outlines and boxes are annotated apart
+                assert max(-out[0], -out[1], out[2], out[3]) <= 5
+                assert name == "1x" or not out.any()     # a crop may leave less than a box holds
+    order = [one.id for one in readers.masks("coco", tmp_path, "train", None, 0,
                                                lambda n: [n - 1, 0])]
-    ids = [item.id for item in readers.boxes("coco", tmp_path, "train")]
+    ids = [one.id for one in readers.boxes("coco", tmp_path, "train")]
     assert order == [ids[-1], ids[0]]
