@@ -1028,13 +1028,14 @@ def table(results):
 
 
 def table_of_all(results):
-    """Prints a row for each number of each task, a column for each model. results: with task."""
+    """Prints the first number of each feature of each task, a column for each model. results: with
+    task. The other numbers are in results.jsonl."""
     models = list(dict.fromkeys(model.name for model, _ in results))
     rows = {}                                          # (task, feature, column) -> {model: number}
     for model, result in results:
         for feature, row in result.rows.items():
-            for column, number in row.items():
-                rows.setdefault((result.task, feature, column), {})[model.name] = number
+            column, number = next(iter(row.items()))
+            rows.setdefault((result.task, feature, column), {})[model.name] = number
     lines, before = [("task", "feature", "number", *models)], None
     for (task, *names), row in rows.items():
         numbers = [f"{row[name]:.1f}" if name in row else "" for name in models]
