@@ -197,7 +197,7 @@ def linear_segmentation(model, args):
     recipe, depth = RECIPES[args.recipe], model.encoder.depth
     names = readers.segmentation_classes(args.data, args.level, args.data_root)
     blocks = sorted({max(1, round(block * depth / 12)) - 1 for block in recipe["blocks"]})
-    sizes = sizes_of(model, args)
+    sizes = sizes_of(args, side_of(model, args, 0))
     iters = args.iters or (TOY_ITERS if is_toy(args) else recipe["iters"])
     lrs = args.lr or (TOY_LRS if is_toy(args) else [recipe["lr"]])
 
@@ -245,12 +245,9 @@ def linear_segmentation(model, args):
         f"stride {sizes[1]}; a ratio of sums at the original size", notes, test=count)
 
 
-def sizes_of(model, args):
-    """The line of SIZES; of toy all sides are twice what the encoder was trained on."""
-    if not is_toy(args):
-        return SIZES[args.data]
-    side = side_of(model, args, None)
-    return side, side, (side, side), (side, side)
+def sizes_of(args, side):
+    """The line of SIZES; of toy all are `side`."""
+    return (side, side, (side, side), (side, side)) if is_toy(args) else SIZES[args.data]
 
 
 def mapped(args, split, sizes):

@@ -299,7 +299,7 @@ def crops(rank, world, monkeypatch):
     monkeypatch.setattr(training, "rank", lambda: rank)
     monkeypatch.setattr(training, "world_size", lambda: world)
     args = settings()
-    return finetune.Crops(args, model(), dense.sizes_of(model(), args), ["red", "blue"])
+    return finetune.Crops(args, model(), dense.sizes_of(args, 32), ["red", "blue"])
 
 
 def test_processes_and_workers_see_what_one_would_see(monkeypatch):
