@@ -331,7 +331,7 @@ SEGMENT = {
 BATCH, WARMUP = 16, 1500                                 # crops, iterations
 AUXILIARY, DROPOUT = 0.4, 0.1                            # weight of UPerNet's second loss; in heads
 POOLS = 1, 2, 3, 6                                       # cells a side of UPerNet's averages
-# On toy, our choice: a larger lr for few iterations. Fewer, of larger pictures, find the creature in
+# On toy, our choice: a larger lr, few iterations. Fewer, of larger pictures, find the creature in
 # the same time, but hardly which one it is.
 TOY_SEGMENT = dict(lr=2e-3, iters=600)
 
