@@ -55,6 +55,7 @@ FLAGS = {      # name: (type or choices, default, help); the others are those of
     "precision":  (str, "fp32", "of the encoder: bf16, fp32; sums are float64 either way"),
     "batch-size": (natural, 64, "images per forward"),
     "window":     (natural, None, "curves: patches see so many patches a side (odd); Park, D.1"),
+    "center":     (bool, False, "token_similarity: also without the mean token of all images"),
     "copies":     (natural, 128, "feature_variance: views of an image"),
     "threshold":  (float, 0.95, "adjacent_count: cosine from which neighbours count as alike"),
     "image":      (int, 0, "first image of the pictures"),
@@ -180,6 +181,8 @@ STREAMS = {
     "depth_similarity": ("block", lambda c, at: d.depth_similarity(c.before, c.after)),
     "unison":           ("block", lambda c, at: d.unison(c.before, c.after)),
     "token_similarity": ("state", lambda z, at: d.token_similarity(z)),
+    "token_mean":       ("state", lambda z, at: z.mean(1)),
+    "centred_similarity": ("state", lambda z, at: d.token_similarity(z - next(at.mean))),
     "sv_tokens":        ("state", lambda z, at: d.log_spectrum(z)),
     "fourier":          ("state", lambda z, at: d.fourier(z, at.grid)),
     "adjacent_depth":   ("state", lambda z, at: d.adjacent(z, at.grid, at.threshold).mean(1)),
@@ -236,10 +239,13 @@ def shared_pass(model, args, names):
     means = Means([name for name in STREAMS if name in names])
     behind = Means(["attention_distance", "nmi", "fourier"]) if decoder else None
     maps, seen = any(STREAMS[name][0] == "labels" for name in means.names), 0
+    mean = (shared_pass(model, args, ["token_mean"]).means["token_mean"].float().to(args.device)
+            if "centred_similarity" in names else ())             # of each state, z_0, u_1, z_1 ...
     for x, _, labels in batches(model, args, args.limit or 256, maps):
         tokens, grid = encoder.embed(x)
         at = SimpleNamespace(prefix=encoder.num_prefix, grid=grid, threshold=args.threshold,
-                             between=d.spacing(grid, encoder.patch_size).to(x.device))
+                             between=d.spacing(grid, encoder.patch_size).to(x.device),
+                             mean=iter(mean))
         wall = encoder.local_mask(args.window, grid) if args.window else None
         bias = functools.partial(encoder.attention_bias, grid=grid, attn_mask=wall)
         tokens = encoder.norm(means.through(args, encoder.blocks, tokens, at, bias))
@@ -426,8 +432,12 @@ def block_numbers(name, model, args, s):
 def token_numbers(model, args, s):
     """Park et al., fig. 5c, "in the self-attentions": after them (our choice); beside it z_l."""
     found = s.means["token_similarity"]                      # z_0, u_1, z_1, ... u_L, z_L
-    return dict(block=upto(len(found) // 2, 1), after_attention=found[1::2],
-                depth=upto(len(found) // 2 + 1), after_block=found[::2])
+    out = dict(block=upto(len(found) // 2, 1), after_attention=found[1::2],
+               depth=upto(len(found) // 2 + 1), after_block=found[::2])
+    if "centred_similarity" in s.means:
+        found = s.means["centred_similarity"]
+        out |= dict(centred_after_attention=found[1::2], centred_after_block=found[::2])
+    return out
 
 
 def unison_numbers(model, args, s):
@@ -894,10 +904,10 @@ def parse(argv=None):
         description=__doc__, epilog=f"diagnostics (*: standard report):\n{known}",
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (kind, default, text) in FLAGS.items():
-        how = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind,
-                                                                      metavar=name.upper())
+        how = (dict(action="store_true") if kind is bool else dict(choices=kind)
+               if isinstance(kind, tuple) else dict(type=kind, metavar=name.upper()))
         how |= dict(nargs="+") if isinstance(default, list) else {}
-        shown = "" if default in (None, []) else f" [{default}]"
+        shown = "" if default in (None, [], False) else f" [{default}]"
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]),
                             default=default, help=text + shown, **how)
     args = parser.parse_args(argv)
@@ -917,6 +927,7 @@ def analyse(model, args):
     """All that is asked for, of one model -> {diagnostic: numbers}, {diagnostic: why it is left
     out}."""
     streams = {stream for name in args.what for stream in WHAT[name][1].split()}
+    streams |= {"centred_similarity"} if args.center and "token_similarity" in streams else set()
     shared, found, missed = shared_pass(model, args, streams) if streams else None, {}, {}
     for name in args.what:
         try:

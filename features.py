@@ -222,9 +222,12 @@ def load(name, root, split, size, limit, device):
     images = data.load(name, root, split, size, limit, device)
     if images.split != "all":
         return images
-    chosen = (torch.arange(len(images)) % 5 == 0) == (split == "test")
-    print(f"{name} has no train/ and val/: {split} is {chosen.sum()} of its {len(images)} images")
-    return replace(images, split=split, paths=[p for p, c in zip(images.paths, chosen) if c],
+    images = data.load(name, root, split, size, None, device)       # the limit is for either split
+    chosen = ((torch.arange(len(images)) % 5 == 0) == (split == "test")).nonzero()[:, 0]
+    if limit and limit < len(chosen):
+        chosen = chosen[torch.arange(limit) * len(chosen) // limit]
+    print(f"{name} has no train/ and val/: {split} is {len(chosen)} of its {len(images)} images")
+    return replace(images, split=split, paths=[images.paths[i] for i in chosen],
                    labels=None if images.labels is None else images.labels[chosen])
 
 

@@ -40,16 +40,17 @@ def style(number):
 
 
 def curve(x, y, across, up, level=None):
-    """A line for each model: its numbers y over x; dashed, those of its decoder; dotted, a level
-    that they are compared with."""
+    """A line for each model: its numbers y over x; dashed, those of its decoder or with the mean
+    token taken off; dotted, a level that they are compared with."""
     def draw(ax, results):
         for r in (r for r in results if y in r.numbers):
             look = dict(color=r.colour, markersize=4,
                         marker=r.marker if len(r.numbers[x]) <= 40 else None)
             ax.plot(r.numbers[x], r.numbers[y], label=r.model.name, **look)
-            if f"decoder_{y}" in r.numbers:
-                ax.plot(r.numbers[f"decoder_{x}"], r.numbers[f"decoder_{y}"], linestyle="--",
-                        label=f"{r.model.name}, decoder", **look)
+            for other in ("decoder", "centred"):
+                if f"{other}_{y}" in r.numbers:
+                    ax.plot(r.numbers.get(f"{other}_{x}", r.numbers[x]), r.numbers[f"{other}_{y}"],
+                            linestyle="--", label=f"{r.model.name}, {other}", **look)
         for value in sorted({round(r.numbers[level], 1) for r in results if level}):
             ax.axhline(value, color="0.5", linestyle=":", label=f"{level}, {value} px")
             ax.set_ylim(0, 1.05 * ax.get_ylim()[1])            # room for the topmost mark

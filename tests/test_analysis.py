@@ -89,6 +89,23 @@ def test_means_do_not_depend_on_batches():
     assert not torch.allclose(a["nmi"], fewer["nmi"], rtol=1e-4)
 
 
+def test_a_direction_that_all_tokens_share_can_be_taken_off():
+    m, args = model(), settings("--limit", "8", "--what", "token_similarity", "--center")
+    net = m.encoder
+    net.patch_embed.proj.bias.data[:] = 20 * draw(net.embed_dim)         # the same for every token
+    found, plain = (analysis.analyse(m, a)[0]["token_similarity"] for a in (
+        args, settings("--limit", "8", "--what", "token_similarity")))
+    with torch.no_grad():
+        [(x, *_)] = analysis.batches(m, args, 8)
+        z = net.split(net.embed(x)[0])[1]
+    z = F.normalize(z - z.mean((0, 1)), dim=-1)
+    off = ~torch.eye(z.shape[1], dtype=torch.bool)
+    torch.testing.assert_close(found["centred_after_block"][0].float(), (z @ z.mT)[:, off].mean())
+    assert found["after_block"][0] > 0.9 > 0.3 > found["centred_after_block"][0]
+    assert "centred_after_block" not in plain
+    assert torch.equal(plain["after_block"], found["after_block"])
+
+
 def test_attention_is_written_out_only_if_looked_at(monkeypatch):
     looked, walk = [], analysis.walk
     monkeypatch.setattr(analysis, "walk", lambda *given: looked.append(given[-1]) or walk(*given))

@@ -178,7 +178,7 @@ def planted(monkeypatch, shuffle):
     return small
 
 
-@pytest.mark.parametrize("recipe", ["parts", "mmc"])
+@pytest.mark.parametrize("recipe", ["parts", pytest.param("mmc", marks=pytest.mark.slow)])
 def test_linear_segmentation_finds_what_is_planted_and_nothing_in_shuffled_patches(
         monkeypatch, recipe):
     monkeypatch.setitem(dense.RECIPES, recipe, {**dense.RECIPES[recipe], "blocks": (12,)})

@@ -459,7 +459,7 @@ def test_a_damaged_film_gets_a_sentence(tmp_path, harm, why):
 # ---- the built-in creatures ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["toy", "toy-scenes"])
+@pytest.mark.parametrize("name", ["toy", pytest.param("toy-scenes", marks=pytest.mark.slow)])
 def test_creatures_have_maps_masks_and_films(name):
     drawn = toy.draw(torch.arange(70), "test", 64, name == "toy-scenes", annotate=True)
     maps = {level: list(readers.segmentation(name, split="test", limit=70, level=level, size=64))

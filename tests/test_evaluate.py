@@ -145,6 +145,11 @@ def test_a_folder_without_splits_gives_every_fifth_image_to_the_test(tmp_path, c
     assert (len(y), len(truth)) == (16, 4) and truth.tolist() == [0, 0, 1, 1]
     assert torch.cdist(test["pat"], train["pat"]).min() > 1e-4            # nobody is in both
     assert "test is 4 of its 20 images" in capsys.readouterr().out
+    args.limit = 3                                                        # of each, evenly spread
+    few, _, _ = evaluate.features(model(), args, "train", ["pat"])
+    assert torch.equal(few["pat"], train["pat"][[0, 5, 10]])
+    few, _, _ = evaluate.features(model(), args, "test", ["pat"])
+    assert torch.equal(few["pat"], test["pat"][[0, 1, 2]])
 
 
 # ---- several processes ---------------------------------------------------------------------------
@@ -474,7 +479,7 @@ def test_linear_runs_by_every_recipe_and_again_with_equal_numbers(tmp_path, reci
     assert "held-out tenth" in one["protocol"] and "base lr" in one["notes"][0]
 
 
-@pytest.mark.parametrize("crop", ["code", "paper"])
+@pytest.mark.parametrize("crop", ["code", pytest.param("paper", marks=pytest.mark.slow)])
 def test_part_retrieval_runs_and_shows_its_crops(tmp_path, crop):
     [line] = run(tmp_path, "--task", "part_retrieval", "--show", "--crop", crop)
     assert set(line["metrics"]) == {"cls", "pat"} and line["images"]["crops"] > 10

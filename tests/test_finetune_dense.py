@@ -331,6 +331,7 @@ def test_a_damaged_file_is_named_in_one_sentence_though_a_worker_reads_it(monkey
 # ---- whole runs ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["fpn", "upernet"])
 def test_it_learns_what_is_there_and_leaves_the_encoder_alone(monkeypatch, head):
     monkeypatch.setattr(finetune, "BATCH", 8)            # for speed

@@ -293,7 +293,7 @@ def test_loss_parts_look_at_their_own_logits():
     assert "w" not in inspect.signature(ibot.cls_loss).parameters
 
 
-@pytest.mark.parametrize("shared", ["true", "false"])
+@pytest.mark.parametrize("shared", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_a_run_equals_the_published_steps_written_out(train, shared):  # noqa: F811
     flags = (*WRITTEN_OUT, *MASKS, "--shared-head", shared, "--tau-pat-end", 0.06, "--cls", 0.5,
              "--pat", 2, "--steps", 10)                                      # into the second epoch

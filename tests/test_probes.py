@@ -1,5 +1,6 @@
 """Projection heads against the networks that made them, heads against torch.nn, probes against
 oracles and chance, and every task once from the command line."""
+import functools
 import json
 import math
 from pathlib import Path
@@ -386,6 +387,7 @@ def test_attentive_heads_use_the_test_batchs_statistics_if_told_so():
     assert not torch.allclose(alone(x)[:6], alone(x[:6]), atol=1e-3)   # the batch does matter
 
 
+@pytest.mark.slow
 def test_only_the_attentive_head_finds_what_one_token_says():
     g = torch.Generator().manual_seed(9)
     y = torch.randint(2, (400,), generator=g)
@@ -734,7 +736,8 @@ def test_all_prints_one_table_and_says_what_was_left_out(tmp_path, checkpoint, c
     assert "DINO (MMC, table 11; imagenet100)" in text
 
 
-def test_reference_rows_are_those_of_the_data():
+def test_reference_rows_are_those_of_the_data(monkeypatch):
+    monkeypatch.setattr(training, "read_yaml", functools.cache(training.read_yaml))
     for task, tables in training.read_yaml(Path(evaluate.__file__).parent / "papers.yaml").items():
         assert task in evaluate.TASKS
         for t in tables:

@@ -337,7 +337,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
         list(readers.keypoints("coco", tmp_path, "train"))
 
 
-@pytest.mark.parametrize("name", ["toy", "toy-scenes"])
+@pytest.mark.parametrize("name", ["toy", pytest.param("toy-scenes", marks=pytest.mark.slow)])
 def test_the_built_in_creatures_are_served_as_drawn(name):
     items = list(readers.keypoints(name, split="test", limit=70, size=96))
     drawn = toy.draw(torch.arange(70), "test", 96, name == "toy-scenes", annotate=True)
