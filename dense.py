@@ -941,13 +941,16 @@ def visible(points):
 
 
 def pose_row(image, box, truth, points, shape):
-    """Two pictures of the box: white crosses where the joints are, and where they were found."""
+    """Two pictures of the box: where the joints are, and where they were found; a colour each."""
     matrix = to_image(box, shape)
     crop, rows = cut(image, matrix, shape).to(torch.uint8), []
     known = (truth[:, 2] > 0) * 2.0
     for at in (truth[:, :2], points):
         at = moved(at, inverse(matrix))
         x, y = (v.clamp(0, n - 1) for v, n in zip(at.T, shape[::-1]))
-        at = torch.stack([x, y, known], 1)
-        rows.append(toy.overlay(crop, torch.zeros(shape, dtype=torch.uint8), at))
+        spots = torch.zeros(shape, dtype=torch.uint8)
+        for number, (row, column) in enumerate(zip(y.long(), x.long()), 1):
+            spots[(row - 2).clamp(0):row + 3, (column - 2).clamp(0):column + 3] = (
+                number if known[number - 1] else 0)
+        rows.append(toy.overlay(crop, spots, torch.stack([x, y, known], 1)))
     return rows
