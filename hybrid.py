@@ -59,7 +59,9 @@ class Config:
     embed_dim: int = 768          # width of the backbone (paper)
     depth: int = 12               # blocks (paper)
     num_heads: int = 12           # attention heads (paper)
+    pos: str = "none"             # absolute positions: none (SimMIM) or sincos_row
     layer_scale: float = 0.1      # every branch begins so small (SimMIM)
+    init: str = "beit"            # weights: beit (SimMIM) or moco (Xavier): see vit.py
     drop_path: float = 0.1        # stochastic depth (paper); in all student passes (our choice)
     freeze_patch: bool = False    # random patch projection: MoCo v3's, not SimMIM's (our choice)
     hidden: int = 4096            # width inside projector, predictor (our choice: MoCo v3)
@@ -144,9 +146,9 @@ class Network(nn.Module):
     def __init__(self, cfg, teacher=False):
         super().__init__()
         D, hidden, C, p = cfg.embed_dim, cfg.hidden, cfg.out_dim, cfg.patch_size
-        self.backbone = vit.ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads, pos="none",
+        self.backbone = vit.ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads, pos=cfg.pos,
                                 rel_pos="shared", layer_scale=cfg.layer_scale, qkv_bias="split",
-                                drop_path=0.0 if teacher else cfg.drop_path, init="beit")
+                                drop_path=0.0 if teacher else cfg.drop_path, init=cfg.init)
         self.backbone.patch_embed.requires_grad_(not cfg.freeze_patch)
         if cfg.lam < 1 and not teacher:                                      # SimMIM's
             self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
