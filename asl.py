@@ -5,7 +5,7 @@ in which each patch is a class of its own, with its pixels for a key that cannot
 Global contrastive learning calls all patches of an image one class: in photos of many things the
 two pull in opposite directions, and hybrids fall behind MAE. So ASL stays with the patch. From the
 features of the visible patches it makes a second version, lets the same decoder paint from either,
-and draws the two predictions of each removed patch together: keys that learn, beside MAE's.
+and draws the two predictions of each removed patch together: targets that learn, beside MAE's.
 Despite the paper's word, contrastive: no negatives, no temperature, no second view, no teacher.
 
     patches -+- visible, 25 % --> encoder -+--------> decoder* --> a -+- L_MAE: a near u
@@ -22,18 +22,18 @@ sg stops the gradient, but as it stops each side once and both share their weigh
 L_SEM is that of |a - b|_1 and only its value is doubled. What forbids two equal constants is L_MAE.
 
 The paper (ViT-B, COCO, 800 epochs; linear probe on ImageNet-1K / box AP): MAE 46.8 / 49.3, ASL
-48.6 / 50.3; by dropout instead of T 48.5 / 50.4, at 2 x the cost of MAE instead of 1.5 x; either
-without L_SEM 46.5, 46.6 (Table 7); by cosine 47.6, with the class token aligned, too, 45.6 (4.6).
+48.6 / 50.3; by dropout instead of T 48.5 / 50.4, at 2 x the cost of MAE instead of 1.5 x; without
+L_SEM 46.6 and 46.5 (Table 7); by cosine 47.6, with the class token aligned, too, 45.6 (4.6).
 
 No code of the authors was found, nor their appendix with the settings: what the paper itself leaves
 open is marked "our choice". It is silent on whether L_MAE counts b, too: equation 1 knows no b, so
-ours does not; --mae-both does, as the rows of Table 7 without L_SEM must have: they pay for b.
+ours does not; --mae-both does, as the rows of Table 7 without L_SEM probably did: they pay for b.
 full.pt beside encoder.pt holds decoder and T, too, in MAE's names; the encoder works without T.
 
     python asl.py                                         minutes on a laptop, offline
     python asl.py --data toy-scenes                       several creatures: not one thing an image
-    python asl.py --sem 0 --mae-both                      row (d) of Table 7: no alignment
-    torchrun --nproc_per_node=8 asl.py --data coco        the paper's ViT-B/16 (not run by us)
+    python asl.py --sem 0 --mae-both                      no alignment: Table 7 (d), as we read it
+    torchrun --nproc_per_node=8 asl.py --data coco        the paper's ViT-B (not run by us)
 """
 import math
 from dataclasses import dataclass
@@ -53,9 +53,9 @@ import vit
 
 @dataclass
 class Config:
-    # the encoder (paper: ViT-B/16)
-    img_size: int = 224           # pixels (paper)
-    patch_size: int = 16          # pixels (paper)
+    # the encoder (paper: ViT-B)
+    img_size: int = 224           # pixels (our choice: MAE)
+    patch_size: int = 16          # pixels (our choice: MAE)
     embed_dim: int = 768          # D (paper)
     depth: int = 12               # blocks (paper)
     num_heads: int = 12           # attention heads (paper)
@@ -65,7 +65,7 @@ class Config:
     decoder_num_heads: int = 16   # attention heads (our choice: MAE)
     # the second branch
     dle: bool = False             # b by dropout (DLE), not by a block T (AEE, paper's default)
-    dropout: float = 0.1          # DLE: rate on the embedded patches (our choice: SimCSE)
+    dropout: float = 0.1          # DLE: rate on patches + positions (our choice: SimCSE)
     # the objective
     mask_ratio: float = 0.75      # share of the patches removed (our choice: MAE)
     norm_pix: bool = True         # target normalised by patch (our choice: the MAE of Table 5)
@@ -149,7 +149,8 @@ class Network(nn.Module):
                                cfg.num_heads, pos="sincos_col", resize="size", init="mae")
         self.decoder = Decoder(cfg, self.encoder.grid)
         self.aug_block, self.dropout = None, cfg.dropout
-        if not cfg.dle:                # T: after the final norm, no norm behind it, both our choice
+        if not cfg.dle:     # T: a block as the encoder's, after its final norm, none behind it: all
+            #                 our choice (paper: one Transformer layer)
             self.aug_block = vit.Block(cfg.embed_dim, cfg.num_heads)
             vit.init_linear(self.aug_block, "mae")
 
@@ -161,7 +162,7 @@ class Network(nn.Module):
         if self.aug_block:
             tokens = self.encoder(x, keep=keep)                              # (B, 1+K, D)
             tokens = torch.cat([tokens, self.aug_block(tokens)])             # (2B, 1+K, D)
-        else:                          # two passes, dropout where ViT and BERT have it: our choice
+        else:               # two passes; dropout on patches + positions and class token: our choice
             tokens, _ = self.encoder.embed(x, keep)
             tokens = torch.cat([tokens, tokens])
             if drop is not None:
@@ -287,10 +288,9 @@ def main():
         for part in run.micro_batches(batch):
             x, = part.views                                                  # (B, 3, S, S)
             noise = rng.uniform(part.index, N, cfg.seed, part.epoch, "mask")
-            drop = None
-            if cfg.dle:
-                shape = 2, 1 + int(N * (1 - cfg.mask_ratio)), cfg.embed_dim
-                drop = rng.uniform(part.index, shape, cfg.seed, part.epoch, "dropout")
+            shape = 2, 1 + int(N * (1 - cfg.mask_ratio)), cfg.embed_dim
+            drop = (rng.uniform(part.index, shape, cfg.seed, part.epoch, "dropout")
+                    if cfg.dle else None)
             with run.autocast():
                 a, b, mask = model(x, noise, drop)                   # (B, 1+N, P) twice, (B, N)
             target = targets(x, cfg.patch_size, cfg.norm_pix)                # fp32 from here on
@@ -306,8 +306,7 @@ def main():
             with run.looking():
                 show(run, cfg, net, queries)
             if sem < 1e-3:
-                run.say("the two branches agree (sem near 0): nothing is left to align; this is "
-                        "MAE from here on")
+                run.say("the two branches agree (sem near 0): from here on this is MAE")
             if cfg.norm_pix and mae > 0.98:
                 run.say("every patch is still painted flat (mae near 1): train longer, or try "
                         "another --lr or a lower --mask-ratio")
@@ -327,8 +326,9 @@ def show(run, cfg, net, images, n=8):
         a, b, mask = net(x, noise)
     net.train()
     columns = {"image": x, "visible": unpatchify(patches.masked_fill(mask[:, :, None], 0)),
-               "painted back": paint(a[:, 1:].float(), patches, mask, cfg.norm_pix),
-               "second branch": paint(b[:, 1:].float(), patches, mask, cfg.norm_pix)}
+               "painted back": paint(a[:, 1:].float(), patches, mask, cfg.norm_pix)}
+    if not cfg.dle:                                      # without dropout b is a
+        columns["second branch"] = paint(b[:, 1:].float(), patches, mask, cfg.norm_pix)
     run.picture({title: data.denormalize(z) for title, z in columns.items()})
 
 

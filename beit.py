@@ -13,18 +13,19 @@ leaves no neighbour to copy from.
     L = - mean over hidden patches i of log softmax(W h_i + b)[y_i]             (section 2.3)
 
 h is the output of the last LayerNorm, y the ids; visible patches have no loss. At the start L is
-about ln K; a head that ignores its input reaches H, the entropy of the words (of a tokenizer
-trained here the log names it first): only below that has anything been learned, and `acc` must rise
-above `commonest`.
+about ln K; a head that ignores its input reaches H, the entropy of the words (printed first if the
+tokenizer is trained here): only below that has anything been learned, and `acc` must rise above
+`commonest`.
 
 The paper: ViT-B/16, 800 epochs: 83.2 fine-tuned, 56.7 by linear probe of block 9 of 12 (others
 measure 41.8 at the last one, which predicts words). Block masks against single patches: 82.86
 against 82.77 on ImageNet, 44.65 against 42.93 on ADE20K; pixels for words: 81.04 (300 epochs).
 
 We follow the ImageNet-1K model: learned positions. The released 22K weights have, instead, a table
-of relative ones shared by all blocks, and layer scale: --pos none --rel-pos --layer-scale 0.1.
-Paper and official code differ in the mask: more than 40 % there, at most 75 of 196 here, as in the
-code. Colours are jittered after the crop, not before it.
+of relative ones shared by all blocks, and layer scale: --pos none --rel-pos --layer-scale 0.1; they
+want images normalised by mean and deviation 0.5. Paper and official code differ in the mask: more
+than 40 % there, at most 75 of 196 here, as in the code. Ours: colours are jittered after the crop,
+not before it; the loss is a mean over the hidden patches of all processes, not of each.
 
     python beit.py                                         minutes on a laptop, offline
     torchrun --nproc_per_node=8 beit.py --data imagenet --tokenizer encoder.pkl    (not run by us)
@@ -62,7 +63,7 @@ class Config:
     tokenizer: str = ""           # its file, DALL-E's encoder.pkl (paper); none: trained, then kept
     tokenizer_kind: str = "vq"    # of a trained one: vq, or dvae as DALL-E's (our choice)
     tokenizer_steps: int = 10000  # of training it (our choice)
-    codes: int = 8192             # K, words of a trained one (paper; our choice on small data: 512)
+    codes: int = 8192             # K, words of a trained one (paper; our choice on less data)
     token_size: int = 112         # pixels, side of the tokenizer's view (paper)
     # the mask
     masked: int = 75              # patches hidden of an image, at most (paper: about 40 % of 196)
@@ -154,7 +155,8 @@ class Network(nn.Module):
 
 
 def token_loss(logits, ids, count=None):
-    """Cross-entropy, mean over hidden patches. logits: (T, K), ids: (T,). `count`: to divide by."""
+    """Cross-entropy, mean over hidden patches. logits: (T, K), ids: (T,). `count`: to divide by, if
+    these are not all of them."""
     return F.cross_entropy(logits.float(), ids, reduction="sum") / (len(ids) if count is None
                                                                     else count)
 
@@ -203,7 +205,7 @@ def main():
         # ---- the method ----------------------------------------------------------------------
         when = cfg.seed, batch.epoch
         masks = draw_mask(loader.locate(step)[1], cfg, *when)                # (B, N), on the CPU
-        count = training.all_mean(masks.sum().float()) / cfg.accumulate      # alike everywhere
+        count = training.all_mean(masks.sum().float()) / cfg.accumulate      # mean of the parts
         masks = masks.to(run.device).chunk(cfg.accumulate)
         for part, mask in zip(run.micro_batches(batch), masks):
             x, u = part.views

@@ -19,9 +19,9 @@ representations: the encoder itself, shown the hidden patches, says what they sh
 
 Both zhat and zbar leave a LayerNorm, so neither needs another normalisation. Alignment alone would
 collapse (paper): all representations equal, `std` 0. At the start the cross-entropy is about ln K,
-and the alignment about 2. A head that ignores its input reaches H, the entropy of the words (of a
-tokenizer trained here the log names it first): only below that has anything been learned, and `acc`
-must rise above `commonest`.
+and the alignment about 2. A head that ignores its input reaches H, the entropy of the words
+(printed first if the tokenizer is trained here): only below that has anything been learned, and
+`acc` must rise above `commonest`.
 
 The paper, ViT-B/16, 300 epochs, linear / attentive / fine-tuned (Table 5): 60.3 / 71.2 / 82.9
 without decoder and alignment, 64.1 / 73.8 / 83.6 with both; 1600 epochs: 70.3 / 77.2 / 83.9
@@ -69,7 +69,7 @@ class Config:
     tokenizer: str = ""           # its file, DALL-E's encoder.pkl (paper); none: trained, then kept
     tokenizer_kind: str = "vq"    # of a trained one: vq, or dvae as DALL-E's (our choice)
     tokenizer_steps: int = 10000  # of training it (our choice)
-    codes: int = 8192             # K, words of a trained one (paper; our choice on small data: 512)
+    codes: int = 8192             # K, words of a trained one (paper; our choice on less data)
     token_size: int = 112         # pixels, side of the tokenizer's view (paper)
     # the mask
     masked: int = 98              # M, patches hidden of an image (paper: half of 196)
@@ -82,7 +82,7 @@ class Config:
     batch_size: int = 2048        # global (paper)
     lr: float = 1.5e-3            # peak, whatever the batch (paper)
     min_lr: float = 1e-5          # end of the cosine (official code)
-    weight_decay: float = 0.05    # AdamW (paper); not of vectors
+    weight_decay: float = 0.05    # AdamW (paper); class and mask token decay, too (code)
     clip: float = 3.0             # norm of the gradient (official code)
 
 
@@ -210,13 +210,13 @@ class CAE(nn.Module):
         """x: (B, 3, S, S), visible (B, N-M) and hidden (B, M): patch numbers, drop: noise of the
         drop path (B, sum(draws)). Returns logits (B, M, K), zhat and zbar (B, M, D)."""
         drop = torch.rand(len(x), sum(self.draws), device=x.device) if drop is None else drop
-        seen, target, regress, decode = drop.split(self.draws, 1)
+        seen, target, drop_r, drop_d = drop.split(self.draws, 1)
         z_v = self.represent(x, visible, seen)                               # (B, N-M, D)
         with torch.no_grad():                            # its own drop path, as in official code
             zbar = self.represent(x, hidden, target)                         # (B, M, D)
         pos = self.encoder.pos_embed[0, 1:]                                  # (N, D), fixed
-        zhat = self.regress(z_v, pos[hidden], pos[visible], regress)
-        return self.decode(zhat, pos[hidden], decode), zhat, zbar
+        zhat = self.regress(z_v, pos[hidden], pos[visible], drop_r)
+        return self.decode(zhat, pos[hidden], drop_d), zhat, zbar
 
     def represent(self, x, patches, drop=None):
         """The encoder shown some patches and its class token, which stays behind: (B, some, D)."""

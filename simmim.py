@@ -23,7 +23,8 @@ The ViT is BEiT's: no absolute positions, one table of relative ones shared by a
 scale, no key bias. The table begins at zero: a fresh network takes the patches for a set.
 
 Where paper and released configuration differ we follow the latter: learning rate 1e-4 for every 512
-images, constant after the warm-up, a tenth from 7/8 of the run on (paper: a cosine). We do not copy
+images, constant after the warm-up, a tenth from 7/8 of the run on (paper: 8e-4 for a batch of 2048,
+and for ViT-B a cosine). We do not copy
 that its first two steps run at the same rate, nor the 1e-5 it adds to the number of hidden pixels.
 
     python simmim.py                                       minutes on a laptop, offline

@@ -10,9 +10,10 @@ Pretraining needs encoder and argmax only; the decoder turns ids into pictures. 
 
 dalle  the published encoder of DALL-E (Ramesh et al., 2021), which BEiT and CAE use: 8192 words,
        cells of 8 pixels. Its weights come from a file that the user names; nothing in it is run.
-vq     vector quantisation (van den Oord et al., 2017), trained on the spot in about a minute. With
-       unit vectors z of the encoder and c of the K codes, ids = argmax z.c, and the gradient goes
-       straight through: the decoder sees z + stop(c - z). Codes are moving averages of their z.
+vq     vector quantisation (van den Oord et al., 2017), on toy trained in about a minute. With unit
+       vectors (as in BEiT v2) z of the encoder and c of the K codes, ids = argmax z.c, and the
+       gradient goes straight through: the decoder sees z + stop(c - z). Codes are moving averages
+       of their z, those that are hardly hit begin anew; all this and the network: our choice.
            L = mean (u' - u)^2 + 0.25 mean (z - stop(c))^2
 dvae   DALL-E's own algorithm in small: the decoder sees a mixture of codes, drawn by the
        Gumbel-softmax (Jang et al., 2017) at a temperature tau that falls from 1 to 1/16
@@ -132,7 +133,8 @@ def dalle_decoder():
 
 class Dalle(Tokenizer):
     """DALL-E's tokenizer; without its decoder, pictures show each word in a colour of its own. In
-    fp32: the official module computes in fp16 on a GPU, which changes ids of close calls."""
+    fp32, on a GPU with products in TF32, where the official module takes fp16: the ids of close
+    calls may differ from its."""
     vocabulary, cell = 8192, 8
 
     def __init__(self, with_decoder=False):
@@ -273,7 +275,7 @@ def gumbel_softmax(logits, tau, noise):
 # Training the small one on the spot
 
 BATCH, LR, WARMUP, WEIGHT_DECAY = 32, 1e-3, 50, 1e-4        # AdamW, cosine to 0 (our choice)
-MOMENTUM = 0.9                                              # of vq's codes (our choice: few steps)
+MOMENTUM = 0.9                                         # of vq's codes (our choice; long runs: 0.99)
 
 
 def train(cfg, run, images, view, cell):

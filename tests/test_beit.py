@@ -306,3 +306,4 @@ def test_defaults_are_the_papers():
     assert (cfg.masked, cfg.min_block, cfg.codes, cfg.token_size) == (75, 16, 8192, 112)
     assert (cfg.epochs, cfg.batch_size, cfg.lr, cfg.weight_decay, cfg.clip) == (
         800, 2048, 1.5e-3, 0.05, 3.0)
+    assert (cfg.warmup_epochs, cfg.drop_path, cfg.min_scale, cfg.jitter) == (10, 0.1, 0.08, 0.4)

@@ -304,7 +304,7 @@ def train(monkeypatch, out, *flags):
 
 
 def test_a_step_puts_the_pieces_together(monkeypatch, tmp_path):
-    calls = train(monkeypatch, tmp_path / "run", *"--steps 3 --clip 2 --lr 1e-3 --align 2".split())
+    calls = train(monkeypatch, tmp_path / "run", *"--steps 3 --clip 2 --lr 1e-3 --align 3".split())
     (index, _, *key), _, mask = calls["draw_mask"]
     (_, x, visible, hidden, _), _, (logits, zhat, zbar) = calls["forward"]
     assert key == [0, 1]                                      # seed, second epoch: two steps each
@@ -314,7 +314,7 @@ def test_a_step_puts_the_pieces_together(monkeypatch, tmp_path):
     assert x.shape == view.shape == (8, 3, 32, 32) and not torch.equal(x, view)
     labels = torch.stack([ids[b, hidden[b]] for b in range(8)])
     (_, loss, opt), how, _ = calls["backward"]
-    assert torch.allclose(loss, cae.token_loss(logits, labels) + 2 * cae.align_loss(zhat, zbar))
+    assert torch.allclose(loss, cae.token_loss(logits, labels) + 3 * cae.align_loss(zhat, zbar))
     assert how == {"clip": 2.0}
     assert [group["weight_decay"] for group in opt.param_groups] == [0.05, 0.0]
     assert {p.ndim for p in opt.param_groups[1]["params"]} == {1}
@@ -398,3 +398,4 @@ def test_defaults_are_the_papers():
     assert (cfg.align, cfg.masked, cfg.min_block, cfg.layer_scale) == (2.0, 98, 16, 0.1)
     assert (cfg.regressor_depth, cfg.decoder_depth, cfg.codes, cfg.token_size) == (4, 4, 8192, 112)
     assert (cfg.batch_size, cfg.lr, cfg.weight_decay, cfg.clip) == (2048, 1.5e-3, 0.05, 3.0)
+    assert (cfg.epochs, cfg.warmup_epochs, cfg.drop_path, cfg.min_scale) == (1600, 40, 0.1, 0.08)

@@ -228,7 +228,7 @@ def test_learning_rate_rises_stays_and_drops():
     cfg = training.config(simmim.Config, ["--data", "imagenet"])
 
     def at(epoch):
-        return simmim.schedule(10 * epoch, 8000, 100, cfg)
+        return simmim.schedule(10 * epoch, 10 * cfg.epochs, 10 * cfg.warmup_epochs, cfg)
 
     assert [at(0), at(10), at(699.9)] == pytest.approx([2e-6, 4e-4, 4e-4])    # batch 2048
     assert at(5) == pytest.approx((2e-6 + 4e-4) / 2)
