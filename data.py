@@ -542,6 +542,16 @@ def read_image(path):
         return image.convert("RGB")
 
 
+def resize(x, size, kernel):
+    """(H, W, 3) uint8 -> (size, size, 3): torch's antialiased kernel is Pillow's to one level of
+    256, in a third of the time; Lanczos only Pillow has."""
+    if kernel == "lanczos":
+        image = Image.fromarray(x.numpy()).resize((size, size), Resampling.LANCZOS)
+        return torch.from_numpy(np.array(image))
+    x = x.permute(2, 0, 1)[None]                         # still (H, W, 3) in memory: the fast path
+    return F.interpolate(x, (size, size), mode=kernel, antialias=True)[0].permute(1, 2, 0)
+
+
 # --------------------------------------------------------------------------------------------------
 # The loader
 
@@ -643,11 +653,10 @@ class Loader:
                     number = (number + 1) % len(self.images)
             index[row] = number
             boxes = crop_boxes(u[row], image.height, image.width, self.scale, self.ratio).tolist()
+            pixels = torch.from_numpy(np.array(image))                           # (H, W, 3)
             for view, out, (top, left, height, width) in zip(self.views, crops, boxes):
-                # Cut, then resize: resize(box=...) would mix in pixels from around the box.
-                piece = image.crop((left, top, left + width, top + height))
-                piece = piece.resize((view.size, view.size), Resampling[view.interpolation.upper()])
-                out[row] = torch.from_numpy(np.array(piece))
+                piece = pixels[top:top + height, left:left + width]
+                out[row] = resize(piece, view.size, view.interpolation)
         return index, crops, bad
 
     def finish(self, step, index, cuts):

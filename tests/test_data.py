@@ -98,6 +98,10 @@ def test_each_kernel_is_pils_up_to_rounding_to_grey_levels(kernel):
         image = Image.fromarray(image.permute(1, 2, 0).numpy())
         theirs = np.asarray(image.resize((23, 23), Image.Resampling[kernel.upper()]), np.float32)
         assert np.abs(out.permute(1, 2, 0).numpy() - theirs).max() < 1.6
+        piece = torch.from_numpy(np.array(image))
+        error = np.abs(data.resize(piece[3:39, :30], 23, kernel).numpy() - np.asarray(image.crop(
+            (0, 3, 30, 39)).resize((23, 23), Image.Resampling[kernel.upper()]), np.float32))
+        assert error.max() <= (kernel != "lanczos")
 
 
 @pytest.mark.parametrize("height, width, scale", [(64, 64, (0.08, 1.0)), (375, 500, (0.4, 1.0)),
