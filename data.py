@@ -676,9 +676,9 @@ class Loader:
                     x = self.images.pixels.index_select(0, number[rows])   # [...] is 20 x slower
                     x = crop(x, cut[rows], view.size, view.interpolation, flip)
                 else:
-                    x = cut[rows].to(self.device, non_blocking=True)
-                    x = torch.where(flip[:, None, None, None], x.flip(2), x).permute(0, 3, 1, 2)
+                    x = cut[rows].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
                     x = x.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+                    x = torch.where(flip[:, None, None, None], x.flip(3), x)     # slow as uint8
                 out[rows] = colour(x, part)
             views.append(out)
         labels = self.images.labels
