@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -232,6 +233,14 @@ def pick_precision(name, device):
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     able = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
+def peak_memory(device):
+    """GiB that this process held at most: on a GPU, of its memory that tensors took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20                  # bytes there, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def keep_memory():
@@ -649,10 +658,11 @@ class Run:
         speed = (done - self._printed) * self.cfg.batch_size / seconds
         mfu = self._flops * speed / (self._peak * self.world)
         record = dict(step=done, **means, grad_norm=self._health[1].item(), images_per_s=speed,
-                      mfu=mfu, data_share=self._waited / seconds)
+                      mfu=mfu, data_share=self._waited / seconds,
+                      memory_gib=peak_memory(self.device))
         text = f"step {done}/{self.total}"
         for name, value in record.items():
-            if name not in ("step", "lr", "grad_norm", "images_per_s", "mfu", "data_share"):
+            if name in means and name != "lr":
                 text += f"  {name} {value:.1f}%" if "knn" in name else f"  {name} {value:.3f}"
         self.say(f"{text}  lr {self._lr:.1e}  |g| {record['grad_norm']:.2f}  img/s {speed:,.0f}  "
                  f"mfu {mfu:.0%}  data {record['data_share']:.0%}  "

@@ -55,7 +55,7 @@ def run(monkeypatch):
 
 
 def records(out):
-    timed = ("images_per_s", "mfu", "data_share")
+    timed = ("images_per_s", "mfu", "data_share", "memory_gib")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
