@@ -27,15 +27,17 @@ TINY = dict(                                  # whichever of these a method has
     out_dim=8, bottleneck=8, group=4, local_crops=2, local_size=8, mask_block=8,
     decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, warmup_epochs=0, freeze_epochs=0,
     masked=8, min_block=2, token_size=16, codes=16, tokenizer_steps=3,
-    layer_scale=4)                            # else a batch norm magnifies the rounding of tokens
-#                                               that hardly differ
+    layer_scale=4)
+OWN = dict(hybrid=dict(layer_scale=64))       # else a batch norm magnifies the rounding of class
+#                                               tokens that hardly differ
 COMMON = ("--data synthetic --batch-size 16 --workers 0 --evals 0 --log-every 1 --steps 5 "
           "--precision fp32 --device cpu --save-every 0").split()
 
 
 def flags(method, *more, **settings):
     known = training.fields(importlib.import_module(method).Config)
-    own = {k: v for k, v in {**TINY, **settings}.items() if k in known}
+    given = {**TINY, **OWN.get(method, {}), **settings}
+    own = {k: v for k, v in given.items() if k in known}
     return [*COMMON, *(f"--{k}={v}" for k, v in own.items()), *map(str, more)]
 
 
