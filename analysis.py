@@ -795,7 +795,28 @@ def view_numbers(model, args, s):
         row(" ", [tile(image, name) for name, image in shown.items()], once=True)])
 
 
-# ---- numbers that evaluate.py measured -----------------------------------------------------------
+# ---- numbers that training and evaluate.py measured ----------------------------------------------
+
+
+def loss_numbers(model, args, s):
+    """The run's own log and, of a run on toy, that of its method's default run, from curves.yaml;
+    relative_distance: of the two losses, mean over the steps that both have (our choice)."""
+    log = Path(model.source.path).with_name("metrics.jsonl") if model.source.path else None
+    lines = log.read_text().splitlines() if log and log.is_file() else ()
+    lines = [json.loads(line) for line in lines if line.endswith("}")]       # a kill tears the last
+    if not lines:
+        raise Missing("no log: metrics.jsonl of the run is wanted beside encoder.pt")
+    votes = [line for line in lines if "knn" in line]
+    out = dict(step=[line["step"] for line in lines], loss=[line["loss"] for line in lines],
+               knn_step=[line["step"] for line in votes], knn=[line["knn"] for line in votes])
+    known = training.read_yaml(Path(__file__).with_name("curves.yaml"))
+    if model.source.data == "toy" and model.source.method in known:
+        ours = known[model.source.method]
+        out |= {f"reference_{name}": ours[name] for name in out}
+        there = dict(zip(ours["step"], ours["loss"]))
+        far = [abs(x - there[n]) / there[n] for n, x in zip(out["step"], out["loss"]) if n in there]
+        out |= dict(relative_distance=sum(far) / len(far)) if far else {}
+    return out
 
 
 def recorded(model, args, task, more=""):
@@ -883,6 +904,7 @@ WHAT = {       # name: (model, args, shared pass) -> numbers; what that needs of
     "tsne":                 (tsne_numbers, ""),
     "feature_variance":     (variance_numbers, ""),
     "views":                (view_numbers, ""),
+    "loss":                 (loss_numbers, ""),
     "layerwise":            (layerwise_numbers, ""),
     "frequency_noise":      (noise_numbers, ""),
     "shape_bias":           (bias_numbers, ""),
