@@ -69,8 +69,8 @@ class Config:
     norm_last_layer: bool = False # prototypes stay at length 1 (code; ViT-B: True, for stability)
     # the objective
     tau_student: float = 0.1      # temperature (paper)
-    tau_start: float = 0.04       # temperature of the teacher at first (paper); loss at ln K: lower
-    tau_end: float = 0.07         # ... and after its warm-up (paper); above: unstable
+    tau_start: float = 0.04       # teacher's temperature at first (paper); lower if stuck at ln K
+    tau_end: float = 0.07         # ... and after its warm-up (paper); higher is unstable
     tau_epochs: int = 30          # length of that warm-up, rising epoch by epoch (paper)
     center_momentum: float = 0.9  # of the centre (paper)
     freeze_epochs: float = 1.0    # the last layer stands still so long (code; ViT-B: 3)

@@ -32,13 +32,14 @@ of different images are nearly the same, the centre takes away what they share, 
 too little to sharpen, so that the loss stays at ln K.
 
 From the official code, not the paper: the mean over the hidden patches of a crop before that over
-crops, in which half of the crops, unmasked, count as 0. Ours: logits of hidden patches only are
-computed; the mean of all, for c2, is the last layer (linear) of the mean; masks are made for the
-whole batch at once; batch norms see class tokens and patches apart, as DINO's see the former (the
-script's: together). Left out: masking from a later epoch on, which only Swin needed.
+crops, in which half of the crops, unmasked, count as 0; a centre for patches, c2, from all of them.
+Ours: logits of hidden patches only are computed; the mean of all, for c2, is the last layer
+(linear) of the mean; masks are made for the whole batch at once; batch norms see class tokens and
+patches apart, as DINO's see the former (the script's: together). Left out: masking from a later
+epoch on, which only Swin needed.
 
     python ibot.py                                         minutes on a laptop, offline
-    python ibot.py --mask-p 0                              DINO, exactly (a test says so)
+    python ibot.py --mask-p 0                              DINO, exactly, with equal settings
     torchrun --nproc_per_node=16 ibot.py --data imagenet   the command above (not run by us)
 """
 import math
@@ -74,13 +75,14 @@ class Config:
     out_dim: int = 8192           # K (paper); small data: 1024, or the loss stays at ln K
     bn_in_head: bool = False      # batch norms in the head (code: an option); small data needs them
     norm_last_layer: bool = False # prototypes stay at length 1 (code; ViT-B: True, for stability)
-    shared_head: bool = True      # class and patches share prototypes (paper; script: student not)
+    shared_head: bool = True      # class and patches share prototypes (paper); false: two sets,
+                                  # in both networks (in the script the teacher keeps one)
     # the objective
     cls: float = 1.0              # lambda_1, weight of L_cls (paper)
     pat: float = 1.0              # lambda_2, weight of L_pat (paper)
     tau_student: float = 0.1      # temperature (paper)
-    tau_start: float = 0.04       # temperature of the teacher at first (code); loss at ln K: lower
-    tau_end: float = 0.07         # ... and after its warm-up, of the class (code); above: unstable
+    tau_start: float = 0.04       # teacher's temperature at first (code); lower if stuck at ln K
+    tau_end: float = 0.07         # ... after its warm-up, of the class (code); higher is unstable
     tau_pat_end: float = 0.07     # ... and of the patches (code)
     tau_epochs: int = 30          # length of that warm-up, rising epoch by epoch (code; ViT-B: 50)
     center_momentum: float = 0.9  # of the centre (paper)

@@ -18,7 +18,7 @@ the image vector, out of all patches, for DINO's loss.
        * exponential moving average of the student's weights; no gradient
        P = softmax((t - c) / tau_t), Q = softmax((u - c_p) / tau_t)
 
-    L     = L_cls + lambda L_pat,   lambda = 0.1                            (paper, section 3)
+    L     = L_cls + lambda L_pat,   lambda = 0.1                                        (code)
     L_cls = 1/n sum over global g, sum over all crops v != g of
             - sum over k of P_g[k] log softmax(s_v / tau_s)[k],   n = 2 (1 + L)
     L_pat = mean over all crops of: mean over their patches i of
@@ -26,7 +26,7 @@ the image vector, out of all patches, for DINO's loss.
     c, c_p <- m_c c + (1 - m_c) mean of t, of u over *all* crops, local ones included
 
 The paper (ViT-S/16, ImageNet, DINO -> with SelfPatch): COCO box AP 40.8 -> 42.1, ADE20K mIoU
-(Semantic FPN) 38.3 -> 41.2, linear 75.1 -> 75.6; its section 4 trains 200 epochs.
+(Semantic FPN) 38.3 -> 41.2 (epochs: 300 -> 200, supplement A), linear 75.1 -> 75.6 (300 each, D).
 
 Small data needs batch norms in the head, an option of the code (--bn-in-head): at first the logits
 of different images are nearly the same, the centre takes away what they share, and what is left is
@@ -72,8 +72,8 @@ class Config:
     pos: str = "learned"          # positions: learned (paper) or sincos_row (our choice)
     init: str = "trunc"           # weights: trunc (normal 0.02: code) or moco (Xavier: our choice)
     drop_path: float = 0.1        # stochastic depth, student only (code)
-    hidden: int = 2048            # width inside the head (paper)
-    bottleneck: int = 256         # width before the prototypes, where length becomes 1 (paper)
+    hidden: int = 2048            # width inside the head (DINO)
+    bottleneck: int = 256         # width before the prototypes, where length becomes 1 (DINO)
     out_dim: int = 65536          # K of images (paper; COCO: 4096); small data: 1024
     out_dim_pat: int = 4096       # K of patches (paper)
     bn_in_head: bool = False      # batch norms in the head (code: an option); small data needs them
@@ -82,14 +82,14 @@ class Config:
     pat: float = 0.1              # lambda, weight of L_pat (code)
     k: int = 4                    # positives of a patch (paper; 2 for patches of 32 pixels)
     borders: str = "correct"      # where neighbours end (our choice); official: they wrap round
-    tau_student: float = 0.1      # temperature (paper)
-    tau_start: float = 0.04       # temperature of the teacher at first (code); loss at ln K: lower
-    tau_end: float = 0.04         # ... and after its warm-up (code; DINO: 0.07, above: unstable)
+    tau_student: float = 0.1      # temperature (code)
+    tau_start: float = 0.04       # teacher's temperature at first (code); lower if stuck at ln K
+    tau_end: float = 0.04         # ... and after its warm-up (code; DINO: 0.07); higher is unstable
     tau_epochs: int = 0           # length of that warm-up, rising epoch by epoch (code; DINO: 30)
-    center_momentum: float = 0.9  # of the centre (paper)
-    freeze_epochs: float = 1.0    # the last layer stands still so long (code; ViT-B: 3)
+    center_momentum: float = 0.9  # of the centre (code)
+    freeze_epochs: float = 1.0    # the last layer stands still so long (code)
     # the views
-    min_scale: float = 0.05       # least area of a local crop (paper)
+    min_scale: float = 0.05       # least area of a local crop (code)
     split_scale: float = 0.25     # its largest, and least of a global one (code)
     local_crops: int = 8          # L (paper; COCO: 2)
     local_size: int = 96          # pixels, side of a local crop (paper)
@@ -101,10 +101,10 @@ class Config:
     batch_size: int = 1024        # global (paper)
     lr: float = 5e-4              # peak, times batch/256 (paper)
     min_lr: float = 1e-6          # end of its cosine (code)
-    weight_decay: float = 0.04    # AdamW, not of biases and norms (paper; code)
-    weight_decay_end: float = 0.4 # rising to this by a cosine (paper)
-    clip: float = 3.0             # gradient norm, each tensor for itself (code; ViT-B: 0.3); 0: off
-    momentum: float = 0.996       # of the teacher, rising to 1 by a cosine (paper)
+    weight_decay: float = 0.04    # AdamW, not of biases and norms (code)
+    weight_decay_end: float = 0.4 # rising to this by a cosine (code)
+    clip: float = 3.0             # gradient norm, each tensor for itself (code); 0: off
+    momentum: float = 0.996       # of the teacher, rising to 1 by a cosine (code)
     overfit_one_batch: bool = False        # the first batch again and again, to see it learn
 
 
@@ -141,7 +141,7 @@ class Prototypes(nn.Module):
 
 
 class Head(nn.Module):
-    """MLP, length 1, prototypes (paper, appendix C)."""
+    """MLP, length 1, prototypes (DINO's paper, appendix C)."""
 
     def __init__(self, cfg, K):
         super().__init__()
