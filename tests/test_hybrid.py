@@ -1,6 +1,7 @@
 """The hybrid is its parts: held against simmim.py and moco_v3.py, functions as well as runs."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -304,6 +305,31 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
         x, y = (torch.cat([p.flatten() for p in weights]) for weights in (
             net.parameters(), (found[name][key] for key, _ in net.named_parameters())))
         assert (x - y).norm() < 1e-4 * x.norm(), name
+
+
+@pytest.mark.parametrize("spread, share, alarm", [
+    (0.045, 1.01, True),                       # alike, and the contrast learns nothing
+    (0.045, 0.93, False),                      # toy, step 525: alike enough to learn from
+    (0.3, 1.0, False)])                        # at first
+def test_collapse_is_told_by_spread_and_loss_together(
+        spread, share, alarm, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training.Run, "knn", lambda *_: {"spread": torch.tensor(spread)})
+    monkeypatch.setattr(hybrid, "contrast", lambda q, k, tau, first: (
+        0 * q.sum() + share * 2 * tau * math.log(8)))
+    train(monkeypatch, tmp_path, hybrid, *MIM, *CL, "--steps", "1", "--evals", "1")
+    assert ("collapsed" in capsys.readouterr().out) == alarm
+
+
+def test_a_network_whose_class_tokens_are_equal_is_told_of(monkeypatch, tmp_path, capsys):
+    class Blind(hybrid.Network):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.backbone.norm.weight.data.zero_()
+
+    monkeypatch.setattr(hybrid, "Network", Blind)
+    flags = *MIM, *CL, "--steps", "1", "--evals", "1", "--lr", "0", "--tau", "0.5"
+    train(monkeypatch, tmp_path, hybrid, *flags)
+    assert "not below 4.16, the cost of knowing nothing" in capsys.readouterr().out   # 2 ln 8
 
 
 @pytest.mark.parametrize("flags, sentence", [
