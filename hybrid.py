@@ -87,7 +87,7 @@ class Config:
     lr: float = 1e-4              # (paper), times batch/512 (our choice: SimMIM)
     warmup_lr: float = 5e-7       # where the rise begins, times batch/512 (our choice: SimMIM)
     drop_at: float = 0.875        # share of the run after which the rate is a tenth (our choice)
-    #                               (paper: "multistep", not when; SimMIM: 700 of 800 epochs)
+    #                               paper: "multistep", not when; SimMIM: 700 of 800 epochs
     weight_decay: float = 0.05    # AdamW (paper)
     clip: float = 5.0             # norm of the gradient of the sum (paper)
 

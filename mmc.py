@@ -32,6 +32,8 @@ three 77.5 / 77.0: PAT lifts the patch tokens, REC helps only where both others 
 
 No code of the authors was found. What the paper leaves open is marked "our choice" where it is
 decided, with the relative that decides so: SiT, GMML, MC-SSL (shared authors), MoCo v3, DINO, iBOT.
+So are a patch projection that learns (SiT; MoCo v3 freezes it), and the teacher as the network that
+is evaluated and saved (DINO, iBOT).
 
     python mmc.py                                         minutes on a laptop, offline
     python mmc.py --rec 0 --pat 0                         CLS alone, as in Table 4
@@ -72,8 +74,8 @@ class Config:
     cls: float = 1.0              # weight of L_cls (paper, eq. 4); SiT: 2 directions x 2 tau = 0.8
     pat: float = 1.0              # weight of L_pat (paper, eq. 4)
     tau: float = 0.2              # temperature of both contrasts (paper)
-    group: int = 48               # G: images contrasted by patch, pasted from (our choice: the
-                                  # paper's batch; logits grow as (G*N)^2)
+    group: int = 48               # G: images contrasted by patch, pasted from (our choice)
+                                  # the paper's batch; logits grow as (G*N)^2
     # the corruption: the paper's 75 % and 30 % "of the masked blocks", 35 % of the images, read as
     # shares of the area, as in GMML's script (our choice: taken literally they do not add up)
     noise_share: float = 0.75     # noise: area covered, uniform from 0.5 (GMML) to this (paper)
@@ -81,9 +83,10 @@ class Config:
     paste_p: float = 0.35         # share of images, view by view, that are pasted into (paper)
     align: int = 1                # rectangles snap to so many pixels (our choice: SiT, GMML)
     # the views
-    min_scale: float = 0.25       # least area of a global crop (our choice: MC-SSL; alone 0.2: SiT)
-    local_crops: int = 10         # intact, for the student (our choice: MC-SSL; the paper gives
-                                  # crops "without masking for the teacher", and no number)
+    min_scale: float = 0.25       # least area of a global crop (our choice: MC-SSL)
+                                  # without local crops: 0.2, SiT
+    local_crops: int = 10         # small crops, intact, for the student (our choice: MC-SSL)
+                                  # the paper: "without masking for the teacher", and no number
     local_size: int = 96          # pixels (our choice: MC-SSL, DINO)
     jitter: float = 0.4           # strength of brightness, contrast, saturation jitter (paper)
     hue: float = 0.0              # strength of hue jitter (paper: not listed; relatives: 0.1)
@@ -226,7 +229,9 @@ def rec_loss(pixels, target, region, count=None):
     """Mean absolute error over the corrupted pixels and channels (our choice: SiT, GMML). Eq. 1
     divides by all P pixels: this times the corrupted share, 0.52 on average, and times 3 if its
     norm adds the channels up.
-    pixels, target: (B, 3, S, S), region: (B, S, S). `count`: to divide by, if not this region's."""
+    pixels, target: (B, 3, S, S), region: (B, S, S). `count`: to divide by, if not this region's.
+    The target is the augmented, normalised view before its corruption; its patches are not
+    normalised one by one (our choice: SiT, GMML)."""
     count = region.sum() if count is None else count
     return ((pixels.float() - target).abs().sum(1) * region).sum() / (3 * count).clamp(min=1)
 

@@ -76,6 +76,34 @@ def same(a, b, *names):
             close(x, y, 1e-5)
 
 
+def watch(monkeypatch, method):
+    """What the next runs of a method build, and give to its losses as targets: two lists."""
+    networks, targets = [], []
+
+    class Watched(method.Network):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            networks.append(self)
+
+    def watched(loss):
+        def call(ours, target, *args, **kwargs):
+            targets.append(target)
+            return loss(ours, target, *args, **kwargs)
+        return call
+
+    monkeypatch.setattr(method, "Network", Watched)
+    for name in {"cls_loss", "pat_loss"} & set(vars(method)):
+        monkeypatch.setattr(method, name, watched(getattr(method, name)))
+    return networks, targets
+
+
+def no_gradient_reached_the_teacher(networks, targets):
+    student, teacher = networks
+    assert targets and not any(z.requires_grad for z in targets)
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+
+
 # ---- the loss ------------------------------------------------------------------------------------
 
 
@@ -248,13 +276,10 @@ def test_batch_norms_of_the_head_stand_where_the_official_option_has_them():
     assert len(plain.mlp) == 5 and plain.mlp[:1](x).mean(0).abs().max() > 0.1
 
 
-def test_no_gradient_reaches_the_teacher():
-    cfg = tiny(dino)
-    student, teacher = dino.Network(cfg), dino.Network(cfg, teacher=True).requires_grad_(False)
-    P = dino.assign(teacher(images(4)).unflatten(0, (2, 2)), torch.zeros(1, 32), 0.04)
-    dino.cls_loss(student(images(4), images(4, 16)).unflatten(0, (4, 2)), P, 0.1).backward()
-    assert not P.requires_grad and all(p.grad is None for p in teacher.parameters())
-    assert all(p.grad is not None for p in student.parameters())
+def test_no_gradient_reaches_the_teacher(train, monkeypatch):
+    seen = watch(monkeypatch, dino)
+    train("dino", "--steps", 1)
+    no_gradient_reached_the_teacher(*seen)
 
 
 def test_matrices_tokens_positions_and_gains_decay_and_vectors_do_not():
@@ -342,6 +367,19 @@ def test_a_run_equals_the_published_steps_written_out(train):
     unclipped = by_hand(dino, tiny(dino, *WRITTEN_OUT, "--clip", 1e9), objective)
     with pytest.raises(AssertionError):
         same(unclipped, expected, "student")
+
+
+def test_teacher_nears_a_constant_student_geometrically():
+    student, teacher = dino.Network(tiny(dino)), dino.Network(tiny(dino), teacher=True)
+    begin, there = ({k: p.detach().clone() for k, p in net.named_parameters()}
+                    for net in (teacher, student))
+    for n in range(1, 6):
+        training.ema_(teacher, student, 0.9)
+        for name, p in teacher.named_parameters():
+            close(p.data, 0.9**n * begin[name] + (1 - 0.9**n) * there[name])
+    name = "backbone.patch_embed.proj.weight"                                # control: they differ
+    assert (begin[name] - there[name]).abs().max() > 0.01
+    assert all(torch.equal(p, there[name]) for name, p in student.named_parameters())
 
 
 def test_a_real_step_moves_teacher_and_centre_as_written(train):

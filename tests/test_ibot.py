@@ -11,11 +11,13 @@ from test_dino import (  # noqa: F401
     by_hand,
     close,
     images,
+    no_gradient_reached_the_teacher,
     normal,
     pair_by_pair,
     same,
     tiny,
     train,
+    watch,
 )
 
 import dino
@@ -239,7 +241,6 @@ def test_mask_token_is_the_students_and_learns_only_from_masks():
         s, w = student(images(6), mask)
         (s.square().sum() + w.square().sum()).backward()
         assert bool(student.masked_embed.grad.abs().sum() > 0) == learns
-    assert all(p.grad is None for p in teacher.parameters())
     decayed = training.decay_groups(student, 0.04)[0]["params"]
     assert any(p is student.masked_embed for p in decayed)
 
@@ -283,14 +284,32 @@ def test_batch_norms_see_all_patches_whatever_is_hidden():
 
 
 def test_loss_parts_look_at_their_own_logits():
-    student, _ = pair()
-    x, mask = images(6), some()
-    before = student(x, mask)
-    w = before[1].detach().requires_grad_()
-    Q = normal(len(w), 32).softmax(-1)
-    ibot.pat_loss(w, Q, mask, 0.1).backward()
+    both, x, mask = pair("--shared-head", "false"), images(6), some()
+    student, teacher = both
+
+    def parts():
+        (s, w), (t, u, _) = student(x, mask), teacher(x, mask)
+        P, Q = (ibot.assign(z, torch.zeros(1, 32), 0.04) for z in (t.unflatten(0, (2, 3)), u))
+        return ibot.cls_loss(s.unflatten(0, (2, 3)), P, 0.1), ibot.pat_loss(w, Q, mask, 0.1), w
+
+    def change(layer):
+        for net in both:
+            getattr(net.head, layer).weight_v.data = normal(32, 8, seed=5)
+        return parts()
+
+    cls, pat, w = parts()
+    w.retain_grad(), pat.backward()
     assert (w.grad.abs().sum(1) > 0).all()                                   # every hidden patch
-    assert "w" not in inspect.signature(ibot.cls_loss).parameters
+    new_cls, new_pat, _ = change("last_layer2")                              # of patches
+    assert torch.equal(new_cls, cls) and abs(new_pat - pat) > 1e-2
+    newer_cls, newer_pat, _ = change("last_layer")                           # of classes
+    assert torch.equal(newer_pat, new_pat) and abs(newer_cls - cls) > 1e-2
+
+
+def test_no_gradient_reaches_the_teacher(train, monkeypatch):  # noqa: F811
+    seen = watch(monkeypatch, ibot)
+    train("ibot", "--steps", 1, *MASKS)
+    no_gradient_reached_the_teacher(*seen)
 
 
 @pytest.mark.parametrize("shared", [pytest.param("true", marks=pytest.mark.slow), "false"])
