@@ -3,12 +3,16 @@
 import json
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_dino import no_gradient_reached_the_teacher, same, small_noise, watch
 
+import data
 import mmc
+import rng
 import training
 
 
@@ -253,6 +257,118 @@ def test_a_step_adds_the_weighted_parts_and_moves_the_teacher_towards_the_studen
         assert torch.allclose(new[name], mean, atol=1e-7)
         moved += not torch.allclose(new[name], old[name], atol=1e-7)
     assert moved == 3 and not any(name.startswith("head_rec") for name in new)
+
+
+# ---- a run against the fact sheet's equations ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    """A run of mmc.main: settings, batches, networks, targets of the losses, checkpoint, log."""
+    flags = ("--data synthetic --pos learned --img-size 16 --patch-size 8 --embed-dim 16 --depth 2 "
+             "--num-heads 2 --hidden 16 --out-dim 8 --group 4 --batch-size 8 --local-crops 2 "
+             "--local-size 8 --drop-path 0.3 --steps 3 --warmup-epochs 0 --lr 0.1 --clip 0.05 "
+             "--weight-decay 0.2 --momentum 0.8 --rec 2 --cls 1.5 --pat 0.5 --paste-p 0.5 "
+             "--workers 0 --evals 0 --log-every 1 --precision fp32 --device cpu").split()
+    out, batches, steps = tmp_path_factory.mktemp("mmc"), [], training.Run.steps
+
+    def spy(self, loader):
+        for step, batch in steps(self, loader):
+            batches.append(batch)
+            yield step, batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Run, "steps", spy)
+        patch.setattr(training, "measure_peak", lambda *_: 1.0)
+        patch.setattr(training.signal, "signal", lambda *_: None)
+        patch.setattr(data, "load", small_noise(data.load))
+        patch.setattr("sys.argv", ["mmc.py", *flags, "--out", str(out)])
+        networks, targets = watch(patch, mmc)
+        mmc.main()
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return (training.config(mmc.Config, flags), batches, networks, targets,
+            torch.load(out / "last.pt")["state"], log)
+
+
+def written_out(cfg, batches, other_view=True):
+    """Student, teacher and losses of those steps, by the fact sheet's sections 2 and 3. Only the
+    networks and the draws of chance are mmc.py's; both are tested above."""
+    torch.manual_seed(cfg.seed)
+    student, teacher = mmc.Network(cfg), mmc.Network(replace(cfg, drop_path=0.0, rec=0.0))
+    teacher.load_state_dict({k: student.state_dict()[k] for k in teacher.state_dict()})
+    now, B = dict(student.named_parameters()), 8
+    opt = torch.optim.AdamW([dict(params=[p for p in now.values() if p.ndim > 1], weight_decay=0.2),
+                             dict(params=[p for p in now.values() if p.ndim == 1], weight_decay=0)])
+    losses = []
+    for step, batch in enumerate(batches):
+        x, crops = batch.views[:2], batch.views[2:]
+        seen, wrong, count = [], 0.0, 0
+        for v in range(2):                           # pixels, and among them those painted over
+            region, pasted, other, noise = mmc.corruption(batch.index, cfg, 0, batch.epoch, v)
+            y = x[v].clone()
+            for b in range(B):
+                y[b][:, region[b]] = (x[v][other[b]] if pasted[b] else noise[b])[:, region[b]]
+            seen.append((y, region))
+        drop = rng.uniform(batch.index, (4, 4), 0, batch.epoch, "drop").unbind(1)
+        q, Q, pixels = student(torch.cat([y for y, _ in seen]), torch.cat(crops),
+                               torch.cat(drop[:2]), torch.cat(drop[2:]))
+        k, K, _ = (z if z is None else z.detach() for z in teacher(torch.cat(x)))
+
+        for v in range(2):
+            for b in range(B):
+                region = seen[v][1][b]
+                wrong += (pixels[v * B + b] - x[v][b])[:, region].abs().sum()
+                count += 3 * region.sum()
+        Q, K, q, k = (F.normalize(z, dim=-1) for z in (Q, K, q, k))
+        pat = 0.0
+        for row in range(2 * B):                     # both views, 4 images a group
+            rows = range(row // 4 * 4, row // 4 * 4 + 4)
+            negatives = torch.cat([K[r] for r in rows if r != row])
+            positive = (Q[row] * K[row]).sum(-1, keepdim=True)
+            logits = torch.cat([positive, Q[row] @ negatives.T], 1) / 0.2
+            pat += (logits.logsumexp(1) - logits[:, 0]).mean() / (2 * B)
+        q, k, pairs = q.view(4, B, -1), k.view(2, B, -1), []
+        for g in range(2):
+            for v in range(4):
+                if (v != g) == other_view or v > 1:
+                    logits = q[v] @ k[g].T / 0.2
+                    pairs.append((logits.logsumexp(1) - logits.diagonal()).mean())
+        parts = dict(rec=wrong / count, cls=sum(pairs) / 6, pat=pat)
+        loss = 2 * parts["rec"] + 1.5 * parts["cls"] + 0.5 * parts["pat"]
+        losses.append(dict(parts, loss=loss))
+        assert len(pairs) == 6
+
+        left = (1 + math.cos(math.pi * step / 3)) / 2
+        for group in opt.param_groups:
+            group["lr"] = 1e-6 + (0.1 * B / 256 - 1e-6) * left
+        opt.zero_grad()
+        loss.backward()
+        norms = [p.grad.norm().item() for p in now.values()]
+        assert min(norms) < 0.05 < max(norms)                                # each for itself
+        for p, norm in zip(now.values(), norms):
+            p.grad *= min(1.0, 0.05 / (norm + 1e-6))
+        opt.step()
+        m = 1 - (1 - 0.8) * left
+        for name, p in teacher.named_parameters():
+            p.data = m * p.data + (1 - m) * now[name].data
+    return dict(student=student.state_dict(), teacher=teacher.state_dict()), losses
+
+
+def test_a_run_equals_the_published_steps_written_out(three_steps):
+    cfg, batches, _, _, state, log = three_steps
+    expected, losses = written_out(cfg, batches)
+    same(state, expected, "student", "teacher")
+    for line, parts in zip(log, losses, strict=True):
+        for name, value in parts.items():
+            assert line[name] == pytest.approx(value.item(), abs=1e-5), name
+    with pytest.raises(AssertionError):
+        same(state, written_out(cfg, batches, other_view=False)[0], "student")
+
+
+def test_no_gradient_reaches_teacher_or_keys(three_steps):
+    _, _, networks, targets, _, _ = three_steps
+    no_gradient_reached_the_teacher(networks, targets)
+    assert len(targets) == 2 * 3 and networks[1].head_rec is None
 
 
 def test_weight_zero_removes_the_head():
