@@ -58,7 +58,9 @@ def words(*shape):
 # ---- the mask ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, count, least", [(14, 98, 16), (8, 32, 5), (4, 8, 2), (16, 128, 21)])
+@pytest.mark.parametrize("size, count, least", [
+    (14, 98, 16), *(pytest.param(*sizes, marks=pytest.mark.slow)
+                    for sizes in ((8, 32, 5), (4, 8, 2), (16, 128, 21)))])
 def test_every_mask_hides_the_same_number_of_patches_within_its_attempts(size, count, least):
     cfg = config("--img-size", str(4 * size), "--masked", str(count), "--min-block", str(least))
     mask = cae.draw_mask(torch.arange(1000), cfg, 0, 0)

@@ -276,6 +276,7 @@ def test_training_falls_repeats_itself_and_leaves_the_global_generator_alone(kin
     assert same == [True, False]
 
 
+@pytest.mark.slow
 def test_temperature_falls_in_time_and_codes_settle_at_the_end(monkeypatch):
     seen, restarts = [], []
     cfg = SimpleNamespace(seed=0, tokenizer_kind="dvae", tokenizer_steps=8, codes=4, workers=0)
@@ -463,6 +464,7 @@ def pickled(module, path, **more):
             del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_dalles_pickled_modules_load_without_running_them(tmp_path, monkeypatch):
     torch.manual_seed(0)
     encoder, decoder = tokenizer.dalle_encoder(), tokenizer.dalle_decoder()
