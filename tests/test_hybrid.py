@@ -14,7 +14,7 @@ import simmim
 import training
 
 VIT = "--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 --num-heads 2 --batch-size 8".split()
-MIM = "--mask-block 8 --drop-path 0.1".split()
+MIM = "--mask-block 8 --drop-path 0.1 --pos none --init beit".split()
 CL = "--hidden 32 --out-dim 16".split()
 QUICK = """--workers 0 --evals 0 --precision fp32 --device cpu --data synthetic --steps 3
            --warmup-epochs 0 --lr 0.2""".split()
