@@ -24,8 +24,8 @@ scale, no key bias. The table begins at zero: a fresh network takes the patches 
 
 Where paper and released configuration differ we follow the latter: learning rate 1e-4 for every 512
 images, constant after the warm-up, a tenth from 7/8 of the run on (paper: 8e-4 for a batch of 2048,
-and for ViT-B a cosine). We do not copy
-that its first two steps run at the same rate, nor the 1e-5 it adds to the number of hidden pixels.
+and for ViT-B a cosine). We do not copy that its first two steps run at the same rate, nor the 1e-5
+it adds to the number of hidden pixels.
 
     python simmim.py                                       minutes on a laptop, offline
     torchrun --nproc_per_node=8 simmim.py --data imagenet  the paper's ViT-B/16 (not run by us)
