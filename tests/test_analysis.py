@@ -97,10 +97,13 @@ def test_a_direction_that_all_tokens_share_can_be_taken_off():
         args, settings("--limit", "8", "--what", "token_similarity")))
     with torch.no_grad():
         [(x, *_)] = analysis.batches(m, args, 8)
-        z = net.split(net.embed(x)[0])[1]
-    z = F.normalize(z - z.mean((0, 1)), dim=-1)
-    off = ~torch.eye(z.shape[1], dtype=torch.bool)
-    torch.testing.assert_close(found["centred_after_block"][0].float(), (z @ z.mT)[:, off].mean())
+        states = [net.embed(x)[0], *net.layers(x, norm=False)[0]]
+    assert len(states) == len(found["centred_after_block"]) == 4
+    for state, ours in zip(states, found["centred_after_block"]):       # each with its own mean
+        z = net.split(state)[1]
+        z = F.normalize(z - z.mean((0, 1)), dim=-1)
+        off = ~torch.eye(z.shape[1], dtype=torch.bool)
+        torch.testing.assert_close(ours.float(), (z @ z.mT)[:, off].mean(), atol=1e-5, rtol=1e-4)
     assert found["after_block"][0] > 0.9 > 0.3 > found["centred_after_block"][0]
     assert "centred_after_block" not in plain
     assert torch.equal(plain["after_block"], found["after_block"])
