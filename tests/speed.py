@@ -2,8 +2,8 @@
 default network (toy), or what the flags say, on noise that costs nothing to load.
 
     python tests/speed.py                                     # five minutes on two CPU cores
-    python tests/speed.py mae dino -- --img-size 224 --patch-size 16 --embed-dim 384 --depth 12 \\
-        --num-heads 6 --batch-size 64 --compile               # what follows -- goes to the scripts
+    python tests/speed.py mae -- --img-size 224 --patch-size 16 --embed-dim 384 --depth 12 \\
+        --num-heads 6 --batch-size 4                          # what follows -- goes to the scripts
 """
 import json
 import subprocess
@@ -27,6 +27,8 @@ def measure(method, flags):
 
 def main():
     named, _, flags = " ".join(sys.argv[1:]).partition("-- ")
+    if unknown := set(named.split()) - set(METHODS):
+        sys.exit(f"no method {' '.join(unknown)}: choose {' '.join(METHODS)}")
     print("| method | images/s | MFU | memory |\n|---|---|---|---|")
     for method in named.split() or METHODS:
         speed, mfu, memory = measure(method, flags.split())
