@@ -1,7 +1,7 @@
 """The table of results in README, made anew: every method trained on toy with several seeds, every
 model asked by the same probes, mean and deviation over seeds.
 
-    python tests/results.py                          # all of it: some eight hours on two CPU cores
+    python tests/results.py                          # all of it: hours on two CPU cores
     python tests/results.py --methods mae mmc --seeds 0
     python tests/results.py --table                  # of what is there already
 
@@ -38,10 +38,12 @@ def runs(args):
 
 
 def call(log, script, *flags):
-    """One script, with one thread, its words added to a file; CalledProcessError if it fails."""
+    """One script, with one thread, its words added to a file, which is named if it fails."""
     with open(log, "a") as file:
-        subprocess.run([sys.executable, str(ROOT / script), *flags], check=True, stdout=file,
-                       stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        ended = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=file,
+                               stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if ended.returncode:
+        raise SystemExit(f"{script} failed: the end of {log} says why")
 
 
 def answer(folder, flags):
