@@ -153,7 +153,7 @@ class CrossAttention(nn.Module):
     def forward(self, q, k, v):
         q, k, v = (z.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
                    for z in (self.q(q), self.k(k), self.v(v)))
-        x = F.scaled_dot_product_attention(q, k, v)                          # (B, H, M, D/H)
+        x = vit.attend(q, k, v)                                              # (B, H, M, D/H)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
