@@ -67,6 +67,10 @@ class View:
     like: int | None = None                 # take those of this view (from 0): the same crop at
     #                                         another size, for a tokenizer (BEiT, CAE)
 
+    def __post_init__(self):
+        if self.blur_sigma[1] > 2.4:
+            raise ValueError(f"blur_sigma {self.blur_sigma}: `blur` reaches 6 pixels, radius 2.4")
+
 
 # --------------------------------------------------------------------------------------------------
 # Augmentations: (B, 3, S, S) float32 in [0, 1] and parameters for each image, all images at once
@@ -179,22 +183,23 @@ def jitter(x, op, factor):
 
 
 def blur(x, radius):
-    """PIL's Gaussian blur of (B,) radii: three box blurs, edges repeated.
+    """PIL's Gaussian blur of (B,) radii up to 2.4: three box blurs, here as one kernel of 13 pixels
+    along each axis. The edges go on for ever; by PIL they are repeated before each of the three.
 
-    A box blur along an axis is a matrix, three of them its cube. The box has a fractional length
-    with the variance wanted; its ends count in part (Gwosdek et al., 2011, eq. 7, 11, 14).
+    A box has a fractional length with the variance wanted; its ends count in part (Gwosdek et al.,
+    2011, eq. 7, 11, 14).
     """
     variance = radius.square() / 3
-    whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()
+    whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()                      # 0 or 1 pixel
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
     part = part / (6 * (variance - (whole + 1).square()))
-    reach, place = (whole + part)[:, None, None], torch.arange(x.shape[-1], device=x.device)
+    reach, place = (whole + part)[:, None, None], torch.arange(13, device=x.device)
     box = (reach + 1 - (place[:, None] - place).abs()).clamp_(0, 1).div_(2 * reach + 1)
-    lost, half = 1 - box.sum(-1), len(place) // 2          # over the edge
-    box[:, :half, 0] += lost[:, :half]
-    box[:, half:, -1] += lost[:, half:]
-    box = box @ box @ box                                  # (B, S, S)
-    return mix(box, x, box)
+    kernel = (box @ box @ box)[:, 6].repeat_interleave(3, 0)                     # (3B, 13)
+    planes = F.pad(x.flatten(0, 1)[None], (6, 6, 6, 6), mode="replicate")
+    for along in kernel[:, None, None], kernel[:, None, :, None]:
+        planes = F.conv2d(planes, along, groups=len(kernel))
+    return planes.view_as(x)
 
 
 def solarize(x, threshold):
@@ -226,13 +231,11 @@ def throw_dice(view, index, *key):
     factor = torch.where(chance(view.jitter_p, "jitter")[:, None],
                          uniform(4, low, high, "factor"), torch.tensor([1.0, 1.0, 1.0, 0.0]))
     op = uniform(4, 0, 1, "order").argsort(1)                                    # a permutation
-    factor = factor.gather(1, op)
-    # Dropping the colour is a fifth step, saturation 0. Steps that no image takes are left out.
-    steps = slice(0 if view.jitter_p > 0 else 4, 5 if view.grey_p > 0 else 4)
-    grey = 1 - chance(view.grey_p, "grey").float()
+    steps = 4 if view.jitter_p > 0 else 0
     return {"flip": chance(view.flip, "flip"),
-            "op": F.pad(op, (0, 1), value=SATURATION)[:, steps],
-            "factor": torch.cat([factor, grey[:, None]], 1)[:, steps],
+            "op": op[:, :steps],
+            "factor": factor.gather(1, op)[:, :steps],
+            "grey": chance(view.grey_p, "grey"),
             "radius": chance(view.blur_p, "blur") * uniform((), *view.blur_sigma, "radius"),
             "threshold": torch.where(chance(view.solarize_p, "solarize"), 128 / 255, 2.0)}
 
@@ -240,6 +243,7 @@ def throw_dice(view, index, *key):
 def colour(x, dice):
     """Jitter, grey, blur, solarise, normalise: (B, 3, S, S) in [0, 1], in place."""
     jitter(x, dice["op"], dice["factor"])
+    apply(lambda x, _: luma(x).expand_as(x), x, dice["grey"], dice["grey"])
     apply(blur, x, dice["radius"] > 0, dice["radius"])
     apply(solarize, x, dice["threshold"] < 1, dice["threshold"])
     return normalize(x)
@@ -539,17 +543,18 @@ def read_list(name, root, split):
 def read_image(path):
     """-> RGB, whatever is in the file (grey, CMYK, palette); EXIF orientation is left alone."""
     with Image.open(path) as image:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize(x, size, kernel):
-    """(H, W, 3) uint8 -> (size, size, 3): torch's antialiased kernel is Pillow's to one level of
+    """(H, W, 3) uint8 -> (3, size, size): torch's antialiased kernel is Pillow's to one level of
     256, in a third of the time; Lanczos only Pillow has."""
     if kernel == "lanczos":
         image = Image.fromarray(x.numpy()).resize((size, size), Resampling.LANCZOS)
-        return torch.from_numpy(np.array(image))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     x = x.permute(2, 0, 1)[None]                         # still (H, W, 3) in memory: the fast path
-    return F.interpolate(x, (size, size), mode=kernel, antialias=True)[0].permute(1, 2, 0)
+    return F.interpolate(x, (size, size), mode=kernel, antialias=True)[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -637,26 +642,30 @@ class Loader:
             yield self.finish(step, index, crops)
 
     def cut(self, step):
-        """In a worker: step -> image numbers, V x (B, S, S, 3) uint8 crops, {unreadable: why}."""
+        """In a worker: step -> image numbers, V x (B, 3, S, S) uint8 crops, {unreadable: why}."""
         epoch, index = self.locate(step)
         u, index, bad = self.box_numbers(index, epoch), index.clone(), {}
-        crops = [torch.empty(len(index), v.size, v.size, 3, dtype=torch.uint8) for v in self.views]
-        for row, number in enumerate(index.tolist()):
-            image = None
-            while image is None:
-                try:
-                    image = read_image(self.images.paths[number])
-                except Exception as error:  # a damaged file raises nearly anything
-                    bad[number] = str(error)
-                    if 2 * len(bad) > len(index):
-                        return index, None, bad
-                    number = (number + 1) % len(self.images)
-            index[row] = number
-            boxes = crop_boxes(u[row], image.height, image.width, self.scale, self.ratio).tolist()
-            pixels = torch.from_numpy(np.array(image))                           # (H, W, 3)
-            for view, out, (top, left, height, width) in zip(self.views, crops, boxes):
-                piece = pixels[top:top + height, left:left + width]
-                out[row] = resize(piece, view.size, view.interpolation)
+        crops = [torch.empty(len(index), 3, v.size, v.size, dtype=torch.uint8) for v in self.views]
+        for rows in torch.arange(len(index)).split(8):     # their boxes in one go, for speed
+            images = []
+            for row in rows.tolist():
+                number, image = int(index[row]), None
+                while image is None:
+                    try:
+                        image = read_image(self.images.paths[number])
+                    except Exception as error:             # a damaged file raises nearly anything
+                        bad[number] = str(error)
+                        if 2 * len(bad) > len(index):
+                            return index, None, bad
+                        number = (number + 1) % len(self.images)
+                index[row] = number
+                images.append(torch.from_numpy(np.array(image)))                 # (H, W, 3)
+            sides = torch.tensor([image.shape[:2] for image in images])[:, :, None, None]
+            boxes = crop_boxes(u[rows], *sides.unbind(1), self.scale, self.ratio).tolist()
+            for row, image, of_views in zip(rows, images, boxes):
+                for view, out, (top, left, height, width) in zip(self.views, crops, of_views):
+                    piece = image[top:top + height, left:left + width]
+                    out[row] = resize(piece, view.size, view.interpolation)
         return index, crops, bad
 
     def finish(self, step, index, cuts):
@@ -671,14 +680,13 @@ class Loader:
             for begin in range(0, len(index), group):
                 rows = slice(begin, begin + group)
                 part = {what: of_image[rows] for what, of_image in dice.items()}
-                flip = part["flip"].to(self.device, non_blocking=True)
                 if self.images.paths is None:
                     x = self.images.pixels.index_select(0, number[rows])   # [...] is 20 x slower
+                    flip = part["flip"].to(self.device, non_blocking=True)
                     x = crop(x, cut[rows], view.size, view.interpolation, flip)
                 else:
-                    x = cut[rows].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-                    x = x.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-                    x = torch.where(flip[:, None, None, None], x.flip(3), x)     # slow as uint8
+                    x = cut[rows].to(self.device, non_blocking=True).float().mul_(1 / 255)
+                    apply(lambda x, _: x.flip(3), x, part["flip"], part["flip"])
                 out[rows] = colour(x, part)
             views.append(out)
         labels = self.images.labels
