@@ -226,7 +226,7 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x, bias=None, drop=None, weights=None):
-        """x (B, L, D). drop (B, 2): a factor for each branch, 0 or 1/keep. Others: Attention."""
+        """x (B, L, D). drop (B, 2): a factor for each branch, 0 or 1/keep. Others: `attend`."""
         branch = self.ls1(self.attn(self.norm1(x), bias, weights))
         x = x + (branch if drop is None else branch * drop[:, 0, None, None])
         branch = self.ls2(self.mlp(self.norm2(x)))
