@@ -3,6 +3,7 @@ model asked by the same probes, mean and deviation over seeds.
 
     python tests/results.py                          # all of it: hours on two CPU cores
     python tests/results.py --methods mae mmc --seeds 0
+    python tests/results.py --data toy-scenes        # trained on scenes; asked on toy as ever
     python tests/results.py --table                  # of what is there already
 
 What is done is not done again: a run that was stopped goes on, and a probe whose line stands in the
@@ -34,7 +35,8 @@ INSIDE = {"attention_distance": ("distance", "pixels", 0), "nmi": ("NMI", "nmi",
 def runs(args):
     for seed in args.seeds:
         for method in args.methods:
-            yield method, seed, Path(args.out) / f"{method}-toy{f'-seed{seed}' * (seed > 0)}"
+            name = f"{method}-{args.data}{f'-seed{seed}' * (seed > 0)}"
+            yield method, args.data, seed, Path(args.out) / name
 
 
 def call(log, script, *flags):
@@ -60,14 +62,15 @@ def answer(folder, flags):
 
 def work(run):
     """Train, unless that is done; ask what was not asked yet."""
-    method, seed, folder = run
+    method, trained_on, seed, folder = run
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "results.log"
-    call(log, f"{method}.py", "--seed", str(seed), "--out", str(folder),
+    call(log, f"{method}.py", "--data", trained_on, "--seed", str(seed), "--out", str(folder),
          *["--resume"] * (folder / "last.pt").is_file())
     for flags in PROBES:
         if answer(folder, flags) is None:
-            call(log, "evaluate.py", "--task", *flags.split(), "--checkpoint", str(folder))
+            call(log, "evaluate.py", "--task", *flags.split(), "--data", "toy", "--checkpoint",
+                 str(folder))
     if not all((folder / "analysis" / f"{name}.json").is_file() for name in INSIDE):
         call(log, "analysis.py", "--what", *INSIDE, "--checkpoint", str(folder), "--data", "toy",
              "--out", str(folder))
@@ -98,6 +101,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--data", default="toy", help="what is trained on: toy, toy-scenes [toy]")
     parser.add_argument("--out", default="out", help="folder of the runs [out]")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
     args = parser.parse_args()
@@ -108,7 +112,7 @@ def main():
              *(name for name, _, _ in INSIDE.values())]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for method in args.methods:
-        folders = [folder for m, _, folder in runs(args)
+        folders = [folder for m, *_, folder in runs(args)
                    if m == method and (folder / "metrics.jsonl").is_file()]
         if folders:
             print("| " + " | ".join(row(method, folders)) + " |")
