@@ -356,6 +356,20 @@ def test_impossible_batch_sizes_say_what_is_possible():
         data.Loader(resident(40), VIEWS, 8, world=3)
 
 
+def test_the_dice_mirror_files_each_view_for_itself(tmp_path):
+    for i in range(12):
+        photo(f"{tmp_path}/{i}.png", size=(16, 16), seed=i)
+    images = data.load(str(tmp_path))
+    whole = View(16, scale=(1, 1), ratio=(1, 1), copies=2)
+    batch = take(data.Loader(images, [whole], 12, seed=3, workers=0), 1)[0]
+    for stream, view in enumerate(batch.views):
+        flip = data.throw_dice(whole, batch.index, 3, 0, stream)["flip"]
+        assert 0 < flip.sum() < 12
+        for number, mirrored, out in zip(batch.index.tolist(), flip, data.denormalize(view)):
+            x = torch.from_numpy(np.array(data.read_image(images.paths[number]))).permute(2, 0, 1)
+            assert torch.equal(out, x.flip(2) if mirrored else x)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_truncated_file_is_named_once_and_replaced_by_the_next(tmp_path, capsys, workers):
     images = data.load(tree(tmp_path, each=6))
