@@ -15,6 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dino
 import training
+import vit
 
 
 def ours(student, teacher, center, opt, global_crops, local_crops, autocast):
@@ -66,11 +67,7 @@ class Packed(dino.Network):
             qkv, parts = block.attn.qkv(block.norm1(z)).split(ends), []
             for y, like in zip(qkv, sizes):
                 y = y.unflatten(0, like.shape[:2]).unflatten(2, (3, block.attn.num_heads, -1))
-                q, k, v = y.permute(2, 0, 3, 1, 4)
-                if y.device.type == "cpu":                                   # as vit.Attention
-                    y = (q * block.attn.scale @ k.mT).softmax(-1) @ v
-                else:
-                    y = F.scaled_dot_product_attention(q, k, v)
+                y = vit.attend(*y.permute(2, 0, 3, 1, 4))
                 parts.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
             z = z + block.attn.proj(torch.cat(parts))
             z = z + block.mlp(block.norm2(z))
