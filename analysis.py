@@ -33,6 +33,7 @@ import yaml
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
+import checkpoints
 import data
 import diagnostics as d
 import evaluate
@@ -270,7 +271,7 @@ def trained(model):
     path, own = Path(model.source.path or ""), getattr(model.source, "method", None)
     files = [path, path.with_name("full.pt")] if model.source.path else []
     files += [path.with_name("last.pt")] if own in ("mmc", "hybrid") else []     # they are large
-    for raw in (vit.read(file) for file in files if file.is_file()):
+    for raw in (checkpoints.read(file) for file in files if file.is_file()):
         state = raw.get("model") or raw.get("state", {}).get("student", {})
         if PAINTERS.keys() & state.keys():
             config, device = path.with_name("config.yaml"), next(model.encoder.parameters()).device
@@ -370,7 +371,7 @@ def mmc_painter(model, x, seed, state, config):
     student = vit.ViT(**model.encoder.config).to(x.device).eval()
     student.load_state_dict({key.removeprefix("backbone."): z for key, z in state.items()
                              if key.startswith("backbone.")})
-    head = vit.numbered({key.removeprefix("head_rec."): z for key, z in state.items()
+    head = checkpoints.numbered({key.removeprefix("head_rec."): z for key, z in state.items()
                          if key.startswith("head_rec.")}, relu=False).to(x.device).eval()
     number, S = torch.arange(len(x)), x.shape[-1]
     corners = rng.uniform(number, (255, 4), seed, "hide")
@@ -652,13 +653,14 @@ def pixels(values, p):
 
 def retrieval_numbers(model, args, s, shown=3):
     """A crop asks for the crops most like it, by the encoder (mean patch, after the final norm) and
-    by the projection head (`vit.projector`: what enters the loss, of DINO and iBOT the logits).
+    by the projection head (`checkpoints.projector`: what enters the loss, of DINO and iBOT the
+    logits).
 
     Every crop is encoded on its own, since tokens of the whole image know their surroundings. 24
     are shown, as in the part-aware study; its script shows 84. The query's own image is left out
     (our choice, for few images: its windows overlap; the script keeps it).
     """
-    head, images, bank = vit.projector(model.encoder), [], {}
+    head, images, bank = checkpoints.projector(model.encoder), [], {}
     for x, *_ in batches(model, args, args.limit or 1000):
         images.append(data.denormalize(x, model.mean, model.std).cpu())
         for part in x.split(8):
@@ -987,7 +989,8 @@ def write(folder, name, results, args):
         settings={key: str(value) for key, value in vars(args).items()}, torch=torch.__version__,
         models=[dict(model=r.model.name, checkpoint=r.model.source.path, step=r.model.source.step,
                      size=r.model.size, numbers=plain(r.numbers)) for r in results])
-    vit.replace_file(folder / f"{name}.json", lambda f: f.write(json.dumps(content).encode()))
+    text = json.dumps(content).encode()
+    checkpoints.replace_file(folder / f"{name}.json", lambda f: f.write(text))
     with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow("model quantity i j k l value".split())

@@ -35,6 +35,7 @@ from PIL.Image import Resampling
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
+import checkpoints
 import data
 import dense
 import detection
@@ -964,7 +965,7 @@ def models(args):
     if not paths and not baselines:
         print(f"no run in {args.out}/ yet: this is an untrained ViT. To train one: python mmc.py")
         baselines = ["untrained"]
-    encoders = [vit.load(path, args.branch, args.size) for path in paths]
+    encoders = [checkpoints.load(path, args.branch, args.size) for path in paths]
     args.data = args.data or next((e.source.data for e in encoders if e.source.data), "toy")
     names = [path.parent.name if path.name == "encoder.pt" else path.stem for path in paths]
     shape = encoders[0].config if encoders else SHAPE    # baselines are like the first checkpoint

@@ -24,11 +24,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import checkpoints
 import data
 import readers
 import rng
 import training
-import vit
 
 # B images, N tokens, D width, S pixels a side, C classes
 
@@ -58,7 +58,7 @@ def joint(encoder, x):
     return found | {"hyber": F.normalize(torch.cat([found["cls"], found["pat"]], 1))}
 
 
-projector = functools.lru_cache(maxsize=1)(vit.projector)       # of the model at hand: built once
+projector = functools.lru_cache(maxsize=1)(checkpoints.projector)  # of the model at hand: once
 
 
 def projected(encoder, x):
@@ -156,7 +156,7 @@ def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled, 
     if path and training.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = dict(features={name: z.cpu() for name, z in found.items()}, numbers=numbers.cpu())
-        vit.replace_file(path, lambda file: torch.save(content, file))
+        checkpoints.replace_file(path, lambda file: torch.save(content, file))
     return choose(model, found, names), numbers
 
 

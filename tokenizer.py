@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoints
 import data
 import rng
 import training
-import vit
 
 # B images, S pixels, K words, h x w = N cells of an image, d width of a code, W width of a network
 
@@ -383,7 +383,7 @@ def cache(cfg, images, view):
 def save(path, net, report):
     """The file is whole or not there; where two runs train at once, the first one's stays."""
     own = f"{path}.{os.getpid()}"
-    vit.replace_file(own, lambda file: torch.save(
+    checkpoints.replace_file(own, lambda file: torch.save(
         {"format": "tokenizer/1", "config": net.config, "report": report,
          "model": {name: x.cpu() for name, x in net.state_dict().items()}}, file))
     os.remove(own) if path.exists() else os.replace(own, path)
@@ -430,7 +430,7 @@ def load(path):
 def read(path):
     with torch.serialization.safe_globals(SHELLS):
         try:
-            raw = vit.read(path)
+            raw = checkpoints.read(path)
         except ValueError as error:
             raise ValueError(f"{error}. If it is a module pickled by PyTorch before 1.6: where "
                              f"dall_e is installed, save its state_dict() in a file") from None

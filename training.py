@@ -45,10 +45,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import checkpoints
 import data
 import metrics
 import rng
-import vit
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -457,7 +457,7 @@ class Run:
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in
                  dataclasses.asdict(self.cfg).items() if k not in ("resume", "config")}
         text = yaml.safe_dump(plain, sort_keys=False).encode()
-        vit.replace_file(self.out / "config.yaml", lambda f: f.write(text))
+        checkpoints.replace_file(self.out / "config.yaml", lambda f: f.write(text))
 
     def restore(self, **state):
         """Opens the run's folder, registers what a checkpoint holds (modules, optimisers, by name)
@@ -506,7 +506,8 @@ class Run:
         if self.rank == 0 and log.exists():                          # forget what came after it
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            vit.replace_file(log, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
+            text = "".join(line + "\n" for line in kept).encode()
+            checkpoints.replace_file(log, lambda f: f.write(text))
         self.say(f"resumed from {path} after step {self.step}")
 
     def save_due(self):
@@ -534,23 +535,24 @@ class Run:
             meter = {name: (self._mean(total), n) for name, (total, n) in self.meter.items()}
             if self.rank == 0:
                 state = {name: x.state_dict() for name, x in self.state.items()}
-                vit.replace_file(self.out / "last.pt", lambda f: torch.save(
+                checkpoints.replace_file(self.out / "last.pt", lambda f: torch.save(
                     {"format": "training/1", "method": self.cfg.method, "step": self.step + 1,
                      "state": state, "meter": meter}, f))
             self.saved, self._last_save = self.step + 1, time.perf_counter()
 
     def save_encoder(self, backbone, full=None, **info):
-        """Writes encoder.pt, what a user takes away (vit.load reads it). Call it before save(), so
-        that a kill in between is mended by --resume. info: branch, heads (see vit.save).
-        full: a state dict in the names of an official file, decoder and all, for full.pt beside."""
+        """Writes encoder.pt, what a user takes away (checkpoints.load reads it). Call it before
+        save(), so that a kill in between is mended by --resume. info: branch, heads (see
+        checkpoints.save). full: a state dict in the names of an official file, decoder and all, for
+        full.pt beside."""
         self._check_finite()
         if self.rank > 0:
             return
         about = dict(method=self.cfg.method, data=self.cfg.data, step=self.step + 1)
-        vit.save(self.out / "encoder.pt", backbone, **about, **info)
+        checkpoints.save(self.out / "encoder.pt", backbone, **about, **info)
         if full:
             content = dict(model=full, num_heads=backbone.config["num_heads"], **about)
-            vit.replace_file(self.out / "full.pt", lambda f: torch.save(content, f))
+            checkpoints.replace_file(self.out / "full.pt", lambda f: torch.save(content, f))
 
     # ---- the loop ----
 
@@ -737,7 +739,7 @@ class Run:
         page.paste(sheet.resize((page.width, page.height - 16), Image.NEAREST), (0, 16))
         for i, title in enumerate(columns):
             ImageDraw.Draw(page).text((i * page.width // len(columns), 2), title, fill="black")
-        vit.replace_file(self.out / name, lambda f: page.save(f, "PNG"))
+        checkpoints.replace_file(self.out / name, lambda f: page.save(f, "PNG"))
 
     def _announce(self, per_epoch):
         """The numbers that reproductions get wrong first, once."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import analysis
+import checkpoints
 import data
 import figures
 import hybrid
@@ -173,7 +174,7 @@ def save_mae(folder):
     torch.manual_seed(0)
     net = mae.Network(cfg).eval()
     folder.mkdir(parents=True)
-    vit.save(folder / "encoder.pt", net.encoder, method="mae", data="toy", branch="base")
+    checkpoints.save(folder / "encoder.pt", net.encoder, method="mae", data="toy", branch="base")
     torch.save(dict(model=mae.official(net), num_heads=3), folder / "full.pt")
     (folder / "config.yaml").write_text("decoder_num_heads: 2\nmask_ratio: 0.75\nnorm_pix: false\n")
     m = model(str(folder / "encoder.pt"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import data
 import dense
 import evaluate
@@ -387,7 +388,7 @@ def test_the_same_person_is_found_once():
 def run(tmp_path, *flags):
     path = tmp_path / "encoder.pt"
     if not path.exists():
-        vit.save(path, model().encoder, branch="base", method="mae", data="toy", step=1,
+        checkpoints.save(path, model().encoder, branch="base", method="mae", data="toy", step=1,
                  mean=data.MEAN, std=data.STD)
     evaluate.main(["--checkpoint", str(path), "--out", str(tmp_path), "--device", "cpu",
                    "--precision", "fp32", *flags])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import checkpoints
 import data
 import evaluate
 import metrics
@@ -44,7 +45,8 @@ def checkpoint(folder, name, mtime, **info):
     """A run's folder with an encoder of random weights, written at a given time."""
     (folder / name).mkdir(parents=True)
     path = folder / name / "encoder.pt"
-    vit.save(path, model().encoder, **{"method": name, "data": "toy", "branch": "teacher", **info})
+    info = {"method": name, "data": "toy", "branch": "teacher", **info}
+    checkpoints.save(path, model().encoder, **info)
     os.utime(path, (mtime, mtime))
     return path
 
@@ -489,7 +491,7 @@ def test_part_retrieval_runs_and_shows_its_crops(tmp_path, crop):
 
 def test_a_model_without_class_token_says_so(tmp_path):
     (tmp_path / "r").mkdir()
-    vit.save(tmp_path / "r" / "encoder.pt", model(class_token=False).encoder, data="toy")
+    checkpoints.save(tmp_path / "r" / "encoder.pt", model(class_token=False).encoder, data="toy")
     [line] = run(tmp_path)
     assert line["notes"] == ["r has no class token: its patch mean stands in"]
     assert line["metrics"]["cls"] == line["metrics"]["pat"]

@@ -14,6 +14,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+import checkpoints
 import data
 import evaluate
 import features
@@ -143,7 +144,7 @@ def test_an_official_encoder_knows_how_its_blocks_were_drawn(tmp_path):
     state = {**net.state_dict(), "mask_token": torch.zeros(1, 1, 8),
              "decoder_pred.weight": torch.zeros(4, 8)}
     torch.save({"model": state}, tmp_path / "mae.pth")
-    assert vit.load(tmp_path / "mae.pth").config["init"] == "mae"
+    assert checkpoints.load(tmp_path / "mae.pth").config["init"] == "mae"
 
 
 def test_pooled_features_and_a_head_near_zero():

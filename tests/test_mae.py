@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
+import checkpoints
 import mae
 import rng
 import training
-import vit
 
 SMALL = ("--img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 3 --decoder-embed-dim "
          "16 --decoder-depth 2 --decoder-num-heads 2").split()
@@ -342,13 +342,14 @@ def test_first_step_leaves_the_weights_alone_because_the_learning_rate_is_zero(r
     for warmup, equal in (("0.1", True), ("0", False)):
         run(tmp_path / warmup, "--warmup-epochs", warmup)
         fresh = mae.official(network())
-        found = vit.read(tmp_path / warmup / "full.pt")["model"]
+        found = checkpoints.read(tmp_path / warmup / "full.pt")["model"]
         assert all(torch.equal(found[name], x) for name, x in fresh.items()) == equal
 
 
 def test_full_checkpoint_loads_as_an_official_one_with_its_decoder(run, tmp_path):
     run(tmp_path)
-    full, encoder = (vit.load(tmp_path / name, quiet=True) for name in ("full.pt", "encoder.pt"))
+    full, encoder = (checkpoints.load(tmp_path / name, quiet=True)
+                     for name in ("full.pt", "encoder.pt"))
     assert (full.source.layout, full.source.method, full.source.step) == ("MAE", "mae", 1)
     assert full.config == {**encoder.config, "mlp_ratio": 4.0}
     assert full.config["num_heads"] == 3                               # not 24 / 64

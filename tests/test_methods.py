@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import training
-import vit
 
 ROOT = Path(__file__).parent.parent
 METHODS = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
@@ -163,7 +163,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
     run(method, "--out", killed, "--resume")
     assert (killed / "encoder.pt").read_bytes() == (whole / "encoder.pt").read_bytes()
     assert records(killed) == records(whole) and len(records(whole)) == 5
-    assert vit.load(whole / "encoder.pt", quiet=True).source.method == method
+    assert checkpoints.load(whole / "encoder.pt", quiet=True).source.method == method
 
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoints
 import data
 import dino
 import evaluate
@@ -102,11 +103,12 @@ def test_projected_features_are_those_of_the_methods_own_network(tmp_path, metho
     network = shaken(method.Network(cfg, **teacher))
     heads, expected = parts(network)
     path = tmp_path / "encoder.pt"
-    vit.save(path, network.backbone, heads={name: h.state_dict() for name, h in heads.items()})
-    encoder, x = vit.load(path, quiet=True), torch.randn(5, 3, 32, 32)
+    checkpoints.save(path, network.backbone,
+                     heads={name: head.state_dict() for name, head in heads.items()})
+    encoder, x = checkpoints.load(path, quiet=True), torch.randn(5, 3, 32, 32)
     z, tokens = features.projected(encoder, x), encoder(x)
     expected = expected(tokens)
-    whole = vit.projector(encoder, narrow=False)(tokens)
+    whole = checkpoints.projector(encoder, narrow=False)(tokens)
     assert torch.allclose(whole, expected, atol=1e-5, rtol=1e-4)
     assert torch.allclose(z["projected"] @ z["projected"].T, expected @ expected.T, rtol=1e-4,
                           atol=1e-4)                      # narrow or not: the same geometry
@@ -116,7 +118,8 @@ def test_projected_features_are_those_of_the_methods_own_network(tmp_path, metho
     name = next(name for name in ("projector", "head", "cls", "c_head") if name in heads)
     key = next(key for key in heads[name].state_dict() if key.endswith("weight"))
     encoder.source.heads[name][key] *= -1                 # control: the first layer matters
-    assert not torch.allclose(vit.projector(encoder, narrow=False)(tokens), expected, rtol=1e-2)
+    other = checkpoints.projector(encoder, narrow=False)(tokens)
+    assert not torch.allclose(other, expected, rtol=1e-2)
 
 
 def official_backbone(prefix, **config):
@@ -144,7 +147,7 @@ def test_projector_of_the_official_moco_v3_file(tmp_path):
     state |= {f"module.base_encoder.head.{key}": value for key, value in head.items()}
     state |= {f"module.predictor.{n}.weight": torch.randn(8, 8) for n in (0, 3)}
     torch.save({"state_dict": state}, tmp_path / "vit-b-300ep.pth.tar")
-    encoder = vit.load(tmp_path / "vit-b-300ep.pth.tar", quiet=True)
+    encoder = checkpoints.load(tmp_path / "vit-b-300ep.pth.tar", quiet=True)
     x = torch.randn(4, 3, 32, 32)
     z = encoder(x)[:, 0]
     for n in (0, 3, 6):
@@ -174,9 +177,9 @@ def test_heads_of_the_official_dino_and_ibot_files(tmp_path, loss, form):
         raw[branch] = official_backbone(f"{prefix}backbone.", num_heads=1)
         raw[branch] |= {f"{prefix}head.{key}": value for key, value in head.items()}
     torch.save(raw, tmp_path / "full.pth")
-    encoder, x = vit.load(tmp_path / "full.pth", quiet=True), torch.randn(4, 3, 32, 32)
+    encoder, x = checkpoints.load(tmp_path / "full.pth", quiet=True), torch.randn(4, 3, 32, 32)
     expected = last(F.normalize(mlp(encoder(x)[:, 0]), dim=1))              # (4, 50) logits
-    found = vit.projector(encoder, narrow=False)(encoder(x))
+    found = checkpoints.projector(encoder, narrow=False)(encoder(x))
     assert torch.allclose(found, expected, atol=1e-5)
     narrow = features.projected(encoder, x)["projected"]                    # (4, 6)
     assert narrow.shape == (4, 6)
@@ -185,13 +188,13 @@ def test_heads_of_the_official_dino_and_ibot_files(tmp_path, loss, form):
 
 def test_no_head_is_none_and_an_odd_one_an_error_with_its_keys():
     m = model()
-    assert vit.projector(m.encoder) is None               # never saved
+    assert checkpoints.projector(m.encoder) is None               # never saved
     m.encoder.source = SimpleNamespace(path="x.pt", heads={"decoder": {"weight": torch.ones(1)}})
-    assert vit.projector(m.encoder) is None and "projected" not in features.projected(
+    assert checkpoints.projector(m.encoder) is None and "projected" not in features.projected(
         m.encoder, torch.randn(1, 3, 32, 32))
     m.encoder.source.heads = {"head": {"mlp.weight": torch.ones(2, 2)}}
     with pytest.raises(ValueError, match="x.pt: cannot rebuild the head with the keys mlp.weight"):
-        vit.projector(m.encoder)
+        checkpoints.projector(m.encoder)
 
 
 def test_asking_for_projected_features_that_are_not_there_is_an_error():
@@ -663,7 +666,8 @@ def checkpoint(tmp_path_factory):
     cfg = training.config(moco_v3.Config, [*NET, *"--hidden 32 --out-dim 16".split()])
     network, path = moco_v3.Network(cfg).eval(), tmp_path_factory.mktemp("run") / "encoder.pt"
     heads = {name: getattr(network, name).state_dict() for name in ("projector", "predictor")}
-    vit.save(path, network.backbone, branch="base", method="moco_v3", data="toy", heads=heads)
+    checkpoints.save(path, network.backbone, branch="base", method="moco_v3", data="toy",
+                     heads=heads)
     return path
 
 

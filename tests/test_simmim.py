@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import rng
 import simmim
 import training
@@ -168,7 +169,7 @@ def test_full_checkpoint_is_read_as_the_official_one(tmp_path):
             "encoder.blocks.2.attn.v_bias", "encoder.norm.weight", "decoder.0.weight",
             "encoder.rel_pos_bias.relative_position_bias_table"} <= state.keys()
     torch.save({"model": state, "num_heads": 2}, tmp_path / "full.pt")
-    loaded = vit.load(tmp_path / "full.pt", quiet=True)
+    loaded = checkpoints.load(tmp_path / "full.pt", quiet=True)
     x = torch.randn(2, 3, 32, 32)
     assert loaded.source.layout == "SimMIM"
     assert torch.equal(loaded(x), net.eval().backbone(x))

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+import checkpoints
 import mmc
 import training
-import vit
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--data synthetic --img-size 16 --patch-size 4 --embed-dim 16 --depth 2 --num-heads 2 "
@@ -154,7 +154,7 @@ def test_preemption_saves_and_exits_with_zero(tmp_path, number):
     process.send_signal(number)
     assert "told to stop" in finish(process, code=0)
     assert torch.load(tmp_path / "last.pt")["step"] == records(tmp_path)[-1]["step"] > 0
-    assert vit.load(tmp_path / "encoder.pt", quiet=True).source.branch == "teacher"
+    assert checkpoints.load(tmp_path / "encoder.pt", quiet=True).source.branch == "teacher"
 
 
 # ---- bad input: a sentence, exit code not 0 ------------------------------------------------------
