@@ -1,23 +1,32 @@
-"""The table of results in README, made anew: every method trained on toy with several seeds, every
-model asked by the same probes, mean and deviation over seeds.
+"""The table of results in README: every method trained on toy with several seeds, every model asked
+by the same probes, mean and deviation over seeds.
 
-    python tests/results.py                          # all of it: hours on two CPU cores
+    python tests/results.py --table                  # of what is known: tests/results.yaml
+    python tests/results.py                          # all of it anew: hours on two CPU cores
     python tests/results.py --methods mae mmc --seeds 0
     python tests/results.py --data toy-scenes        # trained on scenes; asked on toy as ever
-    python tests/results.py --table                  # of what is there already
 
 What is done is not done again: a run that was stopped goes on, and a probe whose line stands in the
-run's results.jsonl is not repeated. Two models are worked on at a time, each with one thread:
-together they are faster than one with two.
+run's results.jsonl is not repeated. What a finished run was found to be is kept in results.yaml, so
+that seeds can be added on another day or machine. Two models are worked on at a time, each with one
+thread: together they are faster than one with two.
 """
 import argparse
+import datetime
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
+import yaml
+
+sys.path.append(str(Path(__file__).parent.parent))
+import training
 
 ROOT = Path(__file__).parent.parent
 METHODS = "mae asl simmim beit cae moco_v3 dino ibot selfpatch hybrid mmc".split()
@@ -25,11 +34,17 @@ PROBES = {        # flags of evaluate.py: column of the table: feature (else the
     "knn": {"kNN cls": ("cls", "k=10"), "kNN pat": ("pat", "k=10")},
     "linear": {"linear": ("cls", "top-1")},
     "part_retrieval": {"parts": ("cls", "AP")},
-    "linear_segmentation --level object": {"seg. object": (None, "mIoU")},
-    "linear_segmentation --level part": {"seg. part": (None, "mIoU")},
+    "linear_segmentation --level object": {"objects, patches": (None, "mIoU")},
+    "linear_segmentation --level part": {"parts, patches": (None, "mIoU")},
     "zero_shot_segmentation": {"prompted": (None, "Opt")},
     "video": {"video": (None, "J&F")}}
-INSIDE = {"attention_distance": ("distance", "pixels", 0), "nmi": ("NMI", "nmi", 2)}   # last block
+INSIDE = {"attention_distance": ("distance", "pixels", 1), "nmi": ("NMI", "nmi", 2)}   # last block
+COLUMNS = [*(name for columns in PROBES.values() for name in columns),
+           *(name for name, *_ in INSIDE.values())]
+RESULTS, KEEPING = Path(__file__).with_suffix(".yaml"), threading.Lock()
+HEAD = """\
+# What tests/results.py found: trained on, method, seed. kNN asks all 20,000 training images.
+"""
 
 
 def runs(args):
@@ -61,7 +76,7 @@ def answer(folder, flags):
 
 
 def work(run):
-    """Train, unless that is done; ask what was not asked yet."""
+    """Train, unless that is done; ask what was not asked yet; keep the answers."""
     method, trained_on, seed, folder = run
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "results.log"
@@ -74,25 +89,49 @@ def work(run):
     if not all((folder / "analysis" / f"{name}.json").is_file() for name in INSIDE):
         call(log, "analysis.py", "--what", *INSIDE, "--checkpoint", str(folder), "--data", "toy",
              "--out", str(folder))
+    with KEEPING:
+        known = results()
+        seeds = known.setdefault(trained_on, {}).setdefault(method, {})
+        seeds[seed] = dict(**about(folder), **numbers(folder))
+        RESULTS.write_text(HEAD + yaml.dump(known, default_flow_style=None, width=98,
+                                            sort_keys=False))
     print(f"{folder} done", flush=True)
 
 
-def cell(values, digits=1):
-    """Mean over seeds, and deviation if there are several."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
-
-
-def row(method, folders):
-    cells = [method, str(len(folders))]
+def numbers(folder):
+    """{column of the table: number} of a run that was asked everything."""
+    found = {}
     for flags, columns in PROBES.items():
-        found = [metrics for folder in folders if (metrics := answer(folder, flags))]
-        cells += [cell([metrics.get(feature, next(iter(metrics.values())))[name]
-                        for metrics in found]) for feature, name in columns.values()]
-    for name, (_, key, digits) in INSIDE.items():
-        files = [file for f in folders if (file := f / "analysis" / f"{name}.json").is_file()]
-        cells.append(cell([json.loads(file.read_text())["models"][0]["numbers"][key][-1]
-                           for file in files], digits))
+        metrics = answer(folder, flags)
+        for column, (feature, name) in columns.items():
+            found[column] = round(metrics.get(feature, next(iter(metrics.values())))[name], 1)
+    for name, (column, key, digits) in INSIDE.items():
+        model, = json.loads((folder / "analysis" / f"{name}.json").read_text())["models"]
+        found[column] = round(model["numbers"][key][-1], digits)
+    return found
+
+
+def about(folder):
+    """How a run was made: from when it is, its steps, its precision."""
+    settings = training.read_yaml(folder / "config.yaml")
+    day = datetime.date.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime)
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return dict(day=day, torch=torch.__version__.split("+")[0], steps=last["step"],
+                precision=training.pick_precision(settings["precision"], training.pick_device()))
+
+
+def results():
+    return training.read_yaml(RESULTS) if RESULTS.exists() else {}
+
+
+def row(method, seeds):
+    """Cells of a method: mean over seeds, and deviation if there are several."""
+    cells = [method, str(len(seeds))]
+    for column in COLUMNS:
+        values = [seed[column] for seed in seeds if column in seed]
+        digits = 2 if column == "NMI" else 1
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
     return cells
 
 
@@ -103,19 +142,16 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data", default="toy", help="what is trained on: toy, toy-scenes [toy]")
     parser.add_argument("--out", default="out", help="folder of the runs [out]")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
+    parser.add_argument("--table", action="store_true", help="run nothing, print what is known")
     args = parser.parse_args()
     if not args.table:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(work, runs(args)))
-    heads = ["method", "seeds", *(name for columns in PROBES.values() for name in columns),
-             *(name for name, _, _ in INSIDE.values())]
-    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    known = results().get(args.data, {})
+    print(f"| method | seeds | {' | '.join(COLUMNS)} |\n{'|---' * (2 + len(COLUMNS))}|")
     for method in args.methods:
-        folders = [folder for m, *_, folder in runs(args)
-                   if m == method and (folder / "metrics.jsonl").is_file()]
-        if folders:
-            print("| " + " | ".join(row(method, folders)) + " |")
+        if seeds := [known[method][s] for s in args.seeds if s in known.get(method, {})]:
+            print("| " + " | ".join(row(method, seeds)) + " |")
 
 
 if __name__ == "__main__":
