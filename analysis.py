@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,10 +79,13 @@ def batches(model, args, limit, maps=False):
         yield from annotated(model, args, limit)
         return
     images = evaluate.load(args.data, args.data_root, "test", model.size, limit, args.device)
-    for x, number in data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
-                                  std=model.std, workers=args.workers,
-                                  interpolation=model.interpolation):
+    for x, number in read(model, args, images):
         yield x, number, None
+
+
+def read(model, args, images):
+    return data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
+                        std=model.std, workers=args.workers, interpolation=model.interpolation)
 
 
 def level(name):
@@ -716,24 +720,32 @@ def recon_numbers(model, args, s):
 def tsne_numbers(model, args, s, each=6):
     """3 classes x 6 images, the last block without final norm, as the paper says (its notebook
     shows block 5 of 16 images). Purity makes the picture a number."""
-    labels = evaluate.load(args.data, args.data_root, "test", model.size, 1000,
-                           args.device).labels if args.data in data.NAMES else None
-    chosen = torch.arange(3 * each)                          # without labels: the first images
-    if labels is not None:
-        full = [(labels == c).nonzero()[:each, 0] for c in labels.unique()]
-        full = [at for at in full if len(at) == each][:3]
-        chosen = torch.cat(full).sort().values if full else chosen[chosen < len(labels)]
-    x = torch.cat([x[torch.isin(number.cpu(), chosen).to(x.device)]
-                   for x, number, _ in batches(model, args, 1000)])
+    images = None                                            # a set of class maps has no classes
+    if args.data in data.NAMES or args.data not in readers.SEGMENTATION:
+        limit = 1000 if args.data in ("toy", "toy-scenes") else None     # they are drawn, not read
+        images = evaluate.load(args.data, args.data_root, "test", model.size, limit, args.device)
+    known = images is not None and images.labels is not None
+    if known:
+        full = [(images.labels == c).nonzero()[:each, 0] for c in images.labels.unique()]
+        full = [at for at in full if len(at) == each]
+        if len(full) < 3:
+            raise Missing(f"3 classes with {each} test images each are the least, {args.data} has "
+                          f"{len(full)}")
+        chosen = torch.cat(full[:3])
+        images = replace(images, labels=images.labels[chosen],
+                         paths=images.paths and [images.paths[i] for i in chosen.tolist()],
+                         pixels=None if images.pixels is None else images.pixels[chosen])
+        x = torch.cat([x for x, _ in read(model, args, images)])
+    else:
+        x = few(model, args, 3 * each)
     z = model.encoder.layers(x, [model.encoder.depth - 1], norm=False)[0][0]
     z = model.encoder.split(z)[1].float().cpu()                                      # (I, N, C)
-    label = (torch.arange(len(z)) if labels is None else labels[chosen]).repeat_interleave(
-        z.shape[1])
     image = torch.arange(len(z)).repeat_interleave(z.shape[1])
+    label = images.labels.repeat_interleave(z.shape[1]) if known else image
     same_image, same_class = d.purity(z.flatten(0, 1), image, label)
     return dict(purity_image=same_image, image=image, label=label,
                 position=d.tsne(z.flatten(0, 1), seed=args.seed)) | (
-                    {} if labels is None else dict(purity_class=same_class))
+                    dict(purity_class=same_class) if known else {})
 
 
 def variance_numbers(model, args, s):

@@ -375,6 +375,30 @@ def test_a_set_without_class_maps_is_told_which_have_some():
     assert analysis.no_maps("toy", None) is None
 
 
+def test_tsne_shows_three_classes_of_all_that_there_are(tmp_path, monkeypatch):
+    """Of 1500 files an evenly spread 1000 would leave four of a class's six."""
+    m, args = model(), settings("--data", str(tmp_path))
+    for c in range(250):
+        (tmp_path / f"val/{c:03}").mkdir(parents=True)
+        for i in range(6 if c > 1 else 5):
+            (tmp_path / f"val/{c:03}/{i}.png").touch()
+    (tmp_path / "train/000").mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(data, "read_image", lambda path: (
+        asked.append(path), Image.new("RGB", (40, 40), (9 * int(path[-7:-6]), 0, 0)))[1])
+    monkeypatch.setattr(analysis.d, "tsne", lambda z, **_: z[:, :2])
+    found = analysis.tsne_numbers(m, args, None)
+    assert [path[-9:] for path in asked] == [
+        f"{c:03}/{i}.png" for c in (2, 3, 4) for i in range(6)]          # and no other is opened
+    assert found["label"].tolist() == [c for c in (2, 3, 4) for _ in range(6 * 64)]
+    assert found["purity_class"] > 0.9                       # a colour for each class
+    for c in range(4, 250):
+        (tmp_path / f"val/{c:03}/0.png").unlink()
+    analysis.evaluate.load.cache_clear()
+    with pytest.raises(analysis.Missing, match="3 classes with 6 test images"):
+        analysis.tsne_numbers(m, args, None)
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
