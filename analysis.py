@@ -447,7 +447,8 @@ def token_numbers(model, args, s):
 
 def unison_numbers(model, args, s):
     """Curves over all blocks, and two images in one basis before and after the last attention; how
-    far apart their centres are after it, over before, in all dimensions (our choice)."""
+    far apart their centres are after it, over before, in all dimensions (our choice). The paper
+    shows MoCo's last block and SimMIM's first; here it is the last of every model."""
     found, encoder = s.means["unison"], model.encoder
     tokens, grid = encoder.embed(few(model, args, 2))
     *_, last = walk(args, encoder.blocks, tokens, encoder.num_prefix,

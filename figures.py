@@ -240,8 +240,9 @@ FIGURES = {
     "token_transform": Figure(
         "How attention moves tokens",
         "1: tokens of an image move together, as the paper shows for contrastive models; masked "
-        "ones move each their own way. Dots: the last block, two images (circles, triangles); "
-        "crosses: their centres (+ before, x after).",
+        "ones move each their own way. Dots: the last block of every model (the paper: MoCo's "
+        "last, SimMIM's first), two images (circles, triangles); crosses: their centres (+ before, "
+        "x after).",
         panels(curve("block", "common", "block", "share of movement in common"), each=plane,
                alike=False)),
     "sv_tokens": Figure(
@@ -269,9 +270,9 @@ FIGURES = {
                curve("block", "pixels", "block", "attention distance (px)"))),
     "adjacent_count": Figure(
         "Neighbours that are alike",
-        "How many of a patch's eight neighbours have a cosine above the threshold. By labels "
-        "SelfPatch reports 4.3 on COCO; they are the same for all models of one grid. Late "
-        "contrastive tokens should be alike.",
+        "How many of a patch's eight neighbours have a cosine of at least 0.95, by features of "
+        "--threshold. By labels SelfPatch reports 4.3 on COCO; they are the same for all models "
+        "of one grid. Late contrastive tokens should be alike.",
         panels(curve("count", "features_share", "alike, by features", "share of patches"),
                curve("count", "labels_share", "alike, by labels", "share of patches"),
                curve("depth", "at_depth", "depth (blocks)", "mean count, by features"))),
@@ -311,7 +312,8 @@ FIGURES = {
     "layer_reconstruction": Figure(
         "Which block paints?",
         "Tokens of a block sent straight to the painting head; below, what each block changes, to "
-        "one scale for a model. The strongest fills the hidden patches, later ones refine.",
+        "one scale for a model. MMC: its block 10 of 12 fills the hidden patches, 11 and 12 "
+        "refine.",
         pictures()),
     "tsne": Figure(
         "t-SNE of patch tokens",
