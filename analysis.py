@@ -553,7 +553,8 @@ def final(model, args, x):
 def map_numbers(model, args, s):
     """Two queries in the first, the middle and the last block but one (Park et al., fig. 2), mean
     of heads (our choice: the notebook has one head, and frames that drift, as they are 14 pixels
-    wide and patches 16); and the class token in the last block, each head (as DINO draws it)."""
+    wide and patches 16); and the class token in the last block, of which the first four heads are
+    drawn (by DINO: each)."""
     x, encoder = few(model, args, 1), model.encoder
     L, p, P, g = encoder.depth, encoder.patch_size, encoder.num_prefix, (
         x.shape[-1] // encoder.patch_size)

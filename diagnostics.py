@@ -377,8 +377,8 @@ def purity(z, image, label, k=10):
 def tsne(x, perplexity=20, iterations=1000, seed=0):
     """Exact t-SNE (van der Maaten and Hinton, 2008), (n, C) -> (n, 2).
 
-    As scikit-learn's defaults: random start, momentum 0.5, then 0.8, exaggeration 12 for the first
-    250 steps, learning rate n/48 but at least 50.
+    As scikit-learn does it, from a random start: momentum 0.5, then 0.8, exaggeration 12 for the
+    first 250 steps, learning rate n/48 but at least 50.
     """
     n = len(x)
     d = torch.cdist(x.float(), x.float()).square().fill_diagonal_(math.inf)
