@@ -36,6 +36,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import checkpoints
 import data
+import dense
 import diagnostics as d
 import evaluate
 import figures
@@ -609,22 +610,29 @@ def heat_numbers(model, args, s, shown=4):
     """Cosine of all patches to the prompt; IoU of what is above a threshold with the object (MMC,
     table 1: mean over prompts, one for each class in an image).
 
-    The prompt lies deepest in the object (our choice). The whole picture is the floor: tokens that
-    are all alike reach it and no more. `order` needs no threshold. Of data without class maps the
-    prompt is the centre patch, and there are no scores.
+    The prompt lies deepest in the object (our choice); of what covers less than half of it, there
+    is none: skipped. The whole picture is the floor: tokens that are all alike reach it and no
+    more. `order` needs no threshold. Of data without class maps the prompt is the centre patch, and
+    there are no scores.
     """
     limit, p = max(args.limit or 256, args.image + shown), model.encoder.patch_size
-    thresholds, scores, tiles, heats = [t / 10 for t in range(10)], [], [], []
+    thresholds, scores, skipped, tiles, heats = [t / 10 for t in range(10)], [], 0, [], []
+    rule = SimpleNamespace(prompt="deepest")
     for x, number, labels in batches(model, args, limit, maps=True):
         z, g = unit(model, args, x), x.shape[-1] // p
         for i, image in enumerate(picture(model, x)):
-            objects = [None]
+            objects, fresh = [None], number[i] >= args.image and len(tiles) < 2 * shown
             if labels is not None:
                 kinds, area = labels[i][labels[i] > 0].unique(return_counts=True)
                 kinds = kinds[area.argsort(descending=True, stable=True)]            # largest first
                 objects, known = [(labels[i] == kind).cpu() for kind in kinds], labels[i].cpu() >= 0
-            for rank, truth in enumerate(objects):
-                q = g * (g // 2) + g // 2 if truth is None else d.deepest(truth, p)
+            for truth in objects:
+                place = (g // 2, g // 2) if truth is None else dense.prompt(
+                    truth, dense.cells(truth, p), p, rule, None)
+                if place is None:
+                    skipped += 1
+                    continue
+                q = g * place[0] + place[1]
                 heat = z[i] @ z[i, q]                                                # (N,)
                 big = pixels(heat, p)
                 if truth is not None:
@@ -634,8 +642,8 @@ def heat_numbers(model, args, s, shown=4):
                     scores.append([*(d.iou((big > t) & known, truth) for t in thresholds),
                                    d.iou(known, truth),
                                    d.order(heat[others], inside[others], outside[others])])
-                if rank == 0 and number[i] >= args.image and len(tiles) < 2 * shown:
-                    r, c = divmod(q, g)
+                if fresh:                                    # the largest object with a prompt
+                    (r, c), fresh = place, False
                     outlines = [] if truth is None else [(truth, QUERY[1])]
                     tiles += [tile(image, star=(p * (c + 0.5), p * (r + 0.5)), outlines=outlines),
                               tile(heat.view(g, g), star=(c + 0.5, r + 0.5), limits=(0, 1))]
@@ -647,7 +655,7 @@ def heat_numbers(model, args, s, shown=4):
     for shown_image, heat in zip(tiles[::2], heats):
         shown_image.outlines.append((heat > thresholds[mean.index(best)], PINK))
     return dict(thresholds=thresholds, iou=mean, best=best, whole_picture=floor, order=order,
-                prompts=len(scores), show=[row(
+                prompts=len(scores), skipped=skipped, show=[row(
                     f"IoU {best:.2f}, whole {floor:.2f}; order {order:.2f}", tiles)])
 
 

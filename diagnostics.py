@@ -279,15 +279,6 @@ def overlap(p, q):
     return torch.minimum(p / p.sum(), q / q.sum()).sum()
 
 
-def deepest(mask, p):
-    """(S, S) bool -> number of the patch whose centre lies deepest in the mask."""
-    depth, rest = torch.zeros(mask.shape), mask.float()
-    while rest.any():                                             # peeled, pixel by pixel
-        depth += rest
-        rest = 1 - F.max_pool2d(F.pad(1 - rest[None], (1, 1, 1, 1), value=1.0), 3, 1)[0]
-    return int(depth[p // 2::p, p // 2::p].flatten().argmax())
-
-
 def iou(found, truth):
     """Two bool masks of one shape -> a float; 0 if both are empty."""
     return ((found & truth).sum() / (found | truth).sum().clamp(min=1)).item()

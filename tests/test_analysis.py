@@ -361,6 +361,23 @@ def test_alike_tokens_reach_the_floor_of_the_prompt_and_no_more(tmp_path, monkey
     assert found["order"] > 0.95 and found["best"] > found["whole_picture"] + 0.3
 
 
+def test_what_covers_no_half_of_a_patch_gets_no_prompt(monkeypatch):
+    m, args = model(img_size=224, patch_size=16), settings("--image", "1")
+    labels, x = torch.zeros(2, 224, 224, dtype=torch.long), torch.zeros(2, 3, 224, 224)
+    labels[:, 97:103, 97:103] = 1                            # between the centres of patches
+    labels[1, 160:192, 160:165] = 2                          # covers a third of its patches
+    labels[1, 32:41, 32:48] = 3                              # and more than half of one
+    monkeypatch.setattr(analysis, "batches", lambda *_, **__: [(x, torch.arange(2), labels)])
+    monkeypatch.setattr(analysis, "unit", lambda *given: torch.eye(196).expand(2, 196, 196))
+    found = analysis.heat_numbers(m, args, None)
+    assert (found["prompts"], found["skipped"]) == (1, 3)
+    [image, heat] = found["show"][0].tiles
+    assert image.star == (40, 40) and (image.outlines[0][0] == (labels[1] == 3)).all()
+    assert heat.image.flatten().argmax() == 2 * 14 + 2
+    args.image = 0                                           # the first has none: the second it is
+    assert analysis.heat_numbers(m, args, None)["show"][0].tiles[0].star == (40, 40)
+
+
 def test_sets_without_a_background_start_at_class_one(monkeypatch):
     items = [SimpleNamespace(image=torch.zeros(3, 36, 36, dtype=torch.uint8),
                              labels=torch.tensor([[0, 255]] * 2, dtype=torch.uint8)
