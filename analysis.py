@@ -137,7 +137,7 @@ def few(model, args, n):
             break
     x = torch.cat(found)[args.image:end]
     if not len(x):
-        raise ValueError(f"--image {args.image}: the data set ends before")
+        raise Missing(f"--image {args.image}: the data set ends before")
     return x
 
 
@@ -494,7 +494,7 @@ def fourier_numbers(model, args, s):
     found = s.means["fourier"]                                                       # (2L+1, K)
     delta = (found - found[:, :1])[::2]
     return dict(frequency=d.frequencies(s.grid), delta=delta, depth=upto(len(delta)),
-                highest=delta[:, -1])
+                highest=delta[:, -1], highest_at=d.frequencies(s.grid)[-1])
 
 
 def decoder_numbers(model, args, s):
@@ -502,7 +502,7 @@ def decoder_numbers(model, args, s):
     patches are given: no mask tokens (Park et al., fig. 10)."""
     if s.decoder is None:
         raise Missing("no decoder of MAE (full.pt beside encoder.pt, or an official full file)")
-    out = {}
+    out = dict(highest_at=d.frequencies(s.grid)[-1])
     for name, means, start in (("", s.means, 0), ("decoder_", s.decoder, model.encoder.depth)):
         found = means["fourier"][::2]
         out |= {f"{name}depth": upto(len(found), start),
@@ -648,6 +648,9 @@ def heat_numbers(model, args, s, shown=4):
                     tiles += [tile(image, star=(p * (c + 0.5), p * (r + 0.5)), outlines=outlines),
                               tile(heat.view(g, g), star=(c + 0.5, r + 0.5), limits=(0, 1))]
                     heats.append(big)
+    if not tiles:
+        raise Missing(f"--image {args.image}: the data set ends before, or shows no object from "
+                      "there on that covers half a patch")
     if not scores:
         return dict(show=[row("", tiles)])
     *mean, floor, order = torch.tensor(scores).double().nanmean(0).tolist()
@@ -675,7 +678,7 @@ def retrieval_numbers(model, args, s, shown=3):
     (our choice, for few images: its windows overlap; the script keeps it).
     """
     head, images, bank = checkpoints.projector(model.encoder), [], {}
-    for x, *_ in batches(model, args, args.limit or 1000):
+    for x, *_ in batches(model, args, max(args.limit or 1000, args.image + shown)):
         images.append(data.denormalize(x, model.mean, model.std).cpu())
         for part in x.split(8):
             tokens = final(model, args, d.windows(part))
@@ -702,6 +705,8 @@ def retrieval_numbers(model, args, s, shown=3):
             out.setdefault(f"{name}_crop", []).append(at)
             out.setdefault(f"{name}_similarity", []).append(cosine)
             rows.append(row(name, [strip(q, at.tolist())]))
+    if not rows:
+        raise Missing(f"--image {args.image}: the data set ends before")
     return out | dict(show=rows)
 
 
@@ -763,8 +768,6 @@ def variance_numbers(model, args, s):
     table 10: 128 views of an image. Our choices: no final norm; crops of 0.4 to 1 of the view, no
     flip; half of the patches replaced by noise; 64 images, not all."""
     V, found, encoder = args.copies, [], model.encoder
-    if V < 2:
-        raise ValueError(f"--copies {V}: a variance needs two views")
 
     def last_block(x):
         parts = [encoder.layers(part, [encoder.depth - 1], norm=False)[0][0].float()
@@ -963,6 +966,8 @@ def parse(argv=None):
             raise ValueError(f"unknown diagnostic {name!r}{training.nearest(name, WHAT)}")
     if args.image < 0:
         raise ValueError(f"--image {args.image}: images are counted from 0")
+    if args.copies < 2:
+        raise ValueError(f"--copies {args.copies}: a variance needs two views")
     args.device = training.pick_device(args.device)
     args.precision = training.pick_precision(args.precision, args.device)
     return args
