@@ -60,7 +60,8 @@ def curve(x, y, across, up, level=None):
             ax.set_ylim(0, 1.05 * ax.get_ylim()[1])            # room for the topmost mark
         if x in ("block", "depth") or x.endswith("count"):
             ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set(xlabel=across, ylabel=up.format(**results[0].numbers))
+        ups = dict.fromkeys(up.format(**r.numbers) for r in results)        # ranks go by the width
+        ax.set(xlabel=across, ylabel=" / ".join(ups))
     return draw
 
 
@@ -207,6 +208,8 @@ def pictures(width=1.4, height=1.4, scale=None):
 # ---- all of them ---------------------------------------------------------------------------------
 
 
+HIGHEST = curve("depth", "highest", "depth (blocks)",
+                "\u0394 log amplitude, at {highest_at:.2f} \u03c0")
 SPECTRUM = (curve("depth", "at_first", "depth (blocks)", "\u0394 log singular value {ranks[0]}"),
             curve("depth", "at_second", "depth (blocks)", "\u0394 log singular value {ranks[1]}"))
 RANKS = depths("rank", "delta", "rank", "\u0394 log singular value")
@@ -248,25 +251,27 @@ FIGURES = {
     "sv_tokens": Figure(
         "Spectrum of tokens within images",
         "Covariance of tokens, against its second singular value. Rising with depth: tokens fill "
-        "more volume (masked, until the last blocks); flat or falling: contrastive.",
+        "more volume (masked, until the last blocks); flat or falling: contrastive. Only models of "
+        "one grid and width compare.",
         panels(*SPECTRUM, each=RANKS)),
     "sv_images": Figure(
         "Spectrum over images",
         "The same for the mean tokens of many images. Rising with depth: images spread apart, "
-        "strongly in contrastive models, hardly in masked ones.",
+        "strongly in contrastive models, hardly in masked ones. Only models of one grid and width "
+        "compare.",
         panels(*SPECTRUM, each=RANKS)),
     "fourier": Figure(
         "High frequencies in feature maps",
         "Near 0: texture is kept; low: shape. The paper finds masked models above contrastive "
-        "ones; the last blocks of both lose high frequencies.",
-        panels(curve("depth", "highest", "depth (blocks)", "\u0394 log amplitude, highest"),
+        "ones; the last blocks of both lose high frequencies. Only models of one grid and width "
+        "compare.",
+        panels(HIGHEST,
                each=depths("frequency", "delta", "frequency (\u03c0)", "\u0394 log amplitude"))),
     "decoder": Figure(
         "What MAE's decoder takes over",
         "Dashed: decoder, given all patches. The paper: its maps have low frequencies and its NMI "
         "is high, so that late blocks of the encoder need not paint.",
-        panels(curve("depth", "highest", "depth (blocks)", "\u0394 log amplitude, highest"),
-               curve("block", "nmi", "block", "normalised MI"),
+        panels(HIGHEST, curve("block", "nmi", "block", "normalised MI"),
                curve("block", "pixels", "block", "attention distance (px)"))),
     "adjacent_count": Figure(
         "Neighbours that are alike",

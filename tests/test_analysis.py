@@ -376,6 +376,9 @@ def test_what_covers_no_half_of_a_patch_gets_no_prompt(monkeypatch):
     assert heat.image.flatten().argmax() == 2 * 14 + 2
     args.image = 0                                           # the first has none: the second it is
     assert analysis.heat_numbers(m, args, None)["show"][0].tiles[0].star == (40, 40)
+    labels[1] = 0
+    with pytest.raises(analysis.Missing, match="no object"):
+        analysis.heat_numbers(m, args, None)
 
 
 def test_sets_without_a_background_start_at_class_one(monkeypatch):
@@ -426,6 +429,23 @@ def report(tmp_path, *flags):
     return tmp_path / "out/analysis"
 
 
+def test_pictures_from_beyond_the_limit_and_from_beyond_the_set(tmp_path):
+    what = "kmeans patch_retrieval prompt_heatmap nmi".split()
+    m, args = model(), settings("--limit", "4", "--image", "4", "--what", *what)
+    found, missed = analysis.analyse(m, args)                # toy has more than it is asked for
+    assert not missed and found["patch_retrieval"]["queries"] == [49 * i + 24 for i in (4, 5, 6)]
+    (tmp_path / "train").mkdir(), (tmp_path / "val").mkdir()
+    for i in range(5):
+        Image.new("RGB", (40, 40), (50 * i, 0, 0)).save(tmp_path / f"val/{i}.png")
+    args.data = str(tmp_path)
+    found, missed = analysis.analyse(m, args)
+    assert not missed and found["patch_retrieval"]["queries"] == [4 * 49 + 24]
+    args.image = 100
+    found, missed = analysis.analyse(m, args)
+    assert set(found) == {"nmi"} and set(missed) == {*what} - {"nmi"}
+    assert all(why.startswith("--image 100: the data set ends before") for why in missed.values())
+
+
 def test_report_without_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder = report(tmp_path, "--what", "nmi", "fourier", "layerwise", "--baseline", "untrained")
@@ -447,6 +467,20 @@ def test_unknown_diagnostic_names_the_nearest():
         analysis.parse(["--what", "furier"])
     assert analysis.parse(["--what", "all"]).what == list(analysis.WHAT) == list(figures.FIGURES)
     assert analysis.parse([]).what == analysis.STANDARD
+    with pytest.raises(ValueError, match="--copies 1"):      # said before anything is computed
+        analysis.parse(["--copies", "1"])
+
+
+def test_a_curve_of_two_widths_is_labelled_with_both():
+    def label(draw, *numbers):
+        said, m = {}, SimpleNamespace(name="tiny")
+        draw(SimpleNamespace(plot=lambda *given, **look: None, set=said.update), [
+            SimpleNamespace(model=m, numbers=n, **figures.style(0)) for n in numbers])
+        return said["ylabel"]
+
+    curve = figures.curve("x", "y", "across", "rank {ranks[0]}")
+    own, other = (dict(x=[1], y=[1], ranks=[rank]) for rank in (32, 64))
+    assert label(curve, own, other) == "rank 32 / rank 64" and label(curve, own, own) == "rank 32"
 
 
 def test_recorded_numbers_are_drawn_from_results(tmp_path):
