@@ -883,15 +883,20 @@ def knn_numbers(model, args, s):
 
 def reinit_numbers(model, args, s):
     """Accuracy after fine-tuning with the first or last m blocks drawn anew, minus that of m = 0;
-    as far as there are lines, of which those without --reinit count as m = 0."""
+    as far as there are lines, of which those without --reinit count as m = 0. Only runs that were
+    trained like the latest compare."""
+    lines = recorded(model, args, "finetune", " --reinit first:0 (and first:1, last:1, ...)")
+    how = [[line["settings"].get(name) for name in ("epochs", "limit", "recipe", "size", "seed")]
+           for line in lines]
     found, out = {}, {}
-    for line in recorded(model, args, "finetune", " --reinit first:0 (and first:1, last:1, ...)"):
+    for line in (line for line, own in zip(lines, how) if own == how[-1]):
         end, m = (line["settings"]["reinit"] or "first:0").split(":")
         [numbers] = line["metrics"].values()
         found[end if int(m) else "none", int(m)] = numbers["top-1"]
     zero = found.pop(("none", 0), None)
     if zero is None or not found:
-        raise Missing("fine-tuning is to be measured with --reinit first:0 and with other blocks")
+        raise Missing("fine-tuning is to be measured with --reinit first:0 and with other blocks, "
+                      "all with the settings of the latest run")
     for end in ("first", "last"):
         change = {0: 0.0} | {m: x - zero for (e, m), x in found.items() if e == end}
         change = dict(sorted(change.items()))

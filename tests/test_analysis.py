@@ -505,6 +505,14 @@ def test_recorded_numbers_are_drawn_from_results(tmp_path):
     assert analysis.bias_numbers(m, args, None)["bars"] == {"shape bias": 60.0, "cat": 70.0}
     tuned = analysis.reinit_numbers(m, args, None)
     assert tuned["last_change"] == [0, -20] and tuned["first_change"] == [0]
+    for more in (dict(epochs=50), dict(epochs=50, reinit="first:1")):    # other runs, not to mix
+        lines += [dict(tune, metrics={"pat": {"top-1": 90.0}}, settings=dict(reinit=None) | more)]
+        (tmp_path / "mae/results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        if "reinit" not in more:
+            with pytest.raises(analysis.Missing, match="settings of the latest"):
+                analysis.reinit_numbers(m, args, None)
+    tuned = analysis.reinit_numbers(m, args, None)
+    assert tuned["last_change"] == [0] and tuned["first_change"] == [0, 0]
     with pytest.raises(analysis.Missing, match="--task knn"):
         analysis.knn_numbers(m, args, None)
     m.source.path = str(tmp_path / "mae/other.pt")           # control: another checkpoint's numbers
