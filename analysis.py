@@ -54,7 +54,8 @@ FLAGS = {      # name: (type or choices, default, help); the others are those of
     **{name: evaluate.FLAGS[name] for name in ("checkpoint", "branch", "data", "data-root", "size",
                                                "out", "seed", "device", "workers")},
     "baseline":   (("untrained",), [], "for comparison: a ViT with random weights"),
-    "limit":      (natural, None, "images; none: 256, sv_images 2048 or 4 C, patch_retrieval 1000"),
+    "limit":      (natural, None, "images; none: 256, sv_images 2048 or 4 C, patch_retrieval "
+                   "1000, feature_variance 64"),
     "precision":  (str, "fp32", "of the encoder: bf16, fp32; sums are float64 either way"),
     "batch-size": (natural, 64, "images per forward"),
     "window":     (natural, None, "curves: patches see so many patches a side (odd); Park, D.1"),
@@ -766,7 +767,8 @@ def tsne_numbers(model, args, s, each=6):
 def variance_numbers(model, args, s):
     """How much do features change: the class token under crops, patches under hidden others? MMC,
     table 10: 128 views of an image. Our choices: no final norm; crops of 0.4 to 1 of the view, no
-    flip; half of the patches replaced by noise; 64 images, not all."""
+    flip; noise in half of the patches, each drawn by itself where MMC hides blocks; 64 images, not
+    all. Without a class token the patch mean stands in for it."""
     V, found, encoder = args.copies, [], model.encoder
 
     def last_block(x):
@@ -774,7 +776,7 @@ def variance_numbers(model, args, s):
                  for part in x.split(args.batch_size)]
         return encoder.split(torch.cat(parts))
 
-    for x, numbers, _ in batches(model, args, min(args.limit or 64, 64)):
+    for x, numbers, _ in batches(model, args, args.limit or 64):
         S, views, g = x.shape[-1], torch.arange(V), x.shape[-1] // encoder.patch_size
         for one, number in zip(x, numbers.tolist()):
             crops = cut(model, one, V, (0.4, 1.0), args.seed, number)
@@ -785,8 +787,9 @@ def variance_numbers(model, args, s):
             found.append((*d.variance(patches.mean(1) if cls is None else cls),
                           *d.variance(last_block(hidden)[1])))
     crops, crops_share, hidden, hidden_share = torch.tensor(found).double().mean(0).tolist()
-    return dict(crops_class=crops, hidden_patches=hidden, images=len(found), views=V, bars={
-        "class token, crops": crops_share, "patches, half of them hidden": hidden_share})
+    what = "class token" if encoder.num_prefix else "patch mean"
+    return dict(crops=crops, hidden_patches=hidden, images=len(found), views=V, bars={
+        f"{what}, crops": crops_share, "patches, half of them hidden": hidden_share})
 
 
 def cut(model, x, count, scale, *seed):

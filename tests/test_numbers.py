@@ -124,6 +124,13 @@ def test_views_are_crops_of_the_image_and_the_image_half_hidden(monkeypatch):
     assert spread > 0.6 * whole                              # much of it, not a speck
 
 
+def test_variance_is_of_all_that_are_asked_for_and_says_of_what():
+    args = settings("--limit", "66", "--copies", "2")
+    for m, of in ((model(), "class token"), (model(class_token=False), "patch mean")):
+        found = analysis.variance_numbers(m, args, None)
+        assert found["images"] == 66 and list(found["bars"])[0] == f"{of}, crops"
+
+
 def test_accuracy_is_set_against_the_last_tokens(monkeypatch):
     monkeypatch.setattr(analysis, "recorded", lambda *_: [dict(metrics={"cls": {"top-1": 40.0}})])
     found = analysis.accuracy_numbers(model(), settings(), passed(final_similarity=[0.25]))
