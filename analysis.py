@@ -239,12 +239,16 @@ class Means:
 
 @torch.no_grad()
 def shared_pass(model, args, names):
-    """All curves in one forward per batch -> means of the encoder, of MAE's decoder or None; grid,
-    number of images. Park et al. take the validation set, their notebooks a mean over batches of
-    which they see one; here 256 images by default, each with the same weight."""
-    encoder, decoder = model.encoder, mae_decoder(model) if "decoder" in names else None
+    """All curves in one forward per batch -> means of the encoder, of MAE's decoder or why there
+    are none; grid, number of images. Park et al. take the validation set, their notebooks a mean
+    over batches of which they see one; here 256 images by default, each with the same weight."""
+    encoder, decoder, behind = model.encoder, None, None
+    if "decoder" in names:
+        try:
+            decoder, behind = mae_decoder(model), Means(["attention_distance", "nmi", "fourier"])
+        except Missing as why:
+            behind = why
     means = Means([name for name in STREAMS if name in names])
-    behind = Means(["attention_distance", "nmi", "fourier"]) if decoder else None
     maps, seen = any(STREAMS[name][0] == "labels" for name in means.names), 0
     mean = (shared_pass(model, args, ["token_mean"]).means["token_mean"].float().to(args.device)
             if "centred_similarity" in names else ())             # of each state, z_0, u_1, z_1 ...
@@ -288,17 +292,21 @@ def trained(model):
 
 def mae_decoder(model):
     """MAE's decoder: enter(tokens (B, 1+N, C), all of them, or with restore (B, N) some) -> what
-    its first block gets; blocks; paint(tokens) -> (B, N, 3pp). None: the checkpoint has none."""
+    its first block gets; blocks; paint(tokens) -> (B, N, 3pp). Missing if there is none, or if how
+    many heads it has is not known: the weights do not tell."""
     state, config = trained(model)
     if "decoder_embed.weight" not in state:
-        return None
+        raise Missing("no decoder of MAE (full.pt beside encoder.pt, or an official full file)")
     own = {key.removeprefix("decoder_"): x for key, x in state.items() if key[:8] == "decoder_"}
     pos, (width, dim) = own.pop("pos_embed"), own["embed.weight"].shape
     depth = len({key.split(".")[1] for key in own if key.startswith("blocks.")})
+    heads = config.get("decoder_num_heads", 16 if width == 512 else None)            # the official
+    if heads is None:
+        raise Missing("config.yaml of the run is wanted beside its weights: how many heads has a "
+                      f"decoder of width {width}? (MAE's own, 512 wide, has 16)")
     module = nn.ModuleDict(dict(
         embed=nn.Linear(dim, width), norm=nn.LayerNorm(width, 1e-6),
-        blocks=nn.ModuleList(vit.Block(width, config.get("decoder_num_heads", 16))
-                             for _ in range(depth)),
+        blocks=nn.ModuleList(vit.Block(width, heads) for _ in range(depth)),
         pred=nn.Linear(width, len(own["pred.bias"])))).to(pos.device).eval()
     module.load_state_dict(own)
 
@@ -329,6 +337,9 @@ def painter(model, x, seed):
 
 def mae_painter(model, x, seed, state, config):
     decoder, p = mae_decoder(model), model.encoder.patch_size
+    if "norm_pix" not in config:
+        print("note: no config.yaml beside the decoder: it is taken for MAE's official one "
+              "(norm_pix, three quarters hidden)")
     g = x.shape[-1] // p
     visible = int(g * g * (1 - config.get("mask_ratio", 0.75)))
     order = rng.uniform(torch.arange(len(x), device=x.device), g * g, seed, "hide")
@@ -501,8 +512,8 @@ def fourier_numbers(model, args, s):
 def decoder_numbers(model, args, s):
     """The curves of fourier, nmi and attention_distance go on through MAE's decoder, to which all
     patches are given: no mask tokens (Park et al., fig. 10)."""
-    if s.decoder is None:
-        raise Missing("no decoder of MAE (full.pt beside encoder.pt, or an official full file)")
+    if isinstance(s.decoder, Missing):
+        raise s.decoder
     out = dict(highest_at=d.frequencies(s.grid)[-1])
     for name, means, start in (("", s.means, 0), ("decoder_", s.decoder, model.encoder.depth)):
         found = means["fourier"][::2]

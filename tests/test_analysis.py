@@ -218,6 +218,22 @@ def test_identity_blocks_of_the_decoder_give_a_flat_curve(tmp_path):
     assert torch.allclose(flat, flat[:1].expand(3), atol=1e-6)
 
 
+def test_what_a_decoder_without_its_settings_is_taken_for(tmp_path, capsys):
+    m, net = save_mae(tmp_path / "mae")
+    (tmp_path / "mae/config.yaml").unlink()
+    found, missed = analysis.analyse(m, settings(
+        "--limit", "2", "--what", "nmi", "decoder", "layer_reconstruction"))
+    assert set(found) == {"nmi"} and set(missed) == {"decoder", "layer_reconstruction"}
+    assert all("decoder of width 16" in why for why in missed.values())
+    net = mae.Network(training.config(mae.Config, "--img-size 32 --patch-size 4 --embed-dim 24 "
+                                      "--depth 3 --num-heads 3 --decoder-embed-dim 512".split()))
+    torch.save(dict(model=mae.official(net)), tmp_path / "mae/full.pt")
+    capsys.readouterr()
+    assert analysis.mae_decoder(m).blocks[0].attn.num_heads == 16        # 512 wide: MAE's own
+    analysis.painter(m, torch.zeros(1, 3, 32, 32), 0)
+    assert "norm_pix" in capsys.readouterr().out
+
+
 @torch.no_grad()
 def test_last_block_paints_what_the_network_paints(tmp_path):
     m, net = save_mae(tmp_path / "mae")
