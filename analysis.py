@@ -435,12 +435,13 @@ def distance_numbers(model, args, s):
 
 def nmi_numbers(model, args, s):
     """Spread over heads (divisor H) of means over images, and the density of the heads of block 3
-    (fig. E.1); how both are taken is our choice."""
+    (fig. E.1); how both are taken is our choice. Beside it the share of attention that goes to the
+    class token."""
     found, at = s.means["nmi"], torch.linspace(-0.1, 1.1, 512)                       # (L, H)
-    third = min(3, len(found))
+    third = found[min(3, len(found)) - 1]
     return dict(block=upto(len(found), 1), nmi=found.mean(1), spread=found.std(1, correction=0),
                 nmi_by_head=found, class_mass=s.means["class_mass"].mean(1), heads=found.shape[1],
-                density_at=at, density=d.kde(found[third - 1].float(), at))
+                density_at=at, density=d.kde(third.float(), at), density_of=third)
 
 
 def block_numbers(name, model, args, s):

@@ -98,6 +98,15 @@ def losses(ax, results):
         ax.set_title("{relative_distance:.1%} from the default run".format(**results[0].numbers))
 
 
+def heads(ax, results):
+    """Density of the heads of one block, and on the axis a mark for each."""
+    curve("density_at", "density", "normalised MI of a head", "density")(ax, results)
+    for r in results:
+        ax.plot(r.numbers["density_of"], [0] * r.numbers["heads"], r.marker, color=r.colour,
+                markersize=5, alpha=0.7, clip_on=False)
+    ax.set_ylim(0)
+
+
 def plane(ax, results):
     """Tokens of two images before and after a layer, and their centres."""
     for side, colour, cross in zip(results[0].numbers["plane"], COLOURS, "+x"):
@@ -222,10 +231,12 @@ FIGURES = {
     "nmi": Figure(
         "Mutual information of query and key",
         "Low: all queries look at the same place. The paper: contrastive models fall to 0 late, "
-        "masked ones stay above. Middle: do heads differ? Right: heads of block 3, or the last.",
+        "masked ones stay above. Second: do heads differ? Third: heads of block 3, or the last, "
+        "each a mark. Last: attention that goes to the class token; where it is near 1, NMI is too "
+        "low.",
         panels(curve("block", "nmi", "block", "normalised MI"),
-               curve("block", "spread", "block", "standard deviation over heads"),
-               curve("density_at", "density", "normalised MI of a head", "density"))),
+               curve("block", "spread", "block", "standard deviation over heads"), heads,
+               curve("block", "class_mass", "block", "attention to the class token"))),
     "head_similarity": Figure(
         "Similarity of heads",
         "High: heads say the same. The paper: contrastive above masked, late.",

@@ -23,6 +23,7 @@ def test_curves_are_of_the_layers_they_name():
     found = analysis.nmi_numbers(m, args, passed(nmi=[[0, 0], [0, 1], [1, 1]], class_mass=heads))
     assert found["nmi"].tolist() == [0, 0.5, 1] and found["spread"].tolist() == [0, 0.5, 0]
     assert found["density_at"][found["density"].argmax()] == pytest.approx(1, abs=0.01)  # block 3
+    assert found["density_of"].tolist() == [1, 1] and found["class_mass"].tolist() == [2, 8, 6]
     states = [[i, i, 3 * i] for i in range(7)]               # z_0, u_1, z_1, ... z_3
     found = analysis.fourier_numbers(m, args, passed(fourier=states))
     assert found["highest"].tolist() == [0, 4, 8, 12]
