@@ -356,8 +356,12 @@ def get(cfg, run, images, held_out, view):
             path.parent.mkdir(parents=True, exist_ok=True)
             run.say(f"training a tokenizer ({cfg.tokenizer_kind}, {cfg.codes} words), once; "
                     f"--tokenizer names a trained one")
-            net = train(cfg, run, images, view, cell)
-            save(path, net, survey(net, held_out, cfg.token_size, run, cfg.workers))
+            net, report = train(cfg, run, images, view, cell), ""
+            try:
+                report = survey(net, held_out, cfg.token_size, run, cfg.workers)
+            except ValueError as error:                              # an image that is unreadable
+                run.say(f"left out: {error}")
+            save(path, net, report)
         training.all_mean(torch.zeros(1))                            # the others wait for the file
         net = load(path)
     if net.cell != cell:

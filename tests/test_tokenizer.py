@@ -353,6 +353,17 @@ def test_a_tokenizer_is_trained_once_and_kept(tmp_path, monkeypatch):
     assert kept.read_bytes() == before and list(tmp_path.iterdir()) == [kept]
 
 
+def test_an_unreadable_held_out_image_does_not_cost_the_tokenizer(tmp_path, monkeypatch):
+    def unreadable(*_):
+        raise ValueError("cannot read 7.png")
+
+    monkeypatch.setattr(tokenizer, "survey", unreadable)
+    cfg, said = settings(tmp_path), []
+    net = tokenizer.get(cfg, a_run(say=said.append), images(), images(8), VIEW)
+    assert "left out: cannot read 7.png" in said and said[-1].endswith("16 words")
+    assert net.report == "" and tokenizer.cache(cfg, images(), VIEW).exists()
+
+
 def test_other_data_sizes_or_seeds_have_another_cache(tmp_path):
     (tmp_path / "photos").mkdir()
     cfg = settings(tmp_path)
