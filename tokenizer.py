@@ -28,6 +28,7 @@ training): only below that has a run learned something.
 import hashlib
 import math
 import os
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -362,7 +363,9 @@ def get(cfg, run, images, held_out, view):
             except ValueError as error:                              # an image that is unreadable
                 run.say(f"left out: {error}")
             save(path, net, report)
-        training.all_mean(torch.zeros(1))                            # the others wait for the file
+        while not path.exists():     # the others, maybe for longer than a collective would wait
+            run.leave_if_told()
+            time.sleep(1)
         net = load(path)
     if net.cell != cell:
         raise ValueError(f"{path} has cells of {net.cell} pixels: give --token-size "

@@ -521,10 +521,11 @@ class Run:
         return bool(flags.any()) or self.step + 1 == self.total
 
     def leave_if_told(self):
-        """Ends the process if it was told to stop: for long work before the first step."""
+        """Ends the process if it was told to stop: for long work before the first step. Of several,
+        maybe only one was told: it fails, and torchrun ends the others."""
         if self._signalled:
             self.say("told to stop before the first step")
-            sys.exit(0)
+            sys.exit(int(self.world > 1))
 
     def save(self):
         """Writes last.pt: what restore() was given and where the run stands. A kill at any instant

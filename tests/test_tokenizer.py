@@ -364,6 +364,27 @@ def test_an_unreadable_held_out_image_does_not_cost_the_tokenizer(tmp_path, monk
     assert net.report == "" and tokenizer.cache(cfg, images(), VIEW).exists()
 
 
+def test_the_other_processes_wait_for_the_file_and_leave_when_told(tmp_path, monkeypatch):
+    cfg, waited = settings(tmp_path), []
+
+    def sleep(seconds):                                       # meanwhile, in process 0
+        waited.append(seconds)
+        if len(waited) == 3:
+            tokenizer.save(tokenizer.cache(cfg, images(), VIEW), small(cell=4), "")
+
+    monkeypatch.setattr(tokenizer.time, "sleep", sleep)
+    monkeypatch.setattr(tokenizer, "train", None)
+    assert tokenizer.get(cfg, a_run(rank=1), images(), None, VIEW).vocabulary == 16
+    assert len(waited) == 3
+
+    def leave():
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        other = settings(tmp_path, seed=1)
+        tokenizer.get(other, a_run(rank=1, leave_if_told=leave), images(), None, VIEW)
+
+
 def test_other_data_sizes_or_seeds_have_another_cache(tmp_path):
     (tmp_path / "photos").mkdir()
     cfg = settings(tmp_path)
