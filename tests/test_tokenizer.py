@@ -276,6 +276,15 @@ def test_training_falls_repeats_itself_and_leaves_the_global_generator_alone(kin
     assert same == [True, False]
 
 
+def test_a_loss_that_is_not_finite_is_said_and_no_tokenizer_kept(tmp_path, monkeypatch):
+    loss = tokenizer.dvae_loss
+    monkeypatch.setattr(tokenizer, "dvae_loss", lambda *given: loss(*given) * math.nan)
+    cfg = settings(tmp_path, tokenizer_kind="dvae")
+    with pytest.raises(ValueError, match="not finite by its step 1: try --tokenizer-kind vq"):
+        tokenizer.get(cfg, a_run(), images(), images(8), VIEW)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_temperature_falls_in_time_and_codes_settle_at_the_end(monkeypatch):
     seen, restarts = [], []
