@@ -270,6 +270,8 @@ def main():
         for split, limit in (("train", None), ("train", 2000), ("test", 500)))
     loader = data.Loader(images, views(cfg), cfg.batch_size, cfg.seed, run.device, cfg.workers,
                          run.rank, run.world)
+    with torch.device("meta"):     # settings that cannot be are told before a tokenizer is trained
+        CAE(cfg, 1)
     dvae = tokenizer.get(cfg, run, images, queries, views(cfg)[1])           # frozen words
 
     model = run.place(CAE(cfg, dvae.vocabulary))

@@ -394,6 +394,9 @@ class Run:
         if cfg.batch_size % (self.world * cfg.accumulate):
             raise ValueError(f"--batch-size {cfg.batch_size} is the global batch: it must be a "
                              f"multiple of {self.world} processes x {cfg.accumulate} micro-batches")
+        if cfg.resume and not (self.out / "last.pt").exists():
+            raise ValueError(f"nothing to resume: there is no {self.out / 'last.pt'}; leave out "
+                             f"--resume to start, or name the run's folder with --out")
         keep_memory()
         torch.set_float32_matmul_precision("high")                   # TF32 for a GPU's fp32 parts
         join(self.device)
@@ -423,9 +426,6 @@ class Run:
     # ---- folder and checkpoints ----
 
     def _open_folder(self):
-        if self.cfg.resume and not (self.out / "last.pt").exists():
-            raise ValueError(f"nothing to resume: there is no {self.out / 'last.pt'}; leave out "
-                             f"--resume to start, or name the run's folder with --out")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.out / ".lock", "w")               # goes with the process
@@ -761,7 +761,8 @@ class Run:
 
 
 def start(cfg):
-    """The Run of these settings. Raises ValueError for a device or batch that cannot be had."""
+    """The Run of these settings. Raises ValueError for a device, a batch or a run to resume that
+    cannot be had."""
     return Run(cfg)
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import checkpoints
+import tokenizer
 import training
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +187,25 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
         if "--bn-in-head" in str(e):          # without batch norms they are exact
             run(method, "--out", plain, bn_in_head=False)
             in_micro_batches(plain, bn_in_head=False)
+
+
+@pytest.mark.parametrize("method", ["beit", "cae"])
+def test_what_cannot_be_is_said_before_a_tokenizer_is_trained(method, run, tmp_path, monkeypatch):
+    def trained(*_):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(tokenizer, "train", trained)
+    for sentence, more, settings in (
+            ("not a multiple of 3 heads", [], dict(num_heads=3)),
+            ("not a multiple of patch size", [], dict(img_size=18)),
+            ("nothing to resume", ["--resume"], {})):
+        with pytest.raises(ValueError, match=sentence):
+            run(method, "--out", tmp_path, *more, **settings)
+    module, before = importlib.import_module(method), torch.get_rng_state()
+    with torch.device("meta"):                # which draws no random number: weights stay the same
+        module.__dict__["CAE" if method == "cae" else "Network"](
+            training.config(module.Config, flags(method)), 1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow
