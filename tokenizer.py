@@ -460,4 +460,5 @@ class Fingerprint:
 
     def load_state_dict(self, saved):
         if saved != self.state_dict():
-            raise ValueError("its words are not those of this one")
+            raise ValueError("its words are others: name the file it learned with by --tokenizer, "
+                             "out/tokenizer-*.pt")

@@ -494,7 +494,7 @@ class Run:
                 x.load_state_dict(saved["state"][name])
             except (RuntimeError, ValueError, KeyError) as e:
                 reason = str(e).splitlines()[-1].strip()
-                raise ValueError(f"{path} holds a {name} of another shape ({reason}); resume with "
+                raise ValueError(f"{path} holds a {name} that does not fit ({reason}); resume with "
                                  f"the settings in {self.out / 'config.yaml'}") from None
             for group, now in zip(getattr(x, "param_groups", []), own):
                 group.update(now)                                    # today's weight decay counts

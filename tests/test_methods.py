@@ -221,7 +221,7 @@ def test_what_cannot_be_is_said_in_a_sentence(method, run, tmp_path):
     refused("not finite", "--out", tmp_path / "lr", "--lr", 1e30, clip=0)
     assert math.isfinite(records(tmp_path / "lr")[-1]["loss"])
     run(method, "--steps", 1, "--out", tmp_path / "run")
-    refused("another shape", "--out", tmp_path / "run", "--resume", embed_dim=32)
+    refused("does not fit", "--out", tmp_path / "run", "--resume", embed_dim=32)
     saved = torch.load(tmp_path / "run" / "last.pt")
     torch.save({**saved, "method": "other"}, tmp_path / "run" / "last.pt")
     refused(f"is of method other, not {method}", "--out", tmp_path / "run", "--resume")
