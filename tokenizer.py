@@ -431,7 +431,7 @@ def load(path):
         if net.decoder is not None:
             net.decoder.load_state_dict(read(beside))
         return net
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} is no tokenizer, neither one of ours nor DALL-E's ({reason} ...)"
                          ) from None

@@ -453,7 +453,11 @@ def test_a_file_with_other_cells_is_refused(tmp_path):
 @pytest.mark.parametrize("content, words", [
     ({"some": torch.zeros(1)}, "no tokenizer"), ({"some": 1}, "no tokenizer"),
     ({"format": "tokenizer/1", "config": {"kind": "vq"}, "model": {}}, "no tokenizer"),
-    ({"format": "encoder/1"}, "no tokenizer"), (torch.zeros(1), "holds a Tensor"),
+    ({"format": "encoder/1"}, "no tokenizer"), ({"state_dict": torch.zeros(1)}, "no tokenizer"),
+    ({"state_dict": [torch.zeros(1)]}, "no tokenizer"), ([torch.zeros(1)], "holds a list"),
+    ({"format": "tokenizer/1", "config": {"kind": "vq", "vocabulary": 4, "cell": 4}, "model": [],
+      "report": ""}, "no tokenizer"),
+    (torch.zeros(1), "holds a Tensor"),
     (b"<html>", "damaged")])
 def test_files_that_are_no_tokenizer_get_one_sentence(content, words, tmp_path):
     path = tmp_path / "encoder.pkl"
