@@ -184,16 +184,6 @@ def test_mae_on_both_is_the_mean_of_the_branches():
     assert torch.allclose(both, (first + second) / 2) and not torch.allclose(first, second)
 
 
-def test_gradient_of_the_loss_is_the_sum_of_its_parts_with_weight_one():
-    net = network()
-    mae_part, sem = asl.asl_losses(*outputs(net))
-    whole, *parts = (gradients(net, x) for x in (mae_part + sem, mae_part, sem))
-    for name, g in whole.items():
-        expected = sum(part[name] for part in parts if part[name] is not None)
-        assert torch.allclose(g, expected, atol=1e-7), name
-    assert training.config(asl.Config, []).sem == 1.0
-
-
 @pytest.mark.parametrize("align_cls", [False, True])
 def test_class_token_is_left_out_unless_asked_for(align_cls):
     a, b, target, mask = outputs(network())
@@ -339,4 +329,5 @@ def test_settings_are_maes_where_the_paper_names_no_others():
             **vars(theirs), "method": "asl", "out": f"out/asl-{name}", "origin": ours.origin,
             "epochs": epochs}
     cfg = training.config(asl.Config, ["--data", "imagenet"])
-    assert (cfg.dle, cfg.align_cls, cfg.mae_both, cfg.norm_pix) == (False, False, False, True)
+    assert (cfg.sem, cfg.dle, cfg.align_cls, cfg.mae_both, cfg.norm_pix) == (
+        1.0, False, False, False, True)
