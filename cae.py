@@ -59,7 +59,7 @@ class Config:
     embed_dim: int = 768          # D, of regressor and decoder, too (paper)
     depth: int = 12               # blocks (paper)
     num_heads: int = 12           # attention heads, everywhere (paper)
-    layer_scale: float = 0.1      # every branch begins so small (official code; ViT-L: 1e-5)
+    layer_scale: float = 0.1      # every branch begins so small (code; ViT-L: 1e-5); 0: as it is
     drop_path: float = 0.1        # stochastic depth, in each of the three parts (official code)
     regressor_depth: int = 4      # cross-attention blocks (paper)
     decoder_depth: int = 4        # self-attention blocks (paper)
@@ -165,7 +165,8 @@ class RegressorBlock(nn.Module):
         self.norm1_q, self.norm1_k, self.norm1_v, self.norm2 = (
             nn.LayerNorm(dim, 1e-6) for _ in range(4))
         self.cross_attn = CrossAttention(dim, num_heads)
-        self.ls1, self.ls2 = (vit.LayerScale(dim, layer_scale) for _ in range(2))
+        self.ls1, self.ls2 = (vit.LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+                              for _ in range(2))
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
@@ -187,19 +188,19 @@ class CAE(nn.Module):
 
     def __init__(self, cfg, vocabulary):
         super().__init__()
-        D, H = cfg.embed_dim, cfg.num_heads
+        D, H, scale = cfg.embed_dim, cfg.num_heads, cfg.layer_scale or None
         self.drop_path = cfg.drop_path
         self.draws = [2 * depth for depth in (cfg.depth, cfg.depth, cfg.regressor_depth,
                                               cfg.decoder_depth)]
         self.encoder = vit.ViT(cfg.img_size, cfg.patch_size, D, cfg.depth, H, pos="sincos_row",
-                               layer_scale=cfg.layer_scale, qkv_bias="split",
+                               layer_scale=scale, qkv_bias="split",
                                drop_path=cfg.drop_path, resize="size", init="cae")
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        self.regressor = nn.ModuleList(RegressorBlock(D, H, cfg.layer_scale)
+        self.regressor = nn.ModuleList(RegressorBlock(D, H, scale)
                                        for _ in range(cfg.regressor_depth))
         self.regressor_norm = nn.LayerNorm(D, 1e-6)
-        self.decoder = nn.ModuleList(vit.Block(D, H, qkv_bias="split", layer_scale=cfg.layer_scale)
+        self.decoder = nn.ModuleList(vit.Block(D, H, qkv_bias="split", layer_scale=scale)
                                      for _ in range(cfg.decoder_depth))
         self.decoder_norm = nn.LayerNorm(D, 1e-6)
         self.head = nn.Linear(D, vocabulary)

@@ -63,7 +63,7 @@ class Config:
     depth: int = 12               # blocks (paper)
     num_heads: int = 12           # attention heads (paper)
     pos: str = "none"             # absolute positions: none (SimMIM) or sincos_row
-    layer_scale: float = 0.1      # every branch begins so small (SimMIM)
+    layer_scale: float = 0.1      # every branch begins so small (SimMIM); 0: as it is
     init: str = "beit"            # weights: beit (our choice: SimMIM) or moco (Xavier): see vit.py
     drop_path: float = 0.1        # stochastic depth (paper); in all student passes (our choice)
     freeze_patch: bool = False    # random patch projection: MoCo v3's, not SimMIM's (our choice)
@@ -150,8 +150,9 @@ class Network(nn.Module):
         super().__init__()
         D, hidden, C, p = cfg.embed_dim, cfg.hidden, cfg.out_dim, cfg.patch_size
         self.backbone = vit.ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads, pos=cfg.pos,
-                                rel_pos="shared", layer_scale=cfg.layer_scale, qkv_bias="split",
-                                drop_path=0.0 if teacher else cfg.drop_path, init=cfg.init)
+                                rel_pos="shared", layer_scale=cfg.layer_scale or None,
+                                qkv_bias="split", init=cfg.init,
+                                drop_path=0.0 if teacher else cfg.drop_path)
         self.backbone.patch_embed.requires_grad_(not cfg.freeze_patch)
         if cfg.lam < 1 and not teacher:                                      # SimMIM's
             self.mask_token = nn.Parameter(torch.zeros(1, 1, D))

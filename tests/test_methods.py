@@ -189,6 +189,17 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
             in_micro_batches(plain, bn_in_head=False)
 
 
+@pytest.mark.parametrize("method, name", [("beit", "Network"), ("cae", "CAE"),
+                                          ("hybrid", "Network"), ("simmim", "Network")])
+def test_layer_scale_0_leaves_every_branch_as_it_is(method, name):
+    module = importlib.import_module(method)
+    words = [16] * (method in ("beit", "cae"))
+    for scale in (0, 0.1):
+        cfg = training.config(module.Config, flags(method, layer_scale=scale))
+        names = [key for key, _ in getattr(module, name)(cfg, *words).named_parameters()]
+        assert any(".ls2." in key for key in names) == (scale > 0)
+
+
 @pytest.mark.parametrize("method", ["beit", "cae"])
 def test_what_cannot_be_is_said_before_a_tokenizer_is_trained(method, run, tmp_path, monkeypatch):
     def trained(*_):
