@@ -53,9 +53,7 @@ class Config:
     embed_dim: int = 768          # width (paper)
     depth: int = 12               # blocks (paper)
     num_heads: int = 12           # attention heads (paper)
-    pos: str = "none"             # absolute positions: none (official code) or sincos_row
     layer_scale: float = 0.1      # every branch begins so small (official code); 0: as it is
-    init: str = "beit"            # weights: beit (official code) or moco (Xavier): see vit.py
     drop_path: float = 0.1        # stochastic depth, in pretraining, too (official code)
     # the mask
     mask_block: int = 32          # pixels: one draw hides or shows so large a square (paper)
@@ -114,9 +112,9 @@ class Network(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D, p = cfg.embed_dim, cfg.patch_size
-        self.backbone = vit.ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads, pos=cfg.pos,
+        self.backbone = vit.ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads, pos="none",
                                 rel_pos="shared", layer_scale=cfg.layer_scale or None,
-                                qkv_bias="split", drop_path=cfg.drop_path, init=cfg.init)
+                                qkv_bias="split", drop_path=cfg.drop_path, init="beit")
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # a Linear on each patch; PixelShuffle lays 3pp numbers out as colours of p x p pixels

@@ -14,8 +14,9 @@ import simmim
 import training
 
 VIT = "--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 --num-heads 2 --batch-size 8".split()
-MIM = "--mask-block 8 --drop-path 0.1 --pos none --init beit".split()
+MIM = "--mask-block 8 --drop-path 0.1".split()
 CL = "--hidden 32 --out-dim 16".split()
+BOTH = [*MIM, *CL, *"--pos none --init beit".split()]        # simmim.py has no other backbone
 QUICK = """--workers 0 --evals 0 --precision fp32 --device cpu --data synthetic --steps 3
            --warmup-epochs 0 --lr 0.2""".split()
 
@@ -26,7 +27,7 @@ def fixed_seed():
 
 
 def config(*flags):
-    return training.config(hybrid.Config, [*VIT, *MIM, *CL, *flags])
+    return training.config(hybrid.Config, [*VIT, *BOTH, *flags])
 
 
 def networks(*flags):
@@ -141,8 +142,8 @@ def test_lambda_1_has_the_gradients_of_moco_on_the_same_backbone():
 
 def test_a_run_with_lambda_0_is_a_run_of_simmim_bit_by_bit(monkeypatch, tmp_path):
     states = []
-    for method, flags in ((simmim, MIM), (hybrid, [*MIM, *CL, "--lam", "0"]),
-                          (hybrid, [*MIM, *CL, "--lam", "0.1"])):
+    for method, flags in ((simmim, MIM), (hybrid, [*BOTH, "--lam", "0"]),
+                          (hybrid, [*BOTH, "--lam", "0.1"])):
         saved = train(monkeypatch, tmp_path / str(len(states)), method, *flags)
         states.append(saved.get("model") or saved["student"])
     plain, ours, mixed = states
@@ -173,7 +174,7 @@ def test_loss_of_a_run_is_affine_in_lambda(monkeypatch, tmp_path):
     records = {}
     for lam in (0.25, 0.5, 0.75):              # the first step: equal weights, views and masks
         out = tmp_path / str(lam)
-        train(monkeypatch, out, hybrid, *MIM, *CL, "--lam", str(lam), "--steps", "1")
+        train(monkeypatch, out, hybrid, *BOTH, "--lam", str(lam), "--steps", "1")
         records[lam] = json.loads((out / "metrics.jsonl").read_text())
     low, middle, high = records.values()
     assert middle["loss"] == pytest.approx((low["loss"] + high["loss"]) / 2, abs=1e-6)
@@ -276,7 +277,7 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
             yield step, batch
 
     monkeypatch.setattr(training.Run, "steps", spy)
-    train(monkeypatch, tmp_path, hybrid, *MIM, *CL, *recipe, "--steps", "2")
+    train(monkeypatch, tmp_path, hybrid, *BOTH, *recipe, "--steps", "2")
     found = torch.load(tmp_path / "last.pt", weights_only=True)["state"]
     torch.manual_seed(0)
     cfg = config(*recipe)
@@ -315,7 +316,7 @@ def test_collapse_is_told_by_spread_and_loss_together(
     monkeypatch.setattr(training.Run, "knn", lambda *_: {"spread": torch.tensor(spread)})
     monkeypatch.setattr(hybrid, "contrast", lambda q, k, tau, first: (
         0 * q.sum() + share * 2 * tau * math.log(8)))
-    train(monkeypatch, tmp_path, hybrid, *MIM, *CL, "--steps", "1", "--evals", "1")
+    train(monkeypatch, tmp_path, hybrid, *BOTH, "--steps", "1", "--evals", "1")
     assert ("collapsed" in capsys.readouterr().out) == alarm
 
 
@@ -326,7 +327,7 @@ def test_a_network_whose_class_tokens_are_equal_is_told_of(monkeypatch, tmp_path
             self.backbone.norm.weight.data.zero_()
 
     monkeypatch.setattr(hybrid, "Network", Blind)
-    flags = *MIM, *CL, "--steps", "1", "--evals", "1", "--lr", "0", "--tau", "0.5"
+    flags = *BOTH, "--steps", "1", "--evals", "1", "--lr", "0", "--tau", "0.5"
     train(monkeypatch, tmp_path, hybrid, *flags)
     assert "not below 4.16, the cost of knowing nothing" in capsys.readouterr().out   # 2 ln 8
 
@@ -342,6 +343,6 @@ def test_a_network_whose_class_tokens_are_equal_is_told_of(monkeypatch, tmp_path
 ])
 def test_settings_that_cannot_be(flags, sentence, monkeypatch):
     monkeypatch.setattr(training.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["", *VIT, *MIM, *CL, *flags.split()])
+    monkeypatch.setattr(sys, "argv", ["", *VIT, *BOTH, *flags.split()])
     with pytest.raises(ValueError, match=sentence):
         hybrid.main()
