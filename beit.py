@@ -161,17 +161,6 @@ def token_loss(logits, ids, count=None):
                                                                     else count)
 
 
-def decay_groups(module, weight_decay):
-    """Matrices decay, and with them the mask token and the table of relative positions; biases,
-    norms, layer scale, class token and positions do not (official code)."""
-    groups = {True: [], False: []}
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            groups[p.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))].append(p)
-    return [dict(params=groups[True], weight_decay=weight_decay),
-            dict(params=groups[False], weight_decay=0.0)]
-
-
 # --------------------------------------------------------------------------------------------------
 # Train
 # --------------------------------------------------------------------------------------------------
@@ -196,7 +185,8 @@ def main():
 
     model = run.place(Network(cfg, dvae.vocabulary))
     net = training.unwrap(model)
-    opt = torch.optim.AdamW(decay_groups(net, cfg.weight_decay), fused=True)
+    groups = training.decay_groups(net, cfg.weight_decay, spare=("cls_token", "pos_embed"))
+    opt = torch.optim.AdamW(groups, fused=True)
     run.restore(model=model, opt=opt, tokenizer=tokenizer.Fingerprint(dvae))
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
 

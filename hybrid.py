@@ -88,7 +88,7 @@ class Config:
     warmup_lr: float = 5e-7       # where the rise begins, times batch/512 (our choice: SimMIM)
     drop_at: float = 0.875        # share of the run after which the rate is a tenth (our choice)
     #                               paper: "multistep", not when; SimMIM: 700 of 800 epochs
-    weight_decay: float = 0.05    # AdamW (paper)
+    weight_decay: float = 0.05    # AdamW (paper); not of the class token (our choice: SimMIM)
     clip: float = 5.0             # norm of the gradient of the sum (paper)
 
 
@@ -206,17 +206,6 @@ def schedules(step, total, warmup, cfg):
     return lr * cfg.batch_size / 512, momentum
 
 
-def decay_groups(module, weight_decay):
-    """Matrices decay, and with them the mask token and the table of relative positions; biases,
-    norms, layer scale and the class token do not (our choice: SimMIM's code, for ViTs)."""
-    groups = {True: [], False: []}
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            groups[p.ndim > 1 and not name.endswith("cls_token")].append(p)
-    return [dict(params=groups[True], weight_decay=weight_decay),
-            dict(params=groups[False], weight_decay=0.0)]
-
-
 def main():
     cfg = training.config(Config)
     run = training.start(cfg)
@@ -244,7 +233,8 @@ def main():
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
     training.ema_(teacher, student, 0.0)                                     # they begin equal
-    opt = torch.optim.AdamW(decay_groups(student, cfg.weight_decay), fused=True)
+    opt = torch.optim.AdamW(training.decay_groups(student, cfg.weight_decay, spare=("cls_token",)),
+                            fused=True)
     run.restore(student=student, teacher=teacher, opt=opt)
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
 

@@ -67,7 +67,7 @@ class Config:
     lr: float = 1e-4              # times batch/512, where others have 256 (code)
     warmup_lr: float = 5e-7       # where the rise begins, times batch/512 (code)
     drop_at: float = 0.875        # share of the run after which the rate is a tenth (code: 700/800)
-    weight_decay: float = 0.05    # AdamW (paper)
+    weight_decay: float = 0.05    # AdamW (paper); mask token and table, too, not class token (code)
     clip: float = 5.0             # norm of the gradient (code)
 
 
@@ -155,16 +155,6 @@ def schedule(step, total, warmup, cfg):
     return scale * cfg.lr * (0.1 if step >= cfg.drop_at * total else 1.0)
 
 
-def decay_groups(module, weight_decay):
-    """Matrices decay, and with them the mask token and the table of relative positions; biases,
-    norms, layer scale and the class token do not (official code, for ViTs)."""
-    groups = {True: [], False: []}
-    for name, p in module.named_parameters():
-        groups[p.ndim > 1 and not name.endswith("cls_token")].append(p)
-    return [dict(params=groups[True], weight_decay=weight_decay),
-            dict(params=groups[False], weight_decay=0.0)]
-
-
 def main():
     cfg = training.config(Config)
     run = training.start(cfg)
@@ -184,7 +174,8 @@ def main():
 
     model = run.place(Network(cfg))
     net = training.unwrap(model)
-    opt = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), fused=True)
+    opt = torch.optim.AdamW(training.decay_groups(model, cfg.weight_decay, spare=("cls_token",)),
+                            fused=True)
     run.restore(model=model, opt=opt)
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
 

@@ -346,11 +346,14 @@ def cosine(step, total, start, end, warmup=0):
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def decay_groups(module, weight_decay):
-    """Two groups for AdamW: vectors (biases, norms) do not decay, all others do."""
-    params = [p for p in module.parameters() if p.requires_grad]
-    return [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
-            dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)]
+def decay_groups(module, weight_decay, spare=()):
+    """Two groups for AdamW: vectors (biases, norms) and names that end in one of `spare` do not
+    decay, all others do."""
+    decayed, spared = dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            (spared if p.ndim <= 1 or name.endswith(spare) else decayed)["params"].append(p)
+    return [decayed, spared]
 
 
 def set_lr(opt, lr):

@@ -281,7 +281,8 @@ def test_loss_is_the_mean_over_hidden_patches_however_they_are_split():
 
 def test_weight_decay_spares_class_token_positions_and_vectors_only():
     net = network("--rel-pos", "--layer-scale", "0.1", "--pos", "learned")
-    decayed, spared = ({id(p) for p in g["params"]} for g in beit.decay_groups(net, 0.05))
+    decayed, spared = ({id(p) for p in g["params"]} for g in training.decay_groups(
+        net, 0.05, spare=("cls_token", "pos_embed")))
     names = {id(p): name for name, p in net.named_parameters()}
     assert decayed | spared == set(names) and not decayed & spared
     assert {"mask_token", "backbone.rel_pos_bias.relative_position_bias_table", "lm_head.weight",

@@ -251,8 +251,8 @@ def test_schedules_and_groups_are_the_parents():
     student, teacher = networks()
     alone, _, _ = parts_of(student, teacher)
     groups = [{name for name, p in net.named_parameters() for q in group["params"] if p is q}
-              for net, method in ((student, hybrid), (alone, simmim))
-              for group in method.decay_groups(net, 0.05)]
+              for net in (student, alone)
+              for group in training.decay_groups(net, 0.05, spare=("cls_token",))]
     assert {name for name in groups[0] if not name.startswith("pr")} == groups[2]
     assert {name for name in groups[1] if not name.startswith("pr")} == groups[3]
     assert "projector.0.weight" in groups[0] and "projector.1.weight" in groups[1]
@@ -268,7 +268,7 @@ def test_defaults_are_the_papers():
 def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
     """Two steps written out: the views apart, the teacher moved before its keys, the other view's
     keys, the weighted sum, clip, AdamW."""
-    recipe = "--lam 0.3 --momentum 0.5 --clip 0.1 --drop-at 0.5".split()
+    recipe = "--lam 0.3 --momentum 0.5 --clip 0.1 --drop-at 0.5 --weight-decay 5".split()
     batches, steps = [], training.Run.steps
 
     def spy(self, loader):
@@ -283,7 +283,7 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
     cfg = config(*recipe)
     student, teacher = hybrid.Network(cfg), hybrid.Network(cfg, teacher=True)
     weights = dict(student.named_parameters())
-    opt = torch.optim.AdamW(hybrid.decay_groups(student, 0.05))
+    opt = torch.optim.AdamW(training.decay_groups(student, 5, spare=("cls_token",)))
     for step, batch in enumerate(batches):
         training.set_lr(opt, (1, 0.1)[step] * 0.2 * 8 / 512)
         with torch.no_grad():

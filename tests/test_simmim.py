@@ -213,7 +213,7 @@ def test_every_parameter_gets_a_gradient():
 
 def test_what_decays_is_what_the_official_optimiser_decays():
     net = network()
-    decayed, free = simmim.decay_groups(net, 0.05)
+    decayed, free = training.decay_groups(net, 0.05, spare=("cls_token",))
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
     names = {p: name for name, p in net.named_parameters()}
     assert len(decayed["params"]) + len(free["params"]) == len(names)
@@ -247,7 +247,8 @@ def test_view_and_defaults_are_the_published_ones():
 
 def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
     """Two steps written out: mask and drop path by seed, epoch and image; loss; clip; AdamW."""
-    recipe = "--drop-path 0.5 --warmup-epochs 0 --lr 0.2 --drop-at 0.5 --clip 0.01".split()
+    recipe = """--drop-path 0.5 --warmup-epochs 0 --lr 0.2 --drop-at 0.5 --clip 0.01
+                --weight-decay 5""".split()
     parts, micro_batches = [], training.Run.micro_batches
 
     def spy(self, batch):
@@ -264,7 +265,7 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
     torch.manual_seed(0)
     cfg = config(*recipe)
     net = simmim.Network(cfg)
-    opt = torch.optim.AdamW(simmim.decay_groups(net, 0.05))
+    opt = torch.optim.AdamW(training.decay_groups(net, 5, spare=("cls_token",)))
     for part, share in zip(parts, (1, 0.1), strict=True):
         training.set_lr(opt, share * 0.2 * 8 / 512)
         x, mask = part.views[0], simmim.draw_mask(part.index, cfg, 0, part.epoch)

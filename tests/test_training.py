@@ -105,6 +105,8 @@ def test_decay_groups_leave_out_vectors_and_frozen_parameters():
     decay, keep = training.decay_groups(net, 0.04)
     assert decay["weight_decay"] == 0.04 and decay["params"] == [net[0].weight]
     assert keep["weight_decay"] == 0 and len(keep["params"]) == 4
+    decay, keep = training.decay_groups(net, 0.04, spare=("0.weight",))
+    assert decay["params"] == [] and len(keep["params"]) == 5
 
 
 # ---- kills and pre-emption -----------------------------------------------------------------------
