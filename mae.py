@@ -219,7 +219,7 @@ def main():
 
     model = run.place(Network(cfg))
     net = training.unwrap(model)
-    opt = torch.optim.AdamW(training.decay_groups(model, cfg.weight_decay),
+    opt = torch.optim.AdamW(training.decay_groups(net, cfg.weight_decay),
                             betas=(0.9, cfg.beta2), fused=True)
     run.restore(model=model, opt=opt)
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))

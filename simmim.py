@@ -174,8 +174,8 @@ def main():
 
     model = run.place(Network(cfg))
     net = training.unwrap(model)
-    opt = torch.optim.AdamW(training.decay_groups(model, cfg.weight_decay, spare=("cls_token",)),
-                            fused=True)
+    groups = training.decay_groups(net, cfg.weight_decay, spare=("cls_token",))
+    opt = torch.optim.AdamW(groups, fused=True)
     run.restore(model=model, opt=opt)
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
 
@@ -184,8 +184,9 @@ def main():
         training.set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
-        for part in run.micro_batches(batch):          # images are independent: any split is exact
-            x, when = part.views[0], (cfg.seed, part.epoch)
+        for part in run.micro_batches(batch):
+            x, = part.views                                                  # (B, 3, S, S)
+            when = cfg.seed, part.epoch
             mask = draw_mask(part.index, cfg, *when)                         # (B, n, n)
             drop = rng.uniform(part.index, 2 * cfg.depth, *when, "drop")
             with run.autocast():
