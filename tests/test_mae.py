@@ -2,11 +2,14 @@
 import math
 import signal
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import checkpoints
+import data
 import mae
 import rng
 import training
@@ -357,6 +360,23 @@ def test_full_checkpoint_loads_as_an_official_one_with_its_decoder(run, tmp_path
     assert torch.equal(full(x), encoder(x)) and encoder.source.heads == {}
     decoder = {"mask_token": torch.zeros(1, 1, 16), **full.source.heads["decoder"]}
     network().decoder.load_state_dict(decoder)                         # whole: nothing is missing
+
+
+def test_the_picture_shows_image_visible_patches_and_what_was_painted():
+    columns, run = {}, SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
+    run.picture = columns.update
+    images, net = data.load("toy", split="test", size=32, limit=3), network()
+    mae.show(run, config(), net, images)
+    x, index = next(data.batches(images, 32))
+    pred, mask = net(x, rng.uniform(index, 16, "picture"))
+    patches = mae.patchify(x, 8)
+    removed = mae.unpatchify(mask[:, :, None].expand_as(patches))                # (B, 3, S, S)
+    assert list(columns) == ["image", "visible", "painted back"] and net.training
+    image, visible, painted = columns.values()
+    assert torch.equal(image, images.pixels)
+    assert torch.equal(visible, torch.where(removed, data.denormalize(0 * x), image))
+    assert torch.equal(painted, data.denormalize(mae.paint(pred, patches, mask, True)))
+    assert torch.equal(painted[~removed], image[~removed]) and (painted != image)[removed].any()
 
 
 @pytest.mark.parametrize("ratio", ["0", "1", "0.99", "1e-20", "-1", "nan", "inf"])

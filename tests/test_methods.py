@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import checkpoints
+import data
 import tokenizer
 import training
 
@@ -55,6 +56,13 @@ def run(monkeypatch):
     yield main
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Data sets are their first 32 images, for one test."""
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *given: load(*given[:4], limit=32))
 
 
 def records(out):
@@ -126,6 +134,32 @@ def test_a_method_file_stands_alone(method):
     imported = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.M))
     assert not imported & (set(METHODS) | {"evaluate", "analysis"})
     assert "torch.distributed" not in text and "rank == 0" not in text
+
+
+# ---- what a run logs -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_looks_at_itself_and_leaves_a_picture(method, run, few, tmp_path):
+    out = tmp_path / "run"
+    run(method, "--data", "toy", "--steps", 1, "--evals", 1, "--out", out)
+    line, = records(out)
+    by_class_token = ["knn"] * checkpoints.load(out / "encoder.pt", quiet=True).num_prefix
+    assert {"knn_pat", "spread", *by_class_token} <= line.keys()
+    assert all(math.isfinite(value) for value in line.values())
+    assert (out / "picture.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_learning_rate_rises_over_the_warm_up(method, run, few, tmp_path):
+    """Three steps of it; those of DINO's family reach the peak in its last step already."""
+    run(method, "--out", tmp_path / "run", warmup_epochs=1.5, warmup_lr=0)
+    lr = [line["lr"] for line in records(tmp_path / "run")]
+    rise = 2 if method in ("dino", "ibot", "selfpatch") else 3
+    assert lr[:3] == pytest.approx([training.cosine(step, 5, lr[3], 0, rise) for step in range(3)])
+    assert lr[3] > 0
 
 
 # ---- the same run, in other ways -----------------------------------------------------------------
@@ -201,7 +235,8 @@ def test_layer_scale_0_leaves_every_branch_as_it_is(method, name):
 
 
 @pytest.mark.parametrize("method", ["beit", "cae"])
-def test_what_cannot_be_is_said_before_a_tokenizer_is_trained(method, run, tmp_path, monkeypatch):
+def test_what_cannot_be_is_said_before_a_tokenizer_is_trained(
+        method, run, few, tmp_path, monkeypatch):
     def trained(*_):
         raise AssertionError("too late")
 
