@@ -383,9 +383,10 @@ def get(cfg, run, images, held_out, view):
 def cache(cfg, images, view):
     """Where the tokenizer of these settings is kept: all that it depends on is in the name."""
     folder = os.path.isdir(cfg.data)
-    what = (os.path.abspath(cfg.data) if folder else cfg.data, os.path.abspath(cfg.data_root),
-            len(images), view, cfg.img_size, cfg.patch_size, cfg.token_size, cfg.tokenizer_kind,
-            cfg.codes, cfg.tokenizer_steps, cfg.seed)
+    what = (os.path.abspath(cfg.data) if folder else cfg.data,
+            cfg.data_root and os.path.abspath(cfg.data_root), len(images), view, cfg.img_size,
+            cfg.patch_size, cfg.token_size, cfg.tokenizer_kind, cfg.codes, cfg.tokenizer_steps,
+            cfg.seed)
     name = f"tokenizer-{os.path.basename(what[0])}-{rng.key(*what) % 2**32:08x}.pt"
     return Path(cfg.out).parent / name
 

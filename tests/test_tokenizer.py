@@ -394,7 +394,7 @@ def test_the_other_processes_wait_for_the_file_and_leave_when_told(tmp_path, mon
         tokenizer.get(other, a_run(rank=1, leave_if_told=leave), images(), None, VIEW)
 
 
-def test_other_data_sizes_or_seeds_have_another_cache(tmp_path):
+def test_other_data_sizes_or_seeds_have_another_cache(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     cfg = settings(tmp_path)
     others = [settings(tmp_path, **{name: value}) for name, value in dict(
@@ -408,6 +408,8 @@ def test_other_data_sizes_or_seeds_have_another_cache(tmp_path):
     same = settings(tmp_path, out=str(tmp_path / "another"), workers=7)
     assert tokenizer.cache(same, images(), VIEW) == places[0]
     assert places[-1].name.startswith("tokenizer-photos-") and places[-1].parent == tmp_path
+    monkeypatch.chdir(tmp_path)                           # from wherever the run is started
+    assert tokenizer.cache(same, images(), VIEW) == places[0]
 
 
 @pytest.mark.parametrize("where", ["training", "writing"])
