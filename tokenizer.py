@@ -308,7 +308,7 @@ def train(cfg, run, images, view, cell):
         loss.backward()
         opt.step()
         if (step + 1) % (total // 5 or 1) == 0:
-            if not math.isfinite(loss):
+            if not loss.isfinite():
                 raise ValueError(f"the tokenizer's loss is not finite by its step {step + 1}: try "
                                  f"--tokenizer-kind vq, or name a trained one with --tokenizer")
             run.say(f"tokenizer: step {step + 1}/{total}  loss {loss.item():.4f}")
