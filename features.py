@@ -232,7 +232,11 @@ def load(name, root, split, size, limit, device):
 
 
 def labelled(model, args, split):
-    """A split whose images have labels, and the number of classes."""
+    """A split whose images have labels, and the number of classes.
+
+    Labels count the classes of each split by itself: what is learned of train's says nothing of
+    test's if these are others. few_shot, which learns nothing, never asks for train.
+    """
     if args.data in readers.LAYOUT and args.data not in data.NAMES:
         raise ValueError(f"{args.task} needs pictures of one class each, and {args.data} has none: "
                          f"choose --data {', '.join(data.NAMES)} or a folder")
@@ -240,6 +244,12 @@ def labelled(model, args, split):
     if images.labels is None:
         raise ValueError(f"this data set has no labels ({args.data}), and {args.task} needs them: "
                          f"choose another --data, or give each class a sub-folder of its own")
+    if split == "train":
+        tests = load(args.data, args.data_root, "test", model.size, args.limit, args.device)
+        if tests.labels is not None and tests.classes != images.classes:
+            n, m = (len(some.classes or []) for some in (images, tests))
+            raise ValueError(f"the training and the test images of {args.data} have other classes "
+                             f"({n} and {m}), and {args.task} needs the same ones in both")
     return images, len(images.classes or range(int(images.labels.max()) + 1))
 
 

@@ -709,8 +709,9 @@ class Run:
     @torch.no_grad()
     def knn(self, encoder, bank, queries, size, k=10):
         """{"knn", "knn_pat"}: percent right of the weighted k-nearest-neighbour vote (as in
-        evaluate.py) by class token and by mean patch token, of two sets of labelled data.Images;
-        and {"spread"}: deviation of the normalised class tokens times sqrt(D), 0 if collapsed."""
+        evaluate.py) by class token and by mean patch token, of two sets of data.Images, if they
+        have the same classes and are not the same images; and {"spread"}: deviation of the
+        normalised class tokens times sqrt(D), 0 if collapsed."""
         def embed(images):
             parts = []
             for x, _ in data.batches(images, size, device=self.device, workers=self.cfg.workers):
@@ -725,7 +726,8 @@ class Run:
         with self.looking():
             known = embed(bank)
             found["spread"] = (F.normalize(known[0], dim=-1).std(0).mean() * known.shape[2]**0.5)
-            if bank.labels is not None and bank.split != queries.split:        # not the same images
+            labelled = bank.labels is not None and queries.labels is not None
+            if labelled and bank.classes == queries.classes and bank.split != queries.split:
                 labels, truth = bank.labels.to(self.device), queries.labels.to(self.device)
                 for name, b, q in zip(("knn", "knn_pat"), known, embed(queries)):
                     right = metrics.knn(b, labels, q, k=(k,))[k] == truth

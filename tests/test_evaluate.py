@@ -154,6 +154,24 @@ def test_a_folder_without_splits_gives_every_fifth_image_to_the_test(tmp_path, c
     torch.testing.assert_close(few["pat"], test["pat"][[0, 1, 2]])
 
 
+def test_other_classes_to_train_on_are_an_error_and_not_a_number(tmp_path, monkeypatch, capsys):
+    for i, folder in enumerate(["train/a", "train/b", "train/c", "val/a", "val/c"]):
+        (tmp_path / folder).mkdir(parents=True)
+        for n in range(16):
+            picture = torch.full((32, 32, 3), 40 * i + n, dtype=torch.uint8).numpy()
+            Image.fromarray(picture).save(tmp_path / folder / f"{n}.png")
+    flags = ["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--device", "cpu"]
+    for task in ("knn", "linear", "layerwise", "attentive", "finetune"):
+        error = message(capsys, "--task", task, *flags, "--epochs", "1")
+        assert f"other classes (3 and 2), and {task} needs the same ones in both" in error
+    args = settings("--data", str(tmp_path), "--task", "few_shot")         # learns from neither
+    assert evaluate.features(model(), args, "test", ["cls"])[2] == 2
+    [path.rename(tmp_path / "val/a" / f"{path.stem}b.png") for path in tmp_path.glob("val/c/*")]
+    (tmp_path / "val/c").rmdir()                         # a flat val, in the eyes of data.load
+    evaluate.load.cache_clear()
+    assert "has no labels" in message(capsys, "--task", "knn", *flags)
+
+
 # ---- several processes ---------------------------------------------------------------------------
 
 

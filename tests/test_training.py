@@ -1,5 +1,6 @@
 """The plumbing: settings, averages, processes, and survival of kills, signals and bad input."""
 
+import contextlib
 import json
 import math
 import os
@@ -10,15 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import checkpoints
+import data
 import mmc
 import training
+import vit
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--data synthetic --img-size 16 --patch-size 4 --embed-dim 16 --depth 2 --num-heads 2 "
@@ -107,6 +112,26 @@ def test_decay_groups_leave_out_vectors_and_frozen_parameters():
     assert keep["weight_decay"] == 0 and len(keep["params"]) == 4
     decay, keep = training.decay_groups(net, 0.04, spare=("0.weight",))
     assert decay["params"] == [] and len(keep["params"]) == 5
+
+
+# ---- the vote ------------------------------------------------------------------------------------
+
+
+def test_knn_votes_between_two_splits_of_the_same_classes_and_not_else():
+    cfg = SimpleNamespace(workers=0)
+    run = SimpleNamespace(device=torch.device("cpu"), cfg=cfg, autocast=contextlib.nullcontext,
+                          looking=contextlib.nullcontext)
+    net, labels = vit.ViT(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2), [0, 1] * 8
+    pixels = 200 * torch.tensor(labels, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 3, 16, 16)
+    bank = data.Images("x", "train", ["a", "b"], torch.tensor(labels), pixels)
+    tests = replace(bank, split="test")
+    found = training.Run.knn(run, net, bank, tests, 16, k=3)
+    assert found["knn"] == found["knn_pat"] == 100 and found["spread"] > 0
+    for known, asked in ((bank, bank), (replace(bank, labels=None, classes=None), tests),
+                         (bank, replace(tests, labels=None, classes=None)),    # a flat val/
+                         (bank, replace(tests, classes=["a", "c"]))):
+        assert set(training.Run.knn(run, net, known, asked, 16)) == {"spread"}
+    assert net.training
 
 
 # ---- kills and pre-emption -----------------------------------------------------------------------
