@@ -251,19 +251,23 @@ def mixing(classes):
 
 
 def rand_augment(x):
-    """RandAugment: two of 14 operations on every image. (B, 3, S, S) uint8 -> in [0, 1].
+    """RandAugment: twice one of 14 operations, each with probability 1/2, as timm's default.
+    (B, 3, S, S) uint8 -> in [0, 1].
 
     The recipes say magnitude 9 of timm's 10 (m9-mstd0.5-inc1); of torchvision's bins 0 to 30 that
-    is 27. Its strength does not vary (mstd), and posterize and solarize differ a little from timm.
-    Our choice: in a batch above 32 a few images share an operation, so that a GPU is not handed
-    every picture by itself; with their signs there are no more than 23 operations, anyway.
+    is 27. What differs from timm: the strength does not vary (mstd), Posterize keeps 4 bits (timm:
+    1), Invert and SolarizeAdd are missing, and warps are bilinear. Our choice: if more than 32
+    images are hit a few share an operation, so that a GPU is not handed every picture by itself;
+    with their signs there are no more than 23 operations, anyway.
     """
     one = v2.RandAugment(1, magnitude=27, interpolation=TF.InterpolationMode.BILINEAR,
                          fill=[round(255 * m) for m in data.MEAN])
     x = x.clone()
     for _ in range(2):
-        for rows in torch.randperm(len(x)).to(x.device).chunk(32):
-            x[rows] = one(x[rows])
+        hit = torch.randperm(len(x))[torch.rand(len(x)) < 0.5]
+        for rows in hit.to(x.device).chunk(32):
+            if len(rows):                                # nobody hit: one empty chunk
+                x[rows] = one(x[rows])
     return x / 255
 
 

@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -197,11 +199,25 @@ def test_rand_augment_is_torchvisions_at_nine_tenths_of_its_range():
     one = v2.RandAugment(1, magnitude=27, interpolation=TF.InterpolationMode.BILINEAR,
                          fill=[124, 116, 104])
     for _ in range(2):
-        for i in torch.randperm(20).tolist():
+        order, dice = torch.randperm(20), torch.rand(20)
+        for i in order[dice < 0.5].tolist():
             theirs[i] = one(theirs[i])
     assert torch.equal(ours, theirs / 255) and not torch.equal(ours, x / 255)
     strength = v2.RandAugment._AUGMENTATION_SPACE["Rotate"][0](31, 24, 24)
     assert strength[27].item() == pytest.approx(27)      # degrees of 30, as timm's 9 of 10
+
+
+def test_rand_augment_leaves_as_many_pictures_alone_as_timms_of_the_recipe():
+    auto = pytest.importorskip("timm.data.auto_augment")
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    x = F.interpolate(torch.rand(1000, 3, 5, 5), 24, mode="bicubic")       # not of full contrast
+    x = (40 + 160 * x.clamp(0, 1)).to(torch.uint8)
+    ours = (finetune.rand_augment(x) == x / 255).flatten(1).all(1).float().mean().item()
+    augment = auto.rand_augment_transform("rand-m9-inc1")        # mstd: Pillow refuses its 0 bits
+    images = [TF.to_pil_image(image) for image in x]
+    theirs = sum(augment(image).tobytes() == image.tobytes() for image in images) / len(images)
+    assert ours == pytest.approx(theirs, abs=0.07) and 0.2 < theirs < 0.35
+    assert finetune.rand_augment(x[:1]).shape == (1, 3, 24, 24)            # often nobody is hit
 
 
 def test_three_augment_does_one_of_three_and_jitters():

@@ -128,7 +128,7 @@ def test_knn_votes_between_two_splits_of_the_same_classes_and_not_else():
     found = training.Run.knn(run, net, bank, tests, 16, k=3)
     assert found["knn"] == found["knn_pat"] == 100 and found["spread"] > 0
     for known, asked in ((bank, bank), (replace(bank, labels=None, classes=None), tests),
-                         (bank, replace(tests, labels=None, classes=None)),    # a flat val/
+                         (bank, replace(tests, labels=None)),  # a flat val/
                          (bank, replace(tests, classes=["a", "c"]))):
         assert set(training.Run.knn(run, net, known, asked, 16)) == {"spread"}
     assert net.training
