@@ -302,6 +302,44 @@ def test_parts_of_a_batch_make_the_same_step(monkeypatch):
     assert moved < 1e-5
 
 
+@pytest.mark.parametrize("recipe, warmup, clip", [("mae", 1, None), ("simmim", 6, 5.0)])
+def test_every_step_is_as_the_recipe_says(monkeypatch, recipe, warmup, clip):
+    two_classes(monkeypatch, False)                      # 2 epochs of 16 batches
+    seen = SimpleNamespace(lrs=[], clips=[], nets=[], targets=[], pictures=[])
+
+    def noting(where, function):
+        """The function, which keeps what it is given."""
+        return lambda *a: (where.append(a), function(*a))[1]
+
+    for name, where in (("Classifier", seen.nets), ("soft_cross_entropy", seen.targets),
+                        ("erase", seen.pictures)):
+        monkeypatch.setattr(finetune, name, noting(where, getattr(finetune, name)))
+    monkeypatch.setitem(finetune.AUGMENT, "RandAugment", lambda x: x / 255)
+    monkeypatch.setattr(finetune, "score", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda _, norm: seen.clips.append(norm))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda opt: seen.lrs.append(
+        {g["factor"]: g["lr"] for g in opt.param_groups}))                   # no weight moves
+    net = encoder(scramble=True)
+    m = model(net)
+    m.mean, m.std = (0.5,) * 3, (0.25,) * 3              # of an official file, say
+    finetune.finetune(m, settings("--recipe", recipe, "--epochs", "2", "--reinit", "last:1"))
+
+    peak = {"mae": 2e-3 * (16 / 1024)**0.5, "simmim": 5e-3 * (16 / 2048)**0.5}[recipe]
+    schedule, end = ((finetune.simmim_lr, 2e-4 * peak) if recipe == "simmim" else
+                     (training.cosine, 1e-6))
+    assert len(seen.lrs) == 32 and seen.clips == [clip] * 32 * bool(clip)
+    for number, lrs in enumerate(seen.lrs):
+        lr = schedule(number, 32, peak, end, warmup)
+        assert lrs == {0.65**n: pytest.approx(lr * 0.65**n) for n in range(5)}
+    assert any((y.amax(1) < 1).any() for _, y in seen.targets)               # mixed
+    x = torch.cat([x for x, in seen.pictures])
+    assert len(x) == 512 and -2 <= x.min() < -1.9 and 1 < x.max() <= 2       # by its own mean
+    [(copy, *_)] = seen.nets
+    assert copy.config["drop_path"] == 0.1
+    for name, x in copy.state_dict().items():            # the last block, and it alone, forgot
+        assert torch.equal(x, net.state_dict()[name]) != name.startswith("blocks.2."), name
+
+
 def test_mistakes_get_one_sentence(capsys, tmp_path, monkeypatch):
     flags = "--baseline", "untrained", "--limit", "32", "--out", str(tmp_path)
     error = message(capsys, *flags, "--reinit", "first:99")
