@@ -562,11 +562,15 @@ def landmark_retrieval(model, args):
     world = toy_landmarks(side, args) if home else readers.landmarks(args.data, args.data_root)
     names, tokens = wanted(args, "cls")
     if args.multiscale:
+        if args.feature not in (None, "cls"):
+            raise ValueError(f"--multiscale averages class tokens: leave out --feature "
+                             f"{args.feature}, or --multiscale")
         names, tokens = ["multiscale"], multiscale
     boxes = world.boxes if args.crop_queries else None
+    seed = [args.seed] * home                            # it cuts the frames of toy
     database, queries = (
         extract(model, landmark_views(items, cut, side, model, args), args, names, tokens,
-                len(items), (role, side, bool(cut)))[0]
+                len(items), (role, side, cut is not None, *seed))[0]
         for role, items, cut in (("database", world.database, None),
                                  ("queries", world.queries, boxes)))
     rows = {}
@@ -585,7 +589,7 @@ def landmark_retrieval(model, args):
             rows[name][f"{setting} mAP"] = 100 * ap.nanmean().item()
             rows[name][f"{setting[0]} mP@10"] = 100 * at[:, 2].nanmean().item()
     what = "a frame asks for the rest of its film" if home else "whole queries"
-    what = "queries cut to their boxes" if args.crop_queries else what
+    what = "queries cut to their boxes" if boxes is not None else what
     return report(rows, f"revisited protocol, {what}; cosine; last block, after the final norm; "
                   f"longer side {side} px" + ", 3 scales averaged" * args.multiscale,
                   database=len(world.database), queries=len(world.queries))

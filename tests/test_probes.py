@@ -554,6 +554,38 @@ def test_landmarks_are_scored_as_medium_hard_and_easy(monkeypatch):
     assert row["m mP@10"] == pytest.approx(200 / 3) and row["h mP@10"] == pytest.approx(50)
 
 
+@pytest.mark.parametrize("flags", [[], ["--crop-queries"]])
+def test_queries_alone_are_cut_and_only_if_asked(monkeypatch, flags):
+    image, seen = torch.randint(256, (3, 40, 40), dtype=torch.uint8), []
+    boxes = torch.tensor([[0., 0, 20, 30], [9, 9, 40, 40]])
+    world = SimpleNamespace(database=[image] * 3, queries=[image] * 2, boxes=boxes, easy=[[0], [1]],
+                            hard=[[1], [2]], junk=[[], []])
+    monkeypatch.setattr(readers, "landmarks", lambda *_: world)
+    views = evaluate.landmark_views
+    monkeypatch.setattr(evaluate, "landmark_views",
+                        lambda *a: (seen.append((len(a[0]), a[1])), views(*a))[1])
+    found = evaluate.landmark_retrieval(model(), settings("--data", "roxford5k", *flags))
+    assert [(n, cut is boxes) for n, cut in seen] == [(3, False), (2, bool(flags))]
+    assert seen[0][1] is None and (seen[1][1] is None) == (not flags)
+    assert ("queries cut to their boxes" if flags else "whole queries") in found.protocol
+    toys = evaluate.landmark_retrieval(model(), settings("--limit", "2", *flags))
+    assert "a frame asks for the rest of its film" in toys.protocol        # toy has no boxes
+
+
+def test_the_cache_knows_that_the_seed_cuts_the_frames_of_toy(tmp_path, checkpoint):
+    flags = "--task", "landmark_retrieval", "--imsize", "32", "--limit", "4", "--seed"
+    for more in ("0", "--cache"), ("1", "--cache"), ("1",):
+        run(tmp_path, [checkpoint], *flags, *more)
+    first, cached, plain = (json.loads(line)["metrics"] for line in (tmp_path / "all.jsonl").open())
+    assert cached == plain != first
+
+
+def test_several_sizes_average_class_tokens_alone():
+    args = settings("--multiscale", "--feature", "pat", "--limit", "1")
+    with pytest.raises(ValueError, match="averages class tokens: leave out --feature pat"):
+        evaluate.landmark_retrieval(model(), args)
+
+
 def test_landmark_views_keep_their_shape_and_fill_patches():
     args, m = settings(), model()
     tall = torch.randint(256, (3, 100, 41), dtype=torch.uint8)
