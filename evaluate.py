@@ -972,6 +972,8 @@ def models(args):
     encoders = [checkpoints.load(path, args.branch, args.size) for path in paths]
     args.data = args.data or next((e.source.data for e in encoders if e.source.data), "toy")
     names = [path.parent.name if path.name == "encoder.pt" else path.stem for path in paths]
+    names = [name if names.index(name) == i else f"{name} ({i + 1})"     # a column for each
+             for i, name in enumerate(names)]
     shape = encoders[0].config if encoders else SHAPE    # baselines are like the first checkpoint
     for baseline in baselines:
         torch.manual_seed(args.seed)

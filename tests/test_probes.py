@@ -772,6 +772,22 @@ def test_all_prints_one_table_and_says_what_was_left_out(tmp_path, checkpoint, c
     assert "DINO (MMC, table 11; imagenet100)" in text
 
 
+def test_two_checkpoints_of_one_name_are_two_columns(tmp_path, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "FROZEN", ["knn"])
+    other = tmp_path / checkpoint.parent.name / "encoder.pt"
+    other.parent.mkdir()
+    encoder = checkpoints.load(checkpoint, quiet=True)
+    encoder.blocks[0].mlp.fc2.weight.add_(torch.randn(24, 96))
+    checkpoints.save(other, encoder, data="toy")
+    lines = run(tmp_path, [checkpoint, other], "--task", "all")
+    name = checkpoint.parent.name
+    assert [line["model"] for line in lines] == [name, f"{name} (2)"]
+    table = capsys.readouterr().out.split("\ntask ")[1].splitlines()
+    assert table[0].split() == ["feature", "number", name, name, "(2)"]
+    numbers = [f"{line['metrics']['pat']['k=10']:.1f}" for line in lines]
+    assert next(row for row in table if "pat" in row).split()[-2:] == numbers
+
+
 def test_reference_rows_are_those_of_the_data(monkeypatch):
     monkeypatch.setattr(training, "read_yaml", functools.cache(training.read_yaml))
     papers = training.read_yaml(Path(evaluate.__file__).parent / "papers.yaml")
