@@ -719,7 +719,6 @@ def part_retrieval(model, args):
     From the part-aware study, table 4 (left): does the feature of a crop say *what it shows*?
     """
     known, parts, (split, at_most, _, source) = key_points(args)
-
     limit = args.limit or at_most
 
     def crops():
@@ -729,6 +728,8 @@ def part_retrieval(model, args):
     names, tokens = wanted(args, "cls", "pat", "projected")
     found, labels = extract(model, crop_batches(crops(), model, args), args, names, tokens,
                             key=("parts", split, limit, model.size, args.crop, tuple(parts)))
+    small = without_crops(parts, labels)                 # of all, not of --max-items
+    found, labels = subset(found, labels, args)
     if args.show:
         contact_sheet(crops(), parts, Path(args.out) / f"part_crops-{args.data}.png")
     rows, notes = ranked(found, labels, "part")
@@ -737,7 +738,7 @@ def part_retrieval(model, args):
     return report(rows, f"average precision by cosine, query left out; last block, after the final "
                   f"norm; visible {', '.join(parts)} of {source}; squares, side {side[args.crop]}, "
                   f"kept if 20 < d/2 < 1000 px, resized to {model.size} px",
-                  notes + without_crops(parts, labels), crops=len(labels))
+                  notes + small, crops=len(labels))
 
 
 def part_classification(model, args):
@@ -767,7 +768,7 @@ def part_classification(model, args):
         for crop, label in part_crops(items, known, parts, large, args.crop):
             yield crop[:, rim:rim + model.size, rim:rim + model.size], label
 
-    (found, y), (tests, truth) = (                       # key: on toy, those of part_retrieval
+    (found, y), (tests, truth) = (         # key: on toy and with a --limit, as of part_retrieval
         extract(model, crop_batches(crops(split, large), model, args), args, names, tokens,
                 key=("parts", split, args.limit, large, args.crop, tuple(parts)))
         for split, large in (("train", model.size * 256 // 224), ("test", model.size)))
@@ -950,7 +951,7 @@ TASKS = {
 TUNED = {"finetune", "segmentation", "detection"}        # these train all weights
 FROZEN = [task for task in TASKS if task not in TUNED]   # what --task all runs
 ALL_EPOCHS, ALL_IMAGES = 10, 2000      # of its heads, and of toy's splits, unless flags say other;
-                                       # those of DENSE have smaller limits of their own
+OWN_LIMIT = {*DENSE, "part_retrieval"}                   # these have smaller ones of their own
 
 # ---- models --------------------------------------------------------------------------------------
 
@@ -1114,7 +1115,7 @@ def main(argv=None):
         own, start = argparse.Namespace(**{**vars(args), "task": task}), time.perf_counter()
         if every:                                        # probes share features; quick heads
             own.cache, own.epochs = True, args.epochs or ALL_EPOCHS
-            if args.data.startswith("toy") and task not in DENSE:
+            if args.data.startswith("toy") and task not in OWN_LIMIT:
                 own.limit = args.limit or ALL_IMAGES
         with append(path) as file:                       # opened first: no work for a bad path
             try:

@@ -217,8 +217,6 @@ def test_rand_augment_leaves_as_many_pictures_alone_as_timms_of_the_recipe():
     images = [TF.to_pil_image(image) for image in x]
     theirs = sum(augment(image).tobytes() == image.tobytes() for image in images) / len(images)
     assert ours == pytest.approx(theirs, abs=0.07) and 0.2 < theirs < 0.35
-    for _ in range(40):                                  # often nobody is hit
-        assert finetune.rand_augment(x[:1]).shape == (1, 3, 24, 24)
 
 
 def test_three_augment_does_one_of_three_and_jitters():

@@ -499,6 +499,38 @@ def test_max_items_draws_so_many_and_always_the_same():
     assert evaluate.subset(found, labels, settings())[1].equal(labels)
 
 
+def test_part_retrieval_ranks_no_more_than_max_items(monkeypatch):
+    found = {"cls": torch.randn(50, 4)}, (torch.arange(50) % 10).clamp(max=3)
+    monkeypatch.setattr(evaluate, "extract", lambda *a, **b: found)
+    args = settings("--max-items", "9")
+    result, (some, labels) = evaluate.part_retrieval(model(), args), evaluate.subset(*found, args)
+    assert result.images == {"crops": 9} and set(labels.tolist()) == {0, 3}
+    assert result.rows == evaluate.ranked(some, labels, "part")[0]
+    assert not any("large enough" in note for note in result.notes)     # 1 and 2 have crops
+
+
+def test_all_and_part_retrieval_alone_look_at_as_many_pictures(tmp_path, checkpoint, monkeypatch):
+    limits = []
+
+    def look(model, args):
+        """How many may it look at?"""
+        limits.append(args.limit)
+        return metrics.report({"cls": {"AP": 1.0}}, "")
+
+    monkeypatch.setattr(evaluate, "FROZEN", ["part_retrieval", "knn"])
+    monkeypatch.setattr(evaluate, "ALL_IMAGES", 40)
+    monkeypatch.setitem(evaluate.TASKS, "part_retrieval", look)
+    flags = ["--device", "cpu", "--out", str(tmp_path), "--workers", "0", "--checkpoint",
+             str(checkpoint), "--json", str(tmp_path / "all.jsonl"), "--task"]
+    for task in ("part_retrieval", "all"):
+        evaluate.main([*flags, task])
+    evaluate.main([*flags, "all", "--limit", "30"])
+    assert limits == [None, None, 30]
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").open()]
+    assert [line["images"] for line in lines if line["task"] == "knn"] == [
+        dict(train=40, test=40), dict(train=30, test=30)]
+
+
 def test_the_training_crops_of_part_classification_lose_their_rim(monkeypatch):
     seen = []
 
