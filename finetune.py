@@ -56,6 +56,7 @@ def finetune(model, args):
 
     With --reinit some blocks forget first: where does what was learned sit? (Park et al., F.3)
     The papers report the best epoch on the test images, which flatters: the last one stands beside.
+    Nothing but the numbers is kept: a run that is killed starts anew.
     """
     recipe, both = settings_of(args, FINETUNE), args.recipe == "mmc"
     if both and args.data != "imagenet":
@@ -80,7 +81,7 @@ def finetune(model, args):
                      (training.cosine, 1e-6))            # 1e-6 both, at the recipe's batch
 
     torch.manual_seed(args.seed)
-    net = Classifier(restart(model.encoder, anew, final_norm=both), classes, both).to(args.device)
+    net = Classifier(restart(model.encoder, anew, both, model.size), classes, both).to(args.device)
     opt = torch.optim.AdamW(layer_groups(net, LAYER_DECAY, WEIGHT_DECAY), betas=(0.9, 0.999),
                             fused=True)
     parallel = training.share_gradients(net, args.device)

@@ -339,6 +339,21 @@ def test_every_step_is_as_the_recipe_says(monkeypatch, recipe, warmup, clip):
         assert torch.equal(x, net.state_dict()[name]) != name.startswith("blocks.2."), name
 
 
+def test_positions_are_resampled_to_another_size_once(monkeypatch):
+    two_classes(monkeypatch, False)
+    m, nets = model(encoder()), []
+    m.size = 48
+
+    def stop(net, *_):
+        nets.append(net)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "Classifier", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.finetune(m, settings())
+    assert nets[0].config["img_size"] == 48 and nets[0].pos_embed.shape == (1, 37, 32)
+
+
 def test_mistakes_get_one_sentence(capsys, tmp_path, monkeypatch):
     flags = "--baseline", "untrained", "--limit", "32", "--out", str(tmp_path)
     error = message(capsys, *flags, "--reinit", "first:99")
