@@ -51,6 +51,7 @@ from features import (
     block_means,
     extract,
     features,
+    labelled,
     last_blocks,
     load,
     pooled,
@@ -252,9 +253,11 @@ def attentive(model, args):
     Part-aware study, table 1, with CAE's head and recipe: a query attends once to all tokens, class
     token included, after the final norm. Our choice, as in `linear`: the test view and its mirror
     image instead of random crops, encoded once; small batches; a held-out tenth chooses lr and
-    epoch. Also ours: running statistics of the batch norm at test. The published code takes the
-    test batch's own, so that an answer depends on its neighbours: --bn batch, with batches of 256
-    in the order of the data set. All tokens stay in memory, in 16 bits, of each process.
+    epoch. Also ours: lr ends at 0 (CAE: 1e-6); the last layer is drawn with 0.01, as in the study's
+    code for parts (CAE: 0.02, times 0.001); running statistics of the batch norm at test. The
+    published code takes the test batch's own, so that an answer depends on its neighbours: --bn
+    batch, with batches of 256 in the order of the data set. All tokens stay in memory, in 16 bits,
+    of each process.
     """
     if not model.encoder:
         raise ValueError("attentive needs tokens, and pixels have none: leave out that --baseline")
@@ -459,7 +462,8 @@ def few_shot(model, args):
     """
     ways, queries, thresholds = 5, 15, [t / 10 for t in range(1, 10)]
     names, tokens = wanted(args, "cls")
-    found, labels, classes = features(model, args, "test", names, tokens, whole=squares(args))
+    whole = squares(model, args)
+    found, labels, classes = features(model, args, "test", names, tokens, whole=whole)
     members = [(labels == c).nonzero()[:, 0] for c in range(classes)]
     members = [rows for rows in members if len(rows) > queries]
     if len(members) < ways:
@@ -491,9 +495,9 @@ def few_shot(model, args):
                   notes=[f"{len(members)} classes of {args.data}, test split"])
 
 
-def squares(args):
+def squares(model, args):
     """Are the pictures square? Then nothing needs to be cut off (asked of the first one)."""
-    paths = load(args.data, args.data_root, "test", 64, 1, args.device).paths
+    paths = load(args.data, args.data_root, "test", model.size, args.limit, args.device).paths
     return bool(paths) and len(set(data.read_image(paths[0]).size)) == 1
 
 
@@ -635,6 +639,9 @@ def shape_bias(model, args):
         raise ValueError("shape_bias needs a classifier of ImageNet's 1,000 classes and the "
                          "cue-conflict images: get both, then --data imagenet")
     world = readers.cue_conflict(args.data_root)
+    if (classes := labelled(model, args, "train")[1]) != 1000:
+        raise ValueError(f"shape_bias needs all 1,000 classes of ImageNet, and this tree has "
+                         f"{classes:,}: get the others, too, or another --data-root")
     names, tokens = seen_by_linear(args)
     _, head, train = trained(model, args)
     images = data.Images("cue-conflict", "test", paths=list(world.paths))
@@ -753,7 +760,7 @@ def part_classification(model, args):
     if args.head not in ("linear", "attentive"):
         raise ValueError(f"part_classification has no head {args.head}; choose --head linear, "
                          f"attentive")
-    known, parts, (_, _, _, source) = key_points(args)
+    known, parts, _ = key_points(args)
     if args.head == "attentive" and not model.encoder:
         raise ValueError("the attentive head needs tokens, and pixels have none")
     names, tokens = wanted(args, "cls", "pat", "projected")
@@ -779,8 +786,8 @@ def part_classification(model, args):
         del row["top-5"]                                 # of three or four parts
     epochs = args.epochs or recipe["epochs"]
     return report(rows, f"{args.head} head (SGD, {epochs} epochs), after the final norm; "
-                  f"{', '.join(parts)} of {source}; training crops without their rim; lr and epoch "
-                  f"chosen on a held-out tenth", train=len(y), test=len(truth),
+                  f"{', '.join(parts)} of {args.data}; training crops without their rim; lr and "
+                  f"epoch chosen on a held-out tenth", train=len(y), test=len(truth),
                   notes=[f"{model.name}, {name}: base lr {head.lr:.2g}, epoch {head.epoch} of "
                          f"{epochs}" for name, head in heads.items()] + without_crops(parts, y))
 
@@ -1101,6 +1108,7 @@ def main(argv=None):
     training.keep_memory()
     every = args.task == "all"
     jobs, results, missed, folder, begin = [], [], {}, Path(args.out), time.perf_counter()
+    written = {}                                         # in order, each file once
     for model in models(args):
         if model.source.path:
             folder = Path(model.source.path).parent      # baselines: with the checkpoint before
@@ -1132,6 +1140,7 @@ def main(argv=None):
                 result.notes.append(f"{model.name} has no class token: its patch mean stands in")
             seconds = time.perf_counter() - start
             file.write(record(model, result, own, seconds))
+            written[str(path)] = True
         if every:
             print(f"{model.name}: {task}, {seconds:.1f} s", flush=True)
         results.append((model, result))
@@ -1158,7 +1167,7 @@ def main(argv=None):
             feature = max(r.rows, key=lambda name: r.rows[name].get(column, -1))
             number = f"{r.rows[feature][column]:.1f} % ({column}, {feature})"
             print(f"{model.name}: {args.task} {number}")
-    print(f"{time.perf_counter() - begin:.1f} s, appended to {path}")
+    print(f"{time.perf_counter() - begin:.1f} s, appended to {', '.join(written)}")
 
 
 def say(results, args):

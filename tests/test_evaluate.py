@@ -142,11 +142,14 @@ def test_a_folder_without_splits_gives_every_fifth_image_to_the_test(tmp_path, c
         picture = torch.full((40, 40, 3), 10 * i, dtype=torch.uint8).numpy()
         Image.fromarray(picture).save(tmp_path / "ab"[i % 2] / f"{i:02}.png")
     args = settings("--data", str(tmp_path))
+    assert evaluate.squares(model(), args)
     train, y, _ = evaluate.features(model(), args, "train", ["pat"])
     test, truth, _ = evaluate.features(model(), args, "test", ["pat"])
     assert (len(y), len(truth)) == (16, 4) and truth.tolist() == [0, 0, 1, 1]
     assert torch.cdist(test["pat"], train["pat"]).min() > 1e-4            # nobody is in both
-    assert "test is 4 of its 20 images" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()          # each once, and of nothing else
+    assert [line.split(": ")[1] for line in said] == ["test is 4 of its 20 images",
+                                                      "train is 16 of its 20 images"]
     args.limit = 3                                                        # of each, evenly spread
     few, _, _ = evaluate.features(model(), args, "train", ["pat"])
     torch.testing.assert_close(few["pat"], train["pat"][[0, 5, 10]])
@@ -460,6 +463,13 @@ def test_the_newest_run_is_taken_and_results_lie_beside_it(tmp_path):
     assert line["model"] == line["method"] == "new" and line["branch"] == "teacher"
     assert (tmp_path / "new" / "results.jsonl").exists()
     assert "32 px" in line["protocol"]                                    # its own size
+
+
+def test_the_files_that_were_written_are_named_each_once(tmp_path, capsys):
+    files = [checkpoint(tmp_path, name, 1000).parent / "results.jsonl" for name in "ab"]
+    run(tmp_path, "--checkpoint", *(str(file.parent) for file in files), "--baseline", "pixels")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f" s, appended to {files[0]}, {files[1]}")
 
 
 def test_checkpoints_and_baselines_are_rows_of_one_table(tmp_path, capsys):

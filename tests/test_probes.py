@@ -426,6 +426,20 @@ def answering(monkeypatch, features, labels, classes):
                         lambda *a, **b: ({"cls": features}, labels, classes))
 
 
+def test_knn_weighs_by_a_temperature_of_007(monkeypatch):
+    def at(*cosines):                                    # unit vectors around (1, 0)
+        return torch.tensor([[c, (1 - c * c) ** 0.5] for c in cosines])
+
+    # One of class 0 in the same place, two of class 1 farther off: with 2 exp(s / tau) these win
+    # for tau above 0.058 if s is 0.96, above 0.087 if it is 0.94.
+    for s, first in ((0.96, 1), (0.94, 0)):
+        sets = {"train": ({"cls": at(1.0, s, s)}, torch.tensor([0, 1, 1]), 2),
+                "test": ({"cls": at(1.0)}, torch.tensor([first]), 2)}
+        monkeypatch.setattr(evaluate, "features", lambda m, a, split, *_, sets=sets: sets[split])
+        row = evaluate.knn(model(), settings("--k", "3", "--feature", "cls")).rows["cls"]
+        assert row == {"k=3": 100}
+
+
 def test_few_shot_is_perfect_for_an_oracle_chance_for_noise_and_33_for_one_point(monkeypatch):
     labels = torch.arange(400) % 8
     g = torch.Generator().manual_seed(0)
@@ -532,7 +546,7 @@ def test_all_and_part_retrieval_alone_look_at_as_many_pictures(tmp_path, checkpo
 
 
 def test_the_training_crops_of_part_classification_lose_their_rim(monkeypatch):
-    seen = []
+    seen, splits = [], []
 
     def batches(crops, *_):
         crops = list(crops)
@@ -541,18 +555,21 @@ def test_the_training_crops_of_part_classification_lose_their_rim(monkeypatch):
 
     monkeypatch.setattr(evaluate, "crop_batches", batches)
     args, m = settings("--limit", "12", "--epochs", "1"), model()
-    monkeypatch.setattr(readers, "keypoints", with_one_split(readers.keypoints))
+    monkeypatch.setattr(readers, "keypoints", with_one_split(readers.keypoints, splits))
     with torch.enable_grad():
-        evaluate.part_classification(m, args)
+        result = evaluate.part_classification(m, args)
     train, test = seen
+    assert splits == ["train", "test"] and "head, leg, wing, tail of toy;" in result.protocol
     assert train.shape == test.shape == (len(train), 3, 32, 32)
     wide = F.interpolate(test.float(), (36, 36), mode="bicubic")[:, :, 2:-2, 2:-2]
     close, far = ((a - train).abs().mean().item() for a in (wide, test.float()))
     assert close < far / 2
 
 
-def with_one_split(keypoints):
-    return lambda name, root, split, limit: keypoints(name, root, "test", limit)
+def with_one_split(keypoints, asked):
+    """The same pictures of either split; notes which was asked for."""
+    return lambda name, root, split, limit: (asked.append(split),
+                                             keypoints(name, root, "test", limit))[1]
 
 
 def test_toy_landmarks_are_near_far_and_hidden_frames_of_the_querys_film(monkeypatch):
@@ -678,11 +695,21 @@ def test_shape_bias_from_pictures_to_numbers(tmp_path, monkeypatch):
         scores[row, evaluate.MEMBERS[word]] = 20
     head = SimpleNamespace(scores=lambda z: scores)
     monkeypatch.setattr(evaluate, "trained", lambda *a: ("cls", head, 7))
-    row = evaluate.shape_bias(model(), settings("--data", "imagenet")).rows["cls"]
+    monkeypatch.setattr(evaluate, "labelled", lambda *a: (None, 1000))
+    sides, batches = [], data.batches
+    monkeypatch.setattr(data, "batches", lambda *a, **b: (sides.append(b["resize"]),
+                                                          batches(*a, **b))[1])
+    for flags in ["--no-crop"], []:
+        args = settings("--data", "imagenet", *flags)
+        row = evaluate.shape_bias(model(), args).rows["cls"]
+    assert sides == [32, None]                           # whole; the standard view
     assert row["cat"] == 50 and row["dog"] == 100 and row["shape bias"] == 75
     assert math.isnan(row["oven"]) and row["either"] == 75 and "car" not in row
     with pytest.raises(ValueError, match="needs a classifier of ImageNet"):
         evaluate.shape_bias(model(), settings())
+    monkeypatch.setattr(evaluate, "labelled", lambda *a: (None, 999))
+    with pytest.raises(ValueError, match="all 1,000 classes of ImageNet, and this tree has 999"):
+        evaluate.shape_bias(model(), args)
 
 
 def test_rings_tile_the_spectrum():
@@ -718,6 +745,16 @@ def test_no_noise_no_drop_and_noise_on_the_right_frequency(monkeypatch):
         assert all(row[name] == 0 for name in row if name != "clean")
         loud = evaluate.frequency_noise(model(), settings(*flags, "--eps", "50")).rows["cls"]
     assert loud["clean"] == row["clean"] and any(loud[name] for name in loud if name != "clean")
+
+
+def test_a_drop_is_what_the_noise_costs(monkeypatch):
+    labels, head = torch.arange(8) % 4, SimpleNamespace(scores=lambda z: z)
+    clean, noisy = torch.eye(4)[labels], torch.eye(4)[labels.clamp(max=2)]   # a quarter is wrong
+    monkeypatch.setattr(evaluate, "trained", lambda *a: ("cls", head, 7))
+    monkeypatch.setattr(evaluate, "features", lambda *a, change: (
+        {"cls": noisy if change else clean}, labels, 4))
+    row = evaluate.frequency_noise(model(), settings()).rows["cls"]
+    assert row["clean"] == 100 and row["mean drop"] == row["0 pi"] == row["1 pi"] == 25
 
 
 # ---- the command ---------------------------------------------------------------------------------
