@@ -32,6 +32,7 @@ import metrics
 import readers
 import rng
 import toy
+from features import settings_of
 
 # B images, h, w grid of patches, p pixels a side of a patch, D width, C classes, L learning rates,
 # H, W pixels, M frames in memory, P key-points, K objects
@@ -190,11 +191,7 @@ def linear_segmentation(model, args):
     baseline, for a recipe that is none.
     """
     needs_tokens(model, args)
-    args.recipe = args.recipe or "parts"
-    if args.recipe not in RECIPES:
-        raise ValueError(f"linear_segmentation has no recipe {args.recipe}; choose --recipe "
-                         f"{', '.join(RECIPES)}")
-    recipe, depth = RECIPES[args.recipe], model.encoder.depth
+    recipe, depth = settings_of(args, RECIPES), model.encoder.depth
     names = readers.segmentation_classes(args.data, args.level, args.data_root)
     blocks = sorted({max(1, round(block * depth / 12)) - 1 for block in recipe["blocks"]})
     sizes = sizes_of(args, side_of(model, args, 0))

@@ -160,8 +160,6 @@ def test_class_means_weigh_classes_equally_and_skip_nan():
     assert metrics.class_means(values, torch.tensor([0, 0, 0, 4])).tolist() == [2.0, 10.0]
 
 
-# --------------------------------------------------------------------------- landmarks
-
 # --------------------------------------------------------------------------- segmentation
 
 LABELS = torch.tensor([[0, 0, 1, 1], [0, 255, 1, 1], [2, 2, 2, 255]])
