@@ -197,6 +197,8 @@ def linear_segmentation(model, args):
     sizes = sizes_of(args, side_of(model, args, 0))
     iters = args.iters or (TOY_ITERS if is_toy(args) else recipe["iters"])
     lrs = args.lr or (TOY_LRS if is_toy(args) else [recipe["lr"]])
+    for split in ("test", "train"):                      # what is missing is said before all work
+        next(mapped(args, split, sizes), None)
 
     def read(split, keep=lambda number: True):
         return (item for number, item in enumerate(mapped(args, split, sizes)) if keep(number))
@@ -744,6 +746,10 @@ def pose(model, args):
         limit = args.limit or (TOY[split] if is_toy(args) else None)
         return readers.keypoints(args.data, args.data_root, split, limit, side)
 
+    if args.data == "coco":
+        metrics.coco_ap([])                              # says now if pycocotools is missing
+    for split in ("test", "train"):                      # and what else is
+        next(read(split), None)
     head = train_pose(read, shape, swap, iters, recipe, model, args)
     images, rows, close, similar, count = [], [], [], [], 0
     for item in bar(read("test"), model):

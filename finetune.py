@@ -371,7 +371,7 @@ def segmentation(model, args):
     sizes, depth = dense.sizes_of(args, args.size or model.size), model.encoder.depth
     blocks = [max(1, round(block * depth / 12)) - 1 for block in recipe["blocks"]]
     for split in ("test", "train"):                      # what is missing is said before all work
-        next(iter(dense.mapped(args, split, sizes)))
+        next(dense.mapped(args, split, sizes), None)
 
     torch.manual_seed(args.seed)
     net = Segmenter(model.encoder, blocks, head, len(names), sizes[0], toy).to(args.device)

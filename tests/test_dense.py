@@ -3,6 +3,7 @@ film is followed, sweeps and decoding agree with brute force and hand-worked num
 runs once from the command line, on toy and on pieces of the real sets."""
 import json
 import os
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -425,6 +426,33 @@ def test_what_cannot_be_is_one_sentence():
         dense.pose(model(), settings("--data", "cub"))
     with pytest.raises(ValueError, match="no --target stuff"):
         dense.zero_shot_segmentation(model(), settings("--target", "stuff"))
+
+
+@pytest.mark.parametrize("task, name, missing", [
+    ("linear_segmentation", "voc", "no test split"), ("pose", "coco", "no test split"),
+    ("pose", "coco", "pip install pycocotools")])
+def test_what_is_missing_is_said_before_training(monkeypatch, task, name, missing):
+    def read(name, root, split, *_):
+        if split == "test" and missing == "no test split":
+            raise ValueError(missing)
+        yield SimpleNamespace(image=torch.zeros(3, 64, 48, dtype=torch.uint8),
+                              labels=torch.arange(64 * 48).view(64, 48).to(torch.uint8) % 3,
+                              points=torch.ones(1, 17, 3), boxes=torch.tensor([[2.0, 2, 40, 60]]),
+                              areas=torch.ones(1), crowd=torch.zeros(1).bool())
+
+    steps = []
+    monkeypatch.setattr(readers, "segmentation", read)
+    monkeypatch.setattr(readers, "keypoints", read)
+    monkeypatch.setitem(dense.SIZES, "voc", (32, 24, (32, 32), (32, 32)))
+    monkeypatch.setitem(dense.POSE, "coco", {**dense.POSE["coco"], "batch": 2})
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda _: steps.append(1))
+    if missing == "no test split":
+        monkeypatch.setattr(metrics, "coco_ap", lambda *_: None)
+    else:
+        monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(ValueError, match=missing):
+        evaluate.TASKS[task](model(), settings("--task", task, "--data", name, "--iters", "1"))
+    assert not steps
 
 
 # ---- pieces of the real sets ---------------------------------------------------------------------
