@@ -204,7 +204,7 @@ def linear_segmentation(model, args):
         return (item for number, item in enumerate(mapped(args, split, sizes)) if keep(number))
 
     def encode(x):
-        return patches(model, x, args, blocks)
+        return torch.cat([patches(model, part, args, blocks) for part in x.split(args.batch_size)])
 
     def predict(x):                                      # one window at a time: there may be many
         for z in heads.normed(encode(x)):                # heads, and classes
@@ -246,7 +246,13 @@ def linear_segmentation(model, args):
 
 def sizes_of(args, side):
     """The line of SIZES; of toy all are `side`."""
+    leave_size(args)
     return (side, side, (side, side), (side, side)) if is_toy(args) else SIZES[args.data]
+
+
+def leave_size(args):
+    if args.size and not is_toy(args):
+        raise ValueError(f"{args.task} on {args.data} has the protocol's sizes: leave out --size")
 
 
 def mapped(args, split, sizes):
@@ -734,6 +740,7 @@ def pose(model, args):
     if not is_toy(args) and args.data != "coco":
         raise ValueError(f"pose reads no key-points of {args.data}; choose --data coco, toy or "
                          "toy-scenes")
+    leave_size(args)
     names = readers.part_names(args.data)
     recipe = POSE["toy" if is_toy(args) else "coco"]
     side = side_of(model, args, 256)

@@ -79,7 +79,8 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "branch":     (("teacher", "student", "base", "momentum"), None, "which weights, if several"),
     "data":       (str, None, "data set or folder; none: what the checkpoint was trained on"),
     "data-root":  (str, None, "where data sets lie; none: $DATA_ROOT, else datasets/"),
-    "size":       (natural, None, "pixels a side of the input; none: as in training"),
+    "size":       (natural, None, "pixels a side of the input; none: as in training; segmentation, "
+                   "linear_segmentation and pose have their own, but for toy"),
     "limit":      (natural, None, "use so many images of each split; none: all"),
     "out":        (str, "out", "folder of the runs, and for pictures"),
     "json":       (str, None, "file to append to; none: results.jsonl by the checkpoint"),

@@ -196,6 +196,18 @@ def test_linear_segmentation_finds_what_is_planted_and_nothing_in_shuffled_patch
     assert scores[0] > 80 and scores[1] < 35
 
 
+@pytest.mark.parametrize("most", [3, 256])
+def test_no_forward_is_larger_than_batch_size(monkeypatch, most):
+    seen, small = [], planted(monkeypatch, False)
+    patches = dense.patches
+    monkeypatch.setitem(dense.RECIPES, "parts", {**dense.RECIPES["parts"], "blocks": (12,)})
+    monkeypatch.setattr(dense, "patches", lambda model, x, args, blocks: (
+        seen.append(len(x)), patches(model, x, args, blocks))[1])
+    dense.linear_segmentation(small, settings("--data", "voc", "--iters", "1", "--batch-size",
+                                              str(most)))
+    assert max(seen) == min(most, dense.BATCH) and sum(seen) == dense.BATCH + 8
+
+
 # ---- a prompt ------------------------------------------------------------------------------------
 
 
@@ -424,6 +436,9 @@ def test_what_cannot_be_is_one_sentence():
         dense.linear_segmentation(model(), settings("--data", "cub"))
     with pytest.raises(ValueError, match="no key-points of cub"):
         dense.pose(model(), settings("--data", "cub"))
+    for task, name in (("linear_segmentation", "voc"), ("pose", "coco")):
+        with pytest.raises(ValueError, match=f"{task} on {name} has the protocol's sizes: leave"):
+            evaluate.TASKS[task](model(), settings("--task", task, "--data", name, "--size", "64"))
     with pytest.raises(ValueError, match="no --target stuff"):
         dense.zero_shot_segmentation(model(), settings("--target", "stuff"))
 

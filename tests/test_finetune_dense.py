@@ -41,7 +41,7 @@ def model(**config):
 
 def settings(*flags):
     args = evaluate.parse(["--task", "segmentation", "--device", "cpu", "--precision", "fp32",
-                           "--workers", "0", "--size", "32", *flags])
+                           "--workers", "0", *flags])
     args.data = args.data or "toy"
     return args
 
@@ -386,12 +386,12 @@ def test_the_second_loss_weighs_two_fifths(monkeypatch, capsys):
     ("--lr 1e-3 1e-2", "one --lr at a time"), ("--batch-size 1", "--batch-size 2 or more"),
     ("--data cifar10", "No segmentation of 'cifar10' here"),
     ("--data voc --data-root x", "No voc under x: expected"),
+    ("--data voc --size 32", "segmentation on voc has the protocol's sizes: leave out --size"),
     ("--level scene", "No level 'scene' of toy"),
-    ("--lr nan --iters 2", "the loss is not finite by step 2 of 2"),
+    ("--lr nan --iters 2 --size 32", "the loss is not finite by step 2 of 2"),
     ("--task part_classification --head fpn", "no head fpn; choose --head linear, attentive")])
 def test_mistakes_get_one_sentence(capsys, tmp_path, flags, expected):
-    flags = ["--baseline", "untrained", "--limit", "4", "--out", str(tmp_path), "--size", "32",
-             *flags.split()]
+    flags = ["--baseline", "untrained", "--limit", "4", "--out", str(tmp_path), *flags.split()]
     with pytest.raises(SystemExit) as stop:
         training.main(lambda: evaluate.main(["--task", "segmentation", "--device", "cpu", *flags]))
     error = capsys.readouterr().err
