@@ -17,6 +17,7 @@ TASKS. Pictures come one at a time and the memory is bounded, whatever the size 
 """
 import itertools
 import math
+import re
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -388,10 +389,12 @@ def distort(x, g):
 
 
 def sides(names):
-    """(256,) uint8: the label after a flip, left-arm for right-arm."""
+    """(256,) uint8: the label after a flip, left-arm for right-arm, "cat: leye" for "cat: reye"."""
     table, names = torch.arange(256, dtype=torch.uint8), [name.lower() for name in names]
     for i, name in enumerate(names):
         other = name.replace("left", "\0").replace("right", "left").replace("\0", "right")
+        if other == name:                                # Pascal-Part's, but for "bus: roofside"
+            other = re.sub("(?<=: )[lr]", lambda side: "rl"["lr".index(side[0])], name)
         table[i] = names.index(other) if other in names else i
     return table
 

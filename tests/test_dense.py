@@ -95,11 +95,17 @@ def test_windows_are_averaged_where_they_overlap():
 
 
 def test_flips_change_sides_only_if_asked():
-    names = readers.segmentation_classes("lip", "part")
-    table = dense.sides(names)
-    assert table[table.long()].equal(torch.arange(256, dtype=torch.uint8))
-    changed = [names[i] for i in range(len(names)) if table[i] != i]
-    assert changed and all("left" in name.lower() or "right" in name.lower() for name in changed)
+    def swapped(name):
+        names = readers.segmentation_classes(name, "part")
+        table = dense.sides(names)
+        assert table[table.long()].equal(torch.arange(256, dtype=torch.uint8))
+        return names, table, {names[i]: names[table[i]] for i in range(len(names)) if table[i] != i}
+
+    _, _, pairs = swapped("pascal")
+    assert len(pairs) == 108 and pairs["cat: rear"] == "cat: lear"
+    assert pairs["horse: lfuleg"] == "horse: rfuleg" and "bus: roofside" not in pairs
+    names, table, pairs = swapped("lip")
+    assert len(pairs) == 6 and pairs["Left-arm"] == "Right-arm"
     labels = torch.arange(64, dtype=torch.uint8).view(8, 8) % len(names)
     item = SimpleNamespace(image=torch.full((3, 8, 8), 99, dtype=torch.uint8), labels=labels)
     sizes, kinds = (8, 8, (8, 8), (8, 8)), set()
