@@ -15,6 +15,7 @@ The encoder is frozen in all of them; what is trained is one linear layer, or no
 Each probe is a function task(model, args) -> report, as in evaluate.py, which gives it a line in
 TASKS. Pictures come one at a time and the memory is bounded, whatever the size of the set.
 """
+import functools
 import itertools
 import math
 import re
@@ -128,6 +129,40 @@ def shuffled(read, g):
         pool[i] = item
 
 
+def batches(read, count, make, iters, args):
+    """Yields make(step, items) on the device, step after step: tensors of the next `count` items of
+    those of read(), shuffled. Workers prepare them ahead, but for toy, which is quick."""
+    for batch in data.in_workers(Batches(read, count, make, args.seed), range(iters),
+                                 0 if is_toy(args) else args.workers, args.device):
+        if isinstance(batch, str):
+            raise ValueError(batch)
+        yield [x.to(args.device, non_blocking=True) for x in batch]
+
+
+class Batches:
+    """step -> make(step, items); or what is wrong with a file, as an error of a worker would come
+    with its traceback.
+
+    To be asked step after step, or for every nth of them by each of n workers: all of them, and all
+    processes, read the same pictures in the same order, so their number changes nothing.
+    """
+
+    def __init__(self, read, count, make, seed):
+        self.read, self.count, self.make, self.seed = read, count, make, seed
+        self.done, self.stream = 0, None
+
+    def __call__(self, step):
+        if not self.stream:                              # in the worker, if there are workers
+            self.stream = shuffled(self.read, rng.generator(self.seed, "order"))
+        try:
+            for _ in range(self.done, step + 1):         # the earlier ones: other workers' steps
+                items = list(itertools.islice(self.stream, self.count))
+        except ValueError as error:
+            return str(error)
+        self.done = step + 1
+        return self.make(step, items)
+
+
 def uniform(g, low=0.0, high=1.0):
     return low + (high - low) * torch.rand((), generator=g).item()
 
@@ -201,9 +236,6 @@ def linear_segmentation(model, args):
     for split in ("test", "train"):                      # what is missing is said before all work
         next(mapped(args, split, sizes), None)
 
-    def read(split, keep=lambda number: True):
-        return (item for number, item in enumerate(mapped(args, split, sizes)) if keep(number))
-
     def encode(x):
         return torch.cat([patches(model, part, args, blocks) for part in x.split(args.batch_size)])
 
@@ -213,24 +245,22 @@ def linear_segmentation(model, args):
                    for layer in heads.layers]
 
     several = len(lrs) > 1
-    stream = shuffled(lambda: read("train", lambda number: not several or number % 10),
-                      rng.generator(args.seed, "order"))
     heads = Heads(model.encoder.embed_dim * len(blocks), len(names), len(lrs),
                   recipe["batch_norm"], args.seed).to(args.device)
-    train_segmentation(heads, encode, stream, model, args, sizes, iters, lrs,
-                       sides(names) if args.swap_sides else None)
+    train_segmentation(heads, encode, crops(model, args, sizes, names, iters, several), model, args,
+                       sizes[0], iters, lrs)
 
     chosen, notes = 0, []
     if several:
-        held = itertools.islice(read("train", lambda number: number % 10 == 0), HELD_OUT)
+        held = itertools.islice(mapped(args, "train", sizes), 0, 10 * HELD_OUT, 10)
         found = [metrics.segmentation_scores(counts)["miou"] for counts in score_segmentation(
             predict, held, names, model, args, sizes)[0]]
         chosen = found.index(max(found))
         notes.append(f"{model.name}: lr {lrs[chosen]:g}; mIoU on held-out training images " +
                      ", ".join(f"{100 * s:.1f} at {lr:g}" for s, lr in zip(found, lrs)))
         heads.layers = heads.layers[chosen:chosen + 1]
-    [counts], rows, count = score_segmentation(predict, read("test"), names, model, args, sizes,
-                                               8 if args.show else 0)
+    [counts], rows, count = score_segmentation(predict, mapped(args, "test", sizes), names, model,
+                                               args, sizes, 8 if args.show else 0)
     if rows:
         contact_sheet(rows, picture_of(model, args))
     if args.level in ("object", "part") and args.data in ("ade20k", "pascal"):
@@ -291,23 +321,19 @@ class Heads(nn.Module):
 
 
 @torch.enable_grad()
-def train_segmentation(heads, encode, stream, model, args, sizes, iters, lrs, swap=None):
-    """Trains the heads side by side. encode: (B, 3, S, S) -> (B, h, w, D); stream: endless items.
+def train_segmentation(heads, encode, batches, model, args, crop, iters, lrs):
+    """Trains the heads side by side. encode: (B, 3, S, S) -> (B, h, w, D); batches: see `crops`.
 
     Logits of a batch at full size can be gigabytes: loss and gradient are taken of so many pictures
     at a time as are at most 256 MiB of logits, which adds up to the same.
     """
-    opt, crop = adamw(heads.layers, lrs, DECAY), sizes[0]
+    opt = adamw(heads.layers, lrs, DECAY)
     some = max(1, 2**26 // (heads.layers[0].out_features * crop**2))
     warmup = max(1, WARMUP * iters // RECIPES[args.recipe]["iters"])
     heads.train()
-    for step in bar(range(iters), model):
-        for group in opt.param_groups:                   # linear up over the warm-up, and down to 0
-            up = 1 - (1 - min(step / warmup, 1)) * (1 - 1e-6)
-            group["lr"] = group["peak"] * (1 - step / iters) * up
-        x, labels = (t.to(args.device) for t in stacked(
-            [training_crop(item, sizes, rng.generator(args.seed, "crop", step, i), swap)
-             for i, item in enumerate(itertools.islice(stream, BATCH))], crop, model))
+    for step, (x, labels) in enumerate(bar(batches, model, iters)):
+        for group in opt.param_groups:
+            group["lr"] = poly(step, iters, group["peak"], warmup)
         z = heads.normed(encode(x))                      # (B, h, w, D), no gradient behind it
         for layer in heads.layers:
             for features, y in zip(z.split(some), labels.split(some)):
@@ -317,6 +343,11 @@ def train_segmentation(heads, encode, stream, model, args, sizes, iters, lrs, sw
         opt.step()
         opt.zero_grad()
     heads.eval()
+
+
+def poly(step, total, peak, warmup):
+    """Straight down from `peak` to 0 (power 1), times a straight rise from 1e-6 to 1 at first."""
+    return peak * (1 - step / total) * (1 - (1 - min(step / warmup, 1)) * (1 - 1e-6))
 
 
 def segmentation_loss(logits, labels):
@@ -357,10 +388,27 @@ def training_crop(item, sizes, g, swap=None):
     return distort(image, g), labels
 
 
-def stacked(views, crop, model):
-    """[(image (3, h, w) of 0 to 255, labels (h, w)), ...] -> (B, 3, crop, crop) normalised, (B,
-    crop, crop) int64. What is smaller gets 0 and label 255 on the right and at the bottom."""
-    x = [data.normalize(image / 255, model.mean, model.std) for image, _ in views]
+def crops(model, args, sizes, names, iters, hold_out=False, rank=0, world=1):
+    """Yields x (B, 3, S, S) normalised, labels (B, S, S) int64, 255 = ignore: of every batch of
+    BATCH crops this process's share. hold_out: without every tenth image."""
+    swap = sides(names) if args.swap_sides else None
+    return batches(functools.partial(training_items, args, sizes, hold_out), BATCH,
+                   functools.partial(stacked, args.seed, sizes, model.mean, model.std, swap,
+                                     range(rank, BATCH, world)), iters, args)
+
+
+def training_items(args, sizes, hold_out):
+    return (item for number, item in enumerate(mapped(args, "train", sizes))
+            if number % 10 or not hold_out)
+
+
+def stacked(seed, sizes, mean, std, swap, own, step, items):
+    """Crops of the items with the numbers `own`, as a batch. What is smaller gets 0 and label 255
+    on the right and at the bottom."""
+    crop = sizes[0]
+    views = [training_crop(items[i], sizes, rng.generator(seed, "crop", step, i), swap)
+             for i in own]
+    x = [data.normalize(image / 255, mean, std) for image, _ in views]
     x = [F.pad(x, (0, crop - x.shape[2], 0, crop - x.shape[1])) for x in x]
     y = [F.pad(y, (0, crop - y.shape[1], 0, crop - y.shape[0]), value=255) for _, y in views]
     return torch.stack(x), torch.stack(y).long()
@@ -752,17 +800,16 @@ def pose(model, args):
     swap = sides(names)[:len(names)].long()
     iters = args.iters or recipe["iters"]
 
-    def read(split):
-        limit = args.limit or (TOY[split] if is_toy(args) else None)
-        return readers.keypoints(args.data, args.data_root, split, limit, side)
-
     if args.data == "coco":
         metrics.coco_ap([])                              # says now if pycocotools is missing
     for split in ("test", "train"):                      # and what else is
-        next(read(split), None)
-    head = train_pose(read, shape, swap, iters, recipe, model, args)
+        next(with_points(args, split, side), None)
+    sigma = 2 * shape[0] / 256                           # cells
+    views = batches(functools.partial(boxes_of, args, side), recipe["batch"],
+                    functools.partial(training_poses, args.seed, shape, swap, sigma), iters, args)
+    head = train_pose(views, shape, len(names), iters, recipe, model, args)
     images, rows, close, similar, count = [], [], [], [], 0
-    for item in bar(read("test"), model):
+    for item in bar(with_points(args, "test", side), model):
         who = persons(item)
         if not who:
             continue
@@ -795,6 +842,19 @@ def pose(model, args):
         f"{iters:,} iterations of {recipe['batch']}, AdamW, lr {recipe['lr']:g}; flip-averaged; OKS"
         + (f" with sigma {TOY_SIGMA} for all parts" if is_toy(args) else " with COCO's sigmas"),
         objects=count)
+
+
+def with_points(args, split, side):
+    """Items of a split with key-points, as readers.keypoints gives them."""
+    limit = args.limit or (TOY[split] if is_toy(args) else None)
+    return readers.keypoints(args.data, args.data_root, split, limit, side)
+
+
+def boxes_of(args, side):
+    """Yields an item for every box of the training images."""
+    for item in with_points(args, "train", side):
+        for k in persons(item):
+            yield SimpleNamespace(image=item.image, box=item.boxes[k], points=item.points[k])
 
 
 def persons(item):
@@ -871,36 +931,35 @@ def joint_maps(head, x, shape, model, args):
 
 
 @torch.enable_grad()
-def train_pose(read, shape, swap, iters, recipe, model, args):
-    """-> linear layer (..., D) -> (..., P), trained on random views of boxes."""
-    def boxes():
-        for item in read("train"):
-            for k in persons(item):
-                yield SimpleNamespace(image=item.image, box=item.boxes[k], points=item.points[k])
-
-    stream = shuffled(boxes, rng.generator(args.seed, "order"))
-    head = nn.Linear(model.encoder.embed_dim, len(swap))
+def train_pose(views, shape, joints, iters, recipe, model, args):
+    """-> linear layer (..., D) -> (..., P), trained on random views of boxes: see
+    `training_poses`."""
+    head = nn.Linear(model.encoder.embed_dim, joints)
     with torch.no_grad():
         g = rng.generator(args.seed, "heads")
         head.weight.copy_(0.001 * torch.randn(head.weight.shape, generator=g))
         head.bias.zero_()
     head.to(args.device)
     opt = adamw([head], [recipe["lr"]], 0.01)
-    sigma, warmup = 2 * shape[0] / 256, min(recipe["warmup"], max(1, iters // 10))
-    for step in bar(range(iters), model):
+    warmup = min(recipe["warmup"], max(1, iters // 10))
+    for step, (crop, goal, weight) in enumerate(bar(views, model, iters)):
         drop = 0.1 ** ((step >= 0.75 * iters) + (step >= 0.9 * iters))
         for group in opt.param_groups:
             group["lr"] = group["peak"] * min(1, (step + 1) / warmup) * drop
-        views = [training_pose(item, shape, swap, rng.generator(args.seed, "pose", step, i))
-                 for i, item in enumerate(itertools.islice(stream, recipe["batch"]))]
-        x = normalised(model, torch.stack([crop for crop, _ in views]), args)
-        goal, weight = (torch.stack(t).to(args.device) for t in zip(
-            *(heat_maps(points, shape, sigma) for _, points in views)))
+        x = normalised(model, crop, args)
         error = (joint_maps(head, x, shape, model, args) - goal).square().mean((2, 3))  # (B, P)
         (error * weight).mean().backward()
         opt.step()
         opt.zero_grad()
     return head
+
+
+def training_poses(seed, shape, swap, sigma, step, items):
+    """-> crops (B, 3, *shape) of 0 to 255, heat maps (B, P, h, w), their weights (B, P)."""
+    crops, points = zip(*(training_pose(item, shape, swap, rng.generator(seed, "pose", step, i))
+                          for i, item in enumerate(items)))
+    maps, weights = zip(*(heat_maps(of, shape, sigma) for of in points))
+    return torch.stack(crops), torch.stack(maps), torch.stack(weights)
 
 
 def training_pose(item, shape, swap, g):

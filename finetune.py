@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import replace
 from itertools import islice
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,7 @@ import readers
 import rng
 import training
 import vit
+from dense import BATCH, WARMUP
 from features import labelled, settings_of, view
 from metrics import report
 
@@ -333,7 +333,6 @@ SEGMENT = {
                           iters=160000),
         "selfpatch": dict(blocks=(4, 6, 8, 12), lr=6e-5, decay=0.01, layer_decay=1.0,
                           iters=160000)}}
-BATCH, WARMUP = 16, 1500                                 # crops, iterations
 AUXILIARY, DROPOUT = 0.4, 0.1                            # weight of UPerNet's second loss; in heads
 POOLS = 1, 2, 3, 6                                       # cells a side of UPerNet's averages
 # On toy, our choice: a larger lr, few iterations. Fewer, of larger pictures, find the creature in
@@ -381,17 +380,14 @@ def segmentation(model, args):
                             betas=(0.9, 0.999), fused=True)
     parallel = training.share_gradients(net, args.device)
     warmup = max(1, WARMUP * iters // published)
-    batches = data.in_workers(Crops(args, model, sizes, names), range(iters),
-                              0 if toy else args.workers, args.device)
+    batches = dense.crops(model, args, sizes, names, iters, rank=rank, world=world)
     bar = tqdm(total=iters, desc=model.name, leave=False, dynamic_ncols=True,
                disable=rank > 0 or not sys.stderr.isatty())
     losses, begin, say = [], time.perf_counter(), min(1000, max(1, iters // 10))
     for step, batch in enumerate(batches):
-        if isinstance(batch, str):
-            raise ValueError(batch)
-        x, y = (t.to(args.device, non_blocking=True).tensor_split(parts) for t in batch)
+        x, y = (t.tensor_split(parts) for t in batch)
         torch.manual_seed(rng.key(args.seed, "segmentation", step, rank))    # dropout, drop path
-        lr = poly(step, iters, peak, warmup)
+        lr = dense.poly(step, iters, peak, warmup)
         for group in opt.param_groups:
             group["lr"] = lr * group["factor"]
         for number, (crops, labels) in enumerate(zip(x, y), 1):  # (b, 3, S, S), (b, S, S)
@@ -447,41 +443,6 @@ def segmentation(model, args):
         [f"{model.name}: batch norm saw {share // parts * world} crops at a time, not {BATCH}"] * (
             parts > 1),
         test=int(number))
-
-
-def poly(step, total, peak, warmup):
-    """Straight down from `peak` to 0 (power 1), times a straight rise from 1e-6 to 1 at first."""
-    return peak * (1 - step / total) * (1 - (1 - min(step / warmup, 1)) * (1 - 1e-6))
-
-
-class Crops:
-    """step -> this process's crops: x (B, 3, S, S) normalised, y (B, S, S) int64, 255 = ignore; or
-    what is wrong with a file, as an error of a worker would come with its traceback.
-
-    To be asked step after step, or for every nth of them by each of n workers: all of them, and all
-    processes, read the same pictures in the same order, so their number changes nothing.
-    """
-
-    def __init__(self, args, model, sizes, names):
-        self.args, self.sizes, self.done, self.stream = args, sizes, 0, None
-        self.swap = dense.sides(names) if args.swap_sides else None
-        self.model = SimpleNamespace(mean=model.mean, std=model.std)
-        self.own = range(training.rank(), BATCH, training.world_size())
-
-    def __call__(self, step):
-        if not self.stream:                              # in the worker, if there are workers
-            self.stream = dense.shuffled(lambda: dense.mapped(self.args, "train", self.sizes),
-                                         rng.generator(self.args.seed, "order"))
-        try:
-            for _ in range(self.done, step + 1):         # the earlier ones: other workers' steps
-                items = list(islice(self.stream, BATCH))
-        except ValueError as error:
-            return str(error)
-        self.done = step + 1
-        return dense.stacked(
-            [dense.training_crop(items[i], self.sizes,
-                                 rng.generator(self.args.seed, "crop", step, i), self.swap)
-             for i in self.own], self.sizes[0], self.model)
 
 
 class Segmenter(nn.Module):

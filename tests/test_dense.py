@@ -40,7 +40,7 @@ def model(**config):
 
 
 def settings(*flags):
-    args = evaluate.parse([*flags, "--device", "cpu", "--precision", "fp32", "--workers", "0"])
+    args = evaluate.parse(["--device", "cpu", "--precision", "fp32", "--workers", "0", *flags])
     args.data = args.data or "toy"
     return args
 
@@ -212,6 +212,35 @@ def test_no_forward_is_larger_than_batch_size(monkeypatch, most):
     dense.linear_segmentation(small, settings("--data", "voc", "--iters", "1", "--batch-size",
                                               str(most)))
     assert max(seen) == min(most, dense.BATCH) and sum(seen) == dense.BATCH + 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["linear_segmentation", "pose"])
+def test_the_number_of_workers_changes_nothing(monkeypatch, task):
+    def keypoints(name, root, split, limit, size):
+        for number in range(6):
+            g = rng.generator(split, number)
+            yield SimpleNamespace(image=torch.randint(256, (3, 64, 48), generator=g).byte(),
+                                  points=F.pad(48 * torch.rand(1, 17, 2, generator=g), (0, 1),
+                                               value=2), boxes=torch.tensor([[2.0, 2, 40, 60]]),
+                                  areas=torch.full((1,), 2000.0), crowd=torch.zeros(1).bool())
+
+    def found(*flags):
+        small = planted(monkeypatch, False) if task == "linear_segmentation" else model()
+        args = settings("--task", task, "--data", name, "--iters", "3", *flags)
+        args.lr = args.lr or ([1e-3, 1e-2] if task == "linear_segmentation" else [])
+        result = evaluate.TASKS[task](small, args)
+        return result.rows, result.notes
+
+    name = "voc" if task == "linear_segmentation" else "coco"
+    monkeypatch.setattr(readers, "keypoints", keypoints)
+    monkeypatch.setattr(metrics, "coco_ap", lambda *_: dict.fromkeys(("AP", "AP50", "AR", "AR50"),
+                                                                     0.0))
+    monkeypatch.setitem(dense.POSE, "coco", dict(shape=(64, 48), batch=4, iters=9, warmup=1,
+                                                 lr=1e-2))
+    monkeypatch.setitem(dense.RECIPES, "parts", {**dense.RECIPES["parts"], "blocks": (12,)})
+    alone = found("--workers", "0")
+    assert found("--workers", "2") == alone != found("--workers", "0", "--seed", "1")
 
 
 # ---- a prompt ------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def test_groups_of_heads_and_encoder_as_published():
 
 
 def test_the_schedule_by_hand():
-    found = [finetune.poly(step, 40000, 6e-5, 1500) for step in (0, 750, 1500, 20000, 39999)]
+    found = [dense.poly(step, 40000, 6e-5, 1500) for step in (0, 750, 1500, 20000, 39999)]
     assert found == pytest.approx([6e-11, 6e-5 * 0.98125 * 0.5000005, 6e-5 * 0.9625, 3e-5, 1.5e-9])
 
 
@@ -295,23 +295,21 @@ def test_recipes_as_published(monkeypatch, flags, lr, decay, factors, words):
 # ---- batches -------------------------------------------------------------------------------------
 
 
-def crops(rank, world, monkeypatch):
-    monkeypatch.setattr(training, "rank", lambda: rank)
-    monkeypatch.setattr(training, "world_size", lambda: world)
-    args = settings()
-    return finetune.Crops(args, model(), dense.sizes_of(args, 32), ["red", "blue"])
-
-
 def test_processes_and_workers_see_what_one_would_see(monkeypatch):
     two_classes(monkeypatch)
-    alone = crops(0, 1, monkeypatch)
-    whole = [alone(step) for step in range(3)]
+    monkeypatch.setitem(dense.SIZES, "voc", (32, 24, (64, 32), (64, 32)))
+
+    def crops(workers, rank, world):
+        args = settings("--data", "voc", "--workers", str(workers))
+        return list(dense.crops(model(), args, dense.SIZES["voc"], ["red", "blue"], 3, rank=rank,
+                                world=world))
+
+    whole = crops(0, 0, 1)
     assert whole[0][0].shape == (16, 3, 32, 32) and not whole[0][0].equal(whole[1][0])
-    for rank in (0, 1):
-        of_two = crops(rank, 2, monkeypatch)
-        for step in (1, 2):                              # a worker that leaves step 0 to others
-            for mine, all_of_it in zip(of_two(step), whole[step]):
-                assert mine.equal(all_of_it[rank::2])
+    for workers, rank, world in ((2, 0, 1), (0, 0, 2), (2, 1, 2)):
+        for step, batch in enumerate(crops(workers, rank, world)):
+            for mine, all_of_it in zip(batch, whole[step], strict=True):
+                assert mine.equal(all_of_it[rank::world])
 
 
 def test_a_damaged_file_is_named_in_one_sentence_though_a_worker_reads_it(monkeypatch):
@@ -334,7 +332,8 @@ def test_a_damaged_file_is_named_in_one_sentence_though_a_worker_reads_it(monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["fpn", "upernet"])
 def test_it_learns_what_is_there_and_leaves_the_encoder_alone(monkeypatch, head):
-    monkeypatch.setattr(finetune, "BATCH", 8)            # for speed
+    for module in (dense, finetune):
+        monkeypatch.setattr(module, "BATCH", 8)          # for speed
     small, found = model(), []
     before = {name: x.clone() for name, x in small.encoder.state_dict().items()}
     for shuffled in (False, True):
