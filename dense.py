@@ -706,8 +706,9 @@ def video(model, args):
 
 
 def frame_shape(shape, short, p):
-    """(H, W) -> the short side as given, the other in proportion, floored to a multiple of 64."""
-    step = math.lcm(64, p) if short >= 64 else p
+    """(H, W) -> the short side as given, the other in proportion, floored to a multiple of 64; of
+    the patch, where that does not divide 64: our choice."""
+    step = 64 if 64 % p == 0 and short >= 64 else p
     return [short if n == min(shape) else max(short, int(short * n / min(shape)) // step * step)
             for n in shape]
 

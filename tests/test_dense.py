@@ -362,6 +362,8 @@ def test_frames_are_480_by_a_multiple_of_64():
     assert dense.frame_shape((480, 854), 480, 16) == [480, 832]
     assert dense.frame_shape((854, 480), 480, 16) == [832, 480]
     assert dense.frame_shape((128, 128), 128, 8) == [128, 128]
+    assert dense.frame_shape((480, 854), 476, 14) == [476, 840]          # 14 does not divide 64
+    assert dense.frame_shape((854, 480), 476, 14) == [840, 476]
 
 
 # ---- joints --------------------------------------------------------------------------------------
