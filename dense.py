@@ -40,7 +40,7 @@ from features import settings_of
 # H, W pixels, M frames in memory, P key-points, K objects
 
 AT_ONCE = 16             # pictures or windows of about 500 pixels a side in one forward
-ROOM = 2**31             # bytes of pictures that are kept in memory to be shuffled
+ROOM = 2**31             # bytes of pictures that are kept to be shuffled: 2 GiB for each worker
 TOY = dict(train=1000, test=300)         # images of toy's splits, unless --limit says other
 
 

@@ -322,7 +322,8 @@ class Views(IterableDataset):
     """Endless random views of the training images, (image, target); every epoch a new order.
 
     read: as in `detection`; keep: read once, and keep all items in memory. The images of an epoch
-    are split over processes and their workers.
+    are split over processes and their workers, each of which fills batches of its own: with another
+    number of workers, other images share a batch, so a run differs.
     """
 
     def __init__(self, read, recipe, side, mean, seed, keep):
