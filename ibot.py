@@ -35,8 +35,8 @@ From the official code, not the paper: the mean over the hidden patches of a cro
 crops, in which half of the crops, unmasked, count as 0; a centre for patches, c2, from all of them.
 Ours: logits of hidden patches only are computed; the mean of all, for c2, is the last layer
 (linear) of the mean; masks are made for the whole batch at once; batch norms see class tokens and
-patches apart, as DINO's see the former (the script's: together). Left out: masking from a later
-epoch on, which only Swin needed.
+patches apart, as DINO's see the former (the script's: together), and keep statistics of the former
+only. Left out: masking from a later epoch on, which only Swin needed.
 
     python ibot.py                                         minutes on a laptop, offline
     python ibot.py --mask-p 0                              DINO, exactly, with equal settings
@@ -203,6 +203,17 @@ class Head(nn.Module):
     def project(self, x):
         return F.normalize(self.mlp(x), dim=-1)
 
+    def project_patches(self, x):
+        """Batch norms see patches by themselves and keep nothing of them: what they keep is of
+        class tokens, which are what is projected after training."""
+        norms = [layer for layer in self.mlp if isinstance(layer, training.BatchNorm)]
+        for norm in norms:
+            norm.train().momentum = 0.0
+        z = self.project(x)
+        for norm in norms:
+            norm.train(self.training).momentum = 0.1                         # torch's
+        return z
+
     def forward(self, x):
         return self.last_layer(self.project(x))
 
@@ -235,10 +246,10 @@ class Network(nn.Module):
             local, _ = self.backbone.split(self.backbone(crops, drop=drop_crops))
             cls = torch.cat([cls, local])                                    # ((2+L)*B, D)
         if student:
-            z = (self.head.project(patches)[mask] if self.norm_all else      # as many everywhere
-                 self.head.project(patches[mask]))                           # cheaper
+            z = (self.head.project_patches(patches)[mask] if self.norm_all   # as many everywhere
+                 else self.head.project(patches[mask]))                      # cheaper
             return self.head(cls), self.head.patches(z)
-        z = self.head.project(patches)                                       # (2B, N, 256)
+        z = self.head.project_patches(patches)                               # (2B, N, 256)
         mean = self.head.patches(z.mean((0, 1)))                             # the layer is linear
         return self.head(cls), self.head.patches(z[mask]), mean
 

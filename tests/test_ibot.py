@@ -1,5 +1,6 @@
 """iBOT against the closed forms and the published equations, with controls that break each."""
 import ast
+import copy
 import inspect
 import math
 
@@ -281,6 +282,25 @@ def test_batch_norms_see_all_patches_whatever_is_hidden():
     hidden = head.mlp[:2](patches)                                 # (6, 16, 16)
     close(hidden.mean((0, 1)), torch.zeros(16), 1e-5)
     assert hidden.mean(0).abs().max() > 0.1                        # not for each patch apart
+
+
+def test_batch_norms_keep_what_they_saw_of_class_tokens_alone():
+    def kept(head):
+        return [norm.state_dict()[f"running_{x}"] for norm in (head.mlp[1], head.mlp[4])
+                for x in ("mean", "var")]
+
+    for net in pair("--bn-in-head", "true", "--drop-path", 0):
+        before, mask = copy.deepcopy(net.head), some()
+        net.train()(images(6), mask)
+        token = net.masked_embed
+        tokens = net.backbone(images(6), mask=None if token is None else mask, mask_token=token)
+        before.train()(tokens[:, 0])
+        assert all(torch.equal(*pair) for pair in zip(kept(net.head), kept(before), strict=True))
+        before(tokens[:, 1:])                                      # control: patches move them
+        assert (kept(net.head)[0] - kept(before)[0]).abs().max() > 1e-3
+        z = net.head.project_patches(tokens[:, 1:])                # after training, too, patches
+        assert torch.equal(net.eval().head.project_patches(tokens[:, 1:]), z)    # by themselves
+        assert not any(layer.training for layer in net.modules())
 
 
 def test_loss_parts_look_at_their_own_logits():
