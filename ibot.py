@@ -137,7 +137,7 @@ def masks(index, cfg, *key):
     ratio = cfg.mask_min + u[:, 1] * (cfg.mask_max - cfg.mask_min)
     target = torch.where(u[:, 0] < cfg.mask_p, ratio, 0) * side**2           # (2B,) patches
     if cfg.mask_shape == "rand":
-        rank = uniform((side**2,), "order").argsort(1).argsort(1)
+        rank = uniform((side**2,), "order").argsort(dim=1, stable=True).argsort(1)
         return rank < target.long()[:, None]
     return blocks(uniform((48, 4), "blocks"), target, side).flatten(1)       # 32 do, nearly always
 
