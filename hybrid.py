@@ -66,7 +66,6 @@ class Config:
     layer_scale: float = 0.1      # every branch begins so small (SimMIM); 0: as it is
     init: str = "beit"            # weights: beit (our choice: SimMIM) or moco (Xavier): see vit.py
     drop_path: float = 0.1        # stochastic depth (paper); in all student passes (our choice)
-    freeze_patch: bool = False    # random patch projection: MoCo v3's, not SimMIM's (our choice)
     hidden: int = 4096            # width inside projector, predictor (our choice: MoCo v3)
     out_dim: int = 256            # C (our choice: MoCo v3)
     # the objective
@@ -153,7 +152,6 @@ class Network(nn.Module):
                                 rel_pos="shared", layer_scale=cfg.layer_scale or None,
                                 qkv_bias="split", init=cfg.init,
                                 drop_path=0.0 if teacher else cfg.drop_path)
-        self.backbone.patch_embed.requires_grad_(not cfg.freeze_patch)
         if cfg.lam < 1 and not teacher:                                      # SimMIM's
             self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
             nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
