@@ -70,6 +70,9 @@ class View:
     def __post_init__(self):
         if self.blur_sigma[1] > 2.4:
             raise ValueError(f"blur_sigma {self.blur_sigma}: `blur` reaches 6 pixels, radius 2.4")
+        if len(self.jitter) != 4:
+            raise ValueError(f"jitter {self.jitter}: four numbers, of brightness, contrast, "
+                             f"saturation, hue")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -215,6 +215,11 @@ def test_blur_is_pils_up_to_rounding_to_grey_levels(size):
         View(8, blur_sigma=(0.1, 3.0))
 
 
+def test_one_number_is_no_jitter():
+    with pytest.raises(ValueError, match="four numbers, of brightness"):
+        View(8, jitter=(0.3,))
+
+
 def test_dice_fall_as_torchvision_says():
     n, view = 20000, View(8, jitter=(0.4, 0.3, 0.2, 0.1), flip=0.3, blur_p=0.1, **{
         k: v for k, v in COLOUR.items() if k != "blur_p"})
