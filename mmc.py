@@ -108,8 +108,8 @@ class Config:
 
 
 def views(cfg):
-    """SiT's asymmetric pair of global crops with the paper's jitter, and MC-SSL's local crops (our
-    choice, with their probabilities, where nothing else is said)."""
+    """Two global crops by SiT's asymmetric recipe with the paper's jitter; local crops by MC-SSL's.
+    A probability without a remark is theirs (our choice)."""
     colour = dict(jitter=(cfg.jitter, cfg.jitter, cfg.jitter, cfg.hue), jitter_p=0.8, grey_p=0.2)
     crop = dict(size=cfg.img_size, scale=(cfg.min_scale, 1.0), **colour)
     return [data.View(**crop, blur_p=cfg.blur_p),
