@@ -176,13 +176,15 @@ def corrupt(x, region, pasted, other, noise):
 # --------------------------------------------------------------------------------------------------
 
 
-def projector(width, hidden, out):
-    """MoCo v3's projector (our choice; the paper: 3 layers); no scale and shift at the end."""
-    def layer(n, m, affine=True):
-        return nn.Linear(n, m, bias=False), training.BatchNorm(m, affine=affine)
-
-    return nn.Sequential(*layer(width, hidden), nn.ReLU(), *layer(hidden, hidden), nn.ReLU(),
-                         *layer(hidden, out, affine=False))
+def mlp(*widths):
+    """Linear layers without bias, a batch norm after each, ReLU between; the last norm has neither
+    scale nor shift, so over a batch every feature has mean 0 and variance 1 (our choice: MoCo v3;
+    the paper: 3 layers)."""
+    layers = []
+    for n, m in zip(widths, widths[1:-1]):
+        layers += [nn.Linear(n, m, bias=False), training.BatchNorm(m), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=False),
+                         training.BatchNorm(widths[-1], affine=False))
 
 
 class Network(nn.Module):
@@ -193,9 +195,9 @@ class Network(nn.Module):
         self.backbone = vit.ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth,
                                 cfg.num_heads, pos=cfg.pos, init=cfg.init,
                                 drop_path=cfg.drop_path)
-        D, hidden = cfg.embed_dim, cfg.hidden
-        self.head_cls = projector(D, hidden, cfg.out_dim) if cfg.cls else None
-        self.head_pat = projector(D, hidden, cfg.out_dim) if cfg.pat else None
+        D, hidden, C = cfg.embed_dim, cfg.hidden, cfg.out_dim
+        self.head_cls = mlp(D, hidden, hidden, C) if cfg.cls else None
+        self.head_pat = mlp(D, hidden, hidden, C) if cfg.pat else None
         self.head_rec = nn.Sequential(               # 3 layers (paper); GELU, no norm: our choice
             nn.Linear(D, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
             nn.Linear(hidden, 3 * cfg.patch_size**2)) if cfg.rec else None
@@ -205,16 +207,12 @@ class Network(nn.Module):
         Returns class ((V+L)*B, C), patches (V*B, N, C), pixels (V*B, 3, S, S), each None without
         its head. Batch norms see all views at once (our choice: SiT; with local crops: DINO)."""
         cls, patches = self.backbone.split(self.backbone(x, drop=drop))      # (V*B, D), (V*B, N, D)
-        if crops is not None and self.head_cls:                              # class token only
+        if crops is not None:                                                # class token only
             local, _ = self.backbone.split(self.backbone(crops, drop=drop_crops))
             cls = torch.cat([cls, local])                                    # ((V+L)*B, D)
-        q = Q = pixels = None
-        if self.head_cls:
-            q = self.head_cls(cls)
-        if self.head_pat:                                                    # each patch is a row
-            Q = self.head_pat(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
-        if self.head_rec:
-            pixels = unpatchify(self.head_rec(patches))
+        q = self.head_cls(cls) if self.head_cls else None
+        Q = self.head_pat(patches) if self.head_pat else None                # each patch is a row
+        pixels = unpatchify(self.head_rec(patches)) if self.head_rec else None
         return q, Q, pixels
 
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_dino import no_gradient_reached_the_teacher, same, small_noise, watch
+from test_ibot import code
 
 import data
+import hybrid
 import mmc
+import moco_v3
 import rng
 import training
 
@@ -208,6 +211,10 @@ def test_shapes_of_a_step_with_local_crops():
     q, Q, pixels = net(torch.randn(2 * 4, 3, 32, 32), torch.randn(3 * 4, 3, 16, 16))
     assert q.shape == (5 * 4, 16) and Q.shape == (8, 16, 16) and pixels.shape == (8, 3, 32, 32)
     assert [v.copies for v in mmc.views(cfg)] == [1, 1, 3]
+
+
+def test_heads_of_contrast_are_copies_of_moco_v3s():
+    assert code(mmc.mlp) == code(moco_v3.mlp) == code(hybrid.mlp)
 
 
 def test_unpatchify_puts_every_pixel_back():
