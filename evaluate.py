@@ -102,7 +102,8 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "paper":      (bool, False, "linear, layerwise: lr and weight decay of recipe park as printed"),
     "bn":         (("running", "batch"), "running", "attentive head: statistics of its batch norm "
                    "at test; batch: as the published code"),
-    "epochs":     (natural, None, "of a head's or all weights' training; none: the recipe's"),
+    "epochs":     (natural, None, "of a head's or all weights' training; none: the recipe's; "
+                   "finetune on toy: 5"),
     "reinit":     (str, None, "finetune: first:N or last:N, so many blocks start anew"),
     "crop":       (("code", "paper"), "code", "parts: geometry, see part_crops"),
     "parts":      (str, [], "names of key-points, or all; none: the study's"),

@@ -48,6 +48,7 @@ FINETUNE = {
     "mmc":    dict(lr=5e-4, per=256, batch=256, epochs=100, warmup=5, clip=None,
                    augment="RandAugment")}
 MMC_ELSEWHERE = dict(batch=128, epochs=200, augment="ThreeAugment")          # than on ImageNet
+TOY_EPOCHS = 5                                           # minutes, not the recipe's hours
 LAYER_DECAY, WEIGHT_DECAY, DROP_PATH = 0.65, 0.05, 0.1   # of all three recipes
 
 
@@ -73,7 +74,7 @@ def finetune(model, args):
     size = min(recipe["batch"], max(16, len(images) // 64)) // world * world
     loader = data.Loader(images, [data.View(model.size)], size, args.seed, args.device,
                          args.workers, rank, world)      # crop of 8 to 100 %, bicubic, and flip
-    epochs = args.epochs or recipe["epochs"]
+    epochs = args.epochs or (TOY_EPOCHS if dense.is_toy(args) else recipe["epochs"])
     total = epochs * len(loader)
     warmup = total * recipe["warmup"] // recipe["epochs"]
     peak = recipe["lr"] * recipe["batch"] / recipe["per"] * math.sqrt(size / recipe["batch"])

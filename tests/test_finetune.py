@@ -283,6 +283,14 @@ def test_it_learns_what_is_there_and_leaves_the_encoder_alone(monkeypatch, recip
     assert "our choice" in result.protocol
 
 
+def test_creatures_are_fine_tuned_for_minutes_unless_told_otherwise(monkeypatch):
+    two_classes(monkeypatch, False)
+    monkeypatch.setattr(finetune, "score", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(finetune, "TOY_EPOCHS", 1)
+    assert ", 1 epochs" in finetune.finetune(model(encoder()), settings()).protocol
+    assert ", 2 epochs" in finetune.finetune(model(encoder()), settings("--epochs", "2")).protocol
+
+
 def test_parts_of_a_batch_make_the_same_step(monkeypatch):
     def loss_after(size):
         two_classes(monkeypatch, False)
