@@ -30,10 +30,10 @@ import training
 
 ROOT = Path(__file__).parent.parent
 METHODS = "mae asl simmim beit cae moco_v3 dino ibot selfpatch hybrid mmc".split()
-PROBES = {        # flags of evaluate.py: column of the table: feature (else the first), number
+PROBES = {        # flags of evaluate.py: column of the table: feature (None: the first), number
     "knn": {"kNN cls": ("cls", "k=10"), "kNN pat": ("pat", "k=10")},
-    "linear": {"linear": ("cls", "top-1")},
-    "part_retrieval": {"parts": ("cls", "AP")},
+    "linear": {"linear": (None, "top-1")},
+    "part_retrieval": {"parts": (None, "AP")},
     "linear_segmentation --level object": {"objects, patches": (None, "mIoU")},
     "linear_segmentation --level part": {"parts, patches": (None, "mIoU")},
     "zero_shot_segmentation": {"prompted": (None, "Opt")},
@@ -104,7 +104,9 @@ def numbers(folder):
     for flags, columns in PROBES.items():
         metrics = answer(folder, flags)
         for column, (feature, name) in columns.items():
-            found[column] = round(metrics.get(feature, next(iter(metrics.values())))[name], 1)
+            feature = feature or next(iter(metrics))
+            if feature in metrics:                       # SelfPatch has no class token
+                found[column] = round(metrics[feature][name], 1)
     for name, (column, key, digits) in INSIDE.items():
         model, = json.loads((folder / "analysis" / f"{name}.json").read_text())["models"]
         found[column] = round(model["numbers"][key][-1], digits)
