@@ -1,6 +1,7 @@
 """Probes that look at every patch: planted features are found and shuffled ones are not, a planted
 film is followed, sweeps and decoding agree with brute force and hand-worked numbers, and every task
 runs once from the command line, on toy and on pieces of the real sets."""
+import colorsys
 import json
 import os
 import sys
@@ -43,6 +44,62 @@ def settings(*flags):
     args = evaluate.parse(["--device", "cpu", "--precision", "fp32", "--workers", "0", *flags])
     args.data = args.data or "toy"
     return args
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def test_settings_are_those_of_the_sheet():
+    wide = (512, 341, (2048, 512), (2048, 512))          # crop, stride; training, test: long, short
+    assert dense.SIZES == {
+        "ade20k": wide, "voc": wide, "coco": wide,
+        "cityscapes": (512, 341, (2048, 1024), (2048, 1024)),
+        "pascal": (480, 161, (520, 520), (3840, 480)), "lip": (320, 161, (1024, 320), (4096, 320))}
+    assert dense.RECIPES == {
+        "parts": dict(blocks=(4, 6, 8, 12), lr=4e-4, iters=160000, batch_norm=False),
+        "mmc": dict(blocks=(6, 8, 10, 12), lr=1e-4, iters=40000, batch_norm=True)}
+    assert (dense.WARMUP, dense.BATCH, dense.DECAY) == (1500, 16, 0.05)
+    assert dense.POSE["coco"] == dict(shape=(256, 192), batch=512, warmup=500, lr=5e-4,
+                                      iters=pytest.approx(20 * 149813 / 512, abs=5))
+    assert (dense.STRIDE, dense.SURE, dense.SAME) == (4, 0.2, 0.9)
+    assert (dense.MEMORY, dense.RADIUS, dense.NEAREST, dense.TAU) == (7, 12, 5, 0.1)
+    assert dense.DAVIS_STD == (0.228, 0.224, 0.225)
+    assert dense.THRESHOLDS == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+
+
+def recorded(monkeypatch):
+    """A list to which every step of AdamW adds, for each group: lr, weight decay, betas."""
+    steps = []
+
+    class AdamW(torch.optim.AdamW):
+        def step(self):
+            steps.append([(group["lr"], group["weight_decay"], group["betas"])
+                          for group in self.param_groups])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    return steps
+
+
+def test_linear_segmentation_is_trained_as_in_the_sheet(monkeypatch):
+    steps, heads = recorded(monkeypatch), dense.Heads(4, 3, 2, False, 0)
+    monkeypatch.setitem(dense.RECIPES, "parts", {**dense.RECIPES["parts"], "iters": 3000})
+    batch = torch.zeros(16, 3, 8, 8), torch.zeros(16, 8, 8, dtype=torch.long)
+    dense.train_segmentation(heads, lambda x: torch.randn(16, 1, 1, 4), [batch] * 4, model(),
+                             settings("--recipe", "parts"), 8, 4, [4e-4, 1e-3])
+    shares = 1e-6, 0.75 * 0.5000005, 0.5, 0.25           # two steps of warm-up, down to 0
+    for groups, share in zip(steps, shares, strict=True):
+        assert groups == [(pytest.approx(lr * share), decay, (0.9, 0.999))
+                          for lr in (4e-4, 1e-3) for decay in (0.05, 0)]         # weight, bias
+
+
+def test_pose_is_trained_as_in_the_sheet(monkeypatch):
+    steps = recorded(monkeypatch)
+    views = torch.zeros(1, 3, 16, 16), torch.zeros(1, 5, 4, 4), torch.ones(1, 5)
+    dense.train_pose([views] * 20, (16, 16), 5, 20, dense.POSE["coco"], model(), settings())
+    shares = [0.5] + [1] * 14 + [0.1] * 3 + [0.01] * 2   # of 20 epochs: x 0.1 after 15 and 18
+    assert steps == [[(pytest.approx(5e-4 * share), decay, (0.9, 0.999)) for decay in (0.01, 0)]
+                     for share in shares]
 
 
 # ---- patches, windows, crops ---------------------------------------------------------------------
@@ -128,6 +185,32 @@ def test_crops_avoid_a_single_label_and_colours_stay_in_range():
         assert 0 <= image.min() and image.max() <= 255
         mixed += y.float().mean().item() > 0.25 and y.float().mean().item() < 0.75
     assert mixed >= 15                                       # a first try: about 5
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_colours_are_distorted_as_colorsys_has_them(monkeypatch, first):
+    x = torch.randint(256, (3, 6, 8)).float()
+    x[:, 0] = torch.linspace(0, 255, 8)                      # greys
+    yes, no = 0.0, 1.0
+    numbers = iter([yes, 25.0, yes, 1.3, yes if first else no, yes, 1.4, yes])
+    monkeypatch.setattr(dense, "uniform", lambda *_: next(numbers))
+    found = dense.distort(x, rng.generator(3))
+    turn = int(torch.randint(-18, 18, (), generator=rng.generator(3))) / 180
+    assert turn and not list(numbers)
+
+    def clipped(pixel):
+        return [min(max(v, 0), 1) for v in pixel]
+
+    for pixel, mine in zip(x.flatten(1).T.tolist(), found.flatten(1).T, strict=True):
+        pixel = clipped(v / 255 + 25 / 255 for v in pixel)
+        if first:
+            pixel = clipped(1.3 * v for v in pixel)
+        h, s, v = colorsys.rgb_to_hsv(*pixel)
+        pixel = colorsys.hsv_to_rgb((h + turn) % 1, min(1.4 * s, 1), v)
+        if not first:
+            pixel = clipped(1.3 * v for v in pixel)
+        torch.testing.assert_close(mine, 255 * torch.tensor(pixel).float(), rtol=0,
+                                   atol=0.01)
 
 
 def test_the_loss_is_divided_by_all_pixels():
@@ -298,6 +381,46 @@ def test_whose_patches_are_alike_is_segmented(monkeypatch):
     found = scores(True)
     assert found["Opt"] == pytest.approx(100) and found["whole picture"] == pytest.approx(18.75)
     assert scores(False)["Opt"] < 40
+
+
+def test_targets_are_categories_or_instances_but_no_crowds(monkeypatch):
+    masks = torch.zeros(4, 16, 16, dtype=torch.bool)
+    for k, mask in enumerate(masks):
+        mask[4 * k:4 * k + 4] = True
+    item = SimpleNamespace(image=torch.zeros(3, 16, 16).byte(), labels=torch.tensor([3, 5, 3, 3]),
+                           masks=masks, crowd=torch.tensor([False, False, False, True]))
+    monkeypatch.setattr(readers, "masks", lambda *_: [item])
+
+    def pairs(target):
+        [(_, pairs, valid)] = dense.targets(settings("--target", target), 16)
+        assert valid.all()
+        return pairs
+
+    (a, both), (b, one) = pairs("category")
+    assert (a, b) == (3, 5) and both.equal(masks[0] | masks[2]) and one.equal(masks[1])
+    for (label, mask), k in zip(pairs("instance"), (0, 1, 2), strict=True):
+        assert label == item.labels[k] and mask.equal(masks[k])
+
+
+def test_void_counts_nowhere_and_background_is_no_target(monkeypatch):
+    """Void looks like the object: to say that it is one costs nothing."""
+    labels = torch.zeros(64, 64, dtype=torch.uint8)
+    labels[8:32, 8:40], labels[40:56, 8:40] = 1, 255
+    item = SimpleNamespace(image=(labels > 0).expand(3, 64, 64).byte() * 255, labels=labels)
+
+    def patches(model, x, args, blocks=None):
+        seen = F.avg_pool2d(x.amax(1, keepdim=True), 8).permute(0, 2, 3, 1)
+        return torch.cat([seen, 1 - seen], 3)
+
+    monkeypatch.setattr(dense, "patches", patches)
+    monkeypatch.setattr(dense, "normalised", lambda model, images, args: images / 255)
+    monkeypatch.setattr(readers, "segmentation", lambda *_: [item])
+    monkeypatch.setattr(readers, "segmentation_classes", lambda *_: ["background", "cat"])
+    args = settings("--task", "zero_shot_segmentation", "--size", "64", "--data", "voc")
+    result = dense.zero_shot_segmentation(model(), args)
+    row = result.rows["mean over targets"]
+    assert result.images == {"targets": 1, "categories": 1} and row["Opt"] == pytest.approx(100)
+    assert row["whole picture"] == pytest.approx(100 * 24 * 32 / (64 * 64 - 16 * 32))
 
 
 # ---- films ---------------------------------------------------------------------------------------

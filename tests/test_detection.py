@@ -470,7 +470,78 @@ def test_groups_of_the_optimiser():
         assert by_name["scales.0.1.weight"] == (1, 0)    # a norm of the pyramid
 
 
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+class Stub(torch.nn.Module):
+    """An encoder that rests, and a layer on the mean colour; its loss is a mean over pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head, self.seen = torch.nn.Module(), torch.nn.Linear(3, 1), []
+        self.backbone.encoder = encoder()
+
+    def forward(self, images, targets):
+        self.seen.append(images)
+        colours = torch.stack([image.mean((1, 2)) for image in images])
+        return {name: self.head(colours).square().mean() for name in ("box", "mask")}
+
+
+def trained(name, iters, *flags):
+    """A Stub after so many batches of three pictures of 0 to 255."""
+    torch.manual_seed(0)
+    net, one = Stub(), dict(boxes=torch.ones(1, 4))
+    batches = [[(torch.randint(256, (3, 8, 8)).byte(), one) for _ in range(3)]
+               for _ in range(iters)]
+    detection.train(net, batches, recipe(name), iters, model(), settings(*flags))
+    return net
+
+
+@pytest.mark.parametrize("name, lr, decay, layers, shares", [
+    ("1x", 5e-5, 0.05, 1, [0.001, 0.5005] + [1] * 11 + [0.1] * 5 + [0.01] * 2),
+    ("100ep", 8e-5, 0.1, 1, [0.001, 0.5005 * (1 + math.cos(math.pi / 20)) / 2] + [
+        (1 + math.cos(math.pi * step / 20)) / 2 for step in range(2, 20)]),
+    ("vitdet", 1e-4, 0.1, 0.7, [0.001, 0.5005] + [1] * 16 + [0.1, 0.01])])
+def test_every_step_has_the_lr_and_decay_of_the_sheet(monkeypatch, name, lr, decay, layers, shares):
+    steps = []
+
+    class AdamW(torch.optim.AdamW):
+        def step(self):
+            steps.append({id(p): (group["lr"], group["weight_decay"], group["betas"])
+                          for group in self.param_groups for p in group["params"]})
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    net = trained(name, 20)
+    block = net.backbone.encoder.blocks[2].mlp.fc1       # two layers below the heads, of four
+    for step, share in zip(steps, shares, strict=True):
+        for p, factor, wd in ((net.head.weight, 1, decay), (net.head.bias, 1, 0),
+                              (block.weight, layers**2, decay), (block.bias, layers**2, 0),
+                              (net.backbone.encoder.patch_embed.proj.weight, layers**5, decay)):
+            assert step[id(p)] == (pytest.approx(lr * share * factor), wd, (0.9, 0.999))
+
+
+def test_the_net_sees_pictures_from_0_to_1_and_parts_make_the_same_step():
+    whole, *others = (trained("1x", 2, "--batch-size", n) for n in ("256", "1", "2"))
+    pictures = torch.stack(sum(whole.seen, []))
+    assert pictures.min() == 0 and pictures.max() == 1 and len(pictures) == 6
+    torch.manual_seed(0)
+    start = Stub().head.weight
+    assert [[len(images) for images in net.seen] for net in others] == [[1] * 6, [2, 1] * 2]
+    for net in others:
+        torch.testing.assert_close(net.head.weight, whole.head.weight, rtol=0, atol=1e-7)
+    assert (whole.head.weight - start).abs().max() > 1e-5
+
+
 # ---- the test ------------------------------------------------------------------------------------
+
+
+def test_a_mask_is_what_is_above_a_half():
+    masks = torch.tensor([0.4, 0.6])[:, None, None, None].expand(2, 1, 8, 8)
+    found = detection.predict(
+        lambda images: [dict(labels=torch.ones(2), scores=torch.ones(2), boxes=torch.ones(2, 4),
+                             masks=masks)], objects(8).image, torch.device("cpu"))
+    assert not found.masks[0].any() and found.masks[1].all() and found.masks.shape == (2, 8, 8)
 
 
 def test_numbers_with_gaps_come_back():

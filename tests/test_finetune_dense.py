@@ -253,6 +253,7 @@ def test_groups_of_heads_and_encoder_as_published():
 
 
 def test_the_schedule_by_hand():
+    assert (finetune.BATCH, finetune.WARMUP) == (16, 1500)
     found = [dense.poly(step, 40000, 6e-5, 1500) for step in (0, 750, 1500, 20000, 39999)]
     assert found == pytest.approx([6e-11, 6e-5 * 0.98125 * 0.5000005, 6e-5 * 0.9625, 3e-5, 1.5e-9])
 
