@@ -61,7 +61,7 @@ def curve(x, y, across, up, level=None):
         if x in ("block", "depth") or x.endswith("count"):
             ax.xaxis.get_major_locator().set_params(integer=True)
         ups = dict.fromkeys(up.format(**r.numbers) for r in results)        # ranks go by the width
-        ax.set(xlabel=across, ylabel=" / ".join(ups))
+        ax.set(xlabel=across, ylabel=" /\n".join(ups))
     return draw
 
 

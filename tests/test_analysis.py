@@ -383,10 +383,11 @@ def test_what_covers_no_half_of_a_patch_gets_no_prompt(monkeypatch):
     labels[:, 97:103, 97:103] = 1                            # between the centres of patches
     labels[1, 160:192, 160:165] = 2                          # covers a third of its patches
     labels[1, 32:41, 32:48] = 3                              # and more than half of one
+    labels[1, 64:77, 64:74] = 4                              # as does this, a little smaller
     monkeypatch.setattr(analysis, "batches", lambda *_, **__: [(x, torch.arange(2), labels)])
     monkeypatch.setattr(analysis, "unit", lambda *given: torch.eye(196).expand(2, 196, 196))
     found = analysis.heat_numbers(m, args, None)
-    assert (found["prompts"], found["skipped"]) == (1, 3)
+    assert (found["prompts"], found["skipped"]) == (2, 3)
     [image, heat] = found["show"][0].tiles
     assert image.star == (40, 40) and (image.outlines[0][0] == (labels[1] == 3)).all()
     assert heat.image.flatten().argmax() == 2 * 14 + 2
@@ -496,7 +497,7 @@ def test_a_curve_of_two_widths_is_labelled_with_both():
 
     curve = figures.curve("x", "y", "across", "rank {ranks[0]}")
     own, other = (dict(x=[1], y=[1], ranks=[rank]) for rank in (32, 64))
-    assert label(curve, own, other) == "rank 32 / rank 64" and label(curve, own, own) == "rank 32"
+    assert label(curve, own, other) == "rank 32 /\nrank 64" and label(curve, own, own) == "rank 32"
 
 
 def test_recorded_numbers_are_drawn_from_results(tmp_path):
