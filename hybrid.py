@@ -212,6 +212,8 @@ def main():
     if cfg.accumulate > 1:
         raise ValueError("the hybrid contrasts the images of a batch: micro-batches would change "
                          "the result; leave out --accumulate and use a smaller --batch-size")
+    if not cfg.tau > 0:
+        raise ValueError("--tau is a temperature: above 0")
     if cfg.batch_size < 2:
         raise ValueError("--batch-size 1: the hybrid contrasts an image with others: 2 or more")
     if cfg.mask_block < 1 or cfg.img_size % cfg.mask_block or cfg.mask_block % cfg.patch_size:

@@ -277,6 +277,11 @@ def main():
                          f"2 or more, and a divisor of the {B} images of a process")
     if not cfg.noise_share <= 0.8 >= cfg.paste_share:
         raise ValueError("--noise-share and --paste-share: 0.8 of the area is the most")
+    if not 1 <= cfg.align <= cfg.img_size / 6:
+        raise ValueError(f"--align {cfg.align}: 1 to a sixth of --img-size, or the rectangles do "
+                         f"not reach their share of the area")
+    if cfg.local_crops < 0 or not cfg.tau > 0:
+        raise ValueError("--local-crops must be 0 or more, --tau above 0")
     if not (cfg.rec or cfg.cls or cfg.pat):
         raise ValueError("--rec, --cls and --pat are all 0: nothing to learn")
 

@@ -147,6 +147,8 @@ def main():
     if cfg.accumulate > 1:
         raise ValueError("MoCo v3 contrasts the images of a batch: micro-batches would change the "
                          "result; leave out --accumulate and use a smaller --batch-size")
+    if not cfg.tau > 0:
+        raise ValueError("--tau is a temperature: above 0")
     if cfg.batch_size < 2:
         raise ValueError("--batch-size 1 leaves no other image to contrast with: take 2 or more")
 

@@ -136,6 +136,32 @@ def test_a_method_file_stands_alone(method):
     assert "torch.distributed" not in text and "rank == 0" not in text
 
 
+TEMPERATURES = [(flag, "temperatures: above 0") for flag in
+                ("--tau-student 0", "--tau-start 0", "--tau-end -1")]
+DINOS_REFUSALS = [*TEMPERATURES, ("--local-crops -1", "0 or more"), ("--out-dim 1", "2 or more"),
+                  ("--bn-in-head --accumulate 2", "--bn-in-head false")]
+REFUSED = dict(
+    dino=[*DINOS_REFUSALS, ("--jitter 0.3", "four numbers")],
+    ibot=[*DINOS_REFUSALS, ("--tau-pat-end 0", "temperatures: above 0"),
+          ("--mask-p 1.1", "shares from 0 to 1"), ("--mask-min 0.6", "min <= max"),
+          ("--mask-max 1.1", "shares from 0 to 1"), ("--mask-shape ring", "block or rand")],
+    selfpatch=[*DINOS_REFUSALS, ("--out-dim-pat 1", "2 or more"), ("--k 0", "of the 8 neighbours"),
+               ("--k 9", "of the 8 neighbours"), ("--borders none", "correct or official")],
+    mmc=[("--accumulate 2", "leave out --accumulate"), ("--group 1", "2 or more"),
+         ("--group 3", "a divisor of the 16 images"), ("--noise-share 0.9", "is the most"),
+         ("--paste-share 0.9", "is the most"), ("--align 0", "a sixth of --img-size"),
+         ("--align 3", "a sixth of --img-size"), ("--local-crops -1", "0 or more"),
+         ("--tau 0", "--tau above 0"), ("--rec 0 --cls 0 --pat 0", "nothing to learn")],
+    moco_v3=[("--tau 0", "a temperature: above 0")], hybrid=[("--tau 0", "a temperature: above 0")])
+
+
+@pytest.mark.parametrize("method, flags, sentence", [
+    (method, *refusal) for method, refusals in REFUSED.items() for refusal in refusals])
+def test_settings_that_cannot_be(method, flags, sentence, run, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        run(method, "--out", tmp_path / "run", "--steps", 1, *flags.split())
+
+
 # ---- what a run logs -----------------------------------------------------------------------------
 
 
