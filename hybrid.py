@@ -207,6 +207,7 @@ def schedules(step, total, warmup, cfg):
 def main():
     cfg = training.config(Config)
     run = training.start(cfg)
+    B = cfg.batch_size // run.world                                          # of this process
     if not 0 <= cfg.lam <= 1:
         raise ValueError(f"--lam {cfg.lam}: the weight of the contrast lies between 0 and 1")
     if cfg.accumulate > 1:
@@ -261,7 +262,7 @@ def main():
             parts["mim"] = rec_loss(pixels, x1, hidden)
         if pair:
             k2, k3 = (training.all_gather(z.float()) for z in k)             # (N, C)
-            first = run.rank * len(q[0])
+            first = run.rank * B
             parts["cl"] = contrast(q[0], k3, cfg.tau, first) + contrast(q[1], k2, cfg.tau, first)
         loss = (1 - cfg.lam) * parts.get("mim", 0) + cfg.lam * parts.get("cl", 0)
 
@@ -276,18 +277,19 @@ def main():
             if masked:
                 visible = x1.masked_fill(hidden[:, None], torch.nan)
                 found["flat"] = rec_loss(visible.nanmean((2, 3), keepdim=True), x1, hidden)
-                if parts["mim"] > found["flat"]:
-                    run.say("paints no better than the mean colour of what is visible (mim above "
-                            "flat): too early, or try a lower --lam")
-            if pair:          # a small spread is enough for the batch norms, as long as cl falls
-                chance = 4 * cfg.tau * math.log(len(k2))     # both directions of knowing nothing
-                if found.get("spread", 1) < 0.05 and parts["cl"] > 0.98 * chance:
-                    run.say(f"collapsed: all class tokens look alike (spread near 0), and cl is "
-                            f"not below {chance:.2f}, the cost of knowing nothing; try a lower "
-                            f"--lr or more --warmup-epochs")
             run.log(now=True, **found)
             with run.looking():
                 show(run, cfg, net, queries)
+            if masked and parts["mim"] > found["flat"]:
+                run.say("paints no better than the mean colour of what is visible (mim above "
+                        "flat): too early, or try a lower --lam")
+            # a small spread (1: all over the sphere, 0: one point) is enough for the batch norms,
+            # as long as cl falls
+            chance = 4 * cfg.tau * math.log(cfg.batch_size)
+            if pair and found.get("spread", 1) < 0.05 and parts["cl"] > 0.98 * chance:
+                run.say(f"collapsed: all class tokens look alike (spread near 0), and cl is "
+                        f"not below {chance:.2f}, the cost of knowing nothing; try a lower --lr or "
+                        f"more --warmup-epochs")
         if run.save_due():
             heads = {name: head.state_dict() for name, head in net.named_children()
                      if name != "backbone"}

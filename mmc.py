@@ -342,7 +342,7 @@ def main():
             run.log(now=True, **found)
             with run.looking():
                 show(run, cfg, training.unwrap(student), teacher, queries)
-            if found.get("spread", 1) < 0.05:            # 1: all over the sphere, 0: one point
+            if cfg.cls and found.get("spread", 1) < 0.05:    # 1: all over the sphere, 0: one point
                 run.say("collapsed: all class tokens look alike (spread near 0); try a "
                         "lower --lr or more --warmup-epochs")
         if run.save_due():

@@ -191,9 +191,13 @@ def main():
             run.log(now=True, **found)
             with run.looking():
                 show(run, cfg, backbone, batch.views, q1, k2[first:first + B])
-            if found.get("spread", 1) < 0.05:            # 1: all over the sphere, 0: one point
-                run.say("collapsed: all class tokens look alike (spread near 0); try a "
-                        "lower --lr or more --warmup-epochs")
+            # a small spread (1: all over the sphere, 0: one point) is enough for the batch norms,
+            # as long as the loss falls
+            chance = 4 * cfg.tau * math.log(cfg.batch_size)
+            if found.get("spread", 1) < 0.05 and loss > 0.98 * chance:
+                run.say(f"collapsed: all class tokens look alike (spread near 0), and the loss is "
+                        f"not below {chance:.2f}, the cost of knowing nothing; try a lower --lr or "
+                        f"more --warmup-epochs")
         if run.save_due():
             heads = {name: getattr(training.unwrap(student), name).state_dict()
                      for name in ("projector", "predictor")}

@@ -357,6 +357,18 @@ def test_weight_zero_removes_the_head():
     assert Q is None and pixels is None and net.head_rec is None and q.shape == (4, 16)
 
 
+@pytest.mark.parametrize("cls", [1, 0])
+def test_class_tokens_that_nothing_trains_are_no_collapse(cls, monkeypatch, tmp_path, capsys):
+    flags = ("--data synthetic --img-size 16 --patch-size 8 --embed-dim 16 --depth 1 --num-heads 2 "
+             "--hidden 16 --group 4 --batch-size 8 --local-crops 0 --steps 1 --workers 0 "
+             "--precision fp32 --device cpu --evals 1").split()
+    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(training.Run, "knn", lambda *_: {"spread": torch.tensor(0.04)})
+    monkeypatch.setattr("sys.argv", ["", *flags, "--cls", str(cls), "--out", str(tmp_path)])
+    mmc.main()
+    assert ("collapsed" in capsys.readouterr().out) == bool(cls)
+
+
 def test_defaults_are_the_papers():
     cfg = training.config(mmc.Config, ["--data", "imagenet"])
     paper = dict(tau=0.2, momentum=0.996, weight_decay=0.04, lr=7.5e-4, min_lr=1e-6, hidden=4096,

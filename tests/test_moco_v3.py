@@ -237,6 +237,18 @@ def test_a_step_contrasts_each_query_with_the_other_views_keys(monkeypatch, tmp_
     assert lr == pytest.approx(0.1 * 8 / 256 / 2)             # half a cosine, half way
 
 
+@pytest.mark.parametrize("spread, share, alarm", [
+    (0.045, 1.01, True),                       # alike, and the contrast learns nothing
+    (0.045, 0.93, False), (0.3, 1.0, False)])
+def test_collapse_is_told_by_spread_and_loss_together(
+        spread, share, alarm, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training.Run, "knn", lambda *_: {"spread": torch.tensor(spread)})
+    monkeypatch.setattr(moco_v3, "contrast", lambda q, k, tau, first: (
+        0 * q.sum() + share * 2 * tau * math.log(8)))
+    train(monkeypatch, tmp_path, 1, "--evals", "1")
+    assert ("collapsed" in capsys.readouterr().out) == alarm
+
+
 # ---- the recipe ----------------------------------------------------------------------------------
 
 
