@@ -192,11 +192,17 @@ class Center(nn.Module):
         self.center.lerp_(mean, 1 - self.momentum)
 
 
-def health(P):
-    """Entropy of the assignments P (2, B, K), and the information in them about the image, the
-    entropy of their mean less that. Both in nats."""
-    entropy = torch.special.entr(P).sum(-1).mean()
-    mean = training.all_mean(P.mean((0, 1)))
+def tally(P):
+    """Of assignments P (..., K): how many there are, the sum of their entropies, their sum (K,)."""
+    P = P.flatten(0, -2)
+    return P.new_full((), len(P)), torch.special.entr(P).sum(), P.sum(0)
+
+
+def health(tallies):
+    """From those of a step's micro-batches, of all processes: the entropy of the assignments, and
+    the information in them about the image: entropy of their mean less that. In nats."""
+    rows, entropy, mean = (training.all_mean(torch.stack(x).sum(0)) for x in zip(*tallies))
+    entropy, mean = entropy / rows.clamp(min=1), mean / rows.clamp(min=1)
     return entropy, torch.special.entr(mean).sum() - entropy
 
 
@@ -262,7 +268,7 @@ def main():
         opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases, norms
 
         # ---- the method ----------------------------------------------------------------------
-        means = []
+        means, tallies = [], []
         for part in run.micro_batches(same or batch):
             x = torch.cat(part.views[:2])                                    # (2B, 3, S, S)
             crops = torch.cat(part.views[2:]) if part.views[2:] else None    # (L*B, 3, s, s)
@@ -279,9 +285,9 @@ def main():
             loss = cls_loss(s.float().unflatten(0, (2 + cfg.local_crops, -1)), P, cfg.tau_student)
             run.backward(loss, opt, clip=cfg.clip, per_tensor=True)
 
-            means.append(t.mean((0, 1)))
-            entropy, told = health(P)
-            run.log(loss=loss, entropy=entropy, kl=loss - entropy, told=told, lr=lr)
+            means.append(t.mean((0, 1))), tallies.append(tally(P))
+            entropy = torch.special.entr(P).sum(-1).mean()
+            run.log(loss=loss, entropy=entropy, kl=loss - entropy, lr=lr)
 
         if step < freeze:            # None, not 0: AdamW would still decay and move what has zeros
             for name, p in student.named_parameters():
@@ -292,6 +298,8 @@ def main():
         center.update(means)
         # ---- bookkeeping ---------------------------------------------------------------------
 
+        entropy, told = health(tallies)
+        run.log(told=told)
         if run.due(cfg.evals):
             run.log(now=True, **run.knn(teacher.backbone, bank, queries, cfg.img_size))
             with run.looking():

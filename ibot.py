@@ -288,12 +288,17 @@ class Center(nn.Module):
         self.center.lerp_(mean, 1 - self.momentum)
 
 
-def health(P):
-    """Entropy of the assignments P (any number of rows, K), and the information in them about the
-    image or patch, the entropy of their mean less that. Both in nats."""
-    rows = training.all_mean(P.new_full((), len(P))).clamp(min=1)
-    entropy = torch.special.entr(P).sum() / rows
-    mean = training.all_mean(P.sum(0)) / rows
+def tally(P):
+    """Of assignments P (..., K): how many there are, the sum of their entropies, their sum (K,)."""
+    P = P.flatten(0, -2)
+    return P.new_full((), len(P)), torch.special.entr(P).sum(), P.sum(0)
+
+
+def health(tallies):
+    """From those of a step's micro-batches, of all processes: the entropy of the assignments, and
+    the information in them about image or patch: entropy of their mean less that. In nats."""
+    rows, entropy, mean = (training.all_mean(torch.stack(x).sum(0)) for x in zip(*tallies))
+    entropy, mean = entropy / rows.clamp(min=1), mean / rows.clamp(min=1)
     return entropy, torch.special.entr(mean).sum() - entropy
 
 
@@ -367,7 +372,7 @@ def main():
         opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases, norms
 
         # ---- the method ----------------------------------------------------------------------
-        means, means2 = [], []
+        means, means2, tallies, tallies_pat = [], [], [], []
         for part in run.micro_batches(same or batch):
             x = torch.cat(part.views[:2])                                    # (2B, 3, S, S)
             crops = torch.cat(part.views[2:]) if part.views[2:] else None    # (L*B, 3, s, s)
@@ -388,9 +393,9 @@ def main():
             run.backward(loss, opt, clip=cfg.clip, per_tensor=True)
 
             means.append(t.mean((0, 1))), means2.append(mean.float())
-            (entropy, told), (entropy_pat, told_pat) = health(P.flatten(0, 1)), health(Q)
-            run.log(loss=loss, cls=cls, pat=pat, entropy=entropy, kl=cls - entropy, told=told,
-                    entropy_pat=entropy_pat, told_pat=told_pat, lr=lr)
+            tallies.append(tally(P)), tallies_pat.append(tally(Q))
+            entropy = torch.special.entr(P).sum(-1).mean()
+            run.log(loss=loss, cls=cls, pat=pat, entropy=entropy, kl=cls - entropy, lr=lr)
 
         if step < freeze:            # None, not 0: AdamW would still decay and move what has zeros
             for name, p in student.named_parameters():
@@ -401,6 +406,8 @@ def main():
         center.update(means), center2.update(means2)
         # ---- bookkeeping ---------------------------------------------------------------------
 
+        (entropy, told), (entropy_pat, told_pat) = health(tallies), health(tallies_pat)
+        run.log(told=told, entropy_pat=entropy_pat, told_pat=told_pat)
         if run.due(cfg.evals):
             run.log(now=True, **run.knn(teacher.backbone, bank, queries, cfg.img_size))
             with run.looking():

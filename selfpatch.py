@@ -295,11 +295,17 @@ class Center(nn.Module):
         self.center.lerp_(mean, 1 - self.momentum)
 
 
-def health(P):
-    """Entropy of the assignments P (2, B, K), and the information in them about the image, the
-    entropy of their mean less that. Both in nats. Patches: (2B, N, K)."""
-    entropy = torch.special.entr(P).sum(-1).mean()
-    mean = training.all_mean(P.mean((0, 1)))
+def tally(P):
+    """Of assignments P (..., K): how many there are, the sum of their entropies, their sum (K,)."""
+    P = P.flatten(0, -2)
+    return P.new_full((), len(P)), torch.special.entr(P).sum(), P.sum(0)
+
+
+def health(tallies):
+    """From those of a step's micro-batches, of all processes: the entropy of the assignments, and
+    the information in them about image or patch: entropy of their mean less that. In nats."""
+    rows, entropy, mean = (training.all_mean(torch.stack(x).sum(0)) for x in zip(*tallies))
+    entropy, mean = entropy / rows.clamp(min=1), mean / rows.clamp(min=1)
     return entropy, torch.special.entr(mean).sum() - entropy
 
 
@@ -368,7 +374,7 @@ def main():
         opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases, norms
 
         # ---- the method ----------------------------------------------------------------------
-        means, means_p = [], []
+        means, means_p, tallies, tallies_pat = [], [], [], []
         for part in run.micro_batches(same or batch):
             x = torch.cat(part.views[:2])                                    # (2B, 3, S, S)
             crops = torch.cat(part.views[2:]) if part.views[2:] else None    # (L*B, 3, s, s)
@@ -390,9 +396,9 @@ def main():
 
             means.append(t.mean((0, 1)))                                     # DINO: of t[:2]
             means_p.append(torch.cat([z.flatten(0, 1) for z in u]).mean(0))
-            (entropy, told), (entropy_pat, told_pat) = health(P), health(Q[0])
-            run.log(loss=loss, cls=cls, pat=pat, entropy=entropy, kl=cls - entropy, told=told,
-                    entropy_pat=entropy_pat, told_pat=told_pat, lr=lr)
+            tallies.append(tally(P)), tallies_pat.append(tally(Q[0]))
+            entropy = torch.special.entr(P).sum(-1).mean()
+            run.log(loss=loss, cls=cls, pat=pat, entropy=entropy, kl=cls - entropy, lr=lr)
 
         if step < freeze:            # None, not 0: AdamW would still decay and move what has zeros
             for name, p in student.named_parameters():
@@ -403,6 +409,8 @@ def main():
         center.update(means), center_p.update(means_p)
         # ---- bookkeeping ---------------------------------------------------------------------
 
+        (entropy, told), (entropy_pat, told_pat) = health(tallies), health(tallies_pat)
+        run.log(told=told, entropy_pat=entropy_pat, told_pat=told_pat)
         if run.due(cfg.evals):
             run.log(now=True, **run.knn(teacher.backbone, bank, queries, cfg.img_size))
             with run.looking():

@@ -62,7 +62,8 @@ def code(thing):
 
 @pytest.mark.parametrize("method", [ibot, selfpatch])
 def test_pieces_taken_from_dino_are_still_copies(method):
-    for name in ("views", "Prototypes", "assign", "cls_loss", "Center", "collapse"):
+    for name in ("views", "Prototypes", "assign", "cls_loss", "Center", "tally", "health",
+                 "collapse"):
         assert code(getattr(method, name)) == code(getattr(dino, name)), name
     assert code(method.Network) != code(dino.Network)
 
@@ -112,7 +113,7 @@ def test_equal_student_logits_cost_ln_K_times_the_share_of_masked_crops():
 def test_empty_masks_cost_nothing_and_are_no_division_by_zero():
     mask, none = torch.zeros(4, 6, dtype=torch.bool), torch.zeros(0, 5)
     assert ibot.pat_loss(none, none, mask, 0.1) == 0
-    assert [x.item() for x in ibot.health(none)] == [0, 0]
+    assert [x.item() for x in ibot.health([ibot.tally(none)])] == [0, 0]
 
 
 # ---- the masks -----------------------------------------------------------------------------------
