@@ -432,6 +432,21 @@ def test_micro_batches_change_nothing(train, method):
             assert line_parts[name] == pytest.approx(line[name], abs=1e-5), name
 
 
+@pytest.mark.parametrize("method, end, end_pat", [
+    ("dino", 0.07, None), ("ibot", 0.07, 0.06), ("selfpatch", 0.07, 0.07)])
+def test_temperature_rises_epoch_by_epoch_in_the_loop(train, monkeypatch, method, end, end_pat):
+    module, seen = importlib.import_module(method), []
+    assign = module.assign
+    monkeypatch.setattr(module, "assign", lambda t, center, tau: (
+        seen.append(tau), assign(t, center, tau))[1])
+    train(method, "--steps", 6, "--batch-size", 32, "--tau-end", end, "--tau-epochs", 3,
+          *(("--tau-pat-end", end_pat) if method == "ibot" else ()))
+    of_a_step = len(seen) // 6                                               # images, patches
+    for first, top in ((0, end), *(((1, end_pat),) if end_pat else ())):
+        half = (0.04 + top) / 2                                              # two steps an epoch
+        assert seen[first::of_a_step] == pytest.approx([0.04, 0.04, half, half, top, top])
+
+
 @pytest.mark.parametrize("method", ["dino", "ibot", "selfpatch"])
 def test_pictures_and_knn_change_nothing_that_is_saved(train, method):
     flags = method, "--steps", 2, "--bn-in-head", "true"
