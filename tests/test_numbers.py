@@ -40,6 +40,30 @@ def test_curves_are_of_the_layers_they_name():
     assert found["common"].tolist() == [0.25] * 3 and found["spread_ratio"].tolist() == [4] * 3
 
 
+@torch.no_grad()
+def test_precision_is_that_of_the_blocks_not_of_what_is_measured():
+    m = model()
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        tokens, _ = m.encoder.embed(torch.ones(1, 3, 32, 32))
+        c = next(analysis.walk(settings("--precision", name), m.encoder.blocks, tokens, 1))
+        assert c.heads.dtype == kind and c.out.dtype == torch.float32
+
+
+def test_curves_go_on_through_the_decoder():
+    def curves(blocks, slope, nmi):
+        return passed(fourier=[[i, (slope + 1) * i] for i in range(2 * blocks + 1)],
+                      nmi=[[0, nmi]] * blocks, attention_distance=[[nmi, 2 * nmi]] * blocks)
+    both = curves(3, 1, 1)
+    both.decoder = curves(2, 3, 4).means
+    found = analysis.decoder_numbers(model(), settings(), both)
+    assert found["depth"] == [0, 1, 2, 3] and found["decoder_depth"] == [3, 4, 5]
+    assert found["block"] == [1, 2, 3] and found["decoder_block"] == [4, 5]
+    assert found["highest"].tolist() == [0, 2, 4, 6]
+    assert found["decoder_highest"].tolist() == [0, 6, 12]
+    assert found["nmi"].tolist() == [0.5] * 3 and found["decoder_nmi"].tolist() == [2, 2]
+    assert found["pixels"].tolist() == [1.5] * 3 and found["decoder_pixels"].tolist() == [6, 6]
+
+
 def test_counts_and_pairs_are_brought_to_means():
     m, args, share = model(), settings(), [[0.5, 0, 0, 0, 0.5, 0, 0, 0, 0]]
     found = analysis.adjacent_numbers(m, args, passed(adjacent=share, adjacent_depth=range(7)))
@@ -65,11 +89,13 @@ def test_spectrum_over_images_is_of_mean_patches():
 def test_pictures_show_what_their_titles_say():
     m, args = model(), settings("--limit", "6")
     x = analysis.few(m, args, 6)
+    z = F.normalize(m.encoder.split(m.encoder(x))[1], dim=-1)
     segments = analysis.kmeans_numbers(m, args, None)["segments"]
-    z = F.normalize(m.encoder.split(m.encoder(x))[1][0], dim=-1)
-    assert torch.equal(segments[0].flatten(), d.kmeans(z, seed=0)[0])
-    colours = analysis.pca_numbers(m, args, None)["show"][1].tiles[0].image
-    assert colours.std() > 0.1                               # not all at one end
+    assert torch.equal(segments[0].flatten(), d.kmeans(z[0], seed=0)[0])
+    colours = torch.tensor(analysis.pca_numbers(m, args, None)["show"][1].tiles[0].image)
+    high = z[0].double() @ d.principal(z.flatten(0, 1).double())[0].T                # (N, 3)
+    for pair in zip(colours.flatten(0, 1).T, high.T):        # the higher, the more of its colour
+        assert torch.corrcoef(torch.stack(pair))[0, 1] > 0.9
     tiles = {t.title: t.image for t in analysis.view_numbers(m, args, None)["show"][0].tiles}
     for name, share in (("hidden, 75 %", 0.75), ("visible, 25 %", 0.25), ("75 % noise", 0.25)):
         same = (tiles[name] == tiles["image"]).all(-1).mean()
@@ -81,11 +107,12 @@ def test_retrieved_crops_are_the_nearest_of_other_images():
     m, args = model(), settings("--limit", "6")
     found = analysis.retrieval_numbers(m, args, None)
     assert found["queries"] == [24, 49 + 24, 98 + 24]        # the middle of the first three
-    for q, at in zip(found["queries"], found["encoded_crop"]):
-        assert (at // 49 != q // 49).all()
     crops = m.encoder.split(m.encoder(d.windows(analysis.few(m, args, 6))))[1].mean(1)
-    nearest = F.cosine_similarity(crops[24], crops[49:]).max()
-    assert found["encoded_similarity"][0][0] == pytest.approx(nearest.item(), abs=2e-3)
+    owner = torch.arange(6 * 49) // 49
+    for q, at, s in zip(*(found[key] for key in ("queries", "encoded_crop", "encoded_similarity"))):
+        cosine = F.cosine_similarity(crops[q], crops)
+        assert (owner[at] != owner[q]).all() and torch.allclose(s, cosine[at], atol=2e-3)
+        assert s[0] == pytest.approx(cosine[owner != owner[q]].max().item(), abs=2e-3)
 
 
 @torch.no_grad()
