@@ -470,7 +470,7 @@ def unison_numbers(model, args, s):
     plane = d.principal_plane(last.before, last.after)                               # (2, I, N, 3)
     before, after = (z[0].mean(0) - z[-1].mean(0) for z in (last.before, last.after))
     return dict(block=upto(len(found), 1), common=found[:, 0], spread_ratio=found[:, 1],
-                centre_ratio=(after.norm() / before.norm()).item(), plane=plane)
+                centre_ratio=(after.norm() / before.norm()).item(), plane=plane.cpu())
 
 
 def spectrum_numbers(found):

@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fcntl
 import inspect
 import json
@@ -184,7 +185,13 @@ def main(function):
     with TRACEBACK=1 in the environment the traceback comes instead."""
     try:
         function()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            e = "the GPU's memory is full: a smaller --batch-size, or --accumulate where it may be"
+        elif "DataLoader worker" in str(e):
+            e = "an image decoder died (memory or /dev/shm full?): fewer --workers, then --resume"
+        elif isinstance(e, RuntimeError):
+            raise
         if os.environ.get("TRACEBACK"):
             raise
         print(f"error: {e}", file=sys.stderr, flush=True)
@@ -433,10 +440,13 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.out / ".lock", "w")               # goes with the process
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # not its workers': flock
+            except (BlockingIOError, PermissionError):                   # outlives it with them
                 raise ValueError(f"another run is writing to {self.out}; choose a folder with "
                                  f"--out") from None
+            except OSError as e:
+                if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise                                    # a file system without locks will do
             if not self.cfg.resume and list(self.out.glob("*.pt")):  # nothing is ever overwritten
                 names = (self.out.with_name(f"{self.out.name}.{n}") for n in range(1, 10**6))
                 kept = next(name for name in names if not name.exists())
@@ -553,10 +563,11 @@ class Run:
         if self.rank > 0:
             return
         about = dict(method=self.cfg.method, data=self.cfg.data, step=self.step + 1)
-        checkpoints.save(self.out / "encoder.pt", backbone, **about, **info)
-        if full:
-            content = dict(model=full, num_heads=backbone.config["num_heads"], **about)
-            checkpoints.replace_file(self.out / "full.pt", lambda f: torch.save(content, f))
+        with self.pause():
+            checkpoints.save(self.out / "encoder.pt", backbone, **about, **info)
+            if full:
+                content = dict(model=full, num_heads=backbone.config["num_heads"], **about)
+                checkpoints.replace_file(self.out / "full.pt", lambda f: torch.save(content, f))
 
     # ---- the loop ----
 
@@ -771,8 +782,9 @@ def start(cfg):
     return Run(cfg)
 
 
-def measure_peak(device, precision, size=2048):
+def measure_peak(device, precision):
     """FLOP/s of a square matrix product, best of five: what MFU refers to without a data sheet."""
+    size = 8192 if device.type == "cuda" else 2048       # a GPU is through with less at once
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, times = torch.ones(size, size, device=device, dtype=dtype), []
     for _ in range(5):

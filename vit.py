@@ -1,4 +1,4 @@
-"""The one Vision Transformer (Dosovitskiy et al., 2021) behind every method, and checkpoints of it.
+"""The one Vision Transformer (Dosovitskiy et al., 2021) behind every method.
 
     images (B, 3, H, W)
       | cut into patches, Linear                      patch_embed        (B, N, D)

@@ -26,6 +26,7 @@ import torch
 import yaml
 
 sys.path.append(str(Path(__file__).parent.parent))
+import checkpoints
 import training
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +83,8 @@ def work(run):
     log = folder / "results.log"
     call(log, f"{method}.py", "--data", trained_on, "--seed", str(seed), "--out", str(folder),
          *["--resume"] * (folder / "last.pt").is_file())
+    if log.exists() and "told to stop" in log.read_text().splitlines()[-1]:
+        raise SystemExit(f"{folder} was stopped: the same command goes on")
     for flags in PROBES:
         if answer(folder, flags) is None:
             call(log, "evaluate.py", "--task", *flags.split(), "--data", "toy", "--checkpoint",
@@ -93,8 +96,8 @@ def work(run):
         known = results()
         seeds = known.setdefault(trained_on, {}).setdefault(method, {})
         seeds[seed] = dict(**about(folder), **numbers(folder))
-        RESULTS.write_text(HEAD + yaml.dump(known, default_flow_style=None, width=98,
-                                            sort_keys=False))
+        text = HEAD + yaml.dump(known, default_flow_style=None, width=98, sort_keys=False)
+        checkpoints.replace_file(RESULTS, lambda file: file.write(text.encode()))
     print(f"{folder} done", flush=True)
 
 
@@ -118,7 +121,7 @@ def about(folder):
     settings = training.read_yaml(folder / "config.yaml")
     day = datetime.date.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return dict(day=day, torch=torch.__version__.split("+")[0], steps=last["step"],
+    return dict(day=str(day), torch=torch.__version__.split("+")[0], steps=last["step"],
                 precision=training.pick_precision(settings["precision"], training.pick_device()))
 
 
