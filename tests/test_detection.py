@@ -487,13 +487,13 @@ class Stub(torch.nn.Module):
         return {name: self.head(colours).square().mean() for name in ("box", "mask")}
 
 
-def trained(name, iters, *flags):
+def trained(name, iters, *flags, **changes):
     """A Stub after so many batches of three pictures of 0 to 255."""
     torch.manual_seed(0)
     net, one = Stub(), dict(boxes=torch.ones(1, 4))
     batches = [[(torch.randint(256, (3, 8, 8)).byte(), one) for _ in range(3)]
                for _ in range(iters)]
-    detection.train(net, batches, recipe(name), iters, model(), settings(*flags))
+    detection.train(net, batches, recipe(name, **changes), iters, model(), settings(*flags))
     return net
 
 
@@ -521,16 +521,18 @@ def test_every_step_has_the_lr_and_decay_of_the_sheet(monkeypatch, name, lr, dec
             assert step[id(p)] == (pytest.approx(lr * share * factor), wd, (0.9, 0.999))
 
 
-def test_the_net_sees_pictures_from_0_to_1_and_parts_make_the_same_step():
-    whole, *others = (trained("1x", 2, "--batch-size", n) for n in ("256", "1", "2"))
+def test_the_net_sees_pictures_from_0_to_1_and_parts_make_the_same_step(monkeypatch):
+    """By SGD: to AdamW a loss that is three times as large looks the same."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, betas: torch.optim.SGD(groups, 1.0))
+    whole, *others = (trained("1x", 2, "--batch-size", n, lr=0.1) for n in ("256", "1", "2"))
     pictures = torch.stack(sum(whole.seen, []))
     assert pictures.min() == 0 and pictures.max() == 1 and len(pictures) == 6
     torch.manual_seed(0)
     start = Stub().head.weight
     assert [[len(images) for images in net.seen] for net in others] == [[1] * 6, [2, 1] * 2]
     for net in others:
-        torch.testing.assert_close(net.head.weight, whole.head.weight, rtol=0, atol=1e-7)
-    assert (whole.head.weight - start).abs().max() > 1e-5
+        torch.testing.assert_close(net.head.weight, whole.head.weight, rtol=0, atol=1e-6)
+    assert (whole.head.weight - start).abs().max() > 1e-3
 
 
 # ---- the test ------------------------------------------------------------------------------------
