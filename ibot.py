@@ -204,15 +204,12 @@ class Head(nn.Module):
         return F.normalize(self.mlp(x), dim=-1)
 
     def project_patches(self, x):
-        """Batch norms see patches by themselves and keep nothing of them: what they keep is of
-        class tokens, which are what is projected after training."""
-        norms = [layer for layer in self.mlp if isinstance(layer, training.BatchNorm)]
-        for norm in norms:
-            norm.train().momentum = 0.0
-        z = self.project(x)
-        for norm in norms:
-            norm.train(self.training).momentum = 0.1                         # torch's
-        return z
+        """Batch norms see patches by themselves, always by their batch, and keep nothing of them:
+        what they keep is of class tokens, which are what is projected after training."""
+        copies = {name: buffer.clone() for name, buffer in self.mlp.named_buffers()}
+        z = torch.func.functional_call(self.mlp.train(), copies, x)
+        self.mlp.train(self.training)
+        return F.normalize(z, dim=-1)
 
     def forward(self, x):
         return self.last_layer(self.project(x))
