@@ -224,7 +224,12 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
     run(method, "--out", killed, "--resume")
     assert (killed / "encoder.pt").read_bytes() == (whole / "encoder.pt").read_bytes()
     assert records(killed) == records(whole) and len(records(whole)) == 5
-    assert checkpoints.load(whole / "encoder.pt", quiet=True).source.method == method
+    net = checkpoints.load(whole / "encoder.pt", quiet=True)
+    own = torch.load(whole / "last.pt")["state"]
+    own = own["teacher"] if net.source.branch == "teacher" else own.get("student") or own["model"]
+    assert net.source.method == method
+    for key, x in net.state_dict().items():
+        assert torch.equal(x, own.get(f"backbone.{key}", own.get(f"encoder.{key}"))), key
 
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
@@ -278,6 +283,19 @@ def test_what_cannot_be_is_said_before_a_tokenizer_is_trained(
         module.__dict__["CAE" if method == "cae" else "Network"](
             training.config(module.Config, flags(method)), 1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_pictures_and_knn_change_nothing_that_is_saved(method, run, tmp_path):
+    looked, not_looked = (tmp_path / name for name in ("looked", "not_looked"))
+    run(method, "--steps", 2, "--evals", 2, "--out", looked)
+    run(method, "--steps", 2, "--out", not_looked)
+    assert (looked / "picture.png").exists() and "spread" in records(looked)[0]
+    one, other = (torch.load(out / "last.pt")["state"] for out in (looked, not_looked))
+    for name in one.keys() - {"opt", "tokenizer"}:                           # running means, too
+        assert one[name].keys() == other[name].keys()
+        assert all(torch.equal(x, other[name][key]) for key, x in one[name].items()), name
 
 
 @pytest.mark.slow
