@@ -410,11 +410,9 @@ def main():
             with run.looking():
                 show(run, cfg, training.unwrap(student), teacher, part.views, mask, center, tau,
                      center2)
-            words = collapse("images", entropy, told, cfg.out_dim)
-            if len(Q):
-                words += collapse("patches", entropy_pat, told_pat, cfg.out_dim)
-            for sentence in words:
-                run.say(sentence)
+            for words in (collapse("images", entropy, told, cfg.out_dim) +
+                          collapse("patches", entropy_pat, told_pat, cfg.out_dim) * (len(Q) > 0)):
+                run.say(words)
         if run.save_due():
             run.save_encoder(teacher.backbone, branch="teacher",
                              heads={"head": teacher.head.state_dict()})
