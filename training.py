@@ -440,8 +440,9 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.out / ".lock", "w")               # goes with the process
             try:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # not its workers': flock
-            except (BlockingIOError, PermissionError):                   # outlives it with them
+                # not flock: decoders would inherit it, and hold it longer than a killed run lives
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
                 raise ValueError(f"another run is writing to {self.out}; choose a folder with "
                                  f"--out") from None
             except OSError as e:

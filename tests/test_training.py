@@ -1,6 +1,8 @@
 """The plumbing: settings, averages, processes, and survival of kills, signals and bad input."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
@@ -264,3 +266,51 @@ def test_a_full_disk_during_save_leaves_the_last_good_checkpoint(tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == good
     assert not list(tmp_path.glob("*.tmp"))
     finish(run("--steps", 3, "--out", tmp_path, "--resume"))
+
+
+# ---- one run a folder ----------------------------------------------------------------------------
+
+
+def opened(folder):
+    """A run's folder as Run opens it, without the run."""
+    bare = SimpleNamespace(out=folder, cfg=SimpleNamespace(resume=True, tensorboard=False))
+    training.Run._open_folder(bare)
+    return bare
+
+
+OTHER = """
+import os, sys, time
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_training import opened
+run = opened(Path(sys.argv[1]))
+if os.fork():
+    print("locked", flush=True)
+time.sleep(30)                           # the child is a decoder, which outlives its run
+"""
+
+
+def test_a_folder_is_locked_until_its_run_ends_whatever_the_decoders_do(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", OTHER, str(tmp_path)], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE, start_new_session=True) as other:
+        try:
+            assert other.stdout.readline() == "locked\n"
+            with pytest.raises(ValueError, match="another run is writing"):
+                opened(tmp_path)
+            other.kill(), other.wait()
+            opened(tmp_path)
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def failing(number):
+        def lockf(*_):
+            raise OSError(number, os.strerror(number))
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+
+    failing(errno.ENOLCK)
+    opened(tmp_path)
+    failing(errno.EIO)
+    with pytest.raises(OSError, match="cannot write to"):
+        opened(tmp_path)
