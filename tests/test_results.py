@@ -81,3 +81,16 @@ def test_what_was_not_asked_is_asked(driver, calls, tmp_path):
     with pytest.raises(FileNotFoundError):                # as nothing is really run here
         driver("--methods", "mae", "--seeds", "0")
     assert calls == ["mae.py", "analysis.py"] and not (tmp_path / "results.yaml").exists()
+
+
+def test_a_training_that_was_told_to_stop_is_asked_nothing(driver, tmp_path, monkeypatch):
+    called = []
+
+    def stopped(log, script, *flags):
+        called.append(script)
+        log.write_text("step 1/9\ntold to stop: saved after step 1; --resume goes on from there\n")
+
+    monkeypatch.setattr(results, "call", stopped)
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        driver("--methods", "mae", "--seeds", "0")
+    assert called == ["mae.py"]

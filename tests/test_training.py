@@ -314,3 +314,18 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
     failing(errno.EIO)
     with pytest.raises(OSError, match="cannot write to"):
         opened(tmp_path)
+
+
+def test_full_memory_and_dead_decoders_are_one_sentence_and_other_errors_are_not_hidden(capsys):
+    def failing(error):
+        def function():
+            raise error
+        training.main(function)
+
+    for error, said in ((torch.OutOfMemoryError("CUDA out of memory."), "smaller --batch-size"),
+                        (RuntimeError("DataLoader worker (pid 7) is killed"), "fewer --workers")):
+        with pytest.raises(SystemExit) as end:
+            failing(error)
+        assert end.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        failing(RuntimeError("a bug"))
