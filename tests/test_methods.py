@@ -224,7 +224,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
     for one, both in zip(records(whole), records(two), strict=True):
         assert one.keys() == both.keys()
         for key in one:
-            rel = 1e-4 if (method, key) == ("hybrid", "grad_norm") else 1e-5   # see layer_scale
+            rel = 1e-4 if key == "grad_norm" else 1e-5    # batch norms magnify rounding: see OWN
             assert both[key] == pytest.approx(one[key], rel=rel, abs=1e-7), (key, one["step"])
     assert apart(two, whole) < 1e-5
     assert apart(other, whole) > 1e-2
