@@ -165,7 +165,8 @@ def config(cls, argv=None):
     lay_over(sections[section] or {}, f"section {section}")
     if given.get("resume") and (out / "config.yaml").exists():
         lay_over({k: v for k, v in read_yaml(out / "config.yaml").items()
-                  if k != "method" and v != values.get(k, known[k][1])}, "the run to resume")
+                  if k != "method" and (k not in known or v != values.get(k, known[k][1]))},
+                 "the run to resume")
     lay_over({k: v for k, v in (own if flat else own.get(section) or {}).items() if k != "method"},
              given.get("config"))
     lay_over(given, "flags")

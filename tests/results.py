@@ -101,6 +101,16 @@ def work(run):
     print(f"{folder} done", flush=True)
 
 
+def attempt(run):
+    """Whether a run came to its end; if not it is said why, and the others go on."""
+    try:
+        work(run)
+    except SystemExit as why:
+        print(why, flush=True)
+        return False
+    return True
+
+
 def numbers(folder):
     """{column of the table: number} of a run that was asked everything."""
     found = {}
@@ -149,14 +159,17 @@ def main():
     parser.add_argument("--out", default="out", help="folder of the runs [out]")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is known")
     args = parser.parse_args()
+    done = []
     if not args.table:
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(work, runs(args)))
+            done = list(pool.map(attempt, runs(args)))
     known = results().get(args.data, {})
     print(f"| method | seeds | {' | '.join(COLUMNS)} |\n{'|---' * (2 + len(COLUMNS))}|")
     for method in args.methods:
         if seeds := [known[method][s] for s in args.seeds if s in known.get(method, {})]:
             print("| " + " | ".join(row(method, seeds)) + " |")
+    if not all(done):
+        sys.exit("not all runs came to their end: see above; the same command goes on")
 
 
 if __name__ == "__main__":

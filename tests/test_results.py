@@ -83,7 +83,8 @@ def test_what_was_not_asked_is_asked(driver, calls, tmp_path):
     assert calls == ["mae.py", "analysis.py"] and not (tmp_path / "results.yaml").exists()
 
 
-def test_a_training_that_was_told_to_stop_is_asked_nothing(driver, tmp_path, monkeypatch):
+def test_a_training_that_was_told_to_stop_is_asked_nothing_and_stops_no_other(
+        driver, tmp_path, monkeypatch, capsys):
     called = []
 
     def stopped(log, script, *flags):
@@ -92,5 +93,6 @@ def test_a_training_that_was_told_to_stop_is_asked_nothing(driver, tmp_path, mon
 
     monkeypatch.setattr(results, "call", stopped)
     with pytest.raises(SystemExit, match="the same command goes on"):
-        driver("--methods", "mae", "--seeds", "0")
-    assert called == ["mae.py"]
+        driver("--methods", "mae", "dino", "asl", "--seeds", "0")
+    assert sorted(called) == ["asl.py", "dino.py", "mae.py"]
+    assert "dino-toy was stopped" in capsys.readouterr().out

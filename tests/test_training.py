@@ -73,6 +73,9 @@ def test_unknown_keys_flags_and_wrong_types_are_one_sentence(tmp_path, capsys):
     file.write_text("momentun: 0.9\n")
     with pytest.raises(ValueError, match="did you mean momentum"):
         training.config(mmc.Config, ["--config", str(file)])
+    (tmp_path / "config.yaml").write_text("former: 1\n")            # of an older version
+    with pytest.raises(ValueError, match="unknown key 'former' in the run to resume"):
+        training.config(mmc.Config, ["--out", str(tmp_path), "--resume"])
     with pytest.raises(SystemExit):
         training.config(mmc.Config, ["--bach-size", "8"])
     assert "did you mean --batch-size?" in capsys.readouterr().err
