@@ -48,7 +48,8 @@ FINETUNE = {
     "mmc":    dict(lr=5e-4, per=256, batch=256, epochs=100, warmup=5, clip=None,
                    augment="RandAugment")}
 MMC_ELSEWHERE = dict(batch=128, epochs=200, augment="ThreeAugment")          # than on ImageNet
-TOY_EPOCHS = 5                                           # minutes, not the recipe's hours
+# On toy, our choice: minutes, not hours, and nothing mixed or torn, which takes long to pay.
+TOY = dict(batch=64, epochs=5, augment="crop and mirror alone")
 LAYER_DECAY, WEIGHT_DECAY, DROP_PATH = 0.65, 0.05, 0.1   # of all three recipes
 
 
@@ -62,6 +63,7 @@ def finetune(model, args):
     recipe, both = settings_of(args, FINETUNE), args.recipe == "mmc"
     if both and args.data != "imagenet":
         recipe = {**recipe, **MMC_ELSEWHERE}
+    published, recipe = recipe, {**recipe, **(TOY if dense.is_toy(args) else {})}
     if not model.encoder:
         raise ValueError("finetune trains an encoder, and pixels have none: leave out that "
                          "--baseline, or take untrained")
@@ -74,10 +76,10 @@ def finetune(model, args):
     size = min(recipe["batch"], max(16, len(images) // 64)) // world * world
     loader = data.Loader(images, [data.View(model.size)], size, args.seed, args.device,
                          args.workers, rank, world)      # crop of 8 to 100 %, bicubic, and flip
-    epochs = args.epochs or (TOY_EPOCHS if dense.is_toy(args) else recipe["epochs"])
+    epochs = args.epochs or recipe["epochs"]
     total = epochs * len(loader)
-    warmup = total * recipe["warmup"] // recipe["epochs"]
-    peak = recipe["lr"] * recipe["batch"] / recipe["per"] * math.sqrt(size / recipe["batch"])
+    warmup = total * recipe["warmup"] // published["epochs"]
+    peak = recipe["lr"] / recipe["per"] * math.sqrt(size * published["batch"])
     schedule, end = ((simmim_lr, 2.5e-7 / 1.25e-3 * peak) if args.recipe == "simmim" else
                      (training.cosine, 1e-6))            # 1e-6 both, at the recipe's batch
 
@@ -86,7 +88,7 @@ def finetune(model, args):
     opt = torch.optim.AdamW(layer_groups(net, LAYER_DECAY, WEIGHT_DECAY), betas=(0.9, 0.999),
                             fused=True)
     parallel = training.share_gradients(net, args.device)
-    augment, mix = AUGMENT[recipe["augment"]], mixing(classes)
+    augment, mix = AUGMENT.get(recipe["augment"]), mixing(classes)
     bar = tqdm(total=total, desc=model.name, leave=False, dynamic_ncols=True,
                disable=rank > 0 or not sys.stderr.isatty())
     curve, losses, begin = [], [], time.perf_counter()   # curve: (top-1, top-5) of every epoch
@@ -95,9 +97,11 @@ def finetune(model, args):
         lr = schedule(step, total, peak, end, warmup)
         for group in opt.param_groups:
             group["lr"] = lr * group["factor"]
-        x = augment(data.denormalize(batch.views[0]))                        # (B, 3, S, S)
-        x = erase(data.normalize(x, model.mean, model.std))
-        x, y = mix(x, batch.label)                                           # y: (B, C), sums to 1
+        x, y = data.denormalize(batch.views[0]), batch.label                 # (B, 3, S, S), (B,)
+        if augment:
+            x, y = mix(erase(data.normalize(augment(x), model.mean, model.std)), y)
+        else:
+            x, y = data.normalize(x / 255, model.mean, model.std), F.one_hot(y, classes).float()
         parts = range(0, len(x), args.batch_size)
         for i in parts:                                  # in parts, if --batch-size asks for it
             parallel.require_backward_grad_sync = i == parts[-1]             # DDP's no_sync
@@ -131,13 +135,13 @@ def finetune(model, args):
     best, last = max(curve), curve[-1]
     row = {"top-1": best[0], "top-5": best[1], "last epoch": last[0], "last top-5": last[1]}
     start = f", {args.reinit} blocks drawn anew" if args.reinit else ""
-    small = " (both our choice, for few images)" if size < recipe["batch"] // world * world else ""
+    small = " (both our choice, for few images)" if size < published["batch"] // world * world else ""
     return report({"cls+pat" if both else "pat": row},
                   f"fine-tuned end to end, recipe {args.recipe}{start}: AdamW, batch {size}, lr "
                   f"{peak:.2g}{small}, layer decay {LAYER_DECAY}, {epochs} epochs, "
-                  f"{recipe['augment']}, mixup, cutmix, erasing, drop path {DROP_PATH}; top-1, "
-                  f"top-5 of the epoch that is best on the test images, and of the last; "
-                  f"{view(model, args)}",
+                  f"{recipe['augment']}{', mixup, cutmix, erasing' if augment else ''}, drop path "
+                  f"{DROP_PATH}; top-1, top-5 of the epoch that is best on the test images, and of "
+                  f"the last; {view(model, args)}",
                   notes=[f"{model.name}: best epoch {curve.index(best) + 1} of {epochs}"],
                   train=len(images), test=len(tests))
 

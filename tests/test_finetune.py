@@ -45,7 +45,7 @@ def model(net):
 def settings(*flags):
     args = evaluate.parse(["--task", "finetune", "--device", "cpu", "--precision", "fp32",
                            "--workers", "0", *flags])
-    args.data = args.data or "toy"
+    args.data = args.data or "cifar10"
     return args
 
 
@@ -283,12 +283,16 @@ def test_it_learns_what_is_there_and_leaves_the_encoder_alone(monkeypatch, recip
     assert "our choice" in result.protocol
 
 
-def test_creatures_are_fine_tuned_for_minutes_unless_told_otherwise(monkeypatch):
+def test_creatures_are_fine_tuned_for_minutes_and_whole(monkeypatch):
     two_classes(monkeypatch, False)
     monkeypatch.setattr(finetune, "score", lambda *_: (0.0, 0.0))
-    monkeypatch.setattr(finetune, "TOY_EPOCHS", 1)
-    assert ", 1 epochs" in finetune.finetune(model(encoder()), settings()).protocol
-    assert ", 2 epochs" in finetune.finetune(model(encoder()), settings("--epochs", "2")).protocol
+    targets, loss = [], finetune.soft_cross_entropy
+    monkeypatch.setattr(finetune, "soft_cross_entropy", lambda z, y: targets.append(y) or loss(z, y))
+    said = finetune.finetune(model(encoder()), settings("--data", "toy")).protocol
+    assert ", 5 epochs, crop and mirror alone, drop path" in said
+    assert {tuple(y) for y in torch.cat(targets).tolist()} == {(0.0, 1.0), (1.0, 0.0)}   # not mixed
+    said = finetune.finetune(model(encoder()), settings("--data", "toy", "--epochs", "2")).protocol
+    assert ", 2 epochs, crop" in said
 
 
 def test_parts_of_a_batch_make_the_same_step(monkeypatch):
