@@ -34,7 +34,7 @@ import metrics
 import readers
 import rng
 import toy
-from features import settings_of
+from features import Progress, settings_of
 
 # B images, h, w grid of patches, p pixels a side of a patch, D width, C classes, L learning rates,
 # H, W pixels, M frames in memory, P key-points, K objects
@@ -129,10 +129,11 @@ def shuffled(read, g):
         pool[i] = item
 
 
-def batches(read, count, make, iters, args):
-    """Yields make(step, items) on the device, step after step: tensors of the next `count` items of
-    those of read(), shuffled. Workers prepare them ahead, but for toy, which is quick."""
-    for batch in data.in_workers(Batches(read, count, make, args.seed), range(iters),
+def batches(read, count, make, steps, args):
+    """Yields make(step, items) on the device for a range of steps: tensors of the next `count`
+    items of those of read(), shuffled; otherwise, where a run that was killed goes on. Workers
+    prepare them ahead, but for toy, which is quick."""
+    for batch in data.in_workers(Batches(read, count, make, args.seed, steps.start), steps,
                                  0 if is_toy(args) else args.workers, args.device):
         if isinstance(batch, str):
             raise ValueError(batch)
@@ -147,13 +148,14 @@ class Batches:
     processes, read the same pictures in the same order, so their number changes nothing.
     """
 
-    def __init__(self, read, count, make, seed):
+    def __init__(self, read, count, make, seed, begin=0):
         self.read, self.count, self.make, self.seed = read, count, make, seed
-        self.done, self.stream = 0, None
+        self.begin = self.done = begin                   # steps that lie behind
+        self.stream = None
 
     def __call__(self, step):
         if not self.stream:                              # in the worker, if there are workers
-            self.stream = shuffled(self.read, rng.generator(self.seed, "order"))
+            self.stream = shuffled(self.read, rng.generator(self.seed, "order", self.begin))
         try:
             for _ in range(self.done, step + 1):         # the earlier ones: other workers' steps
                 items = list(itertools.islice(self.stream, self.count))
@@ -247,8 +249,11 @@ def linear_segmentation(model, args):
     several = len(lrs) > 1
     heads = Heads(model.encoder.embed_dim * len(blocks), len(names), len(lrs),
                   recipe["batch_norm"], args.seed).to(args.device)
-    train_segmentation(heads, encode, crops(model, args, sizes, names, iters, several), model, args,
-                       sizes[0], iters, lrs)
+    opt = adamw(heads.layers, lrs, DECAY)
+    progress = Progress(model, args, heads, opt)
+    views = crops(model, args, sizes, names, range(progress.step, iters), several)
+    train_segmentation(heads, opt, encode, progress.steps(views, iters), model, args, sizes[0],
+                       iters)
 
     chosen, notes = 0, []
     if several:
@@ -266,6 +271,7 @@ def linear_segmentation(model, args):
     if args.level in ("object", "part") and args.data in ("ade20k", "pascal"):
         notes.append(f"the {len(names)} classes: {', '.join(names)}")
     shown = " ".join(str(b + 1) for b in blocks)
+    progress.done()
     return metrics.report(
         {f"blocks {shown}": percent(counts)},
         f"linear layer, recipe {args.recipe}, {len(names)} classes; blocks {shown} of {depth} "
@@ -321,17 +327,17 @@ class Heads(nn.Module):
 
 
 @torch.enable_grad()
-def train_segmentation(heads, encode, batches, model, args, crop, iters, lrs):
-    """Trains the heads side by side. encode: (B, 3, S, S) -> (B, h, w, D); batches: see `crops`.
+def train_segmentation(heads, opt, encode, steps, model, args, crop, iters):
+    """Trains the heads side by side. encode: (B, 3, S, S) -> (B, h, w, D); steps: numbers, and what
+    `crops` gives.
 
     Logits of a batch at full size can be gigabytes: loss and gradient are taken of so many pictures
     at a time as are at most 256 MiB of logits, which adds up to the same.
     """
-    opt = adamw(heads.layers, lrs, DECAY)
     some = max(1, 2**26 // (heads.layers[0].out_features * crop**2))
     warmup = max(1, WARMUP * iters // RECIPES[args.recipe]["iters"])
     heads.train()
-    for step, (x, labels) in enumerate(bar(batches, model, iters)):
+    for step, (x, labels) in steps:
         for group in opt.param_groups:
             group["lr"] = poly(step, iters, group["peak"], warmup)
         z = heads.normed(encode(x))                      # (B, h, w, D), no gradient behind it
@@ -388,13 +394,13 @@ def training_crop(item, sizes, g, swap=None):
     return distort(image, g), labels
 
 
-def crops(model, args, sizes, names, iters, hold_out=False, rank=0, world=1):
-    """Yields x (B, 3, S, S) normalised, labels (B, S, S) int64, 255 = ignore: of every batch of
-    BATCH crops this process's share. hold_out: without every tenth image."""
+def crops(model, args, sizes, names, steps, hold_out=False, rank=0, world=1):
+    """Yields x (B, 3, S, S) normalised, labels (B, S, S) int64, 255 = ignore, for a range of steps:
+    of every batch of BATCH crops this process's share. hold_out: without every tenth image."""
     swap = sides(names) if args.swap_sides else None
     return batches(functools.partial(training_items, args, sizes, hold_out), BATCH,
                    functools.partial(stacked, args.seed, sizes, model.mean, model.std, swap,
-                                     range(rank, BATCH, world)), iters, args)
+                                     range(rank, BATCH, world)), steps, args)
 
 
 def training_items(args, sizes, hold_out):
@@ -770,8 +776,8 @@ def film_strip(film, masks, frames=6):
 # Our choice, as the study prints four numbers and no settings: 20 epochs of COCO's 149,813 persons
 # are 5,850 iterations; the learning rate falls to a tenth after 15 and after 18 of 20 epochs.
 POSE = {
-    "coco": dict(shape=(256, 192), batch=512, iters=5850, warmup=500, lr=5e-4),
-    "toy":  dict(shape=None, batch=16, iters=TOY_ITERS, warmup=10, lr=1e-2)}
+    "coco": dict(shape=(256, 192), batch=512, iters=5850, warmup=500, lr=5e-4, decay=0.01),
+    "toy":  dict(shape=None, batch=16, iters=TOY_ITERS, warmup=10, lr=1e-2, decay=0.01)}
 STRIDE, SURE, SAME, TOY_SIGMA = 4, 0.2, 0.9, 0.05        # TOY_SIGMA: 10 % of the size is OKS 0.6
 
 
@@ -806,9 +812,13 @@ def pose(model, args):
     for split in ("test", "train"):                      # and what else is
         next(with_points(args, split, side), None)
     sigma = 2 * shape[0] / 256                           # cells
+    head = pose_head(len(names), model, args)
+    opt = adamw([head], [recipe["lr"]], recipe["decay"])
+    progress = Progress(model, args, head, opt)
     views = batches(functools.partial(boxes_of, args, side), recipe["batch"],
-                    functools.partial(training_poses, args.seed, shape, swap, sigma), iters, args)
-    head = train_pose(views, shape, len(names), iters, recipe, model, args)
+                    functools.partial(training_poses, args.seed, shape, swap, sigma),
+                    range(progress.step, iters), args)
+    train_pose(head, opt, progress.steps(views, iters), shape, iters, recipe, model, args)
     images, rows, close, similar, count = [], [], [], [], 0
     for item in bar(with_points(args, "test", side), model):
         who = persons(item)
@@ -836,6 +846,7 @@ def pose(model, args):
     if images:
         found = metrics.coco_ap(images, "keypoints", sigmas)
         row = {name: 100 * found[name] for name in ("AP", "AP50", "AR", "AR50")} | row
+    progress.done()
     return metrics.report(
         {"patches": row},
         f"linear heat maps of {len(names)} joints in the true box, {shape[0]} x {shape[1]} px, "
@@ -931,19 +942,21 @@ def joint_maps(head, x, shape, model, args):
     return F.interpolate(maps.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False)
 
 
-@torch.enable_grad()
-def train_pose(views, shape, joints, iters, recipe, model, args):
-    """-> linear layer (..., D) -> (..., P), trained on random views of boxes: see
-    `training_poses`."""
+def pose_head(joints, model, args):
+    """Linear layer (..., D) -> (..., P)."""
     head = nn.Linear(model.encoder.embed_dim, joints)
     with torch.no_grad():
         g = rng.generator(args.seed, "heads")
         head.weight.copy_(0.001 * torch.randn(head.weight.shape, generator=g))
         head.bias.zero_()
-    head.to(args.device)
-    opt = adamw([head], [recipe["lr"]], 0.01)
+    return head.to(args.device)
+
+
+@torch.enable_grad()
+def train_pose(head, opt, steps, shape, iters, recipe, model, args):
+    """On random views of boxes: see `training_poses`."""
     warmup = min(recipe["warmup"], max(1, iters // 10))
-    for step, (crop, goal, weight) in enumerate(bar(views, model, iters)):
+    for step, (crop, goal, weight) in steps:
         drop = 0.1 ** ((step >= 0.75 * iters) + (step >= 0.9 * iters))
         for group in opt.param_groups:
             group["lr"] = group["peak"] * min(1, (step + 1) / warmup) * drop
@@ -952,7 +965,6 @@ def train_pose(views, shape, joints, iters, recipe, model, args):
         (error * weight).mean().backward()
         opt.step()
         opt.zero_grad()
-    return head
 
 
 def training_poses(seed, shape, swap, sigma, step, items):

@@ -22,7 +22,6 @@ import functools
 import itertools
 import math
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +63,7 @@ import readers
 import rng
 import training
 import vit
-from features import settings_of
+from features import Progress, settings_of
 
 # B images, N patches, h, w grid of patches, p pixels a side of a patch, D width, K objects
 
@@ -131,7 +130,10 @@ def detection(model, args):
     net = mask_rcnn(model, len(names), recipe, side, args.precision == "bf16").to(args.device)
     if world > 1 and args.device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    train(net, batches, recipe, iters, model, args)
+    opt = torch.optim.AdamW(groups(net, recipe), betas=(0.9, 0.999))
+    progress = Progress(model, args, net, opt)
+    views.begin = progress.step * share * world // views.images
+    train(net, opt, progress, batches, recipe, iters, model, args)
 
     net.eval()
     pairs, rows = [], []
@@ -154,6 +156,7 @@ def detection(model, args):
     scores = {kind: metrics.coco_ap(pairs, of) for kind, of in (("box", "bbox"), ("mask", "segm"))}
     blocks, wide = (" ".join(str(i + 1) for i in numbers)
                     for numbers in (net.backbone.blocks, net.backbone.everywhere))
+    progress.done()
     attention = (f"attention in windows of {net.backbone.window} patches, global in blocks {wide}, "
                  f"bias tables" if recipe["windows"] else "global attention")
     small = " of a small detector (our choice)" if toy else ""
@@ -321,6 +324,7 @@ def pooling(size, p):
 class Views(IterableDataset):
     """Endless random views of the training images, (image, target); every epoch a new order.
 
+    begin: the first epoch; a run that was killed begins the one anew that it was in.
     read: as in `detection`; keep: read once, and keep all items in memory. The images of an epoch
     are split over processes and their workers, each of which fills batches of its own: with another
     number of workers, other images share a batch, so a run differs.
@@ -329,12 +333,12 @@ class Views(IterableDataset):
     def __init__(self, read, recipe, side, mean, seed, keep):
         self.read, self.recipe, self.side, self.mean, self.seed = read, recipe, side, mean, seed
         self.rank, self.world, self.images = training.rank(), training.world_size(), None
-        self.kept = list(read("train")) if keep else None
+        self.kept, self.begin = list(read("train")) if keep else None, 0
 
     def __iter__(self):
         worker = get_worker_info()
         n, me = (worker.num_workers, worker.id) if worker else (1, 0)
-        for epoch in itertools.count():
+        for epoch in itertools.count(self.begin):
             def order(images, epoch=epoch):
                 self.images, g = images, rng.generator(self.seed, "order", epoch)
                 every = torch.randperm(images, generator=g).tolist()
@@ -430,15 +434,12 @@ def lr_factor(step, iters, recipe):
 
 
 @torch.enable_grad()
-def train(net, batches, recipe, iters, model, args):
+def train(net, opt, progress, batches, recipe, iters, model, args):
     """All weights; a batch goes through in parts of --batch-size. The loss is torchvision's sum of
     five: object or not and box of the RPN, class, box and mask of the heads."""
-    opt = torch.optim.AdamW(groups(net, recipe), betas=(0.9, 0.999))
-    parallel, losses, begin = training.share_gradients(net, args.device), [], time.perf_counter()
-    bar = tqdm(total=iters, desc=model.name, leave=False, dynamic_ncols=True,
-               disable=training.rank() > 0 or not sys.stderr.isatty())
+    parallel, losses = training.share_gradients(net, args.device), []
     net.train()
-    for step, batch in enumerate(itertools.islice(out_of_workers(batches), iters)):
+    for step, batch in progress.steps(out_of_workers(batches), iters):
         torch.manual_seed(rng.key(args.seed, "detection", step, training.rank()))  # what is sampled
         factor = lr_factor(step, iters, recipe)
         for group in opt.param_groups:
@@ -454,21 +455,17 @@ def train(net, batches, recipe, iters, model, args):
             loss.backward()
             losses.append(loss.detach() * len(parts))
         opt.step(), opt.zero_grad()
-        bar.update()
         if (step + 1) % max(1, iters // 10) == 0 or step % 50 == 0 or step + 1 == iters:
             mean = training.all_mean(torch.stack(losses).mean()).item()
             if not math.isfinite(mean):
                 raise ValueError(f"{model.name}: the loss is not finite by iteration {step + 1} of "
                                  f"{iters} (lr {recipe['lr'] * factor:.1e}); try --precision fp32, "
                                  f"or an earlier checkpoint")
-            bar.set_postfix(loss=f"{mean:.3f}")
+            progress.bar.set_postfix(loss=f"{mean:.3f}")
         if (step + 1) % max(1, iters // 10) == 0:
-            left = (time.perf_counter() - begin) * (iters - step - 1) / (step + 1)
             tqdm.write(f"iteration {step + 1:,}/{iters:,}  loss {mean:.3f}  lr "
-                       f"{recipe['lr'] * factor:.1e}  eta {tqdm.format_interval(left)}",
-                       file=sys.stdout)
+                       f"{recipe['lr'] * factor:.1e}  eta {progress.eta(step)}", file=sys.stdout)
             losses = []
-    bar.close()
 
 
 def out_of_workers(batches):

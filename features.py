@@ -15,6 +15,8 @@ What follows, a vote, a ranking or a head, they all compute alike: to wait for o
 long, and nothing has to be sent around.
 """
 import functools
+import sys
+import time
 from dataclasses import replace
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -201,19 +203,94 @@ def choose(model, found, names):
 def stored(model, args, tokens, key):
     """Where --cache keeps these features; None: nowhere.
 
-    The name holds a hash of all that they depend on; a checkpoint counts as the same as long as its
-    size and time are. The data are taken to stay as they are: if not, delete the folder.
+    The name holds a hash of all that they depend on. The data are taken to stay as they are: if
+    not, delete the folder.
     """
     if not args.cache or key is None:
         return None
-    path = model.source.path
-    what = (path and (str(Path(path).resolve()), *(getattr(Path(path).stat(), of)
-                      for of in ("st_size", "st_mtime_ns"))), model.source.branch,
-            path or (model.name, args.seed, model.encoder and sorted(model.encoder.config.items())),
-            tokens.__name__, args.data, args.data_root, args.limit, model.size, args.precision,
-            model.mean, model.std, model.interpolation, key)
-    name = f"{model.name}-{Path(args.data).name}-{rng.key(str(what)) % 2**64:016x}.pt"
+    what = (tokens.__name__, args.data, args.data_root, args.limit, args.precision, key)
+    name = f"{model.name}-{Path(args.data).name}-{code(model, args, what)}.pt"
     return Path(args.out) / "features" / name
+
+
+def code(model, args, what):
+    """16 hexadecimal digits of a model and what is asked of it. A checkpoint counts as the same as
+    long as its size and time are."""
+    path = model.source.path
+    who = (path and (str(Path(path).resolve()), *(getattr(Path(path).stat(), of)
+                     for of in ("st_size", "st_mtime_ns"))), model.source.branch,
+           path or (model.name, args.seed, model.encoder and sorted(model.encoder.config.items())),
+           model.size, model.mean, model.std, model.interpolation)
+    return f"{rng.key(str((who, what))) % 2**64:016x}"
+
+
+class Progress:
+    """The steps of a probe that trains, and how far it has come: killed, the same command goes on.
+
+        progress = Progress(model, args, net, opt)
+        for step, batch in progress.steps(batches_from(progress.step), total):
+            ...
+        progress.done()                                  # nothing is left to be lost
+
+    step: how many lie behind, 0 in a new run. curve: a list, for what else is to be kept. Every
+    five minutes the first process writes all of it to a file in --out/progress, whose name holds a
+    hash of what decides the result. ValueError: a file that does not fit.
+    """
+
+    MINUTES = 5
+    NO_MATTER = {"checkpoint", "baseline", "json", "out", "device", "workers", "cache", "reference",
+                 "show"}
+
+    def __init__(self, model, args, net, opt):
+        what = sorted((k, v) for k, v in vars(args).items() if k not in self.NO_MATTER)
+        name = f"{args.task}-{model.name}-{Path(args.data).name}-{code(model, args, what)}.pt"
+        self.path, self.name = Path(args.out) / "progress" / name, model.name
+        self.net, self.opt, self.step, self.curve = net, opt, 0, []
+        if self.path.is_file():
+            try:
+                state = checkpoints.read(self.path)
+                net.load_state_dict(state["net"]), opt.load_state_dict(state["opt"])
+                self.step, self.curve = state["step"], state["curve"]
+            except (ValueError, KeyError, RuntimeError):
+                raise ValueError(f"{self.path} is damaged or of another version: delete it, and "
+                                 f"{args.task} starts anew") from None
+            if training.rank() == 0:
+                print(f"{self.path}: goes on after step {self.step:,}", flush=True)
+
+    def steps(self, batches, total):
+        """Yields step, batch: a progress bar runs, and what is trained is kept."""
+        self.first, self.total, self.begin = self.step, total, time.monotonic()
+        self.bar = tqdm(total=total, initial=self.step, desc=self.name, delay=5, leave=False,
+                        dynamic_ncols=True, disable=training.rank() > 0 or None)
+        saved = self.begin
+        for step, batch in zip(range(self.step, total), batches):
+            yield step, batch
+            self.step = step + 1
+            self.bar.update()
+            due = time.monotonic() - (self.begin if self.step == total else saved)
+            if due > 60 * self.MINUTES and training.rank() == 0:
+                self.save()
+                saved = time.monotonic()
+        self.bar.close()
+
+    def eta(self, step):
+        """Of the end of the last step, in words, at the end of this one."""
+        took = (time.monotonic() - self.begin) / (step + 1 - self.first)
+        return tqdm.format_interval(took * (self.total - step - 1))
+
+    def save(self):
+        """A disk that is full is told, and no reason to stop."""
+        state = dict(net=self.net.state_dict(), opt=self.opt.state_dict(), step=self.step,
+                     curve=self.curve)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoints.replace_file(self.path, lambda file: torch.save(state, file))
+        except OSError as error:
+            print(error, file=sys.stderr)
+
+    def done(self):
+        if training.rank() == 0:
+            self.path.unlink(missing_ok=True)
 
 
 @functools.lru_cache                                     # several models look at the same images

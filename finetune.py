@@ -10,7 +10,6 @@ picture -> ViT -> patch mean -> linear layer                     -> its class   
 import math
 import re
 import sys
-import time
 from dataclasses import replace
 from itertools import islice
 
@@ -29,7 +28,7 @@ import rng
 import training
 import vit
 from dense import BATCH, WARMUP
-from features import labelled, settings_of, view
+from features import Progress, labelled, settings_of, view
 from metrics import report
 
 # B images, S pixels a side, H, W of a picture, h, w of a map, C classes, D width
@@ -58,7 +57,7 @@ def finetune(model, args):
 
     With --reinit some blocks forget first: where does what was learned sit? (Park et al., F.3)
     The papers report the best epoch on the test images, which flatters: the last one stands beside.
-    Nothing but the numbers is kept: a run that is killed starts anew.
+    A run that is killed goes on, see features.Progress.
     """
     recipe, both = settings_of(args, FINETUNE), args.recipe == "mmc"
     if both and args.data != "imagenet":
@@ -87,12 +86,11 @@ def finetune(model, args):
     net = Classifier(restart(model.encoder, anew, both, model.size), classes, both).to(args.device)
     opt = torch.optim.AdamW(layer_groups(net, LAYER_DECAY, WEIGHT_DECAY), betas=(0.9, 0.999),
                             fused=True)
+    progress = Progress(model, args, net, opt)
     parallel = training.share_gradients(net, args.device)
     augment, mix = AUGMENT.get(recipe["augment"]), mixing(classes)
-    bar = tqdm(total=total, desc=model.name, leave=False, dynamic_ncols=True,
-               disable=rank > 0 or not sys.stderr.isatty())
-    curve, losses, begin = [], [], time.perf_counter()   # curve: (top-1, top-5) of every epoch
-    for step, batch in enumerate(islice(loader.batches(), total)):
+    curve, losses = progress.curve, []                   # curve: (top-1, top-5) of every epoch
+    for step, batch in progress.steps(loader.batches(progress.step), total):
         torch.manual_seed(rng.key(args.seed, "finetune", step, rank))        # what torchvision uses
         lr = schedule(step, total, peak, end, warmup)
         for group in opt.param_groups:
@@ -114,7 +112,6 @@ def finetune(model, args):
         if recipe["clip"]:
             nn.utils.clip_grad_norm_(net.parameters(), recipe["clip"])
         opt.step(), opt.zero_grad()
-        bar.update()
 
         ended = (step + 1) % len(loader) == 0
         if ended or step % 50 == 0:                      # now and then: a GPU has to be waited for
@@ -123,14 +120,13 @@ def finetune(model, args):
                 raise ValueError(f"{model.name}: the loss is not finite by step {step + 1} of "
                                  f"{total} (lr {lr:.1e}); try --precision fp32, or an earlier "
                                  f"checkpoint")
-            bar.set_postfix(loss=f"{mean:.3f}")
+            progress.bar.set_postfix(loss=f"{mean:.3f}")
         if ended:
             curve.append(score(net, tests, model, args))
-            left = (time.perf_counter() - begin) * (total - step - 1) / (step + 1)
             tqdm.write(f"epoch {len(curve)}/{epochs}  loss {mean:.3f}  lr {lr:.1e}  top-1 "
-                       f"{curve[-1][0]:.1f}%  eta {tqdm.format_interval(left)}", file=sys.stdout)
+                       f"{curve[-1][0]:.1f}%  eta {progress.eta(step)}", file=sys.stdout)
             losses = []
-    bar.close()
+    progress.done()
 
     best, last = max(curve), curve[-1]
     row = {"top-1": best[0], "top-5": best[1], "last epoch": last[0], "last top-5": last[1]}
@@ -383,13 +379,13 @@ def segmentation(model, args):
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     opt = torch.optim.AdamW(layer_groups(net, recipe["layer_decay"], recipe["decay"]),
                             betas=(0.9, 0.999), fused=True)
+    progress = Progress(model, args, net, opt)
     parallel = training.share_gradients(net, args.device)
     warmup = max(1, WARMUP * iters // published)
-    batches = dense.crops(model, args, sizes, names, iters, rank=rank, world=world)
-    bar = tqdm(total=iters, desc=model.name, leave=False, dynamic_ncols=True,
-               disable=rank > 0 or not sys.stderr.isatty())
-    losses, begin, say = [], time.perf_counter(), min(1000, max(1, iters // 10))
-    for step, batch in enumerate(batches):
+    steps = range(progress.step, iters)
+    batches = dense.crops(model, args, sizes, names, steps, rank=rank, world=world)
+    losses, say = [], min(1000, max(1, iters // 10))
+    for step, batch in progress.steps(batches, iters):
         x, y = (t.tensor_split(parts) for t in batch)
         torch.manual_seed(rng.key(args.seed, "segmentation", step, rank))    # dropout, drop path
         lr = dense.poly(step, iters, peak, warmup)
@@ -406,7 +402,6 @@ def segmentation(model, args):
             (loss * len(crops) / share).backward()
             losses.append(loss.detach())
         opt.step(), opt.zero_grad()
-        bar.update()
 
         due = (step + 1) % say == 0 or step + 1 == iters
         if due or step % 50 == 0:                        # now and then: a GPU has to be waited for
@@ -415,13 +410,11 @@ def segmentation(model, args):
                 raise ValueError(f"{model.name}: the loss is not finite by step {step + 1} of "
                                  f"{iters} (lr {lr:.1e}); try --precision fp32, a smaller --lr or "
                                  f"an earlier checkpoint")
-            bar.set_postfix(loss=f"{mean:.3f}")
+            progress.bar.set_postfix(loss=f"{mean:.3f}")
         if due:
-            left = (time.perf_counter() - begin) * (iters - step - 1) / (step + 1)
             tqdm.write(f"step {step + 1:,}/{iters:,}  loss {mean:.3f}  lr {lr:.1e}  eta "
-                       f"{tqdm.format_interval(left)}", file=sys.stdout)
+                       f"{progress.eta(step)}", file=sys.stdout)
             losses = []
-    bar.close()
 
     def predict(x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -436,6 +429,7 @@ def segmentation(model, args):
         counts.double(), torch.tensor(number, dtype=torch.float64)))
     if rows and rank == 0:
         dense.contact_sheet(rows, dense.picture_of(model, args))
+    progress.done()
     return report(
         {head: dense.percent(counts)},
         f"{NAMES[head]}, fine-tuned end to end, recipe {args.recipe}, {len(names)} classes; blocks "

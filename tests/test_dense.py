@@ -37,7 +37,8 @@ def quiet():
 def model(**config):
     torch.manual_seed(0)
     encoder = vit.ViT(**{**SMALL, **config}).eval()
-    return SimpleNamespace(name="small", encoder=encoder, size=32, mean=data.MEAN, std=data.STD)
+    return SimpleNamespace(name="small", encoder=encoder, size=32, mean=data.MEAN, std=data.STD,
+                           interpolation="bicubic", source=SimpleNamespace(path=None, branch=None))
 
 
 def settings(*flags):
@@ -59,7 +60,7 @@ def test_settings_are_those_of_the_sheet():
         "parts": dict(blocks=(4, 6, 8, 12), lr=4e-4, iters=160000, batch_norm=False),
         "mmc": dict(blocks=(6, 8, 10, 12), lr=1e-4, iters=40000, batch_norm=True)}
     assert (dense.WARMUP, dense.BATCH, dense.DECAY) == (1500, 16, 0.05)
-    assert dense.POSE["coco"] == dict(shape=(256, 192), batch=512, warmup=500, lr=5e-4,
+    assert dense.POSE["coco"] == dict(shape=(256, 192), batch=512, warmup=500, lr=5e-4, decay=0.01,
                                       iters=pytest.approx(20 * 149813 / 512, abs=5))
     assert (dense.STRIDE, dense.SURE, dense.SAME) == (4, 0.2, 0.9)
     assert (dense.MEMORY, dense.RADIUS, dense.NEAREST, dense.TAU) == (7, 12, 5, 0.1)
@@ -83,10 +84,11 @@ def recorded(monkeypatch):
 
 def test_linear_segmentation_is_trained_as_in_the_sheet(monkeypatch):
     steps, heads = recorded(monkeypatch), dense.Heads(4, 3, 2, False, 0)
+    opt = dense.adamw(heads.layers, [4e-4, 1e-3], dense.DECAY)
     monkeypatch.setitem(dense.RECIPES, "parts", {**dense.RECIPES["parts"], "iters": 3000})
     batch = torch.zeros(16, 3, 8, 8), torch.zeros(16, 8, 8, dtype=torch.long)
-    dense.train_segmentation(heads, lambda x: torch.randn(16, 1, 1, 4), [batch] * 4, model(),
-                             settings("--recipe", "parts"), 8, 4, [4e-4, 1e-3])
+    dense.train_segmentation(heads, opt, lambda x: torch.randn(16, 1, 1, 4), enumerate([batch] * 4),
+                             model(), settings("--recipe", "parts"), 8, 4)
     shares = 1e-6, 0.75 * 0.5000005, 0.5, 0.25           # two steps of warm-up, down to 0
     for groups, share in zip(steps, shares, strict=True):
         assert groups == [(pytest.approx(lr * share), decay, (0.9, 0.999))
@@ -94,9 +96,11 @@ def test_linear_segmentation_is_trained_as_in_the_sheet(monkeypatch):
 
 
 def test_pose_is_trained_as_in_the_sheet(monkeypatch):
-    steps = recorded(monkeypatch)
+    steps, recipe, args = recorded(monkeypatch), dense.POSE["coco"], settings()
     views = torch.zeros(1, 3, 16, 16), torch.zeros(1, 5, 4, 4), torch.ones(1, 5)
-    dense.train_pose([views] * 20, (16, 16), 5, 20, dense.POSE["coco"], model(), settings())
+    head = dense.pose_head(5, model(), args)
+    opt = dense.adamw([head], [recipe["lr"]], recipe["decay"])
+    dense.train_pose(head, opt, enumerate([views] * 20), (16, 16), 20, recipe, model(), args)
     shares = [0.5] + [1] * 14 + [0.1] * 3 + [0.01] * 2   # of 20 epochs: x 0.1 after 15 and 18
     assert steps == [[(pytest.approx(5e-4 * share), decay, (0.9, 0.999)) for decay in (0.01, 0)]
                      for share in shares]
@@ -320,7 +324,7 @@ def test_the_number_of_workers_changes_nothing(monkeypatch, task):
     monkeypatch.setattr(metrics, "coco_ap", lambda *_: dict.fromkeys(("AP", "AP50", "AR", "AR50"),
                                                                      0.0))
     monkeypatch.setitem(dense.POSE, "coco", dict(shape=(64, 48), batch=4, iters=9, warmup=1,
-                                                 lr=1e-2))
+                                                 lr=1e-2, decay=0.01))
     monkeypatch.setitem(dense.RECIPES, "parts", {**dense.RECIPES["parts"], "blocks": (12,)})
     alone = found("--workers", "0")
     assert found("--workers", "2") == alone != found("--workers", "0", "--seed", "1")

@@ -44,7 +44,8 @@ def encoder(**config):
 
 def model(net=None):
     return SimpleNamespace(name="small", encoder=net or encoder(), size=32, mean=data.MEAN,
-                           std=data.STD)
+                           std=data.STD, interpolation="bicubic",
+                           source=SimpleNamespace(path=None, branch=None))
 
 
 def recipe(name, **changes):
@@ -493,7 +494,10 @@ def trained(name, iters, *flags, **changes):
     net, one = Stub(), dict(boxes=torch.ones(1, 4))
     batches = [[(torch.randint(256, (3, 8, 8)).byte(), one) for _ in range(3)]
                for _ in range(iters)]
-    detection.train(net, batches, recipe(name, **changes), iters, model(), settings(*flags))
+    args, own = settings(*flags), recipe(name, **changes)
+    opt = torch.optim.AdamW(detection.groups(net, own), betas=(0.9, 0.999))
+    progress = detection.Progress(model(), args, net, opt)
+    detection.train(net, opt, progress, batches, own, iters, model(), args)
     return net
 
 

@@ -39,7 +39,7 @@ def encoder(seed=0, scramble=False, **config):
 
 def model(net):
     return SimpleNamespace(name="small", encoder=net, size=32, mean=data.MEAN, std=data.STD,
-                           interpolation="bicubic")
+                           interpolation="bicubic", source=SimpleNamespace(path=None, branch=None))
 
 
 def settings(*flags):
@@ -414,3 +414,67 @@ def test_the_processes_share_the_test_images(monkeypatch):
         finetune.score(net, tests, model(net.encoder), args)
     right = sum(sums)
     assert right[2] == 256 and (right[:2] / right[2]).tolist() == pytest.approx(whole)
+
+
+# ---- killed, and on ----
+
+
+class Killed(Exception):
+    pass
+
+
+def asked(task, folder, *flags):
+    args = evaluate.parse(["--task", task, "--data", "toy", "--limit", "16", "--device", "cpu",
+                           "--precision", "fp32", "--out", str(folder), *flags])
+    return evaluate.TASKS[task](model(encoder()), args)
+
+
+@pytest.mark.parametrize("task", ["finetune", "segmentation", "linear_segmentation", "pose",
+                                  pytest.param("detection", marks=pytest.mark.slow)])
+def test_a_probe_that_was_killed_goes_on(task, monkeypatch, tmp_path, capsys):
+    if task == "detection":
+        pytest.importorskip("pycocotools")
+    length = ["--epochs", "4"] if task == "finetune" else ["--iters", "4"]   # 4 steps
+    monkeypatch.setattr(features.Progress, "MINUTES", 0)                     # kept after each step
+    step, left = torch.optim.AdamW.step, [9]
+
+    def counting(self, *more):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return step(self, *more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counting)
+    whole, folder = asked(task, tmp_path / "whole", *length), tmp_path / "killed"
+    assert left == [5] and not any((tmp_path / "whole" / "progress").iterdir())
+    left[0] = 3
+    with pytest.raises(Killed):
+        asked(task, folder, *length)
+    [file] = (folder / "progress").iterdir()
+    capsys.readouterr()
+    left[0] = 9
+    asked(task, folder, *length, "--seed", "1")          # another question, so from the start
+    assert left == [5] and "goes on" not in capsys.readouterr().out
+    found = asked(task, folder, *length)
+    assert left == [4] and f"{file}: goes on after step 3" in capsys.readouterr().out
+    assert not file.exists()
+    if task == "finetune":                               # the others see other pictures from there
+        assert found.rows == whole.rows and found.notes == whole.notes
+
+
+def test_progress_that_cannot_be_read_or_written_is_one_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(features.Progress, "MINUTES", 0)
+
+    def full(path, write):
+        raise OSError(f"cannot write {path} (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "replace_file", full)
+        assert asked("finetune", tmp_path, "--epochs", "1").rows             # goes on nevertheless
+    assert "No space left" in capsys.readouterr().err
+    monkeypatch.setattr(features.Progress, "done", lambda self: None)
+    asked("finetune", tmp_path, "--epochs", "1")
+    [file] = (tmp_path / "progress").iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="delete it, and finetune starts anew"):
+        asked("finetune", tmp_path, "--epochs", "1")

@@ -36,7 +36,8 @@ def encoder(**config):
 
 def model(**config):
     return SimpleNamespace(name="small", encoder=encoder(**config), size=32, mean=data.MEAN,
-                           std=data.STD)
+                           std=data.STD, interpolation="bicubic",
+                           source=SimpleNamespace(path=None, branch=None))
 
 
 def settings(*flags):
@@ -302,8 +303,8 @@ def test_processes_and_workers_see_what_one_would_see(monkeypatch):
 
     def crops(workers, rank, world):
         args = settings("--data", "voc", "--workers", str(workers))
-        return list(dense.crops(model(), args, dense.SIZES["voc"], ["red", "blue"], 3, rank=rank,
-                                world=world))
+        return list(dense.crops(model(), args, dense.SIZES["voc"], ["red", "blue"], range(3),
+                                rank=rank, world=world))
 
     whole = crops(0, 0, 1)
     assert whole[0][0].shape == (16, 3, 32, 32) and not whole[0][0].equal(whole[1][0])
