@@ -266,11 +266,7 @@ def main():
         raise ValueError("--sem 0: nothing is asked of the second branch; add --mae-both, or run "
                          "mae.py")
 
-    images, bank, queries = (              # the last two, with labels, for the kNN accuracy only
-        data.load(cfg.data, cfg.data_root, split, cfg.img_size, limit, run.device)
-        for split, limit in (("train", None), ("train", 2000), ("test", 500)))
-    loader = data.Loader(images, views(cfg), cfg.batch_size, cfg.seed, run.device, cfg.workers,
-                         run.rank, run.world)
+    loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
 
     model = run.place(Network(cfg))
     net = training.unwrap(model)

@@ -266,14 +266,10 @@ def main():
         raise ValueError(f"--masked {cfg.masked} of {N} patches in blocks of --min-block "
                          f"{cfg.min_block} or more: some must be hidden, and some not")
 
-    images, bank, queries = (              # the last two, with labels, for the kNN accuracy only
-        data.load(cfg.data, cfg.data_root, split, cfg.img_size, limit, run.device)
-        for split, limit in (("train", None), ("train", 2000), ("test", 500)))
-    loader = data.Loader(images, views(cfg), cfg.batch_size, cfg.seed, run.device, cfg.workers,
-                         run.rank, run.world)
+    loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
     with torch.device("meta"):     # settings that cannot be are told before a tokenizer is trained
         CAE(cfg, 1)
-    dvae = tokenizer.get(cfg, run, images, queries, views(cfg)[1])           # frozen words
+    dvae = tokenizer.get(cfg, run, loader.images, queries, views(cfg)[1])    # frozen words
 
     model = run.place(CAE(cfg, dvae.vocabulary))
     net = training.unwrap(model)

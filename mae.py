@@ -211,11 +211,7 @@ def main():
         raise ValueError(f"--mask-ratio {cfg.mask_ratio}: of the {N} patches of an image at least "
                          f"one must stay and one go, so a share between 0 and 1")
 
-    images, bank, queries = (              # the last two, with labels, for the kNN accuracy only
-        data.load(cfg.data, cfg.data_root, split, cfg.img_size, limit, run.device)
-        for split, limit in (("train", None), ("train", 2000), ("test", 500)))
-    loader = data.Loader(images, views(cfg), cfg.batch_size, cfg.seed, run.device, cfg.workers,
-                         run.rank, run.world)
+    loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
 
     model = run.place(Network(cfg))
     net = training.unwrap(model)

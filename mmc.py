@@ -285,11 +285,7 @@ def main():
     if not (cfg.rec or cfg.cls or cfg.pat):
         raise ValueError("--rec, --cls and --pat are all 0: nothing to learn")
 
-    images, bank, queries = (              # the last two, with labels, for the kNN accuracy only
-        data.load(cfg.data, cfg.data_root, split, cfg.img_size, limit, run.device)
-        for split, limit in (("train", None), ("train", 2000), ("test", 500)))
-    loader = data.Loader(images, views(cfg), cfg.batch_size, cfg.seed, run.device, cfg.workers,
-                         run.rank, run.world)
+    loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(replace(cfg, drop_path=0.0, rec=0.0)).requires_grad_(False))

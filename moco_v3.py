@@ -152,11 +152,7 @@ def main():
     if cfg.batch_size < 2:
         raise ValueError("--batch-size 1 leaves no other image to contrast with: take 2 or more")
 
-    images, bank, queries = (              # the last two, with labels, for the kNN accuracy only
-        data.load(cfg.data, cfg.data_root, split, cfg.img_size, limit, run.device)
-        for split, limit in (("train", None), ("train", 2000), ("test", 500)))
-    loader = data.Loader(images, views(cfg), cfg.batch_size, cfg.seed, run.device, cfg.workers,
-                         run.rank, run.world)
+    loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))

@@ -573,6 +573,18 @@ class Run:
 
     # ---- the loop ----
 
+    def data(self, views):
+        """A data.Loader of views of the training images (of STL-10 the unlabelled ones); 2,000
+        training and 500 test images with their labels, for `knn`."""
+        cfg = self.cfg
+        which = "unlabeled" if cfg.data == "stl10" else "train"
+        images, bank, queries = (
+            data.load(cfg.data, cfg.data_root, split, cfg.img_size, limit, self.device)
+            for split, limit in ((which, None), ("train", 2000), ("test", 500)))
+        loader = data.Loader(images, views, cfg.batch_size, cfg.seed, self.device, cfg.workers,
+                             self.rank, self.world)
+        return loader, bank, queries
+
     def length(self, loader):
         """Optimiser steps of the whole run."""
         return self.cfg.steps or max(1, round(self.cfg.epochs * len(loader)))

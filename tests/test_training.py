@@ -271,6 +271,23 @@ def test_a_full_disk_during_save_leaves_the_last_good_checkpoint(tmp_path):
     finish(run("--steps", 3, "--out", tmp_path, "--resume"))
 
 
+# ---- data ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, split", [("cifar10", "train"), ("stl10", "unlabeled")])
+def test_a_run_learns_from_its_images_and_asks_labelled_ones(monkeypatch, name, split):
+    def load(name, root, split, size, limit, device):
+        return data.Images(split, (size, limit), pixels=torch.zeros(9, 3, 8, 8, dtype=torch.uint8))
+
+    monkeypatch.setattr(data, "load", load)
+    cfg = training.config(mmc.Config, ["--data", name, "--batch-size", "8", "--group", "2"])
+    run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), rank=1, world=2)
+    loader, bank, queries = training.Run.data(run, mmc.views(cfg))
+    assert [(x.name, x.split[1]) for x in (loader.images, bank, queries)] == [
+        (split, None), ("train", 2000), ("test", 500)]
+    assert (loader.batch_size, loader.rank, loader.world) == (8, 1, 2)
+
+
 # ---- one run a folder ----------------------------------------------------------------------------
 
 
