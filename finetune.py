@@ -131,13 +131,14 @@ def finetune(model, args):
     best, last = max(curve), curve[-1]
     row = {"top-1": best[0], "top-5": best[1], "last epoch": last[0], "last top-5": last[1]}
     start = f", {args.reinit} blocks drawn anew" if args.reinit else ""
-    small = " (both our choice, for few images)" if size < published["batch"] // world * world else ""
+    few = size < published["batch"] // world * world
     return report({"cls+pat" if both else "pat": row},
                   f"fine-tuned end to end, recipe {args.recipe}{start}: AdamW, batch {size}, lr "
-                  f"{peak:.2g}{small}, layer decay {LAYER_DECAY}, {epochs} epochs, "
-                  f"{recipe['augment']}{', mixup, cutmix, erasing' if augment else ''}, drop path "
-                  f"{DROP_PATH}; top-1, top-5 of the epoch that is best on the test images, and of "
-                  f"the last; {view(model, args)}",
+                  f"{peak:.2g}{' (both our choice, for few images)' * few}, layer decay "
+                  f"{LAYER_DECAY}, {epochs} epochs, {recipe['augment']}"
+                  f"{', mixup, cutmix, erasing' if augment else ''}, drop path {DROP_PATH}; top-1, "
+                  f"top-5 of the epoch that is best on the test images, and of the last; "
+                  f"{view(model, args)}",
                   notes=[f"{model.name}: best epoch {curve.index(best) + 1} of {epochs}"],
                   train=len(images), test=len(tests))
 
