@@ -47,8 +47,9 @@ FINETUNE = {
     "mmc":    dict(lr=5e-4, per=256, batch=256, epochs=100, warmup=5, clip=None,
                    augment="RandAugment")}
 MMC_ELSEWHERE = dict(batch=128, epochs=200, augment="ThreeAugment")          # than on ImageNet
-# On toy, our choice: minutes, not hours, and nothing mixed or torn, which takes long to pay.
-TOY = dict(batch=64, epochs=5, augment="crop and mirror alone")
+CROP = 0.08, 1.0                                         # shares of the picture's area
+# On toy, our choice: minutes, not hours, so pictures that are nearly whole, not mixed and torn.
+TOY = dict(batch=64, epochs=5, crop=(0.6, 1.0), augment="large crops and mirror alone")
 LAYER_DECAY, WEIGHT_DECAY, DROP_PATH = 0.65, 0.05, 0.1   # of all three recipes
 
 
@@ -73,8 +74,8 @@ def finetune(model, args):
     # steps, and lr down with the root of it, as suits AdamW; in proportion, little would move.
     rank, world = training.rank(), training.world_size()
     size = min(recipe["batch"], max(16, len(images) // 64)) // world * world
-    loader = data.Loader(images, [data.View(model.size)], size, args.seed, args.device,
-                         args.workers, rank, world)      # crop of 8 to 100 %, bicubic, and flip
+    crop = data.View(model.size, scale=recipe.get("crop", CROP))             # bicubic, and flip
+    loader = data.Loader(images, [crop], size, args.seed, args.device, args.workers, rank, world)
     epochs = args.epochs or recipe["epochs"]
     total = epochs * len(loader)
     warmup = total * recipe["warmup"] // published["epochs"]

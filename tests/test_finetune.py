@@ -287,12 +287,13 @@ def test_creatures_are_fine_tuned_for_minutes_and_whole(monkeypatch):
     two_classes(monkeypatch, False)
     monkeypatch.setattr(finetune, "score", lambda *_: (0.0, 0.0))
     targets, loss = [], finetune.soft_cross_entropy
-    monkeypatch.setattr(finetune, "soft_cross_entropy", lambda z, y: targets.append(y) or loss(z, y))
+    monkeypatch.setattr(finetune, "soft_cross_entropy",
+                        lambda z, y: targets.append(y) or loss(z, y))
     said = finetune.finetune(model(encoder()), settings("--data", "toy")).protocol
-    assert ", 5 epochs, crop and mirror alone, drop path" in said
+    assert ", 5 epochs, large crops and mirror alone, drop path" in said
     assert {tuple(y) for y in torch.cat(targets).tolist()} == {(0.0, 1.0), (1.0, 0.0)}   # not mixed
     said = finetune.finetune(model(encoder()), settings("--data", "toy", "--epochs", "2")).protocol
-    assert ", 2 epochs, crop" in said
+    assert ", 2 epochs, large crops" in said
 
 
 def test_parts_of_a_batch_make_the_same_step(monkeypatch):
