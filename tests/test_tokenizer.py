@@ -325,8 +325,7 @@ def test_survey_counts_words_and_errors():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, least", [("vq", 64), ("dvae", 10)])
 def test_a_trained_one_draws_what_it_sees_and_uses_its_words(kind, least):
-    """In half a minute: vq beats even the true mean colour of each cell, dvae that of the image."""
-    torch.set_num_threads(os.cpu_count())
+    """In a minute: vq beats even the true mean colour of each cell, dvae that of the image."""
     toy, test = (data.load("toy", split=split, size=32, limit=limit)
                  for split, limit in (("train", 1500), ("test", 500)))
     for images in toy, test:                                # less noise, which no word can tell
@@ -334,7 +333,6 @@ def test_a_trained_one_draws_what_it_sees_and_uses_its_words(kind, least):
     cfg = SimpleNamespace(seed=0, tokenizer_kind=kind, tokenizer_steps=500, codes=256, workers=0)
     net = tokenizer.train(cfg, a_run(), toy, replace(VIEW, interpolation="lanczos"), 4)
     found = tokenizer.survey(net, test, 32, a_run(), 0)
-    torch.set_num_threads(1)
     v = test.pixels.float() / 255
     image = (v - v.mean((2, 3), keepdim=True)).square().mean()
     assert found["mse"] < (found["baseline"] if kind == "vq" else 0.85 * image)
