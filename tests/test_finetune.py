@@ -289,8 +289,14 @@ def test_creatures_are_fine_tuned_for_minutes_and_whole(monkeypatch):
     targets, loss = [], finetune.soft_cross_entropy
     monkeypatch.setattr(finetune, "soft_cross_entropy",
                         lambda z, y: targets.append(y) or loss(z, y))
+    crops, view, warmups, cosine = [], data.View, [], training.cosine
+    monkeypatch.setattr(data, "View", lambda *a, **b: crops.append(b["scale"]) or view(*a, **b))
+    monkeypatch.setattr(training, "cosine", lambda *a: warmups.append(a[4]) or cosine(*a))
     said = finetune.finetune(model(encoder()), settings("--data", "toy")).protocol
     assert ", 5 epochs, large crops and mirror alone, drop path" in said
+    assert "batch 16, lr 0.00025 (both our choice" in said       # as of other sets: of the recipe's
+    assert crops == [(0.6, 1.0)] and set(warmups) == {4}         # 5 % of 80 steps
+    assert finetune.TOY["batch"] == 64
     assert {tuple(y) for y in torch.cat(targets).tolist()} == {(0.0, 1.0), (1.0, 0.0)}   # not mixed
     said = finetune.finetune(model(encoder()), settings("--data", "toy", "--epochs", "2")).protocol
     assert ", 2 epochs, large crops" in said
@@ -454,11 +460,17 @@ def test_a_probe_that_was_killed_goes_on(task, monkeypatch, tmp_path, capsys):
     [file] = (folder / "progress").iterdir()
     capsys.readouterr()
     left[0] = 9
+    orders, generator = [], features.rng.generator
     asked(task, folder, *length, "--seed", "1")          # another question, so from the start
     assert left == [5] and "goes on" not in capsys.readouterr().out
+    monkeypatch.setattr(features.rng, "generator", lambda *key: (
+        orders.append(key), generator(*key))[1])
     found = asked(task, folder, *length)
     assert left == [4] and f"{file}: goes on after step 3" in capsys.readouterr().out
     assert not file.exists()
+    # In the epoch it was in, of one step (detection: two, after a first look); else in a new order.
+    begins = [key[2] for key in orders if key[1] == "order"]
+    assert begins[task == "detection"] == (1 if task == "detection" else 3)
     if task == "finetune":                               # the others see other pictures from there
         assert found.rows == whole.rows and found.notes == whole.notes
 
