@@ -19,9 +19,9 @@ representations: the encoder itself, shown the hidden patches, says what they sh
 
 Both zhat and zbar leave a LayerNorm, so neither needs another normalisation. Alignment alone would
 collapse (paper): all representations equal, `std` 0. At the start the cross-entropy is about ln K,
-and the alignment about 2. A head that ignores its input reaches H, the entropy of the words
-(printed first if the tokenizer is trained here): only below that has anything been learned, and
-`acc` must rise above `commonest`.
+and the alignment about 2. A head that ignores its input reaches H, the entropy of the hidden words,
+and the share of the commonest one (logged as `entropy` and `commonest`): only beyond these has
+anything been learned.
 
 The paper, ViT-B/16, 300 epochs, linear / attentive / fine-tuned (Table 5): 60.3 / 71.2 / 82.9
 without decoder and alignment, 64.1 / 73.8 / 83.6 with both; 1600 epochs: 70.3 / 77.2 / 83.9
@@ -104,14 +104,14 @@ def block_mask(u, n, count, least):
     attempt fails when the rectangle spans a side of the grid, hides nothing new, or too much.
     Returns (n, n) bool, True: hidden."""
     mask, hidden = torch.zeros(n, n, dtype=torch.bool).numpy(), 0
-    for area, aspect, top, left in u:
+    for u_area, u_aspect, u_top, u_left in u:
         if hidden == count:
             break
-        area = least + (count - hidden - least) * area           # from the least to what is missing
-        aspect = 0.3 ** (1 - 2 * aspect)                         # log-uniform from 0.3 to 1/0.3
+        area = least + (count - hidden - least) * u_area         # from the least to what is missing
+        aspect = 0.3 ** (1 - 2 * u_aspect)                       # log-uniform from 0.3 to 1/0.3
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < h < n and 0 < w < n:
-            top, left = int(top * (n - h + 1)), int(left * (n - w + 1))
+            top, left = int(u_top * (n - h + 1)), int(u_left * (n - w + 1))
             block = mask[top:top + h, left:left + w]
             new = h * w - int(block.sum())
             if 0 < new <= count - hidden:
@@ -129,11 +129,11 @@ def draw_mask(index, cfg, *key):
     return torch.stack([block_mask(v, n, cfg.masked, cfg.min_block) for v in u]).flatten(1)
 
 
-def parted(mask, hidden):
-    """(B, N) bool with `hidden` True each -> numbers of visible (B, N-M) and hidden patches (B, M),
+def parted(mask, count):
+    """(B, N) bool with `count` True each -> numbers of visible (B, N-M) and hidden patches (B, M),
     both row by row."""
     order = mask.int().argsort(dim=1, stable=True)
-    return order.split([mask.shape[1] - hidden, hidden], 1)
+    return order.split([mask.shape[1] - count, count], 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -274,7 +274,8 @@ def main():
     model = run.place(CAE(cfg, dvae.vocabulary))
     net = training.unwrap(model)
     opt = torch.optim.AdamW(training.decay_groups(net, cfg.weight_decay), fused=True)
-    run.restore(model=model, opt=opt, tokenizer=tokenizer.Fingerprint(dvae))
+    words = tokenizer.Count(dvae.vocabulary).to(run.device)                  # of hidden patches
+    run.restore(model=model, opt=opt, words=words, tokenizer=tokenizer.Fingerprint(dvae))
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
 
     for step, batch in run.steps(loader):
@@ -283,37 +284,37 @@ def main():
 
         # ---- the method ----------------------------------------------------------------------
         when = cfg.seed, batch.epoch
-        masks = draw_mask(loader.locate(step)[1], cfg, *when).to(run.device)     # (B, N)
+        index = loader.locate(step)[1]                           # batch.index, but on the CPU
+        masks = draw_mask(index, cfg, *when).to(run.device)                      # (B, N)
         for part, mask in zip(run.micro_batches(batch), masks.chunk(cfg.accumulate)):
             x, u = part.views
             visible, hidden = parted(mask, cfg.masked)
-            ids = dvae.ids(u)                                                # (B, N), no gradient
+            ids = dvae.ids(u).gather(1, hidden)                              # (B, M), no gradient
             drop = rng.uniform(part.index, sum(net.draws), *when, "drop")
             with run.autocast():
                 logits, zhat, zbar = model(x, visible, hidden, drop)
-            labels = ids.gather(1, hidden)                                   # (B, M)
-            tokens, align = token_loss(logits, labels), align_loss(zhat, zbar)       # in fp32
+            tokens, align = token_loss(logits, ids), align_loss(zhat, zbar)          # in fp32
             loss = tokens + cfg.align * align
             run.backward(loss, opt, clip=cfg.clip)
-            acc = (logits.argmax(2) == labels).float().mean()
+            words.add(ids)
+            acc = (logits.argmax(2) == ids).float().mean()
             run.log(loss=loss, tokens=tokens, align=align, acc=acc)
         opt.step(), opt.zero_grad()
         # ---- bookkeeping ---------------------------------------------------------------------
 
         run.log(lr=lr)
         if run.due(cfg.evals):
-            commonest = (ids == ids.flatten().mode().values).float().mean()
             std = zbar.float().std((0, 1)).mean()        # over patches: 0.4 at first; 0: collapsed
-            run.log(now=True, commonest=commonest, std=std,
-                    **run.knn(net.encoder, bank, queries, cfg.img_size))
+            found = words.facts() | run.knn(net.encoder, bank, queries, cfg.img_size)
+            run.log(now=True, std=std, **found)
             with run.looking():
                 show(run, cfg, net, dvae, queries)
             if std < 0.05:
                 run.say("collapsed: all patches are represented alike (std near 0); try a lower "
                         "--align, or a lower --lr")
-            elif acc <= commonest:
-                run.say("names hidden words no better than the commonest one would (acc not above "
-                        "commonest): too early, or try another --lr")
+            elif tokens > found["entropy"]:
+                run.say("knows no more of hidden words than how common they are (tokens not below "
+                        "entropy): too early, or try another --lr")
         if run.save_due():
             run.save_encoder(net.encoder, branch="base")
             run.save()

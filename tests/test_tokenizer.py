@@ -315,8 +315,7 @@ def test_survey_counts_words_and_errors():
     mean = v.unflatten(3, (8, 4)).unflatten(2, (8, 4)).mean((3, 5))
     mean = mean.repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert found["used"] == len(ids.unique()) and found["commonest"] == p.max()
-    assert found["entropy"] == pytest.approx(-torch.xlogy(p, p).sum().item(), abs=1e-5)
-    assert found["perplexity"] == pytest.approx(math.exp(found["entropy"]), rel=1e-4)
+    assert found["perplexity"] == pytest.approx(math.exp(-torch.xlogy(p, p).sum()), rel=1e-4)
     assert found["baseline"] == pytest.approx((mean - v).square().mean().item(), abs=1e-6)
     assert found["mse"] == pytest.approx((net.decode(net.ids(x)) - v).square().mean().item(),
                                          abs=1e-6)
@@ -545,9 +544,24 @@ def test_code_in_a_pickled_module_is_refused_and_not_run(tmp_path, monkeypatch):
     assert not sys.executed
 
 
+def test_counts_are_of_all_words_that_were_to_be_named():
+    count = tokenizer.Count(4)
+    count.add(torch.tensor([[0, 1], [1, 1]])), count.add(torch.tensor([3, 3, 3, 1]))
+    found = count.facts()                                                    # 1, 4, 0, 3 of 8
+    assert found["commonest"] == 0.5
+    assert found["entropy"].item() == pytest.approx(
+        math.log(8) / 8 + math.log(2) / 2 + math.log(8 / 3) * 3 / 8)
+    again = tokenizer.Count(4)
+    again.load_state_dict(count.state_dict())                                # a run goes on
+    assert again.facts() == found
+
+
 def test_a_fingerprint_tells_tokenizers_apart_and_refuses_another():
     one, same, other = (tokenizer.Fingerprint(small(seed=seed)) for seed in (0, 0, 1))
     one.load_state_dict(same.state_dict())
+    repainted = small()
+    repainted.decoder[0].weight.data.zero_()              # draws other pictures of the same words
+    one.load_state_dict(tokenizer.Fingerprint(repainted).state_dict())
     with pytest.raises(ValueError, match="its words are others"):
         one.load_state_dict(other.state_dict())
 
