@@ -28,7 +28,8 @@ L_SEM 46.6 and 46.5 (Table 7); by cosine 47.6, with the class token aligned, too
 No code of the authors was found, nor their appendix with the settings: what the paper itself leaves
 open is marked "our choice". It is silent on whether L_MAE counts b, too: equation 1 knows no b, so
 ours does not; --mae-both does, as the rows of Table 7 without L_SEM probably did: they pay for b.
-full.pt beside encoder.pt holds decoder and T, too, in MAE's names; the encoder works without T.
+full.pt beside encoder.pt holds the decoder, too, in MAE's names, and T as aug_block; the encoder
+works without T.
 
     python asl.py                                         minutes on a laptop, offline
     python asl.py --data toy-scenes                       several creatures: not one thing an image
@@ -303,9 +304,10 @@ def main():
                 show(run, cfg, net, queries)
             if sem < 1e-3:
                 run.say("the two branches agree (sem near 0): from here on this is MAE")
-            if cfg.norm_pix and mae > 0.98:
-                run.say("every patch is still painted flat (mae near 1): train longer, or try "
-                        "another --lr or a lower --mask-ratio")
+            flat = mae_loss(torch.zeros_like(target), target, mask)
+            if cfg.norm_pix and mae > 0.98 * flat:
+                run.say(f"every patch is still painted flat (mae near {flat:.2f}): train "
+                        f"longer, or try another --lr or a lower --mask-ratio")
         if run.save_due():
             run.save_encoder(net.encoder, full=official(net), branch="base")
             run.save()

@@ -68,6 +68,9 @@ class View:
     #                                         another size, for a tokenizer (BEiT, CAE)
 
     def __post_init__(self):
+        if not 0 <= self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"a crop's least and largest area, {self.scale[0]:g} and "
+                             f"{self.scale[1]:g}, are shares of the image, the smaller one first")
         if self.blur_sigma[1] > 2.4:
             raise ValueError(f"blur_sigma {self.blur_sigma}: `blur` reaches 6 pixels, radius 2.4")
         if len(self.jitter) != 4:

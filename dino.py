@@ -77,7 +77,7 @@ class Config:
     # the views
     min_scale: float = 0.05       # least area of a local crop (paper)
     split_scale: float = 0.4      # its largest, and least of a global one (paper; released: 0.25)
-    local_crops: int = 8          # L (code; released weights: 10)
+    local_crops: int = 8          # L (code; released: 10); 0: with --split-scale 0.14 (code)
     local_size: int = 96          # pixels, side of a local crop (paper)
     jitter: tuple = (0.4, 0.4, 0.2, 0.1)   # brightness, contrast, saturation, hue (code: BYOL's)
     blur_p: float = 1.0           # blur of global crop 1; crop 2 a tenth, local ones half (code)
@@ -91,7 +91,8 @@ class Config:
     weight_decay_end: float = 0.4 # rising to this by a cosine (paper)
     clip: float = 3.0             # gradient norm, each tensor for itself (code; ViT-B: 0.3); 0: off
     momentum: float = 0.996       # of the teacher, rising to 1 by a cosine (paper)
-    overfit_one_batch: bool = False        # the first batch again and again, to see it learn
+    overfit_one_batch: bool = False        # the first batch again and again, to see it learn;
+                                  # photos: with --warmup-epochs 0 --freeze-epochs 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,10 +211,10 @@ def collapse(what, entropy, told, K):
     """In words, what is wrong with the numbers of health(); nothing if all is well."""
     if told > 0.05:
         return []
-    kind, cure = (("uniform", "--tau-start and --tau-end, or --bn-in-head")
-                  if entropy > math.log(K) / 2 else ("one-hot", "--center-momentum"))
+    kind, cure = (("uniform", "lower temperatures of the teacher (--tau-...), or --bn-in-head")
+                  if entropy > math.log(K) / 2 else ("one-hot", "a lower --center-momentum"))
     return [f"collapsed: all {what} get the same assignment, {kind} (entropy {entropy:.2f}, "
-            f"ln K {math.log(K):.2f}); try a lower {cure}"]
+            f"ln K {math.log(K):.2f}); try {cure}"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def collapse(what, entropy, told, K):
 def schedules(step, total, per_epoch, cfg):
     """Of this step: learning rate, weight decay, momentum and temperature of the teacher."""
     warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
-    if step < warmup:                      # reached in its last step, and again in the next (code)
+    if step < warmup:                      # the peak comes in its last step and the next (code)
         lr = peak * step / max(1, warmup - 1)
     else:
         lr = training.cosine(step - warmup, total - warmup, peak, cfg.min_lr)
@@ -240,8 +241,10 @@ def main():
     run = training.start(cfg)
     if not min(cfg.tau_student, cfg.tau_start, cfg.tau_end) > 0:
         raise ValueError("--tau-student, --tau-start and --tau-end are temperatures: above 0")
-    if cfg.local_crops < 0 or cfg.out_dim < 2:
-        raise ValueError("--local-crops must be 0 or more, --out-dim 2 or more")
+    if cfg.out_dim < 2:
+        raise ValueError("--out-dim must be 2 or more")
+    if cfg.local_crops and cfg.local_size % cfg.patch_size:
+        raise ValueError("--local-size must be a multiple of --patch-size")
     if cfg.bn_in_head and cfg.accumulate > 1:
         raise ValueError("--bn-in-head normalises over the batch: micro-batches would change the "
                          "result; leave out --accumulate, or add --bn-in-head false")

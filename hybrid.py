@@ -30,12 +30,13 @@ the hybrid with 0.2: 68.8 / 42.2, after 100 epochs (Table A.1); not said of lamb
 The training code was never published. The paper gives the loss, SimMIM's backbone and Table A.1;
 the first author, in an issue, the three views and "base, decoder, momentum". The rest is taken from
 the parents, and marked "our choice"; so are a decoder that is one 1x1 convolution (SimMIM; the
-author's sketch has a ViT), and the class token as what is contrasted (MoCo v3). Table A.1 also
+author's sketch has a ViT), a patch projection that learns (SimMIM; MoCo v3 freezes it), and the
+class token as what is contrasted (MoCo v3). Table A.1 also
 lists RandAug, mixup, cutmix and label smoothing: fields of SimMIM's configuration which its
 pretraining ignores; so do we (our choice).
 
     python hybrid.py                                       minutes on a laptop, offline
-    python hybrid.py --lam 0                               SimMIM, exactly, with equal settings
+    python hybrid.py --lam 0 --pos none --init beit        SimMIM, exactly, if the others are equal
     torchrun --nproc_per_node=8 hybrid.py --data imagenet  the paper's ViT-B/16 (not run by us)
 """
 import math
@@ -87,7 +88,7 @@ class Config:
     warmup_lr: float = 5e-7       # where the rise begins, times batch/512 (our choice: SimMIM)
     drop_at: float = 0.875        # share of the run after which the rate is a tenth (our choice)
     #                               paper: "multistep", not when; SimMIM: 700 of 800 epochs
-    weight_decay: float = 0.05    # AdamW (paper); not of the class token (our choice: SimMIM)
+    weight_decay: float = 0.05    # AdamW (paper); not of vectors, class token (our choice: SimMIM)
     clip: float = 5.0             # norm of the gradient of the sum (paper)
 
 
@@ -212,16 +213,19 @@ def main():
         raise ValueError(f"--lam {cfg.lam}: the weight of the contrast lies between 0 and 1")
     if cfg.accumulate > 1:
         raise ValueError("the hybrid contrasts the images of a batch: micro-batches would change "
-                         "the result; leave out --accumulate and use a smaller --batch-size")
+                         "the result; leave out --accumulate and use a smaller --batch-size (for "
+                         "--lam 0 take simmim.py)")
     if not cfg.tau > 0:
         raise ValueError("--tau is a temperature: above 0")
-    if cfg.batch_size < 2:
+    if cfg.lam > 0 and cfg.batch_size < 2:
         raise ValueError("--batch-size 1: the hybrid contrasts an image with others: 2 or more")
-    if cfg.mask_block < 1 or cfg.img_size % cfg.mask_block or cfg.mask_block % cfg.patch_size:
+    if cfg.lam < 1 and (cfg.mask_block < 1 or cfg.img_size % cfg.mask_block or
+                        cfg.mask_block % cfg.patch_size):
         raise ValueError(f"--mask-block {cfg.mask_block}: blocks must tile the image of "
                          f"{cfg.img_size} pixels, and patches of {cfg.patch_size} the blocks")
-    blocks = (cfg.img_size // cfg.mask_block) ** 2
-    if not (0 < cfg.mask_ratio < 1 and math.ceil(cfg.mask_ratio * blocks) < blocks):
+    blocks = (cfg.img_size // max(1, cfg.mask_block)) ** 2
+    if cfg.lam < 1 and not (0 < cfg.mask_ratio < 1 and
+                            math.ceil(cfg.mask_ratio * blocks) < blocks):
         raise ValueError(f"--mask-ratio {cfg.mask_ratio}: of the {blocks} blocks of an image at "
                          f"least one must be hidden and one stay")
 
@@ -253,7 +257,7 @@ def main():
             pixels, q = student(masked, pair)
             with torch.no_grad():
                 _, k = teacher(pair=pair)                # in training mode: batch statistics
-        if masked:                                       # fp32 from here on
+        if masked:                               # fp32 from here on (GPU: products in TF32)
             hidden = enlarge(mask, cfg.patch_size)       # (B, S, S), as many in every image
             parts["mim"] = rec_loss(pixels, x1, hidden)
         if pair:
@@ -277,8 +281,9 @@ def main():
             with run.looking():
                 show(run, cfg, net, queries)
             if masked and parts["mim"] > found["flat"]:
-                run.say("paints no better than the mean colour of what is visible (mim above "
-                        "flat): too early, or try a lower --lam")
+                cure = "a lower --lam" if cfg.lam else "another --lr"
+                run.say(f"paints no better than the mean colour of what is visible (mim above "
+                        f"flat): too early, or try {cure}")
             # a small spread (1: all over the sphere, 0: one point) is enough for the batch norms,
             # as long as cl falls
             chance = 4 * cfg.tau * math.log(cfg.batch_size)

@@ -35,8 +35,8 @@ From the official code, not the paper: the mean over the hidden patches of a cro
 crops, in which half of the crops, unmasked, count as 0; a centre for patches, c2, from all of them.
 Ours: logits of hidden patches only are computed; the mean of all, for c2, is the last layer
 (linear) of the mean; masks are made for the whole batch at once; batch norms see class tokens and
-patches apart, as DINO's see the former (the script's: together), and keep statistics of the former
-only. Left out: masking from a later epoch on, which only Swin needed.
+patches apart, as DINO's see the former (the script's: together, and one norm serves two layers),
+and keep statistics of the former only. Left out: masking from a later epoch on, as for Swin.
 
     python ibot.py                                         minutes on a laptop, offline
     python ibot.py --mask-p 0                              DINO, exactly, with equal settings
@@ -75,7 +75,7 @@ class Config:
     out_dim: int = 8192           # K (paper); small data: 1024, or the loss stays at ln K
     bn_in_head: bool = False      # batch norms in the head (code: an option); small data needs them
     norm_last_layer: bool = False # prototypes stay at length 1 (code; ViT-B: True, for stability)
-    shared_head: bool = True      # class and patches share prototypes (paper); false: two sets,
+    shared_head: bool = True      # class and patches share prototypes (paper); false: two sets
                                   # in both networks (in the script the teacher keeps one)
     # the objective
     cls: float = 1.0              # lambda_1, weight of L_cls (paper)
@@ -95,7 +95,7 @@ class Config:
     # the views
     min_scale: float = 0.05       # least area of a local crop (paper)
     split_scale: float = 0.25     # its largest, and least of a global one (code; ViT-B: 0.32)
-    local_crops: int = 10         # L (paper)
+    local_crops: int = 10         # L (paper); 0: with --split-scale 0.14 (code)
     local_size: int = 96          # pixels, side of a local crop (paper)
     jitter: tuple = (0.4, 0.4, 0.2, 0.1)   # brightness, contrast, saturation, hue (code: BYOL's)
     blur_p: float = 1.0           # blur of global crop 1; crop 2 a tenth, local ones half (code)
@@ -109,7 +109,8 @@ class Config:
     weight_decay_end: float = 0.4 # rising to this by a cosine (paper)
     clip: float = 3.0             # gradient norm, each tensor for itself (code; ViT-B: 0.3); 0: off
     momentum: float = 0.996       # of the teacher, rising to 1 by a cosine (paper)
-    overfit_one_batch: bool = False        # the first batch again and again, to see it learn
+    overfit_one_batch: bool = False        # the first batch again and again, to see it learn;
+                                  # photos: with --warmup-epochs 0 --freeze-epochs 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def masks(index, cfg, *key):
     if cfg.mask_shape == "rand":
         rank = uniform((side**2,), "order").argsort(dim=1, stable=True).argsort(1)
         return rank < target.long()[:, None]
-    return blocks(uniform((48, 4), "blocks"), target, side).flatten(1)       # 32 do, nearly always
+    return blocks(uniform((48, 4), "blocks"), target, side).flatten(1)       # enough, up to 0.5
 
 
 def blocks(u, target, side):
@@ -243,8 +244,9 @@ class Network(nn.Module):
             local, _ = self.backbone.split(self.backbone(crops, drop=drop_crops))
             cls = torch.cat([cls, local])                                    # ((2+L)*B, D)
         if student:
-            z = (self.head.project_patches(patches)[mask] if self.norm_all   # as many everywhere
-                 else self.head.project(patches[mask]))                      # cheaper
+            # A batch norm sees all patches: as many in every process. Without, the hidden ones do.
+            z = (self.head.project_patches(patches)[mask] if self.norm_all
+                 else self.head.project(patches[mask]))
             return self.head(cls), self.head.patches(z)
         z = self.head.project_patches(patches)                               # (2B, N, 256)
         mean = self.head.patches(z.mean((0, 1)))                             # the layer is linear
@@ -303,10 +305,10 @@ def collapse(what, entropy, told, K):
     """In words, what is wrong with the numbers of health(); nothing if all is well."""
     if told > 0.05:
         return []
-    kind, cure = (("uniform", "--tau-start and --tau-end, or --bn-in-head")
-                  if entropy > math.log(K) / 2 else ("one-hot", "--center-momentum"))
+    kind, cure = (("uniform", "lower temperatures of the teacher (--tau-...), or --bn-in-head")
+                  if entropy > math.log(K) / 2 else ("one-hot", "a lower --center-momentum"))
     return [f"collapsed: all {what} get the same assignment, {kind} (entropy {entropy:.2f}, "
-            f"ln K {math.log(K):.2f}); try a lower {cure}"]
+            f"ln K {math.log(K):.2f}); try {cure}"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ def collapse(what, entropy, told, K):
 def schedules(step, total, per_epoch, cfg):
     """Of this step: learning rate, weight decay, momentum and temperatures of the teacher."""
     warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
-    if step < warmup:                      # reached in its last step, and again in the next (code)
+    if step < warmup:                      # the peak comes in its last step and the next (code)
         lr = peak * step / max(1, warmup - 1)
     else:
         lr = training.cosine(step - warmup, total - warmup, peak, cfg.min_lr)
@@ -336,12 +338,14 @@ def main():
     if not min(cfg.tau_student, cfg.tau_start, cfg.tau_end, cfg.tau_pat_end) > 0:
         raise ValueError("--tau-student, --tau-start, --tau-end and --tau-pat-end are "
                          "temperatures: above 0")
-    if cfg.local_crops < 0 or cfg.out_dim < 2:
-        raise ValueError("--local-crops must be 0 or more, --out-dim 2 or more")
+    if cfg.out_dim < 2:
+        raise ValueError("--out-dim must be 2 or more")
     if not 0 <= cfg.mask_min <= cfg.mask_max <= 1 or not 0 <= cfg.mask_p <= 1:
         raise ValueError("--mask-p, --mask-min and --mask-max are shares from 0 to 1, min <= max")
     if cfg.mask_shape not in ("block", "rand"):
         raise ValueError("--mask-shape is block or rand")
+    if cfg.local_crops and cfg.local_size % cfg.patch_size:
+        raise ValueError("--local-size must be a multiple of --patch-size")
     if cfg.bn_in_head and cfg.accumulate > 1:
         raise ValueError("--bn-in-head normalises over the batch: micro-batches would change the "
                          "result; leave out --accumulate, or add --bn-in-head false")
@@ -357,7 +361,9 @@ def main():
     run.restore(student=student, teacher=teacher, center=center, center2=center2, opt=opt)
     total, freeze = run.length(loader), round(cfg.freeze_epochs * len(loader))
     same = next(loader.batches()) if cfg.overfit_one_batch else None
-    run.say(f"knowing nothing costs ln K = {math.log(cfg.out_dim):.3f}")
+    chance = math.log(cfg.out_dim)
+    run.say(f"knowing nothing costs: cls ln K = {chance:.3f}, pat {cfg.mask_p * chance:.3f}, as "
+            f"crops without a mask count as 0")
 
     for step, batch in run.steps(loader):
         lr, weight_decay, momentum, tau, tau_pat = schedules(step, total, len(loader), cfg)
@@ -451,7 +457,8 @@ def show(run, cfg, student, teacher, crops, mask, center, tau, center2, n=8):
     best = (u.float() - center2.center).argmax(-1).view_as(hidden)           # (n, side, side)
     found = torch.full_like(best, -1).masked_scatter(hidden, w.argmax(-1))   # -1: not hidden
     for title, z in {"teacher": best, "student": found}.items():
-        columns[title] = panel(torch.where(z < 0, 0, 0.2 + z * 0.618 % 0.8))
+        colours = torch.where(z < 0, 0, 0.2 + z * 0.618 % 0.8)
+        columns[title] = training.heat(F.interpolate(colours[:, None], cfg.img_size)[:, 0])
     run.picture(columns)
 
 

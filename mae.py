@@ -242,9 +242,10 @@ def main():
             run.log(now=True, **run.knn(net.encoder, bank, queries, cfg.img_size))
             with run.looking():
                 show(run, cfg, net, queries)
-            if cfg.norm_pix and loss > 0.98:
-                run.say("every patch is still painted flat (loss near 1): train longer, or try "
-                        "another --lr or a lower --mask-ratio")
+            flat = mae_loss(torch.zeros_like(target), target, mask)
+            if cfg.norm_pix and loss > 0.98 * flat:
+                run.say(f"every patch is still painted flat (loss near {flat:.2f}): train "
+                        f"longer, or try another --lr or a lower --mask-ratio")
         if run.save_due():
             run.save_encoder(net.encoder, full=official(net), branch="base")
             run.save()

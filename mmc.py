@@ -78,7 +78,7 @@ class Config:
                                   # the paper's batch; logits grow as (G*N)^2
     # the corruption: the paper's 75 % and 30 % "of the masked blocks", 35 % of the images, read as
     # shares of the area, as in GMML's script (our choice: taken literally they do not add up)
-    noise_share: float = 0.75     # noise: area covered, uniform from 0.5 (GMML) to this (paper)
+    noise_share: float = 0.75     # noise: area covered (paper), uniform from 0.5 (GMML) if above
     paste_share: float = 0.3      # paste: area covered from another image (paper)
     paste_p: float = 0.35         # share of images, view by view, that are pasted into (paper)
     align: int = 1                # rectangles snap to so many pixels (our choice: SiT, GMML)
@@ -90,7 +90,8 @@ class Config:
     local_size: int = 96          # pixels (our choice: MC-SSL, DINO)
     jitter: float = 0.4           # strength of brightness, contrast, saturation jitter (paper)
     hue: float = 0.0              # strength of hue jitter (paper: not listed; relatives: 0.1)
-    blur_p: float = 1.0           # blur of view 1 (paper: "strength of 1.0", read as SiT's p)
+    blur_p: float = 1.0           # blur of view 1; of view 2 a tenth, of local crops half
+                                  # (paper: "strength of 1.0", read as SiT's p)
     # the optimisation
     epochs: float = 400           # paper: 400 on ImageNet-1K, 500 on ImageNet-100
     warmup_epochs: float = 10.0   # linear rise of the learning rate (our choice: SiT, DINO)
@@ -130,7 +131,7 @@ def rectangles(u, size, share, align=1):
     def span(start, length):                                        # (B, M) -> (B, M, size), 0/1
         end = start + (torch.minimum(length, size - start) / align).round().long() * align
         at = torch.arange(size, device=u.device)
-        return ((at >= start[..., None]) & (at < end[..., None])).to(torch.bfloat16)
+        return ((at >= start[..., None]) & (at < end[..., None])).to(torch.bfloat16)    # exact
 
     longest = max(align + 1, int(0.3 * size))                          # sides are shorter than this
     top, left = (randint(i, 0, size - align) // align * align for i in (0, 1))
@@ -280,8 +281,10 @@ def main():
     if not 1 <= cfg.align <= cfg.img_size / 6:
         raise ValueError(f"--align {cfg.align}: 1 to a sixth of --img-size, or the rectangles do "
                          f"not reach their share of the area")
-    if cfg.local_crops < 0 or not cfg.tau > 0:
-        raise ValueError("--local-crops must be 0 or more, --tau above 0")
+    if cfg.local_crops and cfg.local_size % cfg.patch_size:
+        raise ValueError("--local-size must be a multiple of --patch-size")
+    if not cfg.tau > 0:
+        raise ValueError("--tau is a temperature: above 0")
     if not (cfg.rec or cfg.cls or cfg.pat):
         raise ValueError("--rec, --cls and --pat are all 0: nothing to learn")
 
@@ -338,9 +341,13 @@ def main():
             run.log(now=True, **found)
             with run.looking():
                 show(run, cfg, training.unwrap(student), teacher, queries)
-            if cfg.cls and found.get("spread", 1) < 0.05:    # 1: all over the sphere, 0: one point
-                run.say("collapsed: all class tokens look alike (spread near 0); try a "
-                        "lower --lr or more --warmup-epochs")
+            # a small spread (1: all over the sphere, 0: one point) is enough for the batch norms,
+            # as long as cls falls
+            chance = math.log(cfg.batch_size)
+            if cfg.cls and found.get("spread", 1) < 0.05 and parts["cls"] > 0.98 * chance:
+                run.say(f"collapsed: all class tokens look alike (spread near 0), and cls is not "
+                        f"below {chance:.2f}, the cost of knowing nothing; try a lower --lr or "
+                        f"more --warmup-epochs")
         if run.save_due():
             run.save_encoder(teacher.backbone, branch="teacher", heads={
                 name: head.state_dict() for name, head in

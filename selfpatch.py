@@ -91,7 +91,7 @@ class Config:
     # the views
     min_scale: float = 0.05       # least area of a local crop (code)
     split_scale: float = 0.25     # its largest, and least of a global one (code)
-    local_crops: int = 8          # L (paper; COCO: 2)
+    local_crops: int = 8          # L (paper; COCO: 2); 0: with --split-scale 0.14 (code)
     local_size: int = 96          # pixels, side of a local crop (paper)
     jitter: tuple = (0.4, 0.4, 0.2, 0.1)   # brightness, contrast, saturation, hue (code: BYOL's)
     blur_p: float = 1.0           # blur of global crop 1; crop 2 a tenth, local ones half (code)
@@ -105,7 +105,8 @@ class Config:
     weight_decay_end: float = 0.4 # rising to this by a cosine (code)
     clip: float = 3.0             # gradient norm, each tensor for itself (code); 0: off
     momentum: float = 0.996       # of the teacher, rising to 1 by a cosine (code)
-    overfit_one_batch: bool = False        # the first batch again and again, to see it learn
+    overfit_one_batch: bool = False        # the first batch again and again, to see it learn;
+                                  # photos: with --warmup-epochs 0 --freeze-epochs 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,10 +314,10 @@ def collapse(what, entropy, told, K):
     """In words, what is wrong with the numbers of health(); nothing if all is well."""
     if told > 0.05:
         return []
-    kind, cure = (("uniform", "--tau-start and --tau-end, or --bn-in-head")
-                  if entropy > math.log(K) / 2 else ("one-hot", "--center-momentum"))
+    kind, cure = (("uniform", "lower temperatures of the teacher (--tau-...), or --bn-in-head")
+                  if entropy > math.log(K) / 2 else ("one-hot", "a lower --center-momentum"))
     return [f"collapsed: all {what} get the same assignment, {kind} (entropy {entropy:.2f}, "
-            f"ln K {math.log(K):.2f}); try a lower {cure}"]
+            f"ln K {math.log(K):.2f}); try {cure}"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,7 +328,7 @@ def collapse(what, entropy, told, K):
 def schedules(step, total, per_epoch, cfg):
     """Of this step: learning rate, weight decay, momentum and temperature of the teacher."""
     warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
-    if step < warmup:                      # reached in its last step, and again in the next (code)
+    if step < warmup:                      # the peak comes in its last step and the next (code)
         lr = peak * step / max(1, warmup - 1)
     else:
         lr = training.cosine(step - warmup, total - warmup, peak, cfg.min_lr)
@@ -343,10 +344,12 @@ def main():
     run = training.start(cfg)
     if not min(cfg.tau_student, cfg.tau_start, cfg.tau_end) > 0:
         raise ValueError("--tau-student, --tau-start and --tau-end are temperatures: above 0")
-    if cfg.local_crops < 0 or min(cfg.out_dim, cfg.out_dim_pat) < 2:
-        raise ValueError("--local-crops must be 0 or more, --out-dim and --out-dim-pat 2 or more")
+    if min(cfg.out_dim, cfg.out_dim_pat) < 2:
+        raise ValueError("--out-dim and --out-dim-pat must be 2 or more")
     if not 1 <= cfg.k <= 8 or cfg.borders not in ("correct", "official"):
         raise ValueError("--k is 1 to 8 of the 8 neighbours, --borders correct or official")
+    if cfg.local_crops and cfg.local_size % cfg.patch_size:
+        raise ValueError("--local-size must be a multiple of --patch-size")
     if cfg.bn_in_head and cfg.accumulate > 1:
         raise ValueError("--bn-in-head normalises over the batch: micro-batches would change the "
                          "result; leave out --accumulate, or add --bn-in-head false")
@@ -362,7 +365,8 @@ def main():
     run.restore(student=student, teacher=teacher, center=center, center_p=center_p, opt=opt)
     total, freeze = run.length(loader), round(cfg.freeze_epochs * len(loader))
     same = next(loader.batches()) if cfg.overfit_one_batch else None
-    run.say(f"knowing nothing costs ln K = {math.log(cfg.out_dim):.3f}")
+    run.say(f"knowing nothing costs: cls ln K = {math.log(cfg.out_dim):.3f}, pat "
+            f"{math.log(cfg.out_dim_pat):.3f}")
 
     for step, batch in run.steps(loader):
         lr, weight_decay, momentum, tau = schedules(step, total, len(loader), cfg)
@@ -392,7 +396,7 @@ def main():
 
             means.append(t.mean((0, 1)))                                     # DINO: of t[:2]
             means_p.append(torch.cat([z.flatten(0, 1) for z in u]).mean(0))
-            tallies.append(tally(P)), tallies_pat.append(tally(Q[0]))
+            tallies.append(tally(P)), tallies_pat.append(tally(Q[0]))     # of global crops
             entropy = torch.special.entr(P).sum(-1).mean()
             run.log(loss=loss, cls=cls, pat=pat, entropy=entropy, kl=cls - entropy, lr=lr)
 
@@ -451,8 +455,8 @@ def show(run, cfg, student, teacher, crops, center, tau, center_p, n=8):
     columns["assignment"] = panel(torch.stack([P, S], 1)[:, :, most])        # (n, 2, 16)
 
     for title, z in {"teacher": u.float() - center_p.center, "student": w}.items():
-        best = z.argmax(-1).unflatten(1, (side, side))
-        columns[title] = panel(0.2 + best * 0.618 % 0.8)
+        colours = 0.2 + z.argmax(-1).unflatten(1, (side, side)) * 0.618 % 0.8
+        columns[title] = training.heat(F.interpolate(colours[:, None], cfg.img_size)[:, 0])
     run.picture(columns)
 
 

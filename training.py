@@ -131,6 +131,13 @@ def read_yaml(path):
     return found
 
 
+SIZES = {"batch_size", "accumulate", "log_every", "img_size", "patch_size", "local_size",
+         "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_num_heads", "hidden",
+         "bottleneck", "out_dim"}                        # 1 or more; all other numbers: 0 or more
+SHARES = {"momentum", "center_momentum", "min_scale", "split_scale", "mim_scale", "blur_p",
+          "paste_p", "drop_at", "drop_path", "beta2"}    # 1 at most
+
+
 def config(cls, argv=None):
     """This run's settings: dataclass <- the data set's section of configs/METHOD.yaml <- with
     --resume the run's own config.yaml <- --config FILE <- command line. cfg.origin says who set
@@ -174,10 +181,11 @@ def config(cls, argv=None):
     both = dataclasses.make_dataclass("Config", [("method", str, method)], bases=(cls, Settings))
     cfg = both(**{**values, "out": str(out)})
     cfg.origin = origin
-    for name, least in dict(batch_size=1, accumulate=1, log_every=1, epochs=0, steps=0, evals=0,
-                            workers=0, save_every=0, lr=0, img_size=1, patch_size=1).items():
-        if not getattr(cfg, name, least) >= least:                       # nor NaN
-            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more")
+    for name, (kind, *_) in known.items():
+        least, most = int(name in SIZES), 1 if name in SHARES else math.inf
+        if kind in (int, float) and not least <= getattr(cfg, name) <= most:             # nor NaN
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more" +
+                             " and at most 1" * (name in SHARES))
     return cfg
 
 
@@ -788,6 +796,9 @@ class Run:
         self.say(f"{cfg.method} on {cfg.data}: {self.total} steps of {cfg.batch_size} images "
                  f"(global), {self.total / per_epoch:.1f} epochs, {size / 1e6:.1f} M parameters, "
                  f"{self.precision} on {self.world} x {name}, torch {torch.__version__}")
+        warmup = round(getattr(cfg, "warmup_epochs", 0) * per_epoch)
+        if warmup >= self.total:
+            self.say(f"the run ends within its warm-up of {warmup} steps: lower --warmup-epochs")
 
 
 def start(cfg):

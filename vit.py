@@ -16,6 +16,7 @@ Which arguments make which published backbone, ViT(**SIZES["base"], ...):
     DeiT, DINO, iBOT      the defaults
     MoCo v3               pos="sincos_row", init="moco"               (12 heads in ViT-S, too)
     MAE                   pos="sincos_col", init="mae"
+    SelfPatch             class_token=False, final_norm=False
     BEiT 22k, SimMIM      pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split",
                           init="beit"
     BEiT (paper; 1k)      qkv_bias="split", init="beit"
@@ -23,9 +24,9 @@ Which arguments make which published backbone, ViT(**SIZES["base"], ...):
     CAE                   pos="sincos_row", layer_scale=0.1, qkv_bias="split",
                           init="cae"                                  (12 heads in ViT-S, too)
 
-BEiT, SimMIM, CAE and the students of DINO and iBOT train with drop_path=0.1. Parameter names are
-timm's: a state dict goes to create_model("vit_base_patch16_224", num_classes=0) and back unchanged.
-checkpoints.py reads and writes them, ours and the official ones.
+BEiT, SimMIM, CAE and the students of DINO, iBOT and SelfPatch train with drop_path=0.1. Parameter
+names are timm's: a state dict goes to create_model("vit_base_patch16_224", num_classes=0) and back
+unchanged. checkpoints.py reads and writes them, ours and the official ones.
 """
 import functools
 import math

@@ -312,7 +312,6 @@ def test_encoder_leaves_without_the_block_which_only_the_full_checkpoint_has(run
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--dle --dropout 0", "a rate between 0 and 1"),
-    ("--dle --dropout nan", "a rate between 0 and 1"),
     ("--sem 0", "nothing is asked of the second branch"),
     ("--mask-ratio 1", "at least one must stay"),
 ])

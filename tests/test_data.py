@@ -216,6 +216,9 @@ def test_blur_is_pils_up_to_rounding_to_grey_levels(size):
 
 
 def test_one_number_is_no_jitter():
+    for scale in ((0.4, 0.2), (-0.1, 1), (0.5, 1.5)):
+        with pytest.raises(ValueError, match="shares of the image, the smaller one first"):
+            View(8, scale=scale)
     with pytest.raises(ValueError, match="four numbers, of brightness"):
         View(8, jitter=(0.3,))
 

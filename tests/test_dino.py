@@ -411,6 +411,38 @@ def test_frozen_last_layer_is_bit_identical_in_spite_of_weight_decay(train):
         assert not torch.equal(free[name], old), name
 
 
+@pytest.mark.parametrize("method", ["dino", "ibot", "selfpatch"])
+def test_the_freeze_of_the_last_layer_ends(train, method):
+    """One step of eight an epoch: the second one moves it."""
+    state, _ = train(method, "--steps", 2, "--freeze-epochs", 0.125)
+    torch.manual_seed(0)
+    for name, old in importlib.import_module(method).Network(
+            tiny(importlib.import_module(method))).named_parameters():
+        if old.requires_grad:
+            assert not torch.equal(state["student"][name], old), name
+
+
+@pytest.mark.parametrize("method", ["dino", "ibot", "selfpatch"])
+def test_assignments_losses_and_centres_are_in_fp32_under_bf16(train, monkeypatch, method):
+    module, dtypes = importlib.import_module(method), {}
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def watched(*given):
+            flat = [x for each in given for x in (each if isinstance(each, list) else [each])]
+            dtypes[name] = {x.dtype for x in flat if torch.is_tensor(x) and x.is_floating_point()}
+            return real(*given)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for name in ("assign", "cls_loss", *["pat_loss"] * (method != "dino")):
+        watch(module, name)
+    watch(module.Center, "update")
+    train(method, "--steps", 1, "--precision", "bf16")
+    assert len(dtypes) >= 3 and set.union(*dtypes.values()) == {torch.float32}
+
+
 def test_every_gradient_is_clipped_by_its_own_norm(monkeypatch):
     monkeypatch.setattr(training.Run, "_open_folder", lambda self: None)
     run = training.start(tiny(dino))

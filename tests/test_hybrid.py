@@ -155,19 +155,13 @@ def test_a_run_with_lambda_0_is_a_run_of_simmim_bit_by_bit(monkeypatch, tmp_path
 # ---- the sum -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lam", [0.2, 0.5])
-def test_backbone_gradient_is_the_weighted_sum_and_lambda_weighs_the_contrast(lam):
+def test_both_losses_reach_the_whole_backbone():
     (student, teacher), step = networks(), example()
-    mim, cl = both_losses(student, teacher, *step)
-    total = gradients(student, (1 - lam) * mim + lam * cl)
-    parts = gradients(student, mim), gradients(student, cl)
-    for name, grad in total.items():
-        one, two = (part.get(name, torch.zeros_like(grad)) for part in parts)
-        assert torch.allclose(grad, (1 - lam) * one + lam * two, atol=1e-6), name
-    shared = [name for name in total if name.startswith("backbone")]
-    assert len(shared) == len(dict(student.backbone.named_parameters()))
+    mim, cl = (gradients(student, loss) for loss in both_losses(student, teacher, *step))
+    shared = {f"backbone.{name}" for name, _ in student.backbone.named_parameters()}
+    assert shared - {"backbone.cls_token"} <= mim.keys() and shared <= cl.keys()
     table = "backbone.rel_pos_bias.relative_position_bias_table"
-    assert all(part[table].any() for part in parts)
+    assert mim[table].any() and cl[table].any()
 
 
 def test_loss_of_a_run_is_affine_in_lambda(monkeypatch, tmp_path):
@@ -180,6 +174,18 @@ def test_loss_of_a_run_is_affine_in_lambda(monkeypatch, tmp_path):
     assert middle["loss"] == pytest.approx((low["loss"] + high["loss"]) / 2, abs=1e-6)
     assert abs(high["loss"] - low["loss"]) > 0.1
     assert low["loss"] == pytest.approx(0.75 * low["mim"] + 0.25 * low["cl"], abs=1e-6)
+
+
+@pytest.mark.parametrize("lam, heads", [
+    (0, {"decoder", "mask_token"}), (1, {"projector", "predictor"})])
+def test_a_run_at_either_end_has_that_parents_parts_only(lam, heads, monkeypatch, tmp_path):
+    monkeypatch.setattr(training.Run, "knn", lambda *_: {"spread": torch.tensor(0.3)})
+    train(monkeypatch, tmp_path, hybrid, *BOTH, "--lam", str(lam), "--steps", "1", "--evals", "1")
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert ("mim" in line, "flat" in line, "cl" in line) == (lam == 0, lam == 0, lam == 1)
+    saved = torch.load(tmp_path / "last.pt")["state"]["student"]
+    assert {name.split(".")[0] for name in saved} - {"backbone"} == heads
+    assert (tmp_path / "picture.png").exists()
 
 
 # ---- what depends on what ------------------------------------------------------------------------
@@ -340,6 +346,7 @@ def test_a_network_whose_class_tokens_are_equal_is_told_of(monkeypatch, tmp_path
     ("--mask-ratio 1", "of the 16 blocks"),
     ("--mask-ratio inf", "of the 16 blocks"),
     ("--mask-block 0", "must tile the image of 32"),
+    ("--lam 0 --accumulate 2", "take simmim.py"),
 ])
 def test_settings_that_cannot_be(flags, sentence, monkeypatch):
     monkeypatch.setattr(training.signal, "signal", lambda *_: None)

@@ -379,7 +379,7 @@ def test_the_picture_shows_image_visible_patches_and_what_was_painted():
     assert torch.equal(painted[~removed], image[~removed]) and (painted != image)[removed].any()
 
 
-@pytest.mark.parametrize("ratio", ["0", "1", "0.99", "1e-20", "-1", "nan", "inf"])
+@pytest.mark.parametrize("ratio", ["0", "1", "0.99", "1e-20", "inf"])
 def test_mask_ratio_that_leaves_nothing_is_one_sentence(ratio, run, tmp_path):
     with pytest.raises(ValueError, match="of the 16 patches of an image at least one must stay"):
         run(tmp_path, "--mask-ratio", ratio)

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import checkpoints
 import data
 import tokenizer
+import toy
 import training
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +32,9 @@ TINY = dict(                                  # whichever of these a method has
     decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, warmup_epochs=0, freeze_epochs=0,
     masked=8, min_block=2, token_size=16, codes=16, tokenizer_steps=3,
     layer_scale=4)
-OWN = dict(hybrid=dict(layer_scale=64))       # else a batch norm magnifies the rounding of class
-#                                               tokens that hardly differ
+OWN = dict(hybrid=dict(layer_scale=64),       # else a batch norm magnifies the rounding of class
+           #                                    tokens that hardly differ
+           beit=dict(masked=10, min_block=6))   # images hide unequally many: 5 to 10
 COMMON = ("--data synthetic --batch-size 16 --workers 0 --evals 0 --log-every 1 --steps 5 "
           "--precision fp32 --device cpu --save-every 0").split()
 
@@ -137,8 +140,10 @@ def test_a_method_file_stands_alone(method):
 
 
 TEMPERATURES = [(flag, "temperatures: above 0") for flag in
-                ("--tau-student 0", "--tau-start 0", "--tau-end -1")]
+                ("--tau-student 0", "--tau-start 0", "--tau-end 0")]
 DINOS_REFUSALS = [*TEMPERATURES, ("--local-crops -1", "0 or more"), ("--out-dim 1", "2 or more"),
+                  ("--local-size 10", "a multiple of --patch-size"),
+                  ("--split-scale 0.01", "the smaller one first"),
                   ("--bn-in-head --accumulate 2", "--bn-in-head false")]
 REFUSED = dict(
     dino=[*DINOS_REFUSALS, ("--jitter 0.3", "four numbers")],
@@ -151,8 +156,13 @@ REFUSED = dict(
          ("--group 3", "a divisor of the 16 images"), ("--noise-share 0.9", "is the most"),
          ("--paste-share 0.9", "is the most"), ("--align 0", "a sixth of --img-size"),
          ("--align 3", "a sixth of --img-size"), ("--local-crops -1", "0 or more"),
-         ("--tau 0", "--tau above 0"), ("--rec 0 --cls 0 --pat 0", "nothing to learn")],
-    moco_v3=[("--tau 0", "a temperature: above 0")], hybrid=[("--tau 0", "a temperature: above 0")])
+         ("--local-size 10", "a multiple of --patch-size"), ("--paste-p 35", "at most 1"),
+         ("--noise-share -0.5", "0 or more"), ("--momentum 1.5", "at most 1"),
+         ("--tau 0", "a temperature: above 0"), ("--rec 0 --cls 0 --pat 0", "nothing to learn")],
+    mae=[("--mask-ratio -1", "0 or more"), ("--mask-ratio nan", "0 or more")],
+    moco_v3=[("--tau 0", "a temperature: above 0")], hybrid=[("--tau 0", "a temperature: above 0")],
+    beit=[("--pos none", "add --rel-pos"), ("--clip -1", "0 or more"), ("--depth 0", "1 or more"),
+          ("--min-scale nan", "at most 1")])
 
 
 @pytest.mark.parametrize("method, flags, sentence", [
@@ -174,6 +184,112 @@ def test_the_learning_rate_rises_over_the_warm_up(method, run, few, tmp_path):
     rise = 2 if method in ("dino", "ibot", "selfpatch") else 3
     assert lr[:3] == pytest.approx([training.cosine(step, 5, lr[3], 0, rise) for step in range(3)])
     assert lr[3] > 0
+
+
+def test_a_run_that_ends_within_its_warm_up_is_told(run, few, tmp_path, capsys):
+    for epochs, told in ((3, True), (2, False)):                             # 6, 4 of 5 steps
+        run("simmim", "--out", tmp_path / "run", warmup_epochs=epochs)
+        assert ("ends within its warm-up of 6 steps" in capsys.readouterr().out) == told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_costs_a_little_precision_and_nothing_else(method, run, few, tmp_path):
+    """What GPUs run by default. Losses are taken in fp32: in bf16 they would have three digits."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        run(method, "--data", "toy", "--steps", 2, "--evals", 1, "--out", tmp_path / precision,
+            "--precision", precision)
+        losses += [[line["loss"] for line in records(tmp_path / precision)]]
+    exact, rounded = losses
+    assert rounded == pytest.approx(exact, rel=0.03) and rounded != exact
+    assert all(x != torch.tensor(x).bfloat16().item() for x in rounded)
+    assert (tmp_path / "bf16" / "picture.png").exists()
+
+
+@pytest.fixture
+def columns(monkeypatch):
+    """The columns of the picture that a run draws last."""
+    found = {}
+    monkeypatch.setattr(training.Run, "picture", lambda _, columns: found.update(columns))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, seen, painted", [
+    ("asl", "visible", ["painted back", "second branch"]), ("simmim", "masked", ["painted"]),
+    ("hybrid", "masked", ["painted"]), ("mmc", "corrupted", ["painted back"])])
+def test_pictures_show_what_is_hidden_and_how_it_is_painted(
+        method, seen, painted, run, few, columns, tmp_path):
+    run(method, "--data", "toy", "--steps", 1, "--evals", 1, "--out", tmp_path / "run",
+        img_size=32, mask_block=8)
+    image = columns["intact" if method == "mmc" else "image"]
+    assert torch.equal(image, toy.draw(torch.arange(len(image)), "test", 32)["image"])
+    hidden = (columns[seen] != image).any(1, keepdim=True).expand_as(image)
+    assert 0.1 < hidden.float().mean() < 0.9
+    if method != "mmc":                                                      # noise, other images
+        assert len(columns[seen].movedim(1, -1)[hidden[:, 0]].unique(dim=0)) == 1
+    for title in painted:
+        x = columns[title]
+        assert torch.equal(x[~hidden], image[~hidden]) and (x != columns[seen])[hidden].any()
+    assert len(painted) == 1 or not torch.equal(*(columns[title] for title in painted))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["beit", "cae"])
+def test_pictures_show_true_words_and_those_that_are_named(
+        method, run, few, columns, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer.Tokenizer, "decode", lambda _, ids: F.interpolate(
+        ids.view(-1, 1, 4, 4).expand(-1, 3, -1, -1) / 255, 16))              # a word, a colour
+    run(method, "--data", "toy", "--steps", 1, "--evals", 1, "--out", tmp_path / "run")
+    seen = columns["visible" if method == "cae" else "masked"]
+    hidden = (columns["image"] != seen).any(1, keepdim=True).expand_as(seen)
+    true, named = columns["true words, drawn"], columns["words named"]
+    assert torch.equal(true[~hidden], named[~hidden]) and (true != named)[hidden].any()
+    assert true.max() < 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ibot", "selfpatch"])
+def test_a_prototype_has_one_colour_in_the_whole_picture(method, run, few, columns, tmp_path):
+    run(method, "--data", "toy", "--steps", 1, "--evals", 1, "--out", tmp_path / "run")
+    known = F.pad(0.2 + torch.arange(256) * 0.618 % 0.8, (1, 0))             # 0: not hidden
+
+    def colours(picture):                                                    # (n, 3, h, w)
+        return {tuple(pixel) for pixel in picture.movedim(1, -1).flatten(0, 2).tolist()}
+
+    for title in ("teacher", "student"):
+        used = colours(columns[title])
+        assert len(used) > 1 and used <= colours(training.heat(known[None, None]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, name, sentence", [
+    ("mae", "forward", "painted flat"), ("asl", "forward", "painted flat"),
+    ("simmim", "forward", "paints no better than the mean colour"),
+    ("beit", "token_loss", "knows no more of hidden words"),
+    ("cae", "token_loss", "knows no more of hidden words")])
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_network_that_learned_nothing_is_told(
+        method, name, sentence, learned, run, few, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module(method)
+    if name == "token_loss":                   # the entropy of 16 words is 2.77 at most
+        monkeypatch.setattr(module, name, lambda logits, *_: (
+            0 * logits.sum() + (0.5 if learned else 2.78)))
+    else:
+        forward = module.Network.forward
+
+        def answer(net, x, *given):
+            found = forward(net, x, *given)
+            if method == "simmim":
+                return 0 * found + (x if learned else 5)
+            right = module.targets(x, 4, True) * learned
+            return *(torch.cat([0 * z[:, :z.shape[1] - 16], right + 0 * z[:, -16:]], 1)
+                     for z in found[:-1]), found[-1]
+
+        monkeypatch.setattr(module.Network, "forward", answer)
+    run(method, "--data", "toy", "--steps", 1, "--evals", 1, "--out", tmp_path / "run")
+    assert (sentence in capsys.readouterr().out) != learned
 
 
 # ---- the same run, in other ways -----------------------------------------------------------------

@@ -25,6 +25,11 @@ def config(*flags):
     return training.config(mmc.Config, ["--data", "imagenet", *small.split(), *flags])
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
 def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
@@ -357,16 +362,19 @@ def test_weight_zero_removes_the_head():
     assert Q is None and pixels is None and net.head_rec is None and q.shape == (4, 16)
 
 
-@pytest.mark.parametrize("cls", [1, 0])
-def test_class_tokens_that_nothing_trains_are_no_collapse(cls, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("cls, share, alarm", [(1, 1.01, True), (1, 0.93, False), (0, 1, False)])
+def test_collapse_is_told_by_spread_and_loss_of_class_tokens_that_are_trained(
+        cls, share, alarm, monkeypatch, tmp_path, capsys):
     flags = ("--data synthetic --img-size 16 --patch-size 8 --embed-dim 16 --depth 1 --num-heads 2 "
              "--hidden 16 --group 4 --batch-size 8 --local-crops 0 --steps 1 --workers 0 "
              "--precision fp32 --device cpu --evals 1").split()
     monkeypatch.setattr(training.signal, "signal", lambda *_: None)
     monkeypatch.setattr(training.Run, "knn", lambda *_: {"spread": torch.tensor(0.04)})
+    monkeypatch.setattr(mmc, "cls_loss", lambda q, *_, **__: (
+        0 * q.sum() + share * math.log(8)))
     monkeypatch.setattr("sys.argv", ["", *flags, "--cls", str(cls), "--out", str(tmp_path)])
     mmc.main()
-    assert ("collapsed" in capsys.readouterr().out) == bool(cls)
+    assert ("collapsed" in capsys.readouterr().out) == alarm
 
 
 def test_defaults_are_the_papers():

@@ -312,6 +312,8 @@ def test_defaults_are_the_papers():
     cfg = training.config(selfpatch.Config, ["--data", "imagenet"])
     assert (cfg.out_dim, cfg.out_dim_pat, cfg.k, cfg.pat) == (65536, 4096, 4, 0.1)
     assert (cfg.epochs, cfg.batch_size, cfg.local_crops) == (200, 1024, 8)
+    assert (cfg.tau_start, cfg.tau_end, cfg.tau_epochs) == (0.04, 0.04, 0)   # not as DINO
+    assert (cfg.norm_last_layer, cfg.split_scale) == (True, 0.25)
     cfg = training.config(selfpatch.Config, ["--data", "coco"])
     assert (cfg.embed_dim, cfg.num_heads, cfg.batch_size) == (192, 3, 256)
     assert (cfg.out_dim, cfg.out_dim_pat, cfg.local_crops, cfg.epochs) == (4096, 4096, 2, 200)
