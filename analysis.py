@@ -62,7 +62,8 @@ FLAGS = {      # name: (type or choices, default, help); the others are those of
     "center":     (bool, False, "token_similarity: also without the mean token of all images"),
     "copies":     (natural, 128, "feature_variance: views of an image"),
     "threshold":  (float, 0.95, "adjacent_count: cosine from which neighbours count as alike"),
-    "image":      (int, 0, "first image of the pictures"),
+    "image":      (int, 0, "first image of the pictures; files are taken evenly, so with another "
+                   "--limit (and patch_retrieval's) it is another file"),
 }
 
 
@@ -111,7 +112,7 @@ def no_maps(name, root):
 def annotated(model, args, limit):
     """`batches` with class maps: 0 background, -1 unknown, in the geometry of data.batches."""
     S, kind = model.size, level(args.data)
-    side = S if args.data.startswith("toy") else S * 256 // 224      # short side, before the crop
+    side = S if dense.is_toy(args) else S * 256 // 224               # short side, before the crop
     first = readers.segmentation_classes(args.data, kind)[0].lower()
     items = iter(readers.segmentation(args.data, args.data_root, "test", limit, kind, S))
 
@@ -195,15 +196,20 @@ STREAMS = {
     "adjacent_depth":   ("state", lambda z, at: d.adjacent(z, at.grid, at.threshold).mean(1)),
     "adjacent":         ("final", lambda z, at: counts(d.adjacent(z, at.grid, at.threshold))),
     "final_similarity": ("final", lambda z, at: d.token_similarity(z)),
-    "adjacent_labels":  ("labels", lambda z, y, at: counts(d.adjacent(y, at.grid))),
+    "adjacent_labels":  ("labels", lambda z, y, at: counts(d.adjacent(y, at.grid), y.any(2))),
     "pairs":            ("labels", lambda z, y, at: torch.stack(
         [d.pair_histogram(*one) for one in zip(z, d.majority(y))])),
 }
 
 
-def counts(neighbours):
-    """(B, N) counts 0 ... 8 -> (B, 9) share of the patches with each."""
-    return F.one_hot(neighbours.long(), 9).double().mean(1)
+def counts(neighbours, known=None):
+    """(B, N) counts 0 ... 8 -> (B, 9) share of the patches with each; with known (B, N), of those
+    that are, and fewer rows, as an image without any says nothing."""
+    found = F.one_hot(neighbours.long(), 9).double()                                 # (B, N, 9)
+    if known is None:
+        return found.mean(1)
+    found, known = (x[known.any(1)] for x in (found, known))
+    return (found * known[..., None]).sum(1) / known.sum(1, keepdim=True)
 
 
 class Means:
@@ -436,12 +442,15 @@ def distance_numbers(model, args, s):
 def nmi_numbers(model, args, s):
     """Spread over heads (divisor H) of means over images, and the density of the heads of block 3
     (fig. E.1); how both are taken is our choice. Beside it the share of attention that goes to the
-    class token."""
+    class token, if there is one."""
     found, at = s.means["nmi"], torch.linspace(-0.1, 1.1, 512)                       # (L, H)
     third = found[min(3, len(found)) - 1]
-    return dict(block=upto(len(found), 1), nmi=found.mean(1), spread=found.std(1, correction=0),
-                nmi_by_head=found, class_mass=s.means["class_mass"].mean(1), heads=found.shape[1],
-                density_at=at, density=d.kde(third.float(), at), density_of=third)
+    out = dict(block=upto(len(found), 1), nmi=found.mean(1), spread=found.std(1, correction=0),
+               nmi_by_head=found, heads=found.shape[1], density_at=at,
+               density=d.kde(third.float(), at), density_of=third)
+    if model.encoder.num_prefix:
+        out["class_mass"] = s.means["class_mass"].mean(1)
+    return out
 
 
 def block_numbers(name, model, args, s):
@@ -465,8 +474,9 @@ def unison_numbers(model, args, s):
     shows MoCo's last block and SimMIM's first; here it is the last of every model."""
     found, encoder = s.means["unison"], model.encoder
     tokens, grid = encoder.embed(few(model, args, 2))
+    wall = encoder.local_mask(args.window, grid) if args.window else None
     *_, last = walk(args, encoder.blocks, tokens, encoder.num_prefix,
-                    lambda block: encoder.attention_bias(block, grid), look=False)
+                    lambda block: encoder.attention_bias(block, grid, attn_mask=wall), look=False)
     plane = d.principal_plane(last.before, last.after)                               # (2, I, N, 3)
     before, after = (z[0].mean(0) - z[-1].mean(0) for z in (last.before, last.after))
     return dict(block=upto(len(found), 1), common=found[:, 0], spread_ratio=found[:, 1],
@@ -528,7 +538,7 @@ def decoder_numbers(model, args, s):
 
 def adjacent_numbers(model, args, s):
     """By features after the final norm, and by label vectors: the published 4.3, whose +- is over
-    patches (our reading). Over depth: before the norm."""
+    patches (our reading), of those where any pixel has a label. Over depth: before the norm."""
     depth, n = s.means["adjacent_depth"][::2], torch.arange(9.0).double()
     out = dict(count=upto(9), threshold=args.threshold, depth=upto(len(depth)), at_depth=depth)
     for name, key in (("features", "adjacent"), ("labels", "adjacent_labels")):
@@ -541,8 +551,9 @@ def adjacent_numbers(model, args, s):
 
 
 def pair_numbers(model, args, s):
-    """MMC, fig. 5. Our choice where it is silent: pairs of one image, after the final norm, a patch
-    has the label of at least half of its pixels, background counts in pairs across only."""
+    """MMC, fig. 5. Our choice where it is silent: pairs of one image of the size trained on (--size
+    480: as MMC's prompts), after the final norm, a patch has the label of at least half of its
+    pixels, background counts in pairs across only."""
     if "pairs" not in s.means:
         raise Missing(no_maps(args.data, args.data_root))
     found = s.means["pairs"][0] * s.images                                           # (2, 201)
@@ -568,7 +579,7 @@ def map_numbers(model, args, s):
     """Two queries in the first, the middle and the last block but one (Park et al., fig. 2), mean
     of heads (our choice: the notebook has one head, and frames that drift, as they are 14 pixels
     wide and patches 16); and the class token in the last block, of which the first four heads are
-    drawn (by DINO: each)."""
+    drawn (by DINO: each). Our choice: the size trained on (DINO: --size 480)."""
     x, encoder = few(model, args, 1), model.encoder
     L, p, P, g = encoder.depth, encoder.patch_size, encoder.num_prefix, (
         x.shape[-1] // encoder.patch_size)
@@ -596,8 +607,8 @@ def unit(model, args, x):
 
 
 def kmeans_numbers(model, args, s, shown=6):
-    """k-means with k = 3, each image for itself (MMC, fig. 6), on unit vectors after the final norm
-    (our choice)."""
+    """k-means with k = 3, each image for itself (MMC, fig. 6), on unit vectors after the final
+    norm, images of the size trained on (our choices; --size 480: as MMC's prompts)."""
     x = few(model, args, shown)
     found = torch.stack([d.kmeans(z, seed=args.seed)[0] for z in unit(model, args, x)])
     found = found.unflatten(1, (math.isqrt(found.shape[1]), -1))                     # (I, g, g)
@@ -620,9 +631,12 @@ def pca_numbers(model, args, s, shown=6):
 
 
 def heat_numbers(model, args, s, shown=4):
-    """Cosine of all patches to the prompt; IoU of what is above a threshold with the object (MMC,
-    table 1: mean over prompts, one for each class in an image).
+    """Cosine of all patches to the prompt; IoU of what is above a threshold with the object: mean
+    over prompts, one for each class in an image.
 
+    Our choice: images of the size trained on, cut out of the middle. MMC has them 480 x 480 (--size
+    480) and whole; the protocol of its table 1 is evaluate.py --task zero_shot_segmentation, whose
+    numbers are others.
     The prompt lies deepest in the object (our choice); of what covers less than half of it, there
     is none: skipped. The whole picture is the floor: tokens that are all alike reach it and no
     more. `order` needs no threshold. Of data without class maps the prompt is the centre patch, and
@@ -661,6 +675,8 @@ def heat_numbers(model, args, s, shown=4):
                     tiles += [tile(image, star=(p * (c + 0.5), p * (r + 0.5)), outlines=outlines),
                               tile(heat.view(g, g), star=(c + 0.5, r + 0.5), limits=(0, 1))]
                     heats.append(big)
+        if labels is None and len(tiles) == 2 * shown:       # nothing to score: enough is seen
+            break
     if not tiles:
         raise Missing(f"--image {args.image}: the data set ends before, or shows no object from "
                       "there on that covers half a patch")
@@ -861,39 +877,47 @@ def loss_numbers(model, args, s):
     return out
 
 
+HOW = "epochs limit recipe size seed feature k".split()      # models of a figure should share them
+
+
 def recorded(model, args, task, more=""):
-    """Lines of results.jsonl beside the checkpoint: of it, this task and data set, latest last."""
-    path = Path(model.source.path or "")
+    """Lines of results.jsonl beside the checkpoint: of the file, branch and step that are looked
+    at, this task and data set, latest last; `how` of each: its settings HOW."""
+    path, own = Path(model.source.path or ""), (model.source.branch, model.source.step)
     file = path.with_name("results.jsonl") if model.source.path else None
     lines = map(json.loads, file.open()) if file and file.is_file() else ()
-    lines = [x for x in lines if x["task"] == task and x["data"] == args.data and x["checkpoint"]
-             and Path(x["checkpoint"]).name == path.name]
+    lines = [x | dict(how={name: x["settings"].get(name) for name in HOW}) for x in lines
+             if x["task"] == task and x["data"] == args.data and x["checkpoint"]
+             and Path(x["checkpoint"]).name == path.name and (x["branch"], x["step"]) == own]
     if not lines:
         raise Missing(f"not yet measured on {args.data}: python evaluate.py --task {task}{more}")
     return lines
 
 
 def layerwise_numbers(model, args, s):
-    found = recorded(model, args, "layerwise")[-1]["metrics"]                # "block 3 pat"
-    top1 = {int(name.split()[1]): numbers["top-1"] for name, numbers in found.items()}
-    return dict(block=sorted(top1), top1=[top1[b] for b in sorted(top1)])
+    line = recorded(model, args, "layerwise")[-1]                            # "block 3 pat"
+    top1 = {int(name.split()[1]): found["top-1"] for name, found in line["metrics"].items()}
+    return dict(block=sorted(top1), top1=[top1[b] for b in sorted(top1)], how=line["how"])
 
 
 def noise_numbers(model, args, s):
     """Accuracy with noise in a band minus without."""
-    [found] = recorded(model, args, "frequency_noise")[-1]["metrics"].values()
+    line = recorded(model, args, "frequency_noise")[-1]
+    [found] = line["metrics"].values()
     drop = {float(name.split()[0]): x for name, x in found.items() if name.endswith(" pi")}
-    return dict(frequency=sorted(drop), change=[-drop[f] for f in sorted(drop)])
+    return dict(frequency=sorted(drop), change=[-drop[f] for f in sorted(drop)], how=line["how"])
 
 
 def bias_numbers(model, args, s):
-    [found] = recorded(model, args, "shape_bias")[-1]["metrics"].values()
-    return dict(bars={name: x for name, x in found.items() if name != "either"})
+    line = recorded(model, args, "shape_bias")[-1]
+    [found] = line["metrics"].values()
+    return dict(bars={name: x for name, x in found.items() if name != "either"}, how=line["how"])
 
 
 def knn_numbers(model, args, s):
-    found = recorded(model, args, "knn")[-1]["metrics"]                      # the smallest k
-    return dict(bars={name: next(iter(numbers.values())) for name, numbers in found.items()})
+    line = recorded(model, args, "knn")[-1]
+    return dict(bars={name: next(iter(numbers.values()))                     # the smallest k
+                      for name, numbers in line["metrics"].items()}, how=line["how"])
 
 
 def reinit_numbers(model, args, s):
@@ -901,10 +925,8 @@ def reinit_numbers(model, args, s):
     as far as there are lines, of which those without --reinit count as m = 0. Only runs that were
     trained like the latest compare."""
     lines = recorded(model, args, "finetune", " --reinit first:0 (and first:1, last:1, ...)")
-    how = [[line["settings"].get(name) for name in ("epochs", "limit", "recipe", "size", "seed")]
-           for line in lines]
-    found, out = {}, {}
-    for line in (line for line, own in zip(lines, how) if own == how[-1]):
+    found, out = {}, dict(how=lines[-1]["how"])
+    for line in (line for line in lines if line["how"] == out["how"]):
         end, m = (line["settings"]["reinit"] or "first:0").split(":")
         [numbers] = line["metrics"].values()
         found[end if int(m) else "none", int(m)] = numbers["top-1"]
@@ -921,8 +943,9 @@ def reinit_numbers(model, args, s):
 
 def accuracy_numbers(model, args, s):
     """ASL, fig. 1, which gives no formula: here of the last tokens, after the final norm."""
-    [found] = recorded(model, args, "linear")[-1]["metrics"].values()
-    return dict(linear=[found["top-1"]], similarity=s.means["final_similarity"])
+    line = recorded(model, args, "linear")[-1]
+    [found] = line["metrics"].values()
+    return dict(linear=[found["top-1"]], similarity=s.means["final_similarity"], how=line["how"])
 
 
 # ---- all of them ---------------------------------------------------------------------------------
@@ -1045,6 +1068,13 @@ def write(folder, name, results, args):
             out.writerows([r.model.name, *line] for line in flat(plain(r.numbers)))
 
 
+def differences(results):
+    """Of what evaluate.py recorded, the settings in which models differ, and how they do."""
+    how = {r.model.name: r.numbers["how"] for r in results if "how" in r.numbers}
+    return [f"--{key} " + ", ".join(f"{of[key]} ({name})" for name, of in how.items())
+            for key in HOW if len({str(of[key]) for of in how.values()}) > 1]
+
+
 def main(argv=None):
     args, begin = parse(argv), time.perf_counter()
     training.keep_memory()
@@ -1062,8 +1092,6 @@ def main(argv=None):
         plt = None
     found, missed, names = {name: [] for name in args.what}, {}, []
     for i, model in enumerate(evaluate.models(args)):
-        twins = sum(name.split(" (")[0] == model.name for name in names)
-        model.name += f" ({twins + 1})" if twins else ""
         names.append(model.name)
         numbers, left_out = analyse(model, args)
         for name, values in numbers.items():
@@ -1071,7 +1099,8 @@ def main(argv=None):
                 model=model, numbers=values, show=values.get("show"), **figures.style(i)))
         for name, why in left_out.items():
             missed.setdefault((name, why), []).append(model.name)
-        print(f"{model.name}: {len(numbers)} diagnostics, {time.perf_counter() - begin:.0f} s")
+        seconds = time.perf_counter() - begin
+        print(f"{model.name}: {len(numbers)} diagnostics, after {seconds:.0f} s")
     found = {name: results for name, results in found.items() if results}
     for name, results in found.items():
         write(folder, name, results, args)
@@ -1082,6 +1111,8 @@ def main(argv=None):
             said = ", ".join(f"{key} {x:.4g}" for key, x in said.items())
             print(f"{name:<22}{r.model.name}{': ' * bool(said)}{said}")
     notes = [f"{name} left out ({', '.join(of)}): {why}" for (name, why), of in missed.items()]
+    notes += [f"{name}: not measured alike: {', '.join(unlike)}" for name, results in found.items()
+              if (unlike := differences(results))]
     head = f"{', '.join(names)}; test images of {args.data}; {args.precision}"
     figures.page(folder / "index.html", head, found, notes, bool(plt))
     for note in notes:

@@ -13,7 +13,7 @@ The encoder is frozen in all of them; what is trained is one linear layer, or no
                                          +- linear layer -> heat maps  pose
 
 Each probe is a function task(model, args) -> report, as in evaluate.py, which gives it a line in
-TASKS. Pictures come one at a time and the memory is bounded, whatever the size of the set.
+DENSE. Pictures come one at a time and the memory is bounded, whatever the size of the set.
 """
 import functools
 import itertools
@@ -47,10 +47,10 @@ TOY = dict(train=1000, test=300)         # images of toy's splits, unless --limi
 # ---- patches -------------------------------------------------------------------------------------
 
 
-def normalised(model, images, args, mean=None, std=None):
+def normalised(model, images, args, std=None):
     """(..., 3, H, W) of 0 to 255 -> what the encoder takes, on the device."""
     x = images.to(args.device).float() / 255
-    return data.normalize(x, mean or model.mean, std or model.std)
+    return data.normalize(x, model.mean, std or model.std)
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def shuffled(read, g):
 
 def batches(read, count, make, steps, args):
     """Yields make(step, items) on the device for a range of steps: tensors of the next `count`
-    items of those of read(), shuffled; otherwise, where a run that was killed goes on. Workers
+    items of those of read(), shuffled. A run that was killed goes on in another order. Workers
     prepare them ahead, but for toy, which is quick."""
     for batch in data.in_workers(Batches(read, count, make, args.seed, steps.start), steps,
                                  0 if is_toy(args) else args.workers, args.device):
@@ -533,8 +533,9 @@ def zero_shot_segmentation(model, args):
     whose centre lies deepest inside it (--prompt random: any that it covers at least half), tokens
     after the final norm, IoU averaged over all targets; the best T of 0 to 0.9 is one for the whole
     set. Targets that cover less than half of their prompt are left out and counted. Sets with a map
-    of classes instead of masks give a target for each class but background; void counts nowhere.
-    The column "whole picture" is the floor: everything is said to be the object.
+    of classes instead of masks, and --level part or scene, give a target for each class but
+    background; void counts nowhere. The column "whole picture" is the floor: everything is said to
+    be the object.
     """
     needs_tokens(model, args)
     side, p = side_of(model, args, 480), model.encoder.patch_size
@@ -575,9 +576,10 @@ def zero_shot_segmentation(model, args):
     return metrics.report(
         {"mean over targets": row(iou.mean(0)) | {"whole picture": share},
          "mean over categories": row(by_category.mean(0))},
-        f"IoU of the patches with cosine > T to the {args.prompt} patch of a {args.target}, after "
-        f"the final norm, {side} x {side} px, {side // p} x {side // p} patches; Opt: best T of 0, "
-        f"0.1 ... 0.9 for the whole set; the paper: 480 x 480 px of COCO, targets not stated",
+        f"IoU of the patches with cosine > T to the {args.prompt} patch of a {args.target}"
+        f"{f' ({args.level})' if args.level else ''}, after the final norm, {side} x {side} px, "
+        f"{side // p} x {side // p} patches; Opt: best T of 0, 0.1 ... 0.9 for the whole set; the "
+        f"paper: 480 x 480 px of COCO, targets not stated",
         [f"{model.name}: Opt is T = {best}, mean over targets; "
          + ", ".join(f"{v:.1f} at {t}" for t, v in zip(THRESHOLDS, iou.mean(0).tolist())),
          f"{skipped} targets cover less than half of their prompt and are left out"],
@@ -594,7 +596,7 @@ def squashed(image, side):
 def targets(args, side):
     """Yields image (3, H, W) uint8, [(category, mask (H, W) bool), ...], valid (H, W) bool."""
     limit = args.limit or (TOY["test"] if is_toy(args) else None)
-    if args.data in readers.MASKS and args.target != "stuff":
+    if args.data in readers.MASKS and args.target != "stuff" and args.level in (None, "object"):
         for item in readers.masks(args.data, args.data_root, "test", limit, side):
             pairs = list(zip(item.labels[~item.crowd].tolist(), item.masks[~item.crowd]))
             if args.target == "category":
@@ -602,8 +604,10 @@ def targets(args, side):
                          for c in sorted({c for c, _ in pairs})]
             yield item.image, pairs, torch.ones(item.image.shape[1:], dtype=torch.bool)
         return
-    if args.target == "instance" or (args.target == "stuff" and args.data != "coco"):
-        raise ValueError(f"{args.data} has no --target {args.target}; choose category")
+    if args.target == "instance" or args.target == "stuff" and (
+            args.data != "coco" or args.level not in (None, "scene")):
+        raise ValueError(f"{args.data} has no --target {args.target}"
+                         f"{f' at --level {args.level}' if args.level else ''}; choose category")
     level = "scene" if args.target == "stuff" else args.level
     names = readers.segmentation_classes(args.data, level, args.data_root)
     outside = {names.index("background")} if "background" in names else set()
@@ -787,12 +791,12 @@ def pose(model, args):
     Part-aware study, table 10, which says "linear"; all else is our choice, as in the usual
     top-down pipelines: the true box, widened to 3:4 and by a quarter, becomes 256 x 192 px; one
     linear layer on the patches of the last block, after the final norm, gives a map for each joint,
-    enlarged to cells of 4 px; squared error to a Gaussian (sigma 2 cells) at joints with v > 0;
-    flips, sizes by 0.75 to 1.25 and turns by up to 30 degrees in training; flip-averaged in the
-    test. Score: OKS AP of COCO by pycocotools. On toy, whose boxes become squares of twice the
-    encoder's size: mean OKS (the same sigma for all parts) and PCK, the share of joints within a
-    tenth of the box's longer side. COCO gives these two as well. ValueError: key-points of a set
-    without areas, COCO without pycocotools.
+    enlarged to cells of 4 px; squared error to a Gaussian (sigma 2 cells, on toy in proportion: 1
+    cell at 128 px) at joints with v > 0; flips, sizes by 0.75 to 1.25 and turns by up to 30 degrees
+    in training; flip-averaged in the test. Score: OKS AP of COCO by pycocotools. On toy, whose
+    boxes become squares of twice the encoder's size: mean OKS (the same sigma for all parts) and
+    PCK, the share of joints within a tenth of the box's longer side. COCO gives these two as well.
+    ValueError: key-points of a set without areas, COCO without pycocotools.
     """
     needs_tokens(model, args)
     if not is_toy(args) and args.data != "coco":
@@ -850,8 +854,9 @@ def pose(model, args):
     return metrics.report(
         {"patches": row},
         f"linear heat maps of {len(names)} joints in the true box, {shape[0]} x {shape[1]} px, "
-        f"maps of {shape[0] // STRIDE} x {shape[1] // STRIDE}; last block, after the final norm; "
-        f"{iters:,} iterations of {recipe['batch']}, AdamW, lr {recipe['lr']:g}; flip-averaged; OKS"
+        f"maps of {shape[0] // STRIDE} x {shape[1] // STRIDE}, Gaussians of sigma {sigma:g} cells; "
+        f"last block, after the final norm; {iters:,} iterations of {recipe['batch']}, AdamW, lr "
+        f"{recipe['lr']:g}; flip-averaged; OKS"
         + (f" with sigma {TOY_SIGMA} for all parts" if is_toy(args) else " with COCO's sigmas"),
         objects=count)
 
@@ -936,10 +941,11 @@ def decode(maps):
 
 def joint_maps(head, x, shape, model, args):
     """x (B, 3, *shape) normalised -> (B, P, h, w). The linear layer comes before the enlarging,
-    which it commutes with: P maps are enlarged instead of D."""
+    which it commutes with: P maps are enlarged instead of D. By the patch's own factor, then cut:
+    of patches of 14 the grid is wider than the picture, and squeezed into it joints would drift."""
     maps = torch.cat([head(patches(model, part, args)) for part in x.split(args.batch_size)])
-    size = [n // STRIDE for n in shape]
-    return F.interpolate(maps.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False)
+    maps = upsample(maps.permute(0, 3, 1, 2), model.encoder.patch_size / STRIDE)
+    return maps[..., :shape[0] // STRIDE, :shape[1] // STRIDE]
 
 
 def pose_head(joints, model, args):

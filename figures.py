@@ -9,7 +9,6 @@ those of Okabe and Ito, which the colour-blind tell apart, as they do the shades
 matplotlib is handed in: the rest works without it.
 """
 import html
-import itertools
 import math
 import textwrap
 from dataclasses import dataclass
@@ -119,8 +118,11 @@ def plane(ax, results):
 
 def islands(ax, results):
     """Tokens where t-SNE puts them, a colour for each class, or image if there are no classes."""
+    from matplotlib import colormaps
     numbers = results[0].numbers
-    for label, colour in zip(numbers["label"].unique(), itertools.cycle(COLOURS)):
+    labels = numbers["label"].unique()
+    for i, label in enumerate(labels):
+        colour = COLOURS[i] if len(labels) <= len(COLOURS) else colormaps["turbo"](i / len(labels))
         ax.scatter(*numbers["position"][numbers["label"] == label].T, s=3, color=colour,
                    linewidths=0)
     title = "neighbours of same image {purity_image:.0%}"
@@ -232,8 +234,8 @@ FIGURES = {
         "Mutual information of query and key",
         "Low: all queries look at the same place. The paper: contrastive models fall to 0 late, "
         "masked ones stay above. Second: do heads differ? Third: heads of block 3, or the last, "
-        "each a mark. Last: attention that goes to the class token; where it is near 1, NMI is too "
-        "low.",
+        "each a mark. Last: attention that goes to the class token, of models that have one; where "
+        "it is near 1, NMI is too low.",
         panels(curve("block", "nmi", "block", "normalised MI"),
                curve("block", "spread", "block", "standard deviation over heads"), heads,
                curve("block", "class_mass", "block", "attention to the class token"))),
@@ -316,9 +318,9 @@ FIGURES = {
     "prompt_heatmap": Figure(
         "Which patches are like the prompt?",
         "Cosine with the patch at the star. Good: light inside the blue outline, dark outside. "
-        "Pink: above the best of ten thresholds. IoU: its mean over all images; the whole picture "
-        "taken is the floor. Order: how often a point inside is lighter than one outside; chance "
-        "is 0.5.",
+        "Pink: above the best of ten thresholds. IoU: at that threshold, mean over all prompts "
+        "(each class in each image); the whole picture taken is the floor. Order: how often a "
+        "point inside is lighter than one outside; chance is 0.5.",
         pictures(scale="cosine")),
     "patch_retrieval": Figure(
         "Which crops are like the query?",

@@ -269,13 +269,14 @@ def cub(root, split, limit, size):
 
 @functools.lru_cache(maxsize=2)             # hundreds of megabytes: parsed once
 def coco_json(path):
-    """-> [(number of the image, file name, its annotations), ...] of instances or key-points."""
+    """-> [(number of the image, file name, its annotations), ...] of instances or key-points, by
+    file name: as data.load has them, so that --limit takes the same images of both."""
     with reading("coco", path), open(path, encoding="utf-8") as file:
         content = json.load(file)
         rows = {image["id"]: (image["id"], image["file_name"], []) for image in content["images"]}
         for annotation in content["annotations"]:
             rows[annotation["image_id"]][2].append(annotation)
-        return list(rows.values())
+        return sorted(rows.values(), key=lambda row: row[1])
 
 
 def decode(segmentation, shape):

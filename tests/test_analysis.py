@@ -37,7 +37,7 @@ def model(path=None, **config):
     with torch.no_grad():
         for p in encoder.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    encoder.source = SimpleNamespace(path=path, step=1, heads={})
+    encoder.source = SimpleNamespace(path=path, branch="base", step=1, heads={})
     return SimpleNamespace(name="tiny", encoder=encoder, size=32, mean=data.MEAN, std=data.STD,
                            source=encoder.source, interpolation="bicubic")
 
@@ -151,6 +151,29 @@ def test_maps_are_those_of_the_queries(monkeypatch):
     assert [box[:3] for box in image.boxes] == [(16, 16, 4), (4, 8, 4)]  # pixels of the two patches
     assert tiles[0].boxes[0][:3] == (4, 4, 1) and tiles[2].boxes[0][:3] == (1, 2, 1)
     assert abs(int(found["class_token_60_percent_on"][0]) - 39) <= 1     # of 64 alike
+
+
+def test_the_plane_is_seen_through_the_window():
+    """A window of one patch without class token: the last block does to a token what it would do
+    to it alone."""
+    m, args = model(class_token=False), settings("--limit", "2", "--window", "1")
+    s = analysis.shared_pass(m, args, {"unison"})
+    found = analysis.unison_numbers(m, args, s)
+    for block in m.encoder.blocks:                           # each patch attends to itself
+        attention = block.attn
+        attention.forward = lambda x, *_, own=attention: own.proj(
+            F.linear(x, own.qkv.weight, own.qkv.bias).chunk(3, 2)[2])
+    alone = analysis.unison_numbers(m, settings("--limit", "2"), s)
+    torch.testing.assert_close(found["plane"], alone["plane"], atol=1e-4, rtol=1e-4)
+    assert found["centre_ratio"] == pytest.approx(alone["centre_ratio"], rel=1e-4)
+    free = analysis.unison_numbers(model(class_token=False), settings("--limit", "2"), s)
+    assert free["centre_ratio"] != pytest.approx(alone["centre_ratio"], rel=1e-2)       # control
+
+
+def test_without_a_class_token_there_is_no_attention_to_it():
+    for token in (True, False):
+        m, args = model(class_token=token), settings("--limit", "2", "--what", "nmi")
+        assert ("class_mass" in analysis.analyse(m, args)[0]["nmi"]) == token
 
 
 def test_images_whose_centres_move_apart():
@@ -343,6 +366,21 @@ def voc(root):
     return ["--data", "voc", "--data-root", str(root)]
 
 
+def test_only_patches_with_a_label_have_neighbours_of_the_same(monkeypatch):
+    """Three images of 8 x 8 patches: one class; its lower half unknown; nothing known."""
+    labels = torch.zeros(3, 32, 32, dtype=torch.long)
+    labels[1, 16:], labels[2] = -1, -1
+    monkeypatch.setattr(analysis, "batches", lambda *_, **__: (
+        (torch.zeros(n, 3, 32, 32), None, part) for n, part in ((2, labels[:2]), (1, labels[2:]))))
+    m, args = model(), settings("--limit", "3", "--what", "adjacent_count")
+    found = analysis.analyse(m, args)[0]["adjacent_count"]
+    # 8 x 8: 420 of 512; 4 x 8: 4 corners of 3, 16 at the rim of 5, 12 of 8
+    assert found["labels_mean"] == pytest.approx((420 / 64 + (4 * 3 + 16 * 5 + 12 * 8) / 32) / 2)
+    assert found["labels_share"].sum() == pytest.approx(1) and found["labels_share"][0] == 0
+    labels[:] = -1
+    assert np.isnan(analysis.analyse(m, args)[0]["adjacent_count"]["labels_mean"])
+
+
 def test_every_set_of_class_maps_can_be_asked(tmp_path):
     m, args = model(), settings("--limit", "4", *voc(tmp_path))
     [(x, number, labels)] = analysis.batches(m, args, 4, maps=True)
@@ -396,6 +434,14 @@ def test_what_covers_no_half_of_a_patch_gets_no_prompt(monkeypatch):
     labels[1] = 0
     with pytest.raises(analysis.Missing, match="no object"):
         analysis.heat_numbers(m, args, None)
+
+
+def test_without_class_maps_no_more_is_encoded_than_is_shown(monkeypatch):
+    seen, args = [], settings("--data", "synthetic", "--batch-size", "2")
+    monkeypatch.setattr(analysis, "unit", lambda m, args, x: (
+        seen.append(len(x)), torch.eye(64).expand(2, 64, 64))[1])
+    [shown] = analysis.heat_numbers(model(), args, None)["show"]
+    assert seen == [2, 2] and len(shown.tiles) == 8          # four images and their maps
 
 
 def test_sets_without_a_background_start_at_class_one(monkeypatch):
@@ -500,25 +546,39 @@ def test_a_curve_of_two_widths_is_labelled_with_both():
     assert label(curve, own, other) == "rank 32 /\nrank 64" and label(curve, own, own) == "rank 32"
 
 
+@pytest.mark.parametrize("labels", [3, 18])                # classes, images
+def test_islands_have_a_colour_each(labels):
+    pytest.importorskip("matplotlib")
+    colours, label = [], torch.arange(labels).repeat(2)
+    ax = SimpleNamespace(scatter=lambda *_, color, **__: colours.append(color),
+                         set=lambda **_: None)
+    figures.islands(ax, [SimpleNamespace(numbers=dict(
+        label=label, position=torch.zeros(len(label), 2), purity_image=1))])
+    assert len(set(colours)) == len(colours) == labels
+
+
 def test_recorded_numbers_are_drawn_from_results(tmp_path):
     m, _ = save_mae(tmp_path / "mae")
-    args, own = settings("--limit", "2"), dict(data="toy", checkpoint=m.source.path)
-    tune = dict(task="finetune", **own)
-    lines = [dict(task="layerwise", metrics={"block 2 pat": {"top-1": 7.0},
-                                             "block 1 pat": {"top-1": 5.0}}, **own),
-             dict(task="layerwise", metrics={"block 1 pat": {"top-1": 99.0}},
-                  data="cifar10", checkpoint=m.source.path),
+    args = settings("--limit", "2")
+    own = dict(data="toy", checkpoint=m.source.path, branch="base", step=1, settings={})
+    tune, layers = dict(own, task="finetune"), dict(own, task="layerwise")
+    other = {"block 1 pat": {"top-1": 99.0}}                 # of other data, weights, steps
+    lines = [dict(layers, metrics={"block 2 pat": {"top-1": 7.0}, "block 1 pat": {"top-1": 5.0}}),
+             dict(layers, metrics=other, data="cifar10"), dict(layers, metrics=other, step=2),
+             dict(layers, metrics=other, branch="teacher"),
              dict(tune, metrics={"pat": {"top-1": 60.0}}, settings={"reinit": None}),
              dict(tune, metrics={"pat": {"top-1": 40.0}}, settings={"reinit": "last:2"}),
-             dict(task="frequency_noise",
-                  metrics={"cls": {"clean": 50.0, "0.1 pi": 3.0, "1 pi": 8.0}}, **own),
-             dict(task="knn", metrics={"cls": {"k=10": 30.0, "k=20": 20.0}}, data="toy",
+             dict(own, task="frequency_noise",
+                  metrics={"cls": {"clean": 50.0, "0.1 pi": 3.0, "1 pi": 8.0}}),
+             dict(own, task="knn", metrics={"cls": {"k=10": 30.0, "k=20": 20.0}},
                   checkpoint=None),                          # a baseline, measured beside it
-             dict(task="shape_bias", metrics={"cls": {"shape bias": 60.0, "either": 50.0,
-                                                      "cat": 70.0}}, **own)]
+             dict(own, task="shape_bias", metrics={"cls": {"shape bias": 60.0, "either": 50.0,
+                                                           "cat": 70.0}})]
     (tmp_path / "mae/results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    assert analysis.layerwise_numbers(m, args, None) == dict(block=[1, 2], top1=[5.0, 7.0])
-    assert analysis.noise_numbers(m, args, None) == dict(frequency=[0.1, 1.0], change=[-3.0, -8.0])
+    found = analysis.layerwise_numbers(m, args, None)
+    assert (found["block"], found["top1"]) == ([1, 2], [5.0, 7.0])
+    found = analysis.noise_numbers(m, args, None)
+    assert (found["frequency"], found["change"]) == ([0.1, 1.0], [-3.0, -8.0])
     assert analysis.bias_numbers(m, args, None)["bars"] == {"shape bias": 60.0, "cat": 70.0}
     tuned = analysis.reinit_numbers(m, args, None)
     assert tuned["last_change"] == [0, -20] and tuned["first_change"] == [0]
@@ -535,6 +595,24 @@ def test_recorded_numbers_are_drawn_from_results(tmp_path):
     m.source.path = str(tmp_path / "mae/other.pt")           # control: another checkpoint's numbers
     with pytest.raises(analysis.Missing, match="--task layerwise"):
         analysis.layerwise_numbers(m, args, None)
+
+
+def test_models_that_were_not_measured_alike_get_a_note(tmp_path, capsys):
+    flags = []
+    for name, top1, limit, k in (("a", 30.0, None, [10]), ("b", 40.0, 2000, [10])):
+        m, _ = save_mae(tmp_path / name)
+        flags.append(str(tmp_path / name))
+        (tmp_path / name / "results.jsonl").write_text(json.dumps(dict(
+            task="knn", data="toy", checkpoint=m.source.path, branch="base", step=0,
+            metrics={"cls": {"k=10": top1}}, settings=dict(limit=limit, k=k, device="cpu"))) + "\n")
+    args = ["--out", str(tmp_path), "--device", "cpu", "--what", "knn", "--checkpoint"]
+    analysis.main([*args, *flags])
+    note = "knn: not measured alike: --limit None (a), 2000 (b)\n"
+    assert f"note: {note}" in capsys.readouterr().out
+    page = (tmp_path / "analysis/index.html").read_text()
+    assert f"note: {note.strip()}</p>" in page
+    analysis.main([*args, *flags[:1]])
+    assert "alike" not in capsys.readouterr().out            # control
 
 
 @pytest.mark.slow

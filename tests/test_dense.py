@@ -2,6 +2,7 @@
 film is followed, sweeps and decoding agree with brute force and hand-worked numbers, and every task
 runs once from the command line, on toy and on pieces of the real sets."""
 import colorsys
+import itertools
 import json
 import os
 import sys
@@ -140,19 +141,26 @@ def test_the_argmax_at_another_size_is_the_same_in_parts():
     assert dense.likeliest(logits, (20, 31)).equal(expected)
 
 
-def test_windows_are_averaged_where_they_overlap():
-    """A model whose logits are the mean colour of each patch."""
-    image = torch.zeros(3, 40, 72, dtype=torch.uint8)
-    image[0, :, :24], image[1, :, 24:56], image[2, :, 56:] = 255, 255, 255
-    seen = []
+def test_windows_are_averaged_where_they_overlap(monkeypatch):
+    """Windows that disagree: the nth says its colours plus n, another head ten times as much."""
+    seen = itertools.count()
 
     def predict(x):
-        seen.extend(x.shape[2:] for _ in x)
-        return ([dense.upsample(z, 8)] for z in F.avg_pool2d(x, 8))
+        assert x.shape[1:] == (3, 32, 32)
+        for window in x:
+            logits = F.pad(window + next(seen), (0, 8, 0, 0), value=99)  # wider than the window
+            yield logits, 10 * logits
 
-    [found] = dense.segment(predict, image, model(), settings(), (32, 24, None, (10000, 40)))
-    assert len(seen) == 2 * 3 and set(seen) == {(32, 32)}
-    assert found.equal(image.long().argmax(0))
+    monkeypatch.setattr(dense, "likeliest", lambda logits, shape: logits)
+    image, small = torch.randint(256, (3, 40, 72), dtype=torch.uint8), model()
+    found, tenfold = dense.segment(predict, image, small, settings(), (32, 24, None, (10000, 40)))
+    sums, counts = torch.zeros(40, 72), torch.zeros(40, 72)
+    for n, (top, left) in enumerate(itertools.product((0, 8), (0, 24, 40))):
+        sums[top:top + 32, left:left + 32] += n
+        counts[top:top + 32, left:left + 32] += 1
+    assert next(seen) == 6 and (sums / counts)[0, 23:25].tolist() == [0, 0.5]
+    torch.testing.assert_close(found, dense.normalised(small, image, settings()) + sums / counts)
+    torch.testing.assert_close(tenfold, 10 * found)
 
 
 def test_flips_change_sides_only_if_asked():
@@ -406,6 +414,27 @@ def test_targets_are_categories_or_instances_but_no_crowds(monkeypatch):
         assert label == item.labels[k] and mask.equal(masks[k])
 
 
+def test_parts_are_asked_by_the_class_maps_of_the_level():
+    def targets(*flags):
+        args = settings("--task", "zero_shot_segmentation", "--limit", "1", *flags)
+        return next(dense.targets(args, 32))
+
+    _, pairs, valid = targets("--level", "part")
+    [item] = readers.segmentation("toy", limit=1, level="part", size=32)
+    assert len(pairs) > 2 and valid.equal(item.labels != 255) and not valid.all()
+    for part, mask in pairs:
+        assert mask.equal(item.labels == part)
+    [(thing, whole)] = targets()[1]
+    [(same, mask)] = targets("--level", "object")[1]
+    assert same == thing and mask.equal(whole)
+    with pytest.raises(ValueError, match="No level 'scene' of toy: choose object or part"):
+        targets("--level", "scene")
+    with pytest.raises(ValueError, match="toy has no --target instance at --level part"):
+        targets("--level", "part", "--target", "instance")
+    with pytest.raises(ValueError, match="coco has no --target stuff at --level object; choose"):
+        targets("--data", "coco", "--level", "object", "--target", "stuff")
+
+
 def test_void_counts_nowhere_and_background_is_no_target(monkeypatch):
     """Void looks like the object: to say that it is one costs nothing."""
     labels = torch.zeros(64, 64, dtype=torch.uint8)
@@ -470,12 +499,25 @@ def test_propagation_equals_the_published_dense_arithmetic():
     torch.testing.assert_close(found, expected)
 
 
-def test_only_the_first_frame_and_seven_more_are_kept(monkeypatch):
-    film, sizes, propagate = square_film(12), [], dense.propagate
-    monkeypatch.setattr(dense, "propagate", lambda f, memory, *rest: (
-        sizes.append(len(memory)), propagate(f, memory, *rest))[1])
-    list(dense.follow(film, lambda image: torch.ones(10, 12, 1), 8, 4))
-    assert sizes == [1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8]
+def test_only_the_first_frame_and_the_last_seven_are_kept_with_what_they_were_given(monkeypatch):
+    film, frames, maps = square_film(12), [], []
+
+    def encode(image):                                       # every frame has its number
+        frames.append(len(frames))
+        return torch.full((10, 12, 1), float(frames[-1]))
+
+    def propagate(feature, memory, labels, radius):
+        now = int(feature[0, 0, 0])
+        kept = [0, *range(max(1, now - 7), now)]
+        assert memory[:, 0, 0, 0].tolist() == kept
+        assert labels.equal(torch.stack([maps[t] for t in kept]))
+        maps.append(F.normalize(torch.rand(10, 12, 3), p=1, dim=2))      # soft, and so it is kept
+        return maps[-1]
+
+    maps.append(F.one_hot(dense.resize_labels(film.masks[0], (10, 12)).long(), 3).float())
+    monkeypatch.setattr(dense, "propagate", propagate)
+    masks = list(dense.follow(film, encode, 8, 4))
+    assert frames == list(range(12)) and len(masks) == len(maps) - 1 == 11
 
 
 def test_channels_are_stretched_before_the_largest_wins():
@@ -538,6 +580,42 @@ def test_mirrored_maps_are_turned_back():
         maps.flatten(1).argmax(1))
 
 
+@pytest.mark.parametrize("p", [16, 14])                   # 14 divides neither 256 nor 192
+def test_planted_joints_are_found_where_they_are(p):
+    """A spot on the left and one on the right; an "encoder" that sees how bright a patch is, and on
+    which side it lies: of a mirrored crop it says the other side, as one that knows people does."""
+    def layers(x, blocks, norm):
+        seen = F.avg_pool2d(x[:, :1], p)
+        left = torch.arange(seen.shape[3]) < seen.shape[3] // 2
+        return [torch.cat([seen * left, seen * ~left], 1).flatten(2).mT], None
+
+    planted, head = model(), torch.nn.Linear(2, 2, bias=False)
+    planted.mean, planted.std = (0, 0, 0), (1, 1, 1)
+    planted.encoder = SimpleNamespace(patch_size=p, depth=1, layers=layers,
+                                      split=lambda z: (None, z))
+    head.weight[:] = torch.eye(2)
+    image, truth = torch.zeros(3, 500, 300, dtype=torch.uint8), [[99.5, 249.5], [199.5, 249.5]]
+    for x in (100, 200):
+        image[:, 250 - p // 2:250 + p // 2, x - p // 2:x + p // 2] = 255
+    high, low = range(22, 22 + 2 * p), range(198, 198 + 2 * p)           # rows of the crop
+    rows = torch.tensor([*high, *low])
+    shift = torch.stack([20 + rows % 40, 250 - rows], 1)     # columns: 41 to 80 and 141 to 180
+    boxes = torch.cat([shift + torch.tensor([19.2, 25.6]),   # what becomes 256 x 192, unscaled
+                       shift + torch.tensor([172.8, 230.4])], 1)
+
+    def error(swap):
+        item = SimpleNamespace(image=image, boxes=boxes)
+        points, _ = dense.predict(item, range(len(rows)), head, (256, 192), torch.tensor(swap),
+                                  planted, settings())
+        return points - torch.tensor(truth)                  # (4p, 2, 2)
+
+    found = error([1, 0])
+    assert found.abs().max() <= p / 2 + dense.STRIDE
+    drift = (found[2 * p:] - found[:2 * p]).mean((0, 1))
+    assert drift.abs().max() < 1.5                           # 266 px squeezed into 256: 6.6
+    assert error([0, 1]).abs().max() > 90                    # control: sides that are not swapped
+
+
 def test_training_views_move_points_with_the_picture():
     image = torch.zeros(3, 100, 100, dtype=torch.uint8)
     image[:, 40:43, 60:63] = 255
@@ -584,6 +662,7 @@ def test_every_task_runs_on_toy(tmp_path, task, column, images, pictures):
                "--show")
     assert all(0 <= row[column] <= 100 for row in line["metrics"].values())
     assert line["images"][images] >= 1 and line["protocol"]
+    assert ("Gaussians of sigma 0.5 cells" in line["protocol"]) == task.startswith("pose")
     assert list(tmp_path.glob(f"{pictures}.png"))
 
 

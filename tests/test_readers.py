@@ -271,6 +271,18 @@ def test_coco_boxes_have_labels_without_gaps(tmp_path, images):
         list(readers.boxes("coco", tmp_path, "val"))
 
 
+def test_coco_comes_in_the_order_of_its_files(tmp_path):
+    """So the nth image with its annotations is the nth of those without, at any limit."""
+    coco(tmp_path)
+    path = tmp_path / "coco/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    write_json(path, **content | dict(images=[content["images"][i] for i in (2, 0, 1)]))
+    for limit, ids in ((None, [9, 25, 30]), (2, [9, 25])):
+        plain = data.load("coco", root=str(tmp_path), split="train", limit=limit)
+        found = [item.id for item in readers.boxes("coco", tmp_path, "train", limit)]
+        assert found == ids == [int(file[-16:-4]) for file in plain.paths]
+
+
 def test_coco_numbers_and_names_are_eighty():
     assert len(readers.COCO_CLASSES) == len(set(readers.COCO_CLASSES)) == len(readers.LABELS) == 80
     assert readers.LABELS[13] == 11 and readers.COCO_CLASSES[11] == "stop sign"      # 12 is a gap
