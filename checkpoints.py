@@ -103,8 +103,11 @@ def replace_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                        # torch.save raises the latter
+    except (OSError, RuntimeError) as error:
         pathlib.Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and not re.search("StreamWriter|unexpected pos",
+                                                             str(error)):
+            raise                                                   # torch.save's are of the disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"cannot write {path} ({reason}); what was there before is untouched: free "
                       "some space, or choose another folder with --out") from None
@@ -176,7 +179,9 @@ def load(path, branch=None, img_size=None, quiet=False):
     (of the input in training), heads {name: state dict} (projectors, decoder). Prints one line.
 
     The layout is told from the keys. Two things they do not tell: a flat file with head.weight is
-    taken for timm's augreg (mean 0.5), one without for DINO's backbone.
+    taken for timm's augreg (mean 0.5), one without for DINO's backbone. Of augreg two things are
+    not timm's, our simplification: positions are stretched without antialiasing, and probes resize
+    to 256, not 248, before they cut out 224.
     Errors: as read(), and ValueError for a layout, keys or shapes that do not fit.
     """
     raw = read(path)

@@ -13,6 +13,7 @@
 Every random number is a function of (seed, epoch, view, purpose, image), see rng.py. So the number
 of workers or processes, a resume, the place of an image in its batch never change what is seen.
 """
+import atexit
 import codecs
 import csv
 import difflib
@@ -20,6 +21,7 @@ import importlib.util
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -282,6 +284,8 @@ LAYOUT = {                                  # what is looked for under the root,
                  "'ILSVRC2012' from image-net.org (registration)"),
     "imagenet100": ("imagenet/{train, val}/<wnid>/*.JPEG or imagenet100/{train, val}/...",
                     "'ILSVRC2012' from image-net.org (registration); 100 of its classes are used"),
+    "imagenet10": ("imagenet/{train, val}/<wnid>/*.JPEG or imagenet10/{train, val}/...",
+                   "'ILSVRC2012' from image-net.org (registration); 10 of its classes are used"),
     "coco": ("coco/{train2017, val2017}/*.jpg",
              "'2017 Train images' and '2017 Val images' from cocodataset.org"),
     "pets": ("oxford-iiit-pet/{images/*.jpg, annotations/{trainval, test}.txt}",
@@ -320,6 +324,9 @@ IMAGENET100 = sorted("n" + digits for digits in """
 03032252 02138441 02104029 03837869 03494278 04136333 03794056 03492542 02018207 04067472 03930630
 03584829 02123045 04229816 02100583 03642806 04336792 03259280 02116738 02108089 03424325 01855672
 02090622""".split())
+SUBSETS = {"imagenet100": IMAGENET100,         # and the ten of SelfPatch's Table 5 (its supplement)
+           "imagenet10": ["n02056570", "n02085936", "n02128757", "n02690373", "n02692877",
+                          "n03095699", "n04254680", "n04285008", "n04467665", "n07747607"]}
 
 
 @dataclass
@@ -381,12 +388,12 @@ def load(name, root=None, split="train", size=64, limit=None, device="cpu"):
 
 def load_tree(name, root, split):
     """ImageNet, COCO or a path -> Images with paths; the class is the first folder on the way."""
-    only = IMAGENET100 if name == "imagenet100" else [""]
+    only = SUBSETS.get(name, [""])
     if name in LAYOUT:
         folder = {"train": "train", "test": "val"}[split] + ("2017" if name == "coco" else "")
         places = (["coco", "", "coco/images", "images"] if name == "coco" else
                   ["imagenet", "", "imagenet1k", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"])
-        places = ["imagenet100", *places] if name == "imagenet100" else places
+        places = [name] * (name in SUBSETS) + places
         folder = find(name, root, *(os.path.join(place, folder) for place in places))
     elif os.path.isdir(name):
         have = {"train": ["train"], "test": ["val", "test"]}
@@ -410,9 +417,10 @@ def load_tree(name, root, split):
                                     f". Expected {LAYOUT[name][0]}"))
     tops = [path[len(folder):].lstrip(os.sep).split(os.sep)[:-1][:1] for path in paths]
     found = sorted({top[0] for top in tops if top})
-    if name == "imagenet100" and len(found) < 100:
-        print(f"note: only {len(found)} of the 100 classes are in {folder}", file=sys.stderr)
-    classes = only if name == "imagenet100" else found
+    if name in SUBSETS and len(found) < len(only):
+        print(f"note: only {len(found)} of the {len(only)} classes are in {folder}",
+              file=sys.stderr)
+    classes = SUBSETS.get(name, found)
     if len(classes) < 2 or not all(tops):
         if name == "imagenet":
             raise missing(name, folder)                    # the official val archive is flat
@@ -439,12 +447,13 @@ def find(name, root, *places, layouts=LAYOUT):
 
 class ArraysOnly(pickle.Unpickler):
     """A pickle can name any function to be called; here only those that rebuild numpy arrays."""
-    allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode,
+    allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode, "bytes": bytes,
                "_reconstruct": np.zeros(1).__reduce__()[0],
                "_frombuffer": np.zeros(1).__reduce_ex__(5)[0]}
 
     def find_class(self, module, name):
-        if module.split(".")[0] not in ("numpy", "_codecs") or name not in self.allowed:
+        modules = "numpy", "_codecs", "builtins", "__builtin__"
+        if module.split(".")[0] not in modules or name not in self.allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
         return self.allowed[name]           # ours, under whatever module this numpy keeps it
 
@@ -480,15 +489,17 @@ def read_cifar(name, root, split):
 
 def read_stl10(root, split):
     """-> classes, labels, pixels (n, 3, 96, 96); the files store columns first."""
-    folder = os.path.dirname(find("stl10", root, f"stl10_binary/{split}_X.bin",
-                                  f"stl10/stl10_binary/{split}_X.bin"))
-    pixels = np.fromfile(f"{folder}/{split}_X.bin", np.uint8).reshape(-1, 3, 96, 96)
-    pixels = torch.from_numpy(pixels).mT.contiguous()
-    if split == "unlabeled":
-        return None, None, pixels
-    labels = np.fromfile(find("stl10", folder, f"{split}_y.bin"), np.uint8).astype(np.int64) - 1
-    with open(find("stl10", folder, "class_names.txt")) as file:
-        return file.read().split(), torch.from_numpy(labels), pixels
+    path = find("stl10", root, f"stl10_binary/{split}_X.bin", f"stl10/stl10_binary/{split}_X.bin")
+    pixels, labels = np.fromfile(path, np.uint8), None
+    if split != "unlabeled":
+        folder = os.path.dirname(path)
+        labels = np.fromfile(find("stl10", folder, f"{split}_y.bin"), np.uint8).astype(np.int64) - 1
+        with open(find("stl10", folder, "class_names.txt")) as file:
+            classes = file.read().split()
+    if len(pixels) % 27648 or labels is not None and len(pixels) != 27648 * len(labels):
+        raise ValueError(f"{path} is cut off, or does not go with its labels: load it anew")
+    pixels = torch.from_numpy(pixels.reshape(-1, 3, 96, 96)).mT.contiguous()
+    return (None, None, pixels) if labels is None else (classes, torch.from_numpy(labels), pixels)
 
 
 def read_list(name, root, split):
@@ -547,8 +558,11 @@ def read_list(name, root, split):
 
 
 def read_image(path):
-    """-> RGB, whatever is in the file (grey, CMYK, palette); EXIF orientation is left alone."""
+    """-> RGB, whatever is in the file (grey, CMYK, palette); EXIF orientation is left alone.
+    ValueError for 16-bit and float images."""
     with Image.open(path) as image:
+        if image.mode[0] in "IF":              # Pillow would cut them off at 255
+            raise ValueError(f"more than 8 bits a colour (mode {image.mode}): convert it")
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -661,7 +675,7 @@ class Loader:
                         image = read_image(self.images.paths[number])
                     except Exception as error:             # a damaged file raises nearly anything
                         bad[number] = str(error)
-                        if 2 * len(bad) > len(index):
+                        if 2 * len(bad) > max(2, len(index)):
                             return index, None, bad
                         number = (number + 1) % len(self.images)
                 index[row] = number
@@ -712,6 +726,14 @@ def start_worker(_):
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)              # the main process decides when to stop
+
+
+@atexit.register
+def end_workers():
+    """They ignore the SIGTERM by which Python would end them, and it would wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # or the DataLoader reports their end
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -457,6 +457,9 @@ def ade20k_parts(root):
         train, test = (ade20k_stems(root, split) for split in ("train", "test"))
         if not train or not test:
             raise data.missing("ade20k-full", top, LAYOUT)
+        if not os.access(top, os.W_OK):
+            raise ValueError(f"{path} has to be written, once, and you may not: let somebody run "
+                             f"this who may")
         print(f"note: counting the parts of ADE20K, once, for {path}", file=sys.stderr)
         counts, names = np.zeros((2, 60 * 8192), np.int64), {}
         for count, stems in zip(counts, (train, test)):
@@ -792,11 +795,6 @@ def videos(name, root=None, split="test", limit=None, size=256):
     return reader(root, split, limit, size)
 
 
-class PlainOnly(data.ArraysOnly):
-    """Dicts, lists, strings and numbers: these need no class, so none is allowed."""
-    allowed = {}
-
-
 def landmarks(name, root=None):
     """Revisited Oxford and Paris (Radenovic et al., 2018), names roxford5k and rparis6k.
 
@@ -809,7 +807,7 @@ def landmarks(name, root=None):
     path = find(name, root, f"{name}/gnd_{name}.pkl", f"gnd_{name}.pkl")
     folder = find(name, root, f"{name}/jpg", "jpg")
     with reading(name, path), open(path, "rb") as file:
-        content = PlainOnly(file, encoding="latin1").load()
+        content = data.ArraysOnly(file, encoding="latin1").load()
         truth = content["gnd"]
         database, queries = ([os.path.join(folder, f"{image}.jpg") for image in content[key]]
                              for key in ("imlist", "qimlist"))

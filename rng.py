@@ -24,9 +24,9 @@ def key(*parts):
     return int.from_bytes(digest, "little", signed=True)
 
 
-def generator(*parts, device="cpu"):
+def generator(*parts):
     """A torch.Generator for what is drawn once for all images, such as the order of an epoch."""
-    return torch.Generator(device).manual_seed(key(*parts) & (2**63 - 1))
+    return torch.Generator().manual_seed(key(*parts) & (2**63 - 1))
 
 
 def _shift(x, bits):

@@ -113,7 +113,9 @@ def convert(name, value, kind):
         if kind is tuple:
             return tuple(float(v) for v in value)
         if kind is int and not re.fullmatch(r"-?\d+", str(value)):
-            value = int(float(value)) if float(value).is_integer() else "no whole number"  # 1e3
+            return int(str(value) if not float(value).is_integer() else float(value))      # 1e3
+        if value is None:
+            raise TypeError
         return kind(value)
     except (ValueError, TypeError, KeyError, OverflowError):
         raise ValueError(f"{name} is {value!r}, but should be of type {kind.__name__}") from None
@@ -170,7 +172,9 @@ def config(cls, argv=None):
     if Path.cwd() in out.parents:
         out = out.relative_to(Path.cwd())
     lay_over(sections[section] or {}, f"section {section}")
-    if given.get("resume") and (out / "config.yaml").exists():
+    resume = convert("resume", {**(own if flat else own.get(section) or {}), **given}.get(
+        "resume", False), bool)
+    if resume and (out / "config.yaml").exists():
         lay_over({k: v for k, v in read_yaml(out / "config.yaml").items()
                   if k != "method" and (k not in known or v != values.get(k, known[k][1]))},
                  "the run to resume")
@@ -197,12 +201,14 @@ def main(function):
     except (ValueError, OSError, RuntimeError) as e:
         if isinstance(e, torch.OutOfMemoryError):
             e = "the GPU's memory is full: a smaller --batch-size, or --accumulate where it may be"
-        elif "DataLoader worker" in str(e):
+        elif re.search(r"DataLoader worker \(pid", str(e)):     # not: an error in a decoder
             e = "an image decoder died (memory or /dev/shm full?): fewer --workers, then --resume"
         elif isinstance(e, RuntimeError):
             raise
         if os.environ.get("TRACEBACK"):
             raise
+        if str(e).startswith("Caught"):         # in a decoder, with its traceback
+            e = str(e).splitlines()[-1]
         print(f"error: {e}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)                         # nccl's clean-up would wait for the other processes
@@ -287,7 +293,7 @@ def share_gradients(module, device):
     if world_size() > 1 and any(p.requires_grad for p in module.parameters()):
         return DistributedDataParallel(
             module, device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True)
+            gradient_as_bucket_view=True, broadcast_buffers=False)   # they are equal everywhere
     return module
 
 
@@ -457,7 +463,11 @@ class Run:
             except OSError as e:
                 if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                     raise                                    # a file system without locks will do
-            if not self.cfg.resume and list(self.out.glob("*.pt")):  # nothing is ever overwritten
+            run = [self.out / name for name in ("config.yaml", "last.pt", "encoder.pt")]
+            if not self.cfg.resume and any(file.exists() for file in run[1:]):
+                if not run[0].exists() or Path.cwd().is_relative_to(self.out.resolve()):
+                    raise ValueError(f"{self.out} holds other things, too; choose a folder of the "
+                                     f"run's own with --out")
                 names = (self.out.with_name(f"{self.out.name}.{n}") for n in range(1, 10**6))
                 kept = next(name for name in names if not name.exists())
                 self.out.rename(kept)
@@ -467,7 +477,7 @@ class Run:
                 (self.out / "metrics.jsonl").unlink(missing_ok=True)
                 self._write_config()
         except OSError as e:
-            raise OSError(f"cannot write to {self.out} ({e.strerror}); choose a folder with "
+            raise OSError(f"cannot write to {self.out} ({e.strerror or e}); choose a folder with "
                           f"--out") from None
         if self.cfg.tensorboard:
             try:
@@ -501,6 +511,8 @@ class Run:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             kind, method, meter = saved["format"], saved["method"], saved["meter"]
+        except (OSError, MemoryError) as e:
+            raise OSError(f"cannot read {path} ({e}); nothing is lost: try again") from None
         except Exception as e:
             raise ValueError(f"{path} is no checkpoint that can be resumed ({type(e).__name__}); "
                              f"start again without --resume") from None
@@ -576,6 +588,7 @@ class Run:
         with self.pause():
             checkpoints.save(self.out / "encoder.pt", backbone, **about, **info)
             if full:
+                full = {name: x.cpu() for name, x in full.items()}
                 content = dict(model=full, num_heads=backbone.config["num_heads"], **about)
                 checkpoints.replace_file(self.out / "full.pt", lambda f: torch.save(content, f))
 
@@ -620,7 +633,8 @@ class Run:
                     module.compile()
             if loader.skipped > self._skipped:
                 self._skipped = loader.skipped
-                self.say(f"unreadable images so far, replaced by others: {self._skipped}")
+                self.say(f"images replaced so far, as unreadable: {self._skipped} (repeats count, "
+                         f"other processes do not)")
             self._print_if_due()
             self.step = step + 1
             bar.update()
@@ -733,7 +747,7 @@ class Run:
             try:
                 yield
             except ValueError as e:
-                self.say(f"left out: {e}")
+                tqdm.write(f"left out: {e}", file=sys.stdout)        # maybe in this process only
 
     def due(self, times):
         """True `times` times a run, evenly spread, the last time at its last step."""
@@ -766,6 +780,8 @@ class Run:
                     right = metrics.knn(b, labels, q, k=(k,))[k] == truth
                     found[name] = 100 * right.float().mean()
         encoder.train()
+        if self._mean(len(found)) != len(found):         # an image that one process cannot read:
+            return {}                                    # what is logged is of all or of none
         return found
 
     def picture(self, columns, name="picture.png", scale=2):

@@ -395,6 +395,26 @@ def test_a_truncated_file_is_named_once_and_replaced_by_the_next(tmp_path, capsy
     assert 3 in take(loader, 1)[0].index and loader.skipped == 0
 
 
+def test_more_than_8_bits_a_colour_are_told_and_not_cut_off(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    for name, image in (("deep.png", ramp.astype(np.uint16)), ("float.tif", ramp / 65535),
+                        ("good.png", (ramp / 257).astype(np.uint8))):
+        Image.fromarray(image if name != "float.tif" else image.astype(np.float32)).save(
+            tmp_path / name)
+    for name in ("deep.png", "float.tif"):
+        with pytest.raises(ValueError, match="more than 8 bits a colour"):
+            data.read_image(tmp_path / name)
+    assert data.read_image(tmp_path / "good.png").mode == "RGB"
+
+
+def test_one_image_a_process_may_be_unreadable(tmp_path):
+    images = data.load(tree(tmp_path, each=4))
+    open(images.paths[0], "wb").write(b"not an image")
+    loader = data.Loader(images, [View(8)], 1, workers=0)
+    assert 0 not in [batch.index.item() for batch in take(loader, len(images))]
+    assert loader.skipped == 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_that_is_mostly_unreadable_is_an_error(tmp_path, workers):
     images = data.load(tree(tmp_path, each=4))
@@ -490,6 +510,9 @@ def test_imagenet_100_is_picked_out_of_imagenet(tmp_path, capsys):
     names = {os.path.basename(os.path.dirname(p)) for p in part.paths}
     assert names == {part.classes[i] for i in part.labels} == set(three[:2])
     assert len(data.load("imagenet", tmp_path / "imagenet")) == 6         # the root itself will do
+    tree(tmp_path / "imagenet10" / "train", ["n07747607", "n00000001"], 2)
+    ten = data.load("imagenet10", tmp_path, "train")
+    assert len(ten) == 2 and len(set(ten.classes)) == 10 and ten.labels.unique().tolist() == [9]
     photo(f"{tmp_path}/flat/val/ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(FileNotFoundError, match="val sorted into class folders"):
         data.load("imagenet", tmp_path / "flat", "val")
@@ -571,6 +594,13 @@ def test_stl10_is_stored_columns_first(tmp_path):
     images = data.load("stl10", tmp_path)
     assert torch.equal(images.pixels, x) and images.labels.tolist() == [0, 9, 2]
     assert data.load("stl10", tmp_path, "unlabeled").labels is None
+    for labels, cut in ((b"\1\2\3", 1000), (b"\1\2", 0)):
+        (tmp_path / "stl10_binary" / "train_y.bin").write_bytes(labels)
+        file = tmp_path / "stl10_binary" / "train_X.bin"
+        os.truncate(file, file.stat().st_size - cut)
+        with pytest.raises(ValueError, match="train_X.bin is cut off, or does not go with"):
+            data.load("stl10", tmp_path)
+        x.mT.contiguous().numpy().tofile(file)
 
 
 def test_the_built_in_sets_need_nothing():

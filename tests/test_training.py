@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import importlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import checkpoints
@@ -125,7 +127,7 @@ def test_decay_groups_leave_out_vectors_and_frozen_parameters():
 def test_knn_votes_between_two_splits_of_the_same_classes_and_not_else():
     cfg = SimpleNamespace(workers=0)
     run = SimpleNamespace(device=torch.device("cpu"), cfg=cfg, autocast=contextlib.nullcontext,
-                          looking=contextlib.nullcontext)
+                          looking=contextlib.nullcontext, _mean=float)
     net, labels = vit.ViT(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2), [0, 1] * 8
     pixels = 200 * torch.tensor(labels, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 3, 16, 16)
     bank = data.Images("x", "train", ["a", "b"], torch.tensor(labels), pixels)
@@ -137,6 +139,40 @@ def test_knn_votes_between_two_splits_of_the_same_classes_and_not_else():
                          (bank, replace(tests, classes=["a", "c"]))):
         assert set(training.Run.knn(run, net, known, asked, 16)) == {"spread"}
     assert net.training
+    run._mean = lambda n: n - 0.5               # another process could not read an image
+    assert training.Run.knn(run, net, bank, tests, 16) == {}
+
+
+@pytest.mark.parametrize("method", ["mae", "dino"])
+def test_compiled_networks_learn_the_same(method, monkeypatch, tmp_path):
+    """By torch's backend that compiles nothing, but goes the same way."""
+    script, found = importlib.import_module(method), {}
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda net: (
+        found.update(compiled=True), real(net, backend="eager")))
+    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    for name, flag in (("plain", "false"), ("compiled", "true")):
+        monkeypatch.setattr(sys, "argv", [
+            "", *"--data synthetic --img-size 16 --patch-size 4 --embed-dim 16 --depth 2 "
+            "--num-heads 2 --batch-size 8 --workers 0 --evals 0 --log-every 1 --precision fp32 "
+            "--steps 3".split(), "--compile", flag, "--out", str(tmp_path / name)])
+        script.main()
+    assert found == {"compiled": True}
+    plain, compiled = ([line["loss"] for line in records(tmp_path / name)]
+                       for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_what_was_said_of_a_run_counts_only_if_it_is_resumed(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml").write_text("seed: 7\n")
+    file = tmp_path / "mine.yaml"
+    for text, flags, seed in (("", ["--resume"], 7), ("", ["--resume", "false"], 0), ("", [], 0),
+                              ("resume: true", [], 7), ("toy:\n  resume: true", [], 7)):
+        file.write_text(text)
+        cfg = training.config(mmc.Config, ["--out", str(out), "--config", str(file), *flags])
+        assert cfg.seed == seed, (text, flags)
 
 
 # ---- kills and pre-emption -----------------------------------------------------------------------
@@ -216,6 +252,19 @@ def test_an_earlier_run_is_kept(tmp_path):
     assert (out / "encoder.pt").read_bytes() != first
 
 
+def test_a_folder_with_other_things_is_not_moved_away(tmp_path, monkeypatch):
+    (tmp_path / "weights.pt").write_bytes(b"")
+    opened(tmp_path, resume=False)._lock.close()                             # beside it
+    (tmp_path / "encoder.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds other things, too"):         # somebody's encoder
+        opened(tmp_path, resume=False)
+    (tmp_path / "config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="holds other things, too"):         # where we stand
+        opened(tmp_path, resume=False)
+    assert (tmp_path / "weights.pt").exists()
+
+
 @pytest.mark.parametrize("flags, sentence", [
     ("--batch-size 4096", "choose 1 to 2048"),
     ("--batch-size 1 --group 1", "MMC contrasts an image with others"),
@@ -291,9 +340,10 @@ def test_a_run_learns_from_its_images_and_asks_labelled_ones(monkeypatch, name, 
 # ---- one run a folder ----------------------------------------------------------------------------
 
 
-def opened(folder):
+def opened(folder, resume=True):
     """A run's folder as Run opens it, without the run."""
-    bare = SimpleNamespace(out=folder, cfg=SimpleNamespace(resume=True, tensorboard=False))
+    bare = SimpleNamespace(out=folder, cfg=SimpleNamespace(resume=resume, tensorboard=False),
+                           _write_config=lambda: None)
     training.Run._open_folder(bare)
     return bare
 
@@ -349,3 +399,35 @@ def test_full_memory_and_dead_decoders_are_one_sentence_and_other_errors_are_not
         assert end.value.code == 2 and said in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
         failing(RuntimeError("a bug"))
+
+
+@pytest.mark.slow
+def test_an_error_in_a_decoder_is_one_sentence_and_ends_the_run(tmp_path):
+    """Decoders ignore SIGTERM, by which Python would end them at exit, and would wait for ever."""
+    for n in range(20):
+        Image.new("RGB", (20, 20), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    script = ("import data, mmc, training\n"
+              "def resize(*_): raise ValueError('odd view')\n"
+              "data.resize = resize\n"
+              "training.main(mmc.main)")
+    flags = [*TINY, "--data", tmp_path, "--workers", 2, "--steps", 3, "--out", tmp_path / "out"]
+    said = finish(subprocess.Popen([sys.executable, "-c", script, *map(str, flags)], cwd=ROOT,
+                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
+                  code=2)
+    assert said.strip().splitlines()[-1] == "error: ValueError: odd view"
+
+
+@pytest.mark.slow
+def test_told_to_stop_is_one_of_two_processes_and_both_do(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_port", str(random.randint(20000, 40000)), "mmc.py", *TINY, "--group", "4",
+               "--steps", "100000", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while "step 2/" not in process.stdout.readline():
+        assert process.poll() is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "told to stop" in out, out
+    assert torch.load(tmp_path / "last.pt")["step"] == records(tmp_path)[-1]["step"]
