@@ -118,8 +118,9 @@ def numbers(folder):
         metrics = answer(folder, flags)
         for column, (feature, name) in columns.items():
             feature = feature or next(iter(metrics))
-            if feature in metrics:                       # SelfPatch has no class token
-                found[column] = round(metrics[feature][name], 1)
+            found[column] = round(metrics[feature][name], 1)
+    if found["kNN cls"] == found["kNN pat"]:             # no class token: the mean stands in
+        del found["kNN cls"]
     for name, (column, key, digits) in INSIDE.items():
         model, = json.loads((folder / "analysis" / f"{name}.json").read_text())["models"]
         found[column] = round(model["numbers"][key][-1], digits)
