@@ -99,11 +99,13 @@ def detection(model, args):
     SelfPatch, table 3 (--recipe 1x), ASL, tables 1, 3, 5 (100ep: ASL cites it, and MAE's row is its
     published number) and ViTDet (vitdet), for comparison. Our choices. In all: no decay of biases;
     pictures padded to a multiple of 4 patches, so that anchors lie on the cells of all levels;
-    images and views in which no object is left are skipped; BN synchronised on GPUs only. 100ep,
-    vitdet: the class token goes; windows as large as the grid of the pre-training (14 x 14 of
-    ViT-B/16), at most half the input; vitdet, too, has a table of relative position biases in each
-    block, where it would have decomposed ones. On toy: the encoder's size, a small detector, few
-    iterations. ValueError: pixels as a baseline, a set without masks, no pycocotools.
+    in training, images and views in which no object is left are skipped; BN synchronised on GPUs
+    only. 100ep, vitdet: the class token goes; windows as large as the grid of the pre-training
+    (14 x 14 of ViT-B/16), at most half the input; vitdet, too, has a table of relative position
+    biases in each block, where it would have decomposed ones; those of the global blocks have the
+    window's size, too, and are stretched to the whole grid. On toy: the encoder's size, a small
+    detector, few iterations. ValueError: pixels as a baseline, a set without masks, no pycocotools,
+    a batch that the processes cannot share.
     """
     dense.needs_tokens(model, args)
     readers.view(args.data, "train", readers.MASKS, "masks")
@@ -115,6 +117,9 @@ def detection(model, args):
     recipe = FULL | settings_of(args, RECIPES) | (TOY if toy else {})
     side = (args.size or (model.size if toy else recipe["side"])) // p * p
     names, rank, world = readers.box_classes(args.data), training.rank(), training.world_size()
+    if recipe["batch"] % world:                          # or the run would be longer or shorter
+        raise ValueError(f"{world} processes cannot share {recipe['batch']} images: take a number "
+                         f"that divides them")
 
     def read(split, order=None):
         limit = args.limit or (TOY_IMAGES[split] if toy else None)
@@ -123,7 +128,7 @@ def detection(model, args):
     views = Views(read, recipe, side, model.mean, args.seed, keep=toy)
     next(iter(views))                                    # what is wrong with the set is said now
     iters = length(recipe, views.images, args)
-    share = max(1, recipe["batch"] // world)             # images of this process
+    share = recipe["batch"] // world                     # images of this process
     batches = DataLoader(views, share, collate_fn=list, num_workers=0 if toy else args.workers,
                          worker_init_fn=data.start_worker, generator=torch.Generator())
     torch.manual_seed(args.seed)
@@ -132,7 +137,7 @@ def detection(model, args):
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     opt = torch.optim.AdamW(groups(net, recipe), betas=(0.9, 0.999))
     progress = Progress(model, args, net, opt)
-    views.begin = progress.step * share * world // views.images
+    views.begin = progress.step * recipe["batch"] // views.images
     train(net, opt, progress, batches, recipe, iters, model, args)
 
     net.eval()
@@ -165,7 +170,7 @@ def detection(model, args):
                      for kind in scores for name in ("AP", "AP50", "AP75")}},
         f"Mask R-CNN of torchvision (RoIAlign not aligned, smooth L1), fine-tuned end to end, "
         f"recipe {args.recipe}: pyramid from blocks {blocks}, {attention}; {iters:,} iterations of "
-        f"{share * world}{small}, AdamW, lr {recipe['lr']:g}, weight decay {recipe['decay']:g}, "
+        f"{recipe['batch']}{small}, AdamW, lr {recipe['lr']:g}, weight decay {recipe['decay']:g}, "
         f"layer decay {recipe['layer_decay']:g}, drop path {recipe['drop_path']:g}; "
         f"{recipe['input']} input, {side} px; no test-time augmentation",
         train=views.images, test=len(pairs))

@@ -49,6 +49,7 @@ import vit
 from features import (
     all_tokens,
     block_means,
+    each,
     extract,
     features,
     labelled,
@@ -77,11 +78,14 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "checkpoint": (str, [], "files or folders of runs; none: the newest run in --out"),
     "baseline":   (("pixels", "untrained"), [], "floors: raw pixels, a ViT with random weights"),
     "branch":     (("teacher", "student", "base", "momentum"), None, "which weights, if several"),
-    "data":       (str, None, "data set or folder; none: what the checkpoint was trained on"),
+    "data":       (str, None, "data set or folder; none: that of the first checkpoint that names "
+                   "one, else toy (official files name none)"),
     "data-root":  (str, None, "where data sets lie; none: $DATA_ROOT, else datasets/"),
-    "size":       (natural, None, "pixels a side of the input; none: as in training; segmentation, "
-                   "linear_segmentation and pose have their own, but for toy"),
-    "limit":      (natural, None, "use so many images of each split; none: all"),
+    "size":       (natural, None, "pixels a side of the input; none: as in training; detection, "
+                   "zero_shot_segmentation and video have their own; segmentation, "
+                   "linear_segmentation and pose, too, and but for toy take no other"),
+    "limit":      (natural, None, "use so many images of each split; none: all, of toy fewer in "
+                   "some probes"),
     "out":        (str, "out", "folder of the runs, and for pictures"),
     "json":       (str, None, "file to append to; none: results.jsonl by the checkpoint"),
     "seed":       (int, 0, "of what a probe draws, and of untrained weights"),
@@ -97,9 +101,11 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
     "k":          (natural, [10, 20], "knn: numbers of neighbours"),
     "recipe":     (("mae", "dino", "park", "simmim", "mmc", "parts", "selfpatch", "1x", "100ep",
                     "vitdet"), None, "whose settings; none: the first; linear: mae, dino, park; "
-                   "finetune: mae, simmim, mmc; linear_segmentation: parts, mmc; segmentation: fpn "
-                   "selfpatch, upernet mae, selfpatch; detection: 1x, 100ep, vitdet"),
-    "paper":      (bool, False, "linear, layerwise: lr and weight decay of recipe park as printed"),
+                   "shape_bias, frequency_noise: park, mae, dino; finetune: mae, simmim, mmc; "
+                   "linear_segmentation: parts, mmc; segmentation: fpn selfpatch, upernet mae, "
+                   "selfpatch; detection: 1x, 100ep, vitdet"),
+    "paper":      (bool, False, "linear, layerwise, shape_bias, frequency_noise: lr and weight "
+                   "decay of recipe park as printed"),
     "bn":         (("running", "batch"), "running", "attentive head: statistics of its batch norm "
                    "at test; batch: as the published code"),
     "epochs":     (natural, None, "of a head's or all weights' training; none: the recipe's; "
@@ -137,7 +143,10 @@ FLAGS = {      # name: (type or choices, default, help); a list takes several va
 
 
 def knn(model, args):
-    """Nearest neighbours vote: the train split is the bank, the test split asks. No training."""
+    """Nearest neighbours vote: the train split is the bank, the test split asks. No training.
+
+    Our choice, here and in all probes of classes: CIFAR's pictures are seen whole, see `view`.
+    """
     names, tokens = wanted(args, "cls", "pat", "hyber")
     bank, labels, classes = features(model, args, "train", names, tokens)
     queries, truth, _ = features(model, args, "test", names, tokens)
@@ -174,11 +183,13 @@ def linear(model, args):
 
     The papers show the encoder a new random crop of every image in every epoch. Our choice: it sees
     the test view and its mirror image, once, and each epoch draws one of the two: one pass instead
-    of 90, and numbers a little below the papers' protocol, for all models alike. Also ours: a batch
-    of at most 1/32 of the images, so that a small set gets enough steps; standardising by all
-    training features, which is what the recipes' BatchNorm without affine converges to; cosine per
-    step; a sweep of lr. The papers report the best epoch on the test images. Here a tenth of the
-    training images is held out to choose lr and epoch, and the test images are looked at once.
+    of 90; how far this is below the papers' protocol, and whether alike for all models, was not
+    measured. Also ours: a batch of at most 1/32 of the images, so that a small set gets enough
+    steps; standardising by all training features, which is what the recipes' BatchNorm without
+    affine converges to; cosine per step; a sweep of lr; of recipe park the patch mean, as SimMIM
+    trains no class token. The released scripts report the best epoch on the test images. Here a
+    tenth of the training images is held out to choose lr and epoch, and the test images are looked
+    at once.
     --recipe park --paper takes lr 1 (at any batch; the table calls it a base rate) and weight decay
     0.05 from the paper's table A.1, without a sweep. That is not the default because each step
     takes 5 % off the weights, with momentum ten times that: a head keeps little of what it learned.
@@ -211,7 +222,8 @@ def chosen(recipe):
 def seen_by_linear(args):
     """Names and function of what the recipe looks at; last_blocks has one, under its own name."""
     tokens = last_blocks if args.recipe == "dino" and not args.feature else None
-    return [args.feature or "cls"], tokens or wanted(args, "cls")[1]
+    name = args.feature or ("pat" if args.recipe == "park" else "cls")
+    return [name], tokens or wanted(args, name)[1]
 
 
 def trained(model, args):
@@ -259,13 +271,13 @@ def attentive(model, args):
     code for parts (CAE: 0.02, times 0.001); running statistics of the batch norm at test. The
     published code takes the test batch's own, so that an answer depends on its neighbours: --bn
     batch, with batches of 256 in the order of the data set. All tokens stay in memory, in 16 bits,
-    of each process.
+    of each process, and twice while they are put in order.
     """
     if not model.encoder:
         raise ValueError("attentive needs tokens, and pixels have none: leave out that --baseline")
-    images = load(args.data, args.data_root, "train", model.size, args.limit, args.device)
+    images, _ = labelled(model, args, "train")
     size = len(images) * 2 * ((model.size // model.encoder.patch_size) ** 2 + 1) * 2 / 2**30
-    if (size := size * model.encoder.embed_dim) > 48:
+    if (size := 2 * size * model.encoder.embed_dim) > 48:
         raise ValueError(f"attentive keeps the tokens of {len(images):,} images, {size:.0f} GiB: "
                          f"take fewer with --limit")
     found, y, classes = features(model, args, "train", ["tokens"], all_tokens, mirror=True)
@@ -287,6 +299,7 @@ def attentive(model, args):
 
 class LinearHeads:
     """L linear classifiers: features (B, D) -> scores (B, L, C)."""
+    least = 1                                            # images in a batch
 
     def __init__(self, heads, width, classes, g, device):
         weight = 0.01 * torch.randn(classes, width, generator=g).to(device).repeat(heads, 1, 1)
@@ -308,6 +321,7 @@ class AttentiveHeads:
     of the key's LayerNorm is left out: it cancels in the softmax. bn: the statistics at test,
     "running" or those of the "batch".
     """
+    least = 16                                           # or the batch norm has few to compare
 
     def __init__(self, heads, width, classes, g, device, bn="running"):
         def drawn(*shape, std=0.02):
@@ -391,19 +405,22 @@ def train_heads(x, y, classes, recipe, epochs, seed, kind=LinearHeads):
         raise ValueError(f"a tenth of the training images is held out: {n} are too few; raise "
                          f"--limit or change --data")
     held, train = torch.randperm(n, generator=g).to(x.device).tensor_split([n // 10])
-    batch = max(1, min(recipe["batch"], len(train) // 32))
-    total = epochs * -(-len(train) // batch)
-    warmup = total * recipe["warmup"] // recipe["epochs"]
-    sweep, scale = ((1.0,), 1.0) if recipe.get("literal") else (SWEEP, batch / 256)
-    lrs = torch.tensor(sweep, device=x.device) * recipe["lr"] * scale
+    sweep = (1.0,) if recipe.get("literal") else SWEEP
     heads = kind(len(sweep), x.shape[-1], classes, g, x.device)
+    batch = min(len(train), max(heads.least, min(recipe["batch"], len(train) // 32)))
+    used = len(train) - (len(train) % batch == 1 < heads.least)    # of one row batch norm makes 0
+    total = epochs * -(-used // batch)
+    warmup = total * recipe["warmup"] // recipe["epochs"]
+    scale = 1.0 if recipe.get("literal") else batch / 256
+    lrs = torch.tensor(sweep, device=x.device) * recipe["lr"] * scale
     momenta = [torch.zeros_like(p) for p in heads.params]
     for p in heads.params:
         p.requires_grad_()
 
     step, best = 0, (-1,)
     for epoch in range(1, epochs + 1):
-        for index in train[torch.randperm(len(train), generator=g).to(x.device)].split(batch):
+        order = torch.randperm(len(train), generator=g)[:used].to(x.device)
+        for index in train[order].split(batch):
             shown = torch.randint(views, (len(index),), generator=g).to(x.device)
             scores = heads(x[index, shown], training=True)                  # (B, L, C)
             labels = y[index, None].expand(-1, len(sweep))
@@ -464,6 +481,7 @@ def few_shot(model, args):
     """
     ways, queries, thresholds = 5, 15, [t / 10 for t in range(1, 10)]
     names, tokens = wanted(args, "cls")
+    labelled(model, args, "test")                        # first, as it knows what to say
     whole = squares(model, args)
     found, labels, classes = features(model, args, "test", names, tokens, whole=whole)
     members = [(labels == c).nonzero()[:, 0] for c in range(classes)]
@@ -492,8 +510,9 @@ def few_shot(model, args):
                       "F1": 100 * f1.max().item(), "T x 100": 100 * thresholds[int(f1.argmax())],
                       **{f"F1 {t}": 100 * value for t, value in zip(thresholds, f1.tolist())}}
     return report(rows, f"5-way 1-shot, {args.episodes} episodes, 15 queries of each class, "
-                  f"cosine; last block, after the final norm; {model.size} px; accuracy +- 95 % "
-                  f"interval; F1 of saying 'same' above T; chance 20.0 and 33.3", test=len(labels),
+                  f"cosine; last block, after the final norm; {view(model, args, whole)}; accuracy "
+                  f"+- 95 % interval; F1 of saying 'same' above T; chance 20.0 and 33.3",
+                  test=len(labels),
                   notes=[f"{len(members)} classes of {args.data}, test split"])
 
 
@@ -523,7 +542,7 @@ def object_retrieval(model, args):
     Part-aware study, table 2: CIFAR-10, and COCO's boxes. It does not name split, shape and least
     size. Our choice: the test split, and boxes (not crowds) of at least 64 px and at most 1.2
     times as long as wide, clipped, squashed to a square; the query is not in its own list. Chance
-    is about the share of the query's class.
+    is about the share of the query's class. Not here: the training split.
     """
     names, tokens = wanted(args, "cls", "pat", "projected")
     if args.data in ("coco", "toy-scenes"):
@@ -633,10 +652,13 @@ def shape_bias(model, args):
     Park et al., figure 8a, on the 1,200 cue-conflict images whose shape and texture disagree. The
     classifier is the linear probe, trained on ImageNet (--data imagenet). A category's probability
     is the mean over its member classes. Of the decisions for either cue, the share for the shape;
-    the number is the mean over the 16 shapes. A supervised ResNet-50 has about 21 %.
+    the number is the mean over the 16 shapes. A supervised ResNet-50 has about 21 %. Recipe park,
+    see `linear`. Not here: a fine-tuned classifier (Park et al., F.2), and accuracy
+    on Stylized-ImageNet.
 
     There is no stand-in on toy: its classes differ in shape alone, so no cue could conflict.
     """
+    args.recipe = args.recipe or "park"
     if args.data != "imagenet":
         raise ValueError("shape_bias needs a classifier of ImageNet's 1,000 classes and the "
                          "cue-conflict images: get both, then --data imagenet")
@@ -661,9 +683,10 @@ def shape_bias(model, args):
     mean = torch.tensor(list(bias.values()), dtype=torch.float64).nanmean().item()
     row = {"shape bias": 100 * mean, "either": 100 * either}
     row |= {world.classes[c]: 100 * value for c, value in bias.items()}
-    return report({name: row}, f"linear head, recipe {args.recipe}; mean probability of each "
-                  f"category's classes; mean over shapes of shape / (shape or texture)",
-                  train=train, test=int(conflict.sum()))
+    return report({name: row}, f"linear head, recipe {args.recipe} ({head.epochs} epochs), "
+                  f"{chosen(linear_recipe(args))}; {view(model, args, args.no_crop)}; mean "
+                  f"probability of each category's classes; mean over shapes of shape / (shape or "
+                  f"texture)", train=train, test=int(conflict.sum()))
 
 
 def sixteen(scores, categories):
@@ -679,8 +702,10 @@ def frequency_noise(model, args):
     frequencies. The linear probe's head, on the test images of the evaluated set; noise on the
     normalised image, the same for all models. Our choice, as the paper gives but a window of 0.1
     pi: strength 0.7 with random signs, bands 0.1 pi wide around f = 0, 0.1 pi, .. pi, not clipped.
-    A band has the more energy the higher it is (--equal-energy: the same for all).
+    A band has the more energy the higher it is (--equal-energy: the same for all). Recipe park, see
+    `linear`. Not here: fine-tuned models (F.2).
     """
+    args.recipe = args.recipe or "park"
     names, tokens = seen_by_linear(args)
     name, head, train = trained(model, args)
 
@@ -698,8 +723,8 @@ def frequency_noise(model, args):
     return report({name: {"mean drop": mean, "clean": clean, **drops}},
                   f"points of top-1 lost to noise of strength {args.eps:g} in a band 0.1 pi wide "
                   f"around a frequency" + ", equal energy" * args.equal_energy +
-                  f"; linear head, recipe {args.recipe}; {view(model, args)}",
-                  train=train, test=test)
+                  f"; linear head, recipe {args.recipe} ({head.epochs} epochs), "
+                  f"{chosen(linear_recipe(args))}; {view(model, args)}", train=train, test=test)
 
 
 def ring(size, f, half=0.05 * math.pi):
@@ -756,7 +781,7 @@ def part_classification(model, args):
     Part-aware study, table 4 (right), on the crops of part_retrieval. As in its released code, the
     training crops are enlarged by 256/224 and lose their rim, the test crops are seen whole; no
     augmentation. Our choice, as in `linear`: small batches, a sweep of lr around the paper's, a
-    held-out tenth that chooses lr and epoch (the paper: the best epoch on the test crops).
+    held-out tenth that chooses lr and epoch (the code: the best epoch on the test crops).
     """
     args.head = args.head or "linear"
     if args.head not in ("linear", "attentive"):
@@ -787,9 +812,11 @@ def part_classification(model, args):
     for row in rows.values():
         del row["top-5"]                                 # of three or four parts
     epochs = args.epochs or recipe["epochs"]
-    return report(rows, f"{args.head} head (SGD, {epochs} epochs), after the final norm; "
-                  f"{', '.join(parts)} of {args.data}; training crops without their rim; lr and "
-                  f"epoch chosen on a held-out tenth", train=len(y), test=len(truth),
+    whose = " with batch norm of the test batch" * (args.head == "attentive" and args.bn == "batch")
+    return report(rows, f"{args.head} head{whose} (SGD, {epochs} epochs), after the final norm; "
+                  f"{', '.join(parts)} of {args.data}; squares by the study's {args.crop}, in "
+                  f"training without their rim; lr and epoch chosen on a held-out tenth",
+                  train=len(y), test=len(truth),
                   notes=[f"{model.name}, {name}: base lr {head.lr:.2g}, epoch {head.epoch} of "
                          f"{epochs}" for name, head in heads.items()] + without_crops(parts, y))
 
@@ -959,6 +986,18 @@ TASKS = {
 }
 TUNED = {"finetune", "segmentation", "detection"}        # these train all weights
 FROZEN = [task for task in TASKS if task not in TUNED]   # what --task all runs
+OF_LINEAR = "linear shape_bias frequency_noise"
+READ_BY = {       # a flag that these tasks read and the others refuse: it would change no number
+    "recipe": f"{OF_LINEAR} finetune segmentation linear_segmentation detection",
+    "paper": f"{OF_LINEAR} layerwise",
+    "epochs": f"{OF_LINEAR} layerwise attentive part_classification finetune detection",
+    "iters": "segmentation linear_segmentation pose detection",
+    "lr": "segmentation linear_segmentation",
+    "feature": f"{OF_LINEAR} layerwise knn few_shot object_retrieval part_retrieval "
+               f"part_classification landmark_retrieval",
+    "head": "part_classification segmentation",
+    "reinit": "finetune",
+    "k": "knn"}
 ALL_EPOCHS, ALL_IMAGES = 10, 2000      # of its heads, and of toy's splits, unless flags say other;
 OWN_LIMIT = {*DENSE, "part_retrieval"}                   # these have smaller ones of their own
 
@@ -1101,6 +1140,9 @@ def append(path):
 
 def main(argv=None):
     args, first = parse(argv), os.environ.get("RANK", "0") == "0"
+    for flag, tasks in READ_BY.items():
+        if args.task not in (*tasks.split(), "all") and getattr(args, flag) != FLAGS[flag][1]:
+            raise ValueError(f"{args.task} does not read --{flag}: leave it out")
     if args.task not in DENSE:
         training.join(args.device)
     elif not first:
@@ -1110,7 +1152,7 @@ def main(argv=None):
     training.keep_memory()
     every = args.task == "all"
     jobs, results, missed, folder, begin = [], [], {}, Path(args.out), time.perf_counter()
-    written = {}                                         # in order, each file once
+    written, failed = {}, None                           # written: in order, each file once
     for model in models(args):
         if model.source.path:
             folder = Path(model.source.path).parent      # baselines: with the checkpoint before
@@ -1124,21 +1166,25 @@ def main(argv=None):
             continue
         own, start = argparse.Namespace(**{**vars(args), "task": task}), time.perf_counter()
         if every:                                        # probes share features; quick heads
-            own.cache, own.epochs = True, args.epochs or ALL_EPOCHS
-            if args.data.startswith("toy") and task not in OWN_LIMIT:
+            own.cache = args.cache or "attentive" not in (task, args.head)   # its tokens are many
+            own.epochs = args.epochs or ALL_EPOCHS
+            if dense.is_toy(args) and task not in OWN_LIMIT:
                 own.limit = args.limit or ALL_IMAGES
         with append(path) as file:                       # opened first: no work for a bad path
             try:
                 result = TASKS[task](model, own)
-            except (ValueError, FileNotFoundError) as error:
-                if not every:
-                    raise
-                missed.setdefault((model.name, str(error)), []).append(task)
-                continue
+            except Exception as error:
+                if every and isinstance(error, (ValueError, FileNotFoundError)):
+                    missed.setdefault((model.name, str(error)), []).append(task)
+                    continue
+                failed = error                           # after the table of what came before it
+                break
             result.task = task
+            if args.hyber_norm == "joint" and "hyber" in result.rows:
+                result.protocol += "; hyber: cls and pat brought to length 1 together"
             if not model.encoder:
                 result.notes.append("pixels: the picture as 32 x 32 means at most, no encoder")
-            elif not model.encoder.num_prefix:
+            elif not model.encoder.num_prefix and task not in DENSE:
                 result.notes.append(f"{model.name} has no class token: its patch mean stands in")
             seconds = time.perf_counter() - start
             file.write(record(model, result, own, seconds))
@@ -1146,11 +1192,15 @@ def main(argv=None):
         if every:
             print(f"{model.name}: {task}, {seconds:.1f} s", flush=True)
         results.append((model, result))
-    if end:
+    if failed and not (first and results):
+        raise failed
+    if end and not failed:
         dist.barrier(end)
     missed = [f"{name}: no {', '.join(tasks)}: {error}" for (name, error), tasks in missed.items()]
-    if every and not results:
+    if not failed and not any(each(bool(results))):      # the first alone has those of dense probes
         raise ValueError("; ".join(missed))
+    if not first:
+        return
     say(results, args)
     if every and not args.epochs:
         print(f"note: heads were trained for {ALL_EPOCHS} epochs: fewer than in their protocols")
@@ -1169,7 +1219,9 @@ def main(argv=None):
             feature = max(r.rows, key=lambda name: r.rows[name].get(column, -1))
             number = f"{r.rows[feature][column]:.1f} % ({column}, {feature})"
             print(f"{model.name}: {args.task} {number}")
-    print(f"{time.perf_counter() - begin:.1f} s, appended to {', '.join(written)}")
+    print(f"{time.perf_counter() - begin:.1f} s, appended to {', '.join(written)}", flush=True)
+    if failed:
+        raise failed
 
 
 def say(results, args):

@@ -355,9 +355,14 @@ def features(model, args, split, names=("cls", "pat", "hyber"), tokens=pooled, m
     return found, images.labels.to(index.device)[index], classes
 
 
-def view(model, args):
-    """The standard test view in words: files lose their rim, small resident sets are seen whole."""
-    files = load(args.data, args.data_root, "test", model.size, args.limit, args.device).paths
+def view(model, args, whole=False):
+    """The standard test view in words: files lose their rim, small resident sets are seen whole.
+
+    The latter is our choice: CIFAR might as well go the way of files, 32 -> 256 -> 224 px, and lose
+    a rim. whole: of files nothing is cut off either.
+    """
+    files = not whole and load(args.data, args.data_root, "test", model.size, args.limit,
+                               args.device).paths
     rim = f"centre of short side {model.size * 256 // 224}" if files else "whole picture"
     return f"{rim} at {model.size} px"
 

@@ -57,7 +57,8 @@ def finetune(model, args):
     """All weights are trained on as a classifier: how good a start was the pre-training?
 
     With --reinit some blocks forget first: where does what was learned sit? (Park et al., F.3)
-    The papers report the best epoch on the test images, which flatters: the last one stands beside.
+    Reported is the best epoch on the test images, as the released code of linear probes does (of
+    fine-tuning the papers do not say), which flatters: the last one stands beside.
     A run that is killed goes on, see features.Progress.
     """
     recipe, both = settings_of(args, FINETUNE), args.recipe == "mmc"
@@ -73,7 +74,11 @@ def finetune(model, args):
     # Our choice for small sets: a batch of at most 1/64 of the images, so that they get enough
     # steps, and lr down with the root of it, as suits AdamW; in proportion, little would move.
     rank, world = training.rank(), training.world_size()
-    size = min(recipe["batch"], max(16, len(images) // 64)) // world * world
+    size = min(recipe["batch"], max(16, world, len(images) // 64)) // world * world
+    if len(images) < size or len(tests) < world:
+        raise ValueError(f"finetune needs {size} training and {world} test images at least, and "
+                         f"{args.data} has {len(images)} and {len(tests)}: raise --limit or change "
+                         f"--data")
     crop = data.View(model.size, scale=recipe.get("crop", CROP))             # bicubic, and flip
     loader = data.Loader(images, [crop], size, args.seed, args.device, args.workers, rank, world)
     epochs = args.epochs or recipe["epochs"]
@@ -260,9 +265,9 @@ def rand_augment(x):
 
     The recipes say magnitude 9 of timm's 10 (m9-mstd0.5-inc1); of torchvision's bins 0 to 30 that
     is 27. What differs from timm: the strength does not vary (mstd), Posterize keeps 4 bits (timm:
-    1), Invert and SolarizeAdd are missing, and warps are bilinear. Our choice: if more than 32
-    images are hit a few share an operation, so that a GPU is not handed every picture by itself;
-    with their signs there are no more than 23 operations, anyway.
+    1), Invert and SolarizeAdd are missing, one of the 14 is Identity, and warps are bilinear. Our
+    choice: if more than 32 images are hit a few share an operation, so that a GPU is not handed
+    every picture by itself; with their signs there are no more than 23 operations, anyway.
     """
     one = v2.RandAugment(1, magnitude=27, interpolation=TF.InterpolationMode.BILINEAR,
                          fill=[round(255 * m) for m in data.MEAN])

@@ -68,18 +68,16 @@ def average_precision(scores, relevant):
     return (precision * relevant).sum(1) / relevant.sum(1)
 
 
-def retrieval(features, labels, block=1024, queries=None):
+def retrieval(features, labels, block=1024):
     """Every item asks for the others of its class, by cosine similarity -> AP of each, (M,).
 
     features: (M, D), labels: (M,). The query is not in its own list. nan: nobody shares its class.
-    queries: (Q,) numbers of the items that ask -> (Q,); default: all. At most `block` of them, and
-    about a gigabyte of working memory, at a time.
+    At most `block` of them ask at a time, with about a gigabyte of working memory.
     """
     features = F.normalize(features, dim=1)
     block = max(1, min(block, 2**24 // len(features)))
     aps = []
-    asking = torch.arange(len(features)) if queries is None else queries
-    for index in asking.to(features.device).split(block):
+    for index in torch.arange(len(features), device=features.device).split(block):
         scores = features[index] @ features.T                     # (block, M)
         relevant = labels[index, None] == labels
         row = torch.arange(len(index), device=index.device)

@@ -661,6 +661,10 @@ def test_mistakes_get_one_sentence(capsys, tmp_path, monkeypatch):
     assert "No masks of 'cub' here" in message(capsys, *flags, "--data", "cub")
     with pytest.raises(ValueError, match="patches of 4, 8, 16 or 32 px, small has 2"):
         detection.detection(model(encoder(patch_size=2)), settings())
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "world_size", lambda: 3)
+        with pytest.raises(ValueError, match="3 processes cannot share 8 images: take a number"):
+            detection.detection(model(), settings())
     monkeypatch.setattr(detection, "TOY", TINY | dict(lr=math.nan))
     error = message(capsys, *flags)
     assert "not finite by iteration" in error and "--precision fp32" in error

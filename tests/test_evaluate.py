@@ -165,7 +165,7 @@ def test_other_classes_to_train_on_are_an_error_and_not_a_number(tmp_path, monke
             Image.fromarray(picture).save(tmp_path / folder / f"{n}.png")
     flags = ["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--device", "cpu"]
     for task in ("knn", "linear", "layerwise", "attentive", "finetune"):
-        error = message(capsys, "--task", task, *flags, "--epochs", "1")
+        error = message(capsys, "--task", task, *flags)
         assert f"other classes (3 and 2), and {task} needs the same ones in both" in error
     args = settings("--data", str(tmp_path), "--task", "few_shot")         # learns from neither
     assert evaluate.features(model(), args, "test", ["cls"])[2] == 2
@@ -208,6 +208,11 @@ def test_processes_share_the_batches_and_touch_no_others(tmp_path, monkeypatch):
     assert list(data.batches(few, 32, 4, rank=1, world=3)) == []
 
 
+def test_every_flag_that_a_task_reads_is_known():
+    for flag, tasks in evaluate.READ_BY.items():
+        assert flag in evaluate.FLAGS and set(tasks.split()) <= set(evaluate.TASKS)
+
+
 TWO = """
 import sys, torch, evaluate, training
 from metrics import report
@@ -233,24 +238,29 @@ def alone(model, args):
 
 evaluate.TASKS |= {"lone": lone, "damaged": damaged, "alone": alone}
 evaluate.DENSE["alone"] = alone
-evaluate.FROZEN = ["alone", "knn", "damaged", "linear", "part_retrieval", "lone"]
+evaluate.FROZEN = sys.argv.pop(1).split(",")
 training.main(lambda: evaluate.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
-def test_two_processes_find_the_features_and_numbers_of_one(tmp_path):
+def processes(tmp_path, count, tasks, *flags):
+    """`evaluate.py --task all` of these tasks, among them those of TWO, in so many processes."""
     (tmp_path / "two.py").write_text(TWO)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(max(1, cores // 2))}
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+              str(random.randint(20000, 40000))] if count == 2 else []
+    return subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "two.py"), tasks, "--task", "all", "--baseline",
+         "untrained", "--limit", "50", "--batch-size", "12", "--epochs", "2", "--device", "cpu",
+         "--workers", "0", "--out", str(tmp_path / str(count)), *flags],
+        text=True, capture_output=True, timeout=300, env=env)
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_features_and_numbers_of_one(tmp_path):
     for count in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                  str(random.randint(20000, 40000))] if count == 2 else []
-        done = subprocess.run(
-            [sys.executable, *launch, str(tmp_path / "two.py"), "--task", "all", "--baseline",
-             "untrained", "--limit", "50", "--batch-size", "12", "--epochs", "2", "--device",
-             "cpu", "--workers", "0", "--out", str(tmp_path / str(count))],
-            text=True, capture_output=True, timeout=300, env=env)
+        done = processes(tmp_path, count, "alone,knn,damaged,linear,part_retrieval,lone")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("no damaged: cannot read a.jpg") == 1
         assert done.stdout.count("untrained: knn") == 1
@@ -265,7 +275,51 @@ def test_two_processes_find_the_features_and_numbers_of_one(tmp_path):
         assert all(z.equal(b["features"][name]) for name, z in a["features"].items())
 
 
+@pytest.mark.slow
+def test_what_the_first_process_alone_can_measure_is_no_error_of_the_others(tmp_path):
+    done = processes(tmp_path, 2, "damaged,alone")
+    assert done.returncode == 0, done.stderr
+    [line] = (tmp_path / "2" / "results.jsonl").open()
+    assert json.loads(line)["task"] == "alone" and "no damaged: cannot read a.jpg" in done.stdout
+    done = processes(tmp_path, 2, "damaged")              # nobody has anything: an error
+    assert done.returncode and "error: untrained: no damaged: cannot read a.jpg" in done.stderr
+
+
 # ---- linear --------------------------------------------------------------------------------------
+
+
+def test_recipes_are_those_of_the_sheet():
+    columns = ("lr", "batch", "epochs", "warmup", "lars", "standardise")
+    assert {name: tuple(r[c] for c in columns) for name, r in evaluate.RECIPES.items()} == {
+        "mae": (0.1, 16384, 90, 10, True, True), "dino": (1e-3, 1024, 100, 0, False, False),
+        "park": (0.1, 1024, 50, 0, False, True), "park paper": (1, 1024, 50, 0, False, True),
+        "cae": (pytest.approx(0.4 * 256 / 8192), 8192, 90, 10, False, False),
+        "part": (pytest.approx(0.4 * 256 / 1024), 1024, 90, 0, False, False),
+        "part attentive": (pytest.approx(0.04 * 256 / 1024), 1024, 90, 0, False, False)}
+    more = {name: {key: r[key] for key in r.keys() - {*columns}}
+            for name, r in evaluate.RECIPES.items()}
+    assert more.pop("park paper") == dict(decay=0.05, literal=True) and not any(more.values())
+
+
+@pytest.mark.parametrize("task, feature", [("linear", "cls"), ("frequency_noise", "pat"),
+                                           ("shape_bias", "pat")])
+def test_recipe_park_looks_at_the_patch_mean_and_is_that_of_its_paper(monkeypatch, task, feature):
+    asked = []
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "labelled", lambda *_: (None, 1000))
+    monkeypatch.setattr(readers, "cue_conflict", stop if task != "shape_bias" else lambda _: None)
+    monkeypatch.setattr(evaluate, "features", lambda m, a, split, names, *_, **__: (
+        asked.append((a.recipe, names)) or stop()))
+    expected = {"cls": ("mae", ["cls"]), "pat": ("park", ["pat"])}[feature]
+    for flags, found in (([], expected), (["--recipe", "park"], ("park", ["pat"])),
+                         (["--recipe", "park", "--feature", "cls"], ("park", ["cls"])),
+                         (["--recipe", "mae"], ("mae", ["cls"]))):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.TASKS[task](model(), settings("--task", task, "--data", "imagenet", *flags))
+        assert asked.pop() == found and not asked
 
 
 def cloud(n=400, width=6, classes=3):
@@ -500,7 +554,7 @@ def test_knn_in_the_table_is_knn_of_the_features(tmp_path):
     assert line["metrics"]["cls"]["k=7"] == pytest.approx(right)
 
 
-@pytest.mark.parametrize("recipe, feature", [("mae", "cls"), ("dino", "4 x cls"), ("park", "cls")])
+@pytest.mark.parametrize("recipe, feature", [("mae", "cls"), ("dino", "4 x cls"), ("park", "pat")])
 def test_linear_runs_by_every_recipe_and_again_with_equal_numbers(tmp_path, recipe, feature):
     flags = ["--task", "linear", "--recipe", recipe, "--epochs", "2"]
     one, two = run(tmp_path, *flags) and run(tmp_path, *flags)
@@ -523,6 +577,44 @@ def test_a_model_without_class_token_says_so(tmp_path):
     [line] = run(tmp_path)
     assert line["notes"] == ["r has no class token: its patch mean stands in"]
     assert line["metrics"]["cls"] == line["metrics"]["pat"]
+
+
+def test_an_error_at_a_later_model_leaves_the_table_of_the_earlier_ones(tmp_path, capsys):
+    checkpoint(tmp_path, "a", 1000)
+    flags = ["--task", "attentive", "--epochs", "1", "--limit", "30", "--out", str(tmp_path),
+             "--device", "cpu", "--checkpoint", str(tmp_path / "a"), "--baseline", "pixels"]
+    with pytest.raises(SystemExit) as stop:
+        training.main(lambda: evaluate.main(flags))
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.err.startswith("error: attentive needs tokens, and pixels")
+    assert "\nmodel  feature" in said.out and "\na: attentive " in said.out
+    assert f"appended to {tmp_path}/a/results.jsonl" in said.out
+
+
+def test_hyber_of_iBOT_is_named_in_the_protocol(tmp_path):
+    flags = ["--k", "3", "--json", str(tmp_path / "all.jsonl"), "--hyber-norm"]
+    *_, halves = run(tmp_path, *flags, "halves")
+    *_, joint = run(tmp_path, *flags, "joint")
+    assert joint["protocol"] == (
+        halves["protocol"] + "; hyber: cls and pat brought to length 1 together")
+    *_, plain = run(tmp_path, *flags, "joint", "--feature", "cls")
+    assert plain["protocol"] == halves["protocol"]       # which has no hyber
+
+
+def test_a_folder_that_is_named_like_toy_is_no_toy(tmp_path, monkeypatch):
+    limits = []
+
+    def look(model, args):
+        """How many may it look at?"""
+        limits.append(args.limit)
+        return evaluate.report({"cls": {"k=10": 1.0}}, "")
+
+    monkeypatch.setattr(evaluate, "FROZEN", ["knn"])
+    monkeypatch.setitem(evaluate.TASKS, "knn", look)
+    for name in ("toys", "toy-scenes"):
+        evaluate.main(["--task", "all", "--data", name, "--baseline", "pixels", "--device", "cpu",
+                       "--out", str(tmp_path)])
+    assert limits == [None, evaluate.ALL_IMAGES]
 
 
 def test_a_task_is_a_function_and_a_line(tmp_path, monkeypatch):
@@ -555,6 +647,18 @@ def test_a_task_is_a_function_and_a_line(tmp_path, monkeypatch):
     (["--task", "linear", "--paper"], "add --recipe park"),
     (["--task", "linear", "--recipe", "simmim"], "choose --recipe mae, dino, park\n"),
     (["--data", "cub"], "knn needs pictures of one class each, and cub has none"),
+    (["--data", "cub", "--task", "few_shot"], "few_shot needs pictures of one class each, and cub"),
+    (["--data", "cub", "--task", "attentive"], "attentive needs pictures of one class each, and"),
+    (["--task", "finetune", "--lr", "1e-3"], "finetune does not read --lr: leave it out"),
+    (["--task", "finetune", "--iters", "9"], "finetune does not read --iters: leave it out"),
+    (["--task", "detection", "--lr", "1e-3"], "detection does not read --lr: leave it out"),
+    (["--task", "segmentation", "--epochs", "9"], "segmentation does not read --epochs"),
+    (["--task", "attentive", "--feature", "pat"], "attentive does not read --feature"),
+    (["--task", "layerwise", "--recipe", "mae"], "layerwise does not read --recipe"),
+    (["--task", "linear", "--head", "attentive"], "linear does not read --head"),
+    (["--task", "linear", "--reinit", "last:2"], "linear does not read --reinit"),
+    (["--task", "linear", "--k", "5"], "linear does not read --k"),
+    (["--paper"], "knn does not read --paper: leave it out"),
     (["--data", "toyy", "--task", "all"], "no knn, few_shot, linear"),
     (["--task", "part_retrieval", "--data", "cub", "--data-root", "x"], "No cub under x: expected"),
 ])

@@ -103,6 +103,16 @@ def test_schedules_of_mae_and_simmim():
 # ---- the copy that is trained ----
 
 
+def test_recipes_are_those_of_the_sheet():
+    columns = ("lr", "per", "batch", "epochs", "warmup", "clip", "augment")
+    assert {name: tuple(r[c] for c in columns) for name, r in finetune.FINETUNE.items()} == {
+        "mae": (5e-4, 256, 1024, 100, 5, None, "RandAugment"),
+        "simmim": (1.25e-3, 512, 2048, 100, 20, 5.0, "RandAugment"),
+        "mmc": (5e-4, 256, 4 * 64, 100, 5, None, "RandAugment")}
+    assert finetune.MMC_ELSEWHERE == dict(batch=2 * 64, epochs=200, augment="ThreeAugment")
+    assert (finetune.LAYER_DECAY, finetune.WEIGHT_DECAY, finetune.DROP_PATH) == (0.65, 0.05, 0.1)
+
+
 def test_a_restarted_encoder_gives_the_same_tokens_and_shares_no_memory():
     x = torch.randn(2, 3, 32, 32)
     for config in (BEIT, dict(pos="sincos_col"), dict(class_token=False)):
@@ -388,6 +398,30 @@ def test_mistakes_get_one_sentence(capsys, tmp_path, monkeypatch):
     assert "not finite by step" in error and "--precision fp32" in error
 
 
+def test_too_few_images_are_one_sentence_before_training(capsys, tmp_path, monkeypatch):
+    flags = "--baseline", "untrained", "--out", str(tmp_path)
+    error = message(capsys, *flags, "--limit", "10")
+    assert ("finetune needs 16 training and 1 test images at least, and toy has 10 and 10: raise "
+            "--limit or change --data") in error
+    two_classes(monkeypatch, False)
+    monkeypatch.setattr(training, "world_size", lambda: 300)
+    monkeypatch.setattr(finetune, "Classifier", lambda *_: pytest.fail("has begun"))
+    with pytest.raises(ValueError, match="needs 300 training and 300 test images at least, and"):
+        finetune.finetune(model(encoder()), settings())
+    monkeypatch.setattr(training, "world_size", lambda: 3)
+    load = features.load
+    monkeypatch.setattr(features, "load", lambda name, root, split, *more: (
+        few(load(name, root, split, *more), 2) if split == "test" else load(name, root, split,
+                                                                            *more)))
+    with pytest.raises(ValueError, match="15 training and 3 test images at least, and cifar10 has "
+                                         "256 and 2"):
+        finetune.finetune(model(encoder()), settings())
+
+
+def few(images, n):
+    return replace(images, labels=images.labels[:n], pixels=images.pixels[:n])
+
+
 def test_linear_names_its_own_recipes(capsys):
     with pytest.raises(ValueError, match="linear has no recipe mmc; choose --recipe mae, dino"):
         evaluate.linear(model(encoder()), settings("--recipe", "mmc", "--task", "linear"))
@@ -399,8 +433,8 @@ def test_two_processes_write_one_line_and_other_tasks_run_in_one(tmp_path):
         out = tmp_path / task
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
                    "--master_port", str(random.randint(20000, 40000)), "evaluate.py", "--task",
-                   task, "--baseline", "untrained", "--limit", "64", "--device", "cpu", "--epochs",
-                   "1", "--workers", "0", "--out", str(out)]
+                   task, "--baseline", "untrained", "--limit", "64", "--device", "cpu",
+                   *["--epochs", "1"] * (task == "finetune"), "--workers", "0", "--out", str(out)]
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr

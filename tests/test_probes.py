@@ -279,15 +279,12 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.slow
-def test_retrieval_among_50000_never_holds_the_whole_matrix():
-    z, y = torch.randn(50_000, 8), torch.arange(50_000) % 10
+def test_retrieval_among_6000_never_holds_the_whole_matrix():
+    z, y = torch.randn(6000, 8), torch.arange(6000) % 10
     with Largest() as largest:
-        ap = metrics.retrieval(z, y, queries=torch.arange(0, 50_000, 125))
-    assert len(ap) == 400 and largest.elements <= 2**24             # all rows of these: 2e7
+        ap = metrics.retrieval(z, y, block=10**9)
+    assert len(ap) == 6000 and largest.elements <= 2**24            # all of it: 3.6e7
     assert ap.mean().item() == pytest.approx(metrics.chance(y)[0].item(), abs=0.01)
-    few = torch.tensor([3, 49_999])
-    assert metrics.retrieval(z[:999], y[:999], queries=few[:1]).equal(
-        metrics.retrieval(z[:999], y[:999])[3:4])
 
 
 def test_shape_bias_counts_only_decisions_for_one_of_the_two():
@@ -405,7 +402,33 @@ def test_only_the_attentive_head_finds_what_one_token_says():
     assert wrong.score(x[300:], y[300:])["top-1"] < 75               # control: shuffled labels
 
 
+@pytest.mark.parametrize("n", [60, 54])                  # 54 to train on; 49, and 49 = 3 x 16 + 1
+def test_the_attentive_head_learns_from_few_images(n):
+    g = torch.Generator().manual_seed(10)
+    y = torch.arange(400) % 2
+    x = torch.randn(400, 6, 64, generator=g) + 3 * F.one_hot(y, 64)[:, None]
+    sizes = set()
+
+    class Counting(evaluate.AttentiveHeads):
+        def __call__(self, x, training=False):
+            sizes.update([len(x)] * training)
+            return super().__call__(x, training)
+
+    with torch.enable_grad():
+        head = evaluate.classifier(x[:n, None], y[:n], 2, evaluate.RECIPES["cae"],
+                                   settings("--epochs", "10"), Counting)
+    assert sizes == ({16, 6} if n == 60 else {16})
+    assert head.score(x[n:], y[n:])["top-1"] > 90
+
+
 # ---- probes --------------------------------------------------------------------------------------
+
+
+def test_attentive_says_how_much_memory_it_would_need(monkeypatch):
+    many = type("Many", (), {"__len__": lambda self: 20_000_000})()         # 30 GiB, and again
+    monkeypatch.setattr(evaluate, "labelled", lambda *_: (many, 2))
+    with pytest.raises(ValueError, match="the tokens of 20,000,000 images, 61 GiB: take fewer"):
+        evaluate.attentive(model(), settings("--task", "attentive"))
 
 
 def test_block_means_are_taken_before_the_final_norm():
@@ -476,6 +499,24 @@ def test_few_shot_equals_a_loop_over_episodes(monkeypatch):
 def test_few_shot_needs_enough_pictures_of_five_classes():
     with pytest.raises(ValueError, match="needs 5 classes with 16 test images each; toy has 0"):
         evaluate.few_shot(model(), settings("--limit", "20"))
+
+
+def test_few_shot_sees_square_pictures_whole_and_cuts_others(tmp_path, monkeypatch):
+    """Whether they are is said, and each is encoded that way."""
+    for kind, (width, height) in (("square", (40, 40)), ("wide", (80, 40))):
+        for c in range(5):
+            (tmp_path / kind / str(c)).mkdir(parents=True)
+            for n in range(80):                          # every fifth is a test image: 16
+                picture = torch.randint(256, (height, width, 3), dtype=torch.uint8)
+                Image.fromarray(picture.numpy()).save(tmp_path / kind / str(c) / f"{n:02}.png")
+    seen, batches = [], data.batches
+    monkeypatch.setattr(data, "batches", lambda *a, **b: (seen.append(b["resize"]),
+                                                          batches(*a, **b))[1])
+    for kind, resize, how in (("square", 32, "; whole picture at 32 px;"),
+                              ("wide", None, "; centre of short side 36 at 32 px;")):
+        args = settings("--task", "few_shot", "--episodes", "5", "--data", str(tmp_path / kind))
+        assert how in evaluate.few_shot(model(), args).protocol
+        assert seen.pop() == resize and not seen
 
 
 def test_boxes_are_clipped_and_must_be_square_enough_large_enough_and_no_crowd():
@@ -693,15 +734,21 @@ def test_shape_bias_from_pictures_to_numbers(tmp_path, monkeypatch):
     scores = torch.zeros(5, 1000)
     for row, word in enumerate(says):
         scores[row, evaluate.MEMBERS[word]] = 20
-    head = SimpleNamespace(scores=lambda z: scores)
-    monkeypatch.setattr(evaluate, "trained", lambda *a: ("cls", head, 7))
+    head = SimpleNamespace(scores=lambda z: scores, epochs=3)
+    monkeypatch.setattr(evaluate, "trained", lambda *a: ("pat", head, 7))
     monkeypatch.setattr(evaluate, "labelled", lambda *a: (None, 1000))
+    monkeypatch.setattr(features, "load", lambda *a: world)                  # of files
     sides, batches = [], data.batches
     monkeypatch.setattr(data, "batches", lambda *a, **b: (sides.append(b["resize"]),
                                                           batches(*a, **b))[1])
-    for flags in ["--no-crop"], []:
+    for flags, view, how in (
+            (["--no-crop"], "whole picture at", "lr and epoch chosen"),
+            (["--paper", "--recipe", "park"], "centre of short side 36 at", "lr 1 and decay 0.05")):
         args = settings("--data", "imagenet", *flags)
-        row = evaluate.shape_bias(model(), args).rows["cls"]
+        result = evaluate.shape_bias(model(), args)
+        row = result.rows["pat"]
+        assert f"; {view} 32 px; " in result.protocol
+        assert f"recipe park (3 epochs), {how}" in result.protocol
     assert sides == [32, None]                           # whole; the standard view
     assert row["cat"] == 50 and row["dog"] == 100 and row["shape bias"] == 75
     assert math.isnan(row["oven"]) and row["either"] == 75 and "car" not in row
@@ -741,20 +788,24 @@ def test_noise_stays_in_its_band_and_has_the_energy_of_its_ring():
 def test_no_noise_no_drop_and_noise_on_the_right_frequency(monkeypatch):
     flags = ["--limit", "40", "--epochs", "2"]
     with torch.enable_grad():
-        row = evaluate.frequency_noise(model(), settings(*flags, "--eps", "0")).rows["cls"]
+        row = evaluate.frequency_noise(model(), settings(*flags, "--eps", "0")).rows["pat"]
         assert all(row[name] == 0 for name in row if name != "clean")
-        loud = evaluate.frequency_noise(model(), settings(*flags, "--eps", "50")).rows["cls"]
+        loud = evaluate.frequency_noise(model(), settings(*flags, "--eps", "50")).rows["pat"]
     assert loud["clean"] == row["clean"] and any(loud[name] for name in loud if name != "clean")
 
 
 def test_a_drop_is_what_the_noise_costs(monkeypatch):
-    labels, head = torch.arange(8) % 4, SimpleNamespace(scores=lambda z: z)
+    labels, head = torch.arange(8) % 4, SimpleNamespace(scores=lambda z: z, epochs=3)
     clean, noisy = torch.eye(4)[labels], torch.eye(4)[labels.clamp(max=2)]   # a quarter is wrong
     monkeypatch.setattr(evaluate, "trained", lambda *a: ("cls", head, 7))
     monkeypatch.setattr(evaluate, "features", lambda *a, change: (
         {"cls": noisy if change else clean}, labels, 4))
-    row = evaluate.frequency_noise(model(), settings()).rows["cls"]
+    result = evaluate.frequency_noise(model(), settings())
+    row = result.rows["cls"]
     assert row["clean"] == 100 and row["mean drop"] == row["0 pi"] == row["1 pi"] == 25
+    assert "recipe park (3 epochs), lr and epoch chosen" in result.protocol
+    args = settings("--recipe", "park", "--paper")
+    assert "lr 1 and decay 0.05 as printed" in evaluate.frequency_noise(model(), args).protocol
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -773,10 +824,11 @@ def checkpoint(tmp_path_factory):
 
 
 def run(out, checkpoint, *flags):
+    trains = {"all", *evaluate.READ_BY["epochs"].split()} & {*flags}
     with torch.enable_grad():
         evaluate.main(["--device", "cpu", "--out", str(out), "--workers", "0", "--limit", "40",
-                       "--epochs", "1", "--json", str(out / "all.jsonl"), "--precision", "fp32",
-                       "--checkpoint", *map(str, checkpoint), *flags])
+                       *["--epochs", "1"] * bool(trains), "--json", str(out / "all.jsonl"),
+                       "--precision", "fp32", "--checkpoint", *map(str, checkpoint), *flags])
     return [json.loads(line) for line in (out / "all.jsonl").open()]
 
 
@@ -791,7 +843,7 @@ def run(out, checkpoint, *flags):
     ("landmark_retrieval", ["--imsize", "32", "--limit", "6"], {"cls"}),
     ("landmark_retrieval", ["--data", "toy-scenes", "--limit", "4", "--multiscale"],
      {"multiscale"}),
-    ("frequency_noise", [], {"cls"}),
+    ("frequency_noise", [], {"pat"}),
     ("knn", ["--feature", "projected"], {"projected"}),
 ])
 def test_every_task_runs_offline(tmp_path, checkpoint, task, flags, columns):
@@ -823,6 +875,26 @@ def test_cached_features_are_those_that_were_encoded(tmp_path, checkpoint, monke
     run(tmp_path, [checkpoint], "--task", "knn", "--cache")
     assert checkpoint.stat().st_mtime_ns != stamp.st_mtime_ns
     assert len(list((tmp_path / "features").iterdir())) == 6
+
+
+def test_all_does_not_write_tokens_that_nobody_reads(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(evaluate, "FROZEN", ["attentive"])
+    run(tmp_path, [checkpoint], "--task", "all")
+    assert not (tmp_path / "features").exists()
+    run(tmp_path, [checkpoint], "--task", "all", "--cache")
+    assert len(list((tmp_path / "features").iterdir())) == 2               # train and test
+
+
+def test_protocols_of_part_classification_differ_where_the_numbers_do(monkeypatch):
+    labels, head = torch.arange(20) % 4, dict(lr=1.0, epoch=1)
+    monkeypatch.setattr(evaluate, "extract", lambda *a, **b: ({"tokens": torch.zeros(20, 3)},
+                                                              labels))
+    monkeypatch.setattr(evaluate, "classifier", lambda *a: SimpleNamespace(
+        score=lambda *_: {"top-1": 1.0, "top-5": 1.0}, **head))
+    said = [evaluate.part_classification(model(), settings(*flags.split())).protocol
+            for flags in ("", "--crop paper", "--head attentive", "--head attentive --bn batch")]
+    assert len(set(said)) == 4 and "squares by the study's paper" in said[1]
+    assert "attentive head with batch norm of the test batch (SGD" in said[3]
 
 
 def test_all_prints_one_table_and_says_what_was_left_out(tmp_path, checkpoint, capsys, monkeypatch):
