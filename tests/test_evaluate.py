@@ -577,6 +577,8 @@ def test_a_model_without_class_token_says_so(tmp_path):
     [line] = run(tmp_path)
     assert line["notes"] == ["r has no class token: its patch mean stands in"]
     assert line["metrics"]["cls"] == line["metrics"]["pat"]
+    *_, line = run(tmp_path, "--task", "video", "--limit", "1")              # of patches alone
+    assert line["task"] == "video" and not any("class token" in note for note in line["notes"])
 
 
 def test_an_error_at_a_later_model_leaves_the_table_of_the_earlier_ones(tmp_path, capsys):
