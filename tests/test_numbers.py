@@ -160,6 +160,7 @@ def test_variance_is_of_all_that_are_asked_for_and_says_of_what():
 
 
 def test_accuracy_is_set_against_the_last_tokens(monkeypatch):
-    monkeypatch.setattr(analysis, "recorded", lambda *_: [dict(metrics={"cls": {"top-1": 40.0}})])
+    line = dict(metrics={"cls": {"top-1": 40.0}}, how={"limit": None})
+    monkeypatch.setattr(analysis, "recorded", lambda *_: [line])
     found = analysis.accuracy_numbers(model(), settings(), passed(final_similarity=[0.25]))
     assert found["linear"] == [40.0] and found["similarity"].tolist() == [0.25]
