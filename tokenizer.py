@@ -333,20 +333,21 @@ def survey(net, images, size, run, workers):
 
 
 class Count(nn.Module):
-    """How often which of K words was to be named: what a head can know that ignores its input."""
+    """How often which of K words was to be named, by all processes: what a head can know that
+    ignores its input."""
 
     def __init__(self, vocabulary):
         super().__init__()
         self.register_buffer("hits", torch.zeros(vocabulary, dtype=torch.float64))
 
     def add(self, ids):
-        ids = ids.flatten()
-        self.hits.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float64))
+        ones = torch.ones(ids.numel(), dtype=torch.float64, device=ids.device)
+        here = torch.zeros_like(self.hits).index_add_(0, ids.flatten(), ones)
+        self.hits += training.world_size() * training.all_mean(here)
 
     def facts(self):
-        """Over all processes, the entropy of these words in nats, the share of the commonest."""
-        p = training.all_mean(self.hits)
-        p = p / p.sum()
+        """The entropy of these words in nats, the share of the commonest."""
+        p = self.hits / self.hits.sum()
         return dict(entropy=torch.special.entr(p).sum(), commonest=p.max())
 
 

@@ -38,7 +38,8 @@ STEPS = 1, 2, 5, 10, 20
 PARTS = "loss rec cls pat mae sem mim cl tokens align entropy".split()
 ROUNDING = 5e-5      # relative; between threads and instruction sets 8e-6, of the hybrid 1.3e-5
 DECAY = 0.5          # ten times the usual, or twenty steps would hardly show what decays
-OWN = dict(hybrid=dict(lr=1e-3))      # at the lr of toy rounding grows to 5e-2 in twenty steps
+OWN = dict(hybrid=dict(lr=1e-3),      # at the lr of toy rounding grows to 5e-2 in twenty steps
+           beit=dict(masked=8, min_block=2))              # of test_methods, as most others have it
 
 
 def trace(method, out, *more, **settings):
