@@ -113,9 +113,11 @@ def convert(name, value, kind):
         if kind is tuple:
             return tuple(float(v) for v in value)
         if kind is int and not re.fullmatch(r"-?\d+", str(value)):
-            return int(str(value) if not float(value).is_integer() else float(value))      # 1e3
+            if not float(value).is_integer():                        # 1e3 is
+                raise ValueError
+            return int(float(value))
         if value is None:
-            raise TypeError
+            raise ValueError
         return kind(value)
     except (ValueError, TypeError, KeyError, OverflowError):
         raise ValueError(f"{name} is {value!r}, but should be of type {kind.__name__}") from None
