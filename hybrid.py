@@ -282,7 +282,7 @@ def main():
                 show(run, cfg, net, queries)
             if masked and parts["mim"] > found["flat"]:
                 cure = "a lower --lam" if cfg.lam else "another --lr"
-                run.say(f"paints no better than the mean colour of what is visible (mim above "
+                run.say("paints no better than the mean colour of what is visible (mim above "
                         f"flat): too early, or try {cure}")
             # a small spread (1: all over the sphere, 0: one point) is enough for the batch norms,
             # as long as cl falls

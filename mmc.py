@@ -78,7 +78,7 @@ class Config:
                                   # the paper's batch; logits grow as (G*N)^2
     # the corruption: the paper's 75 % and 30 % "of the masked blocks", 35 % of the images, read as
     # shares of the area, as in GMML's script (our choice: taken literally they do not add up)
-    noise_share: float = 0.75     # noise: area covered (paper), uniform from 0.5 (GMML) if above
+    noise_share: float = 0.75     # noise: area (paper); above 0.5: uniform from there (GMML)
     paste_share: float = 0.3      # paste: area covered from another image (paper)
     paste_p: float = 0.35         # share of images, view by view, that are pasted into (paper)
     align: int = 1                # rectangles snap to so many pixels (our choice: SiT, GMML)
