@@ -427,6 +427,18 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("said, kind, sentence", [
+    ("PytorchStreamWriter failed writing file data/0", OSError, "free some space"),
+    ("CUDA error: an illegal memory access", RuntimeError, "illegal memory access")])
+def test_only_a_disk_is_blamed_on_the_disk(tmp_path, said, kind, sentence):
+    def write(_):
+        raise RuntimeError(said)
+
+    with pytest.raises(kind, match=sentence):
+        checkpoints.replace_file(tmp_path / "x.pt", write)
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_plain_data_is_saved(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint\['step'\] is a float64"):
         checkpoints.save(tmp_path / "encoder.pt", build(), step=np.float64(3))

@@ -252,6 +252,19 @@ def test_an_earlier_run_is_kept(tmp_path):
     assert (out / "encoder.pt").read_bytes() != first
 
 
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_called_bad(tmp_path, monkeypatch):
+    (tmp_path / "last.pt").write_bytes(b"")
+
+    def stale(*_, **__):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(torch, "load", stale)
+    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    run = training.start(training.config(mmc.Config, [*TINY, "--resume", "--out", str(tmp_path)]))
+    with pytest.raises(OSError, match="Stale file handle.*nothing is lost: try again"):
+        run.restore()
+
+
 def test_a_folder_with_other_things_is_not_moved_away(tmp_path, monkeypatch):
     (tmp_path / "weights.pt").write_bytes(b"")
     opened(tmp_path, resume=False)._lock.close()                             # beside it
