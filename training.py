@@ -295,7 +295,7 @@ def share_gradients(module, device):
     if world_size() > 1 and any(p.requires_grad for p in module.parameters()):
         return DistributedDataParallel(
             module, device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True, broadcast_buffers=False)   # they are equal everywhere
+            gradient_as_bucket_view=True)
     return module
 
 
