@@ -465,9 +465,9 @@ class Run:
             except OSError as e:
                 if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                     raise                                    # a file system without locks will do
-            run = [self.out / name for name in ("config.yaml", "last.pt", "encoder.pt")]
-            if not self.cfg.resume and any(file.exists() for file in run[1:]):
-                if not run[0].exists() or Path.cwd().is_relative_to(self.out.resolve()):
+            there = {file.name for file in self.out.iterdir()}
+            if not self.cfg.resume and there & {"last.pt", "encoder.pt"}:
+                if "config.yaml" not in there or Path.cwd().is_relative_to(self.out.resolve()):
                     raise ValueError(f"{self.out} holds other things, too; choose a folder of the "
                                      f"run's own with --out")
                 names = (self.out.with_name(f"{self.out.name}.{n}") for n in range(1, 10**6))
@@ -782,9 +782,8 @@ class Run:
                     right = metrics.knn(b, labels, q, k=(k,))[k] == truth
                     found[name] = 100 * right.float().mean()
         encoder.train()
-        if self._mean(len(found)) != len(found):         # an image that one process cannot read:
-            return {}                                    # what is logged is of all or of none
-        return found
+        n = len(found)                                   # an image that one process cannot read:
+        return found if self._mean(n * n) == self._mean(n)**2 else {}      # all log it, or none
 
     def picture(self, columns, name="picture.png", scale=2):
         """Writes a PNG of {title: (n, 3, H, W) uint8}, side by side, a row for each image."""
