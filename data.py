@@ -490,13 +490,13 @@ def read_cifar(name, root, split):
 def read_stl10(root, split):
     """-> classes, labels, pixels (n, 3, 96, 96); the files store columns first."""
     path = find("stl10", root, f"stl10_binary/{split}_X.bin", f"stl10/stl10_binary/{split}_X.bin")
-    pixels, labels = np.fromfile(path, np.uint8), None
+    pixels, labels, each = np.fromfile(path, np.uint8), None, 3 * 96 * 96
     if split != "unlabeled":
         folder = os.path.dirname(path)
         labels = np.fromfile(find("stl10", folder, f"{split}_y.bin"), np.uint8).astype(np.int64) - 1
         with open(find("stl10", folder, "class_names.txt")) as file:
             classes = file.read().split()
-    if len(pixels) % 27648 or labels is not None and len(pixels) != 27648 * len(labels):
+    if len(pixels) % each or labels is not None and len(pixels) != each * len(labels):
         raise ValueError(f"{path} is cut off, or does not go with its labels: load it anew")
     pixels = torch.from_numpy(pixels.reshape(-1, 3, 96, 96)).mT.contiguous()
     return (None, None, pixels) if labels is None else (classes, torch.from_numpy(labels), pixels)
@@ -731,9 +731,11 @@ def start_worker(_):
 @atexit.register
 def end_workers():
     """They ignore the SIGTERM by which Python would end them, and it would wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # or the DataLoader reports their end
-    for process in multiprocessing.active_children():
-        process.kill()
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    if daemons:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # or the DataLoader reports their end
+    for child in daemons:                                  # what else a caller started is his
+        child.kill()
 
 
 # --------------------------------------------------------------------------------------------------
