@@ -119,7 +119,8 @@ def numbers(folder):
         for column, (feature, name) in columns.items():
             feature = feature or next(iter(metrics))
             found[column] = round(metrics[feature][name], 1)
-    if found["kNN cls"] == found["kNN pat"]:             # no class token: the mean stands in
+    tokens = answer(folder, "knn")
+    if tokens["cls"] == tokens["pat"]:                   # no class token: the mean stands in
         del found["kNN cls"]
     for name, (column, key, digits) in INSIDE.items():
         model, = json.loads((folder / "analysis" / f"{name}.json").read_text())["models"]
