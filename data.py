@@ -567,6 +567,20 @@ def read_image(path):
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def read_pixels(path):
+    """-> (H, W, 3) uint8, those of read_image, and its errors. JPEG is decoded by torchvision where
+    it still can (from 0.29 on it says that it will not for ever): the same libjpeg, one copy less,
+    a loader a third faster."""
+    try:
+        from torchvision.io import decode_jpeg, read_file  # here: they are slow to import
+        x = decode_jpeg(read_file(path))
+        if len(x) == 3:                                    # grey and CMYK are Pillow's
+            return x.permute(1, 2, 0)
+    except Exception:                                      # no JPEG, or damaged: Pillow says how
+        pass
+    return torch.from_numpy(np.array(read_image(path)))
+
+
 def resize(x, size, kernel):
     """(H, W, 3) uint8 -> (3, size, size): torch's antialiased kernel is Pillow's to one level of
     256, in a third of the time; Lanczos only Pillow has."""
@@ -672,14 +686,14 @@ class Loader:
                 number, image = int(index[row]), None
                 while image is None:
                     try:
-                        image = read_image(self.images.paths[number])
+                        image = read_pixels(self.images.paths[number])
                     except Exception as error:             # a damaged file raises nearly anything
                         bad[number] = str(error)
                         if 2 * len(bad) > max(2, len(index)):
                             return index, None, bad
                         number = (number + 1) % len(self.images)
                 index[row] = number
-                images.append(torch.from_numpy(np.array(image)))                 # (H, W, 3)
+                images.append(image)                                             # (H, W, 3)
             sides = torch.tensor([image.shape[:2] for image in images])[:, :, None, None]
             boxes = crop_boxes(u[rows], *sides.unbind(1), self.scale, self.ratio).tolist()
             for row, image, of_views in zip(rows, images, boxes):

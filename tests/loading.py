@@ -1,6 +1,6 @@
 """Images a second that one core decodes, cuts and augments, from a folder of JPEG files: ours
-(decoded by Pillow, cut and resized by torch, colours changed for a whole batch) against the usual
-way, torchvision's transforms of one Pillow image after the other, blurred by Pillow as in the
+(decoded by torchvision, cut and resized by torch, colours changed for a whole batch) against the
+usual way, torchvision's transforms of one Pillow image after the other, blurred by Pillow as in the
 official codes. The files are creatures of 500 x 375 pixels.
 
     python tests/loading.py            # two minutes on a CPU

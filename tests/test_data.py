@@ -3,6 +3,7 @@ import io
 import itertools
 import os
 import pickle
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -469,9 +470,33 @@ def test_the_test_view_names_an_unreadable_file(tmp_path):
 def test_every_kind_of_file_becomes_rgb(tmp_path, name):
     modes = ["RGB", "L", "RGBA", "P", "1", "LA"] if name == "a.png" else ["RGB", "L", "CMYK"]
     for mode in modes:
-        image = data.read_image(photo(f"{tmp_path}/{mode}-{name}", mode))
+        path = photo(f"{tmp_path}/{mode}-{name}", mode)
+        image = data.read_image(path)
         assert image.mode == "RGB" and image.size == (40, 30)
         assert mode == "1" or abs(np.asarray(image).mean() - 127) < 60
+        assert np.array_equal(image, data.read_pixels(path))
+
+
+def test_the_loader_decodes_jpeg_to_the_bytes_of_pillow_without_it(tmp_path, monkeypatch):
+    kinds = dict(plain={}, progressive=dict(progressive=True), fine=dict(subsampling=0),
+                 coarse=dict(quality=5), restarts=dict(restart_marker_blocks=1))
+    paths = []
+    for kind, how in kinds.items():
+        paths.append(f"{tmp_path}/{kind}.jpg")
+        Image.open(photo(f"{tmp_path}/{kind}.png", size=(61, 35))).save(paths[-1], **how)
+    pillow = [np.asarray(data.read_image(path)) for path in paths]
+    for path in paths:                                   # damaged: Pillow's verdict and its words
+        whole = open(path, "rb").read()
+        for end in (0, 3, len(whole) // 2, len(whole) - 1):
+            open(f"{tmp_path}/cut.jpg", "wb").write(whole[:end])
+            with pytest.raises(OSError, match="identify|runcated"):
+                data.read_pixels(f"{tmp_path}/cut.jpg")
+    with monkeypatch.context() as without:               # as some later torchvision
+        without.setitem(sys.modules, "torchvision.io", None)
+        assert np.array_equal(data.read_pixels(paths[0]), pillow[0])
+    monkeypatch.setattr(data, "read_image", None)
+    for path, expected in zip(paths, pillow):
+        assert np.array_equal(data.read_pixels(path), expected)
 
 
 def test_a_folder_of_images_needs_no_labels(tmp_path):
