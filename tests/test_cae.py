@@ -363,9 +363,9 @@ def test_losses_and_guesses_begin_as_published():
         logits, zhat, zbar = net(x, visible, hidden)
     assert zhat.mean(-1).abs().max() < 1e-5
     assert (zhat.var(-1, correction=0) - 1).abs().max() < 1e-3
-    tokens = cae.token_loss(logits, torch.randint(8192, hidden.shape))
-    assert 9.0 < tokens.item() < 9.2
-    assert tokens.item() == pytest.approx(9.011 + 0.086, abs=0.05)
+    draws = torch.randint(8192, (64, *hidden.shape))
+    tokens = torch.stack([cae.token_loss(logits, words) for words in draws]).mean()
+    assert tokens.item() == pytest.approx(9.011 + 0.086, abs=0.03)     # ln 8192 + variance / 2
     assert 1.7 < cae.align_loss(zhat, zbar).item() < 2.1
     bound = {"encoder.blocks.0.attn.qkv.weight": 0.0442,
              "encoder.blocks.0.attn.proj.weight": 0.0625,
