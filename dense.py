@@ -477,11 +477,11 @@ def segment(predict, image, model, args, sizes):
         found = predict(torch.stack([x[:, top:top + height, left:left + width]
                                      for top, left in some]))
         for (top, left), heads in zip(some, found):
-            at = slice(top, top + height), slice(left, left + width)
+            at = ..., slice(top, top + height), slice(left, left + width)
             counts[at] += 1
             sums = sums or [x.new_zeros(len(logits), *x.shape[1:]) for logits in heads]
             for total, logits in zip(sums, heads):
-                total[:, *at] += logits[:, :height, :width]
+                total[at] += logits[:, :height, :width]
     return [likeliest(logits / counts, image.shape[1:]) for logits in sums]
 
 
@@ -659,8 +659,8 @@ def sweep(similarity, cover, of):
 def similarity_row(image, mask, similarity, place, threshold, p):
     """Picture with its prompt, truth, similarity as a heat map, prediction at the threshold."""
     marked, (top, left) = image.clone(), (int(i) * p for i in place)
-    square = slice(top, top + p), slice(left, left + p)
-    marked[0][square], marked[1:, *square] = 255, 40
+    square = ..., slice(top, top + p), slice(left, left + p)
+    marked[0][square], marked[1:][square] = 255, 40
     heat = (similarity.clamp(0, 1) * 255).repeat_interleave(p, 0).repeat_interleave(p, 1)
     heat = torch.stack([heat, heat * 0.75, 255 - heat]).to(torch.uint8)          # blue 0, yellow 1
     heat = (0.3 * image + 0.7 * heat).to(torch.uint8)
