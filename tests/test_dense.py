@@ -163,6 +163,15 @@ def test_windows_are_averaged_where_they_overlap(monkeypatch):
     torch.testing.assert_close(tenfold, 10 * found)
 
 
+def test_the_picture_marks_the_prompt_in_red():
+    image, mask = torch.full((3, 24, 32), 99, dtype=torch.uint8), torch.ones(24, 32)
+    marked, *_ = dense.similarity_row(image, mask, torch.rand(3, 4), (1, 2), 0.5, p=8)
+    square = torch.zeros(24, 32, dtype=torch.bool)
+    square[8:16, 16:24] = True
+    assert torch.equal((marked != 99).all(0), square) and (image == 99).all()
+    assert marked[:, square].unique(dim=1).T.tolist() == [[255, 40, 40]]
+
+
 def test_flips_change_sides_only_if_asked():
     def swapped(name):
         names = readers.segmentation_classes(name, "part")
