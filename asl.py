@@ -92,7 +92,7 @@ class Config:
 
 
 def views(cfg):
-    """Crop and flip, nothing else: what augments is the mask, and the second branch (paper)."""
+    """Crop and flip (our choice: MAE). What augments is the mask, and the second branch (paper)."""
     return [data.View(cfg.img_size, scale=(cfg.min_scale, 1.0))]
 
 

@@ -201,7 +201,7 @@ def bar(items, model, total=None):
 RECIPES = {
     # Part-aware study: tables 3, 5, 7-9 and its released configuration.
     "parts": dict(blocks=(4, 6, 8, 12), lr=4e-4, iters=160000, batch_norm=False),
-    # MMC, supplement; batch norm as in VICRegL, which it follows.
+    # MMC, supplement (which counts blocks from 0); batch norm as in VICRegL, which it follows.
     "mmc": dict(blocks=(6, 8, 10, 12), lr=1e-4, iters=40000, batch_norm=True)}
 WARMUP, BATCH, DECAY = 1500, 16, 0.05                    # iterations, crops, weight decay: of both
 TOY_ITERS, TOY_LRS = 200, (2e-3, 1e-2, 5e-2)            # our choice
@@ -677,11 +677,11 @@ DAVIS_STD = (0.228, 0.224, 0.225)                        # sic
 def video(model, args):
     """The masks of a film's first frame are handed on, patch to similar patch, to all others.
 
-    DINO's protocol on DAVIS-2017 (SelfPatch, tables 3-5; MMC, table 2), nothing is trained: each
-    patch takes the mean label of its 5 most similar patches within 12 patches of its place, in the
-    first frame and in the previous 7 together, weighted by exp(cosine / 0.1). Tokens after the
-    final norm (SelfPatch's code has none there). Our choice on toy: films of 24 frames of twice the
-    encoder's size, and the same share of the frame, 12 of 30 patches, as the window.
+    DINO's protocol on DAVIS-2017 (SelfPatch, supplement, tables 3-5; MMC, table 2), nothing is
+    trained: each patch takes the mean label of its 5 most similar patches within 12 patches of its
+    place, in the first frame and in the previous 7 together, weighted by exp(cosine / 0.1). Tokens
+    after the final norm (SelfPatch's code has none there). Our choice on toy: films of 24 frames of
+    twice the encoder's size, and the same share of the frame, 12 of 30 patches, as the window.
     """
     needs_tokens(model, args)
     side, p = side_of(model, args, 480), model.encoder.patch_size

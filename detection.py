@@ -96,16 +96,16 @@ NORMS = {None: None, "BN": nn.BatchNorm2d, "GN": functools.partial(nn.GroupNorm,
 def detection(model, args):
     """Mask R-CNN, all weights trained: boxes and masks of objects, average precision.
 
-    SelfPatch, table 3 (--recipe 1x), ASL, tables 1, 3, 5 (100ep: ASL cites it, and MAE's row is its
-    published number) and ViTDet (vitdet), for comparison. Our choices. In all: no decay of biases;
-    pictures padded to a multiple of 4 patches, so that anchors lie on the cells of all levels;
-    in training, images and views in which no object is left are skipped; BN synchronised on GPUs
-    only. 100ep, vitdet: the class token goes; windows as large as the grid of the pre-training
-    (14 x 14 of ViT-B/16), at most half the input; vitdet, too, has a table of relative position
-    biases in each block, where it would have decomposed ones; those of the global blocks have the
-    window's size, too, and are stretched to the whole grid. On toy: the encoder's size, a small
-    detector, few iterations. ValueError: pixels as a baseline, a set without masks, no pycocotools,
-    a batch that the processes cannot share.
+    SelfPatch, supplement, table 3 (--recipe 1x), ASL, tables 1, 3, 5 (100ep: ASL cites it, and
+    MAE's row is its published number) and ViTDet (vitdet), for comparison. Our choices. In all: no
+    decay of biases; pictures padded to a multiple of 4 patches, so that anchors lie on the cells of
+    all levels; in training, images and views in which no object is left are skipped; BN
+    synchronised on GPUs only. 100ep, vitdet: the class token goes; windows as large as the grid of
+    the pre-training (14 x 14 of ViT-B/16), at most half the input; vitdet, too, has a table of
+    relative position biases in each block, where it would have decomposed ones; those of the global
+    blocks have the window's size, too, and are stretched to the whole grid. On toy: the encoder's
+    size, a small detector, few iterations. ValueError: pixels as a baseline, a set without masks,
+    no pycocotools, a batch that the processes cannot share.
     """
     dense.needs_tokens(model, args)
     readers.view(args.data, "train", readers.MASKS, "masks")

@@ -351,12 +351,13 @@ TOY_SEGMENT = dict(lr=2e-3, iters=600)
 def segmentation(model, args):
     """Semantic FPN or UPerNet (--head) on top, all weights trained: the class of every pixel.
 
-    SelfPatch, tables 1 and 3; ASL, tables 4 and 5; Park et al., table G.1. Blocks of the encoder
-    give four maps, before the final norm and without the class token; crops, resizing, flips and
-    colours as in dense.linear_segmentation; scores at the original size, of whole pictures (fpn)
-    or of windows (upernet: our choice for all papers). Our choices: on toy, pictures of the
-    encoder's size, narrow heads, 600 iterations of a larger lr; warm-up shrinks with --iters; no
-    bias decays. The processes of torchrun share crops, gradients, batch norm and test pictures.
+    SelfPatch, supplement, tables 1 and 3; ASL, tables 4 and 5; Park et al., table G.1. Blocks of
+    the encoder give four maps, before the final norm and without the class token; crops, resizing,
+    flips and colours as in dense.linear_segmentation; scores at the original size, of whole
+    pictures (fpn) or of windows (upernet: our choice for all papers). Our choices: on toy, pictures
+    of the encoder's size, narrow heads, 600 iterations of a larger lr; warm-up shrinks with
+    --iters; no bias decays. The processes of torchrun share crops, gradients, batch norm and test
+    pictures.
     """
     dense.needs_tokens(model, args)
     head = args.head = args.head or "fpn"

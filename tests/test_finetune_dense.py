@@ -409,7 +409,7 @@ def test_it_runs_on_toy(tmp_path, flags, capsys):
     row = json.loads(line)
     assert row["metrics"].keys() == {flags.split()[1]} and row["images"] == {"test": 32}
     assert len(list(tmp_path.glob("segmentation-toy-part-untrained.png"))) == ("part" in flags)
-    assert "SelfPatch (SelfPatch, table 1, ViT-S; ade20k)" in capsys.readouterr().out
+    assert "SelfPatch (SelfPatch, suppl. table 1, ViT-S; ade20k)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -448,7 +448,7 @@ def test_reference_has_the_dense_probes_under_the_names_of_their_columns():
     def row(task, data, start):
         return next(r.rows for m, r in evaluate.reference(task, data) if m.name.startswith(start))
 
-    assert row("segmentation", "ade20k", "SelfPatch (SelfPatch, table 1") == {
+    assert row("segmentation", "ade20k", "SelfPatch (SelfPatch, suppl. table 1") == {
         "fpn": {"mIoU": 41.2, "mAcc": 52.1, "aAcc": 80.7}}
     assert row("linear_segmentation", "pascal", "BEiT (part-aware study, table 8, 193") == {
         "blocks 4 6 8 12": {"mIoU": 14.8, "mAcc": 21.4, "aAcc": 47.0}}
