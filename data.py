@@ -26,7 +26,7 @@ import os
 import pickle
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -342,15 +342,21 @@ class Images:
     def __len__(self):
         return len(self.paths if self.pixels is None else self.pixels)
 
+    def some(self, rows, split):
+        """Of a tree of files those with these numbers (m,), as a split of that name."""
+        return replace(self, split=split, paths=[self.paths[i] for i in rows.tolist()],
+                       labels=None if self.labels is None else self.labels[rows])
 
-def load(name, root=None, split="train", size=64, limit=None, device="cpu"):
+
+def load(name, root=None, split="train", size=64, limit=None, device="cpu", apart=False):
     """A data set by its name, or any tree of images by its path. Nothing is downloaded.
 
     root: folder that holds the official layout (default: $DATA_ROOT, else "datasets").
     split: train or test (= val), stl10 also unlabeled; a folder without them serves all for either.
     miniimagenet has 64 classes to train on, 16 others as val and 20 others as test.
     size: pixels of toy and synthetic images. limit: use so many images: the first ones, or of
-    files, which are sorted by class, evenly spread ones; toy draws any number.
+    files, which are sorted by class, evenly spread ones; toy draws any number. apart: of a folder
+    without splits every fifth image is for the test, the others are to train on.
     Raises FileNotFoundError that shows the layout expected, ValueError for what is unknown.
     """
     root = root or os.environ.get("DATA_ROOT", "datasets")
@@ -376,10 +382,13 @@ def load(name, root=None, split="train", size=64, limit=None, device="cpu"):
     else:
         images = (Images(name, split, *read_list(name, root, split)) if name in LISTS else
                   load_tree(name, root, split))
+        if apart and images.split == "all" and len(images) > 1:
+            tests = torch.arange(len(images)) % 5 == 0
+            images = images.some((tests == (split == "test")).nonzero()[:, 0], split)
+            print(f"note: {name} has no train/ and val/: {split} is {len(images)} of its "
+                  f"{len(tests)} images", file=sys.stderr)
         if limit and limit < len(images):
-            keep = torch.arange(limit) * len(images) // limit
-            images.paths = [images.paths[i] for i in keep.tolist()]
-            images.labels = None if images.labels is None else images.labels[keep]
+            images = images.some(torch.arange(limit) * len(images) // limit, images.split)
         return images
     images.pixels = images.pixels[:limit].to(device)
     images.labels = None if images.labels is None else images.labels[:limit]

@@ -17,7 +17,6 @@ long, and nothing has to be sent around.
 import functools
 import sys
 import time
-from dataclasses import replace
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -295,17 +294,7 @@ class Progress:
 
 @functools.lru_cache                                     # several models look at the same images
 def load(name, root, split, size, limit, device):
-    """data.load; of a folder without train/ and val/, every fifth image is the test split."""
-    images = data.load(name, root, split, size, limit, device)
-    if images.split != "all":
-        return images
-    images = data.load(name, root, split, size, None, device)       # the limit is for either split
-    chosen = ((torch.arange(len(images)) % 5 == 0) == (split == "test")).nonzero()[:, 0]
-    if limit and limit < len(chosen):
-        chosen = chosen[torch.arange(limit) * len(chosen) // limit]
-    print(f"{name} has no train/ and val/: {split} is {len(chosen)} of its {len(images)} images")
-    return replace(images, split=split, paths=[images.paths[i] for i in chosen],
-                   labels=None if images.labels is None else images.labels[chosen])
+    return data.load(name, root, split, size, limit, device, apart=True)
 
 
 def labelled(model, args, split):

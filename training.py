@@ -597,13 +597,15 @@ class Run:
     # ---- the loop ----
 
     def data(self, views):
-        """A data.Loader of views of the training images (of STL-10 the unlabelled ones); 2,000
-        training and 500 test images with their labels, for `knn`."""
+        """A data.Loader of views of the training images (of STL-10 the unlabelled ones, of a folder
+        without train/ and val/ all); 2,000 training and 500 test images with their labels, for
+        `knn`."""
         cfg = self.cfg
         which = "unlabeled" if cfg.data == "stl10" else "train"
         images, bank, queries = (
-            data.load(cfg.data, cfg.data_root, split, cfg.img_size, limit, self.device)
-            for split, limit in ((which, None), ("train", 2000), ("test", 500)))
+            data.load(cfg.data, cfg.data_root, split, cfg.img_size, limit, self.device, apart)
+            for split, limit, apart in ((which, None, False), ("train", 2000, True),
+                                        ("test", 500, True)))
         loader = data.Loader(images, views, cfg.batch_size, cfg.seed, self.device, cfg.workers,
                              self.rank, self.world)
         return loader, bank, queries

@@ -521,6 +521,14 @@ def test_class_folders_give_labels_and_splits_are_used_where_they_are(tmp_path):
     assert (len(train), len(test), test.split) == (6, 4, "test")
     few = data.load(str(tmp_path / "plain"), limit=2)
     assert few.labels.tolist() == [0, 1]                      # spread over the classes
+    plain = str(tmp_path / "plain")
+    train, test = (data.load(plain, split=s, apart=True) for s in ("train", "val"))
+    assert [images.paths.index(path) for path in test.paths] == [0, 5]              # every fifth
+    assert sorted(train.paths + test.paths) == images.paths
+    assert train.labels.tolist() == [0, 0, 1, 1] and test.labels.tolist() == [0, 1]
+    assert (train.split, test.split) == ("train", "test")
+    few = data.load(plain, limit=2, apart=True)
+    assert [images.paths.index(path) for path in few.paths] == [1, 3]   # the limit is for the split
 
 
 def test_imagenet_100_is_picked_out_of_imagenet(tmp_path, capsys):

@@ -143,6 +143,20 @@ def test_knn_votes_between_two_splits_of_the_same_classes_and_not_else():
     assert training.Run.knn(run, net, bank, tests, 16) == {}
 
 
+def test_a_folder_without_splits_is_trained_on_whole_and_asked_in_two_parts(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    cfg = SimpleNamespace(data=str(tmp_path), data_root="", img_size=8, batch_size=2, seed=0,
+                          workers=0)
+    run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), rank=0, world=1)
+    loader, bank, queries = training.Run.data(run, [data.View(8)])
+    assert len(loader.images) == 10 and (len(bank), len(queries)) == (8, 2)
+    assert not set(bank.paths) & set(queries.paths)
+    assert bank.classes == queries.classes and bank.split != queries.split        # as knn asks
+
+
 @pytest.mark.parametrize("method", ["mae", "dino"])
 def test_compiled_networks_learn_the_same(method, monkeypatch, tmp_path):
     """By torch's backend that compiles nothing, but goes the same way."""
