@@ -147,8 +147,8 @@ def test_a_folder_without_splits_gives_every_fifth_image_to_the_test(tmp_path, c
     test, truth, _ = evaluate.features(model(), args, "test", ["pat"])
     assert (len(y), len(truth)) == (16, 4) and truth.tolist() == [0, 0, 1, 1]
     assert torch.cdist(test["pat"], train["pat"]).min() > 1e-4            # nobody is in both
-    said = capsys.readouterr().out.splitlines()          # each once, and of nothing else
-    assert [line.split(": ")[1] for line in said] == ["test is 4 of its 20 images",
+    said = capsys.readouterr().err.splitlines()          # each once, and of nothing else
+    assert [line.split(": ")[2] for line in said] == ["test is 4 of its 20 images",
                                                       "train is 16 of its 20 images"]
     args.limit = 3                                                        # of each, evenly spread
     few, _, _ = evaluate.features(model(), args, "train", ["pat"])
@@ -208,9 +208,12 @@ def test_processes_share_the_batches_and_touch_no_others(tmp_path, monkeypatch):
     assert list(data.batches(few, 32, 4, rank=1, world=3)) == []
 
 
-def test_every_flag_that_a_task_reads_is_known():
-    for flag, tasks in evaluate.READ_BY.items():
-        assert flag in evaluate.FLAGS and set(tasks.split()) <= set(evaluate.TASKS)
+def test_every_flag_is_of_all_tasks_or_of_some():
+    for tasks in evaluate.READ_BY.values():
+        assert set(tasks.split()) <= set(evaluate.TASKS)
+    of_all = """task checkpoint baseline branch data data-root size limit out json seed device
+                precision batch-size workers cache reference""".split()
+    assert sorted([*of_all, *evaluate.READ_BY]) == sorted(evaluate.FLAGS)
 
 
 TWO = """
@@ -661,6 +664,8 @@ def test_a_task_is_a_function_and_a_line(tmp_path, monkeypatch):
     (["--task", "linear", "--reinit", "last:2"], "linear does not read --reinit"),
     (["--task", "linear", "--k", "5"], "linear does not read --k"),
     (["--paper"], "knn does not read --paper: leave it out"),
+    (["--show"], "knn does not read --show: leave it out"),
+    (["--task", "video", "--max-items", "9"], "video does not read --max-items: leave it out"),
     (["--data", "toyy", "--task", "all"], "no knn, few_shot, linear"),
     (["--task", "part_retrieval", "--data", "cub", "--data-root", "x"], "No cub under x: expected"),
 ])
