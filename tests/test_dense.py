@@ -4,6 +4,7 @@ runs once from the command line, on toy and on pieces of the real sets."""
 import colorsys
 import itertools
 import json
+import math
 import os
 import sys
 import tarfile
@@ -98,13 +99,15 @@ def test_linear_segmentation_is_trained_as_in_the_sheet(monkeypatch):
 
 def test_pose_is_trained_as_in_the_sheet(monkeypatch):
     steps, recipe, args = recorded(monkeypatch), dense.POSE["coco"], settings()
-    views = torch.zeros(1, 3, 16, 16), torch.zeros(1, 5, 4, 4), torch.ones(1, 5)
+    weight = torch.tensor([[1.0, 0, 0, 0, 0]])               # v = 0 of all joints but one
+    views = torch.zeros(1, 3, 16, 16), torch.ones(1, 5, 4, 4), weight
     head = dense.pose_head(5, model(), args)
     opt = dense.adamw([head], [recipe["lr"]], recipe["decay"])
     dense.train_pose(head, opt, enumerate([views] * 20), (16, 16), 20, recipe, model(), args)
     shares = [0.5] + [1] * 14 + [0.1] * 3 + [0.01] * 2   # of 20 epochs: x 0.1 after 15 and 18
     assert steps == [[(pytest.approx(5e-4 * share), decay, (0.9, 0.999)) for decay in (0.01, 0)]
                      for share in shares]
+    assert head.bias[0] > 0 and not head.bias[1:].any()      # only what has a place is learned
 
 
 # ---- patches, windows, crops ---------------------------------------------------------------------
@@ -172,7 +175,7 @@ def test_the_picture_marks_the_prompt_in_red():
     assert marked[:, square].unique(dim=1).T.tolist() == [[255, 40, 40]]
 
 
-def test_flips_change_sides_only_if_asked():
+def test_flips_change_sides_only_if_asked(monkeypatch):
     def swapped(name):
         names = readers.segmentation_classes(name, "part")
         table = dense.sides(names)
@@ -184,12 +187,15 @@ def test_flips_change_sides_only_if_asked():
     assert pairs["horse: lfuleg"] == "horse: rfuleg" and "bus: roofside" not in pairs
     names, table, pairs = swapped("lip")
     assert len(pairs) == 6 and pairs["Left-arm"] == "Right-arm"
-    labels = torch.arange(64, dtype=torch.uint8).view(8, 8) % len(names)
-    item = SimpleNamespace(image=torch.full((3, 8, 8), 99, dtype=torch.uint8), labels=labels)
+    x = torch.arange(8, dtype=torch.uint8)
+    labels = 4 + x + x[:, None]                              # up to 18, the last of LIP's
+    item = SimpleNamespace(image=labels.expand(3, 8, 8), labels=labels)
     sizes, kinds = (8, 8, (8, 8), (8, 8)), set()
+    monkeypatch.setattr(dense, "distort", lambda x, g: 255 - x)
     for seed in range(8):
-        plain, swapped = (dense.training_crop(item, sizes, rng.generator(seed), swap)[1]
-                          for swap in (None, table))
+        (image, plain), (_, swapped) = (dense.training_crop(item, sizes, rng.generator(seed), swap)
+                                        for swap in (None, table))
+        assert (255 - image - plain).abs().max() < 1.01      # nearest: half a pixel off, twice
         assert swapped.equal(plain) or swapped.equal(table[plain.long()])
         kinds.add(bool(swapped.equal(plain)))
     assert kinds == {True, False}                            # some are flipped, some are not
@@ -206,6 +212,15 @@ def test_crops_avoid_a_single_label_and_colours_stay_in_range():
         assert 0 <= image.min() and image.max() <= 255
         mixed += y.float().mean().item() > 0.25 and y.float().mean().item() < 0.75
     assert mixed >= 15                                       # a first try: about 5
+
+
+def test_pictures_for_training_are_half_to_twice_as_large(monkeypatch):
+    monkeypatch.setattr(dense, "distort", lambda x, g: x)
+    labels = torch.arange(400).view(20, 20) % 2              # two of them: no second try
+    item = SimpleNamespace(image=torch.zeros(3, 20, 20).byte(), labels=labels.byte())
+    sides = [len(dense.training_crop(item, (99, 99, (20, 20), None), rng.generator(seed))[1])
+             for seed in range(100)]                         # a crop is never cut from them
+    assert 10 <= min(sides) < 13 and 37 < max(sides) <= 40 and 23 < sum(sides) / 100 < 27
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -306,6 +321,45 @@ def test_linear_segmentation_finds_what_is_planted_and_nothing_in_shuffled_patch
     assert scores[0] > 80 and scores[1] < 35
 
 
+def test_rates_are_chosen_on_images_that_are_not_trained_on(monkeypatch):
+    trained, scored, small = set(), [], planted(monkeypatch, False)
+    crop, segment = dense.training_crop, dense.segment
+    monkeypatch.setitem(dense.RECIPES, "parts", {**dense.RECIPES["parts"], "blocks": (12,)})
+    monkeypatch.setattr(dense, "training_crop", lambda item, *rest: (
+        trained.add(item.id), crop(item, *rest))[1])
+    monkeypatch.setattr(dense, "segment", lambda predict, image, *rest: (
+        scored.append(image), segment(predict, image, *rest))[1])
+    train, test = ([item.image for item in readers.segmentation("voc", None, split, None, None, 64)]
+                   for split in ("train", "test"))
+    for lrs, held in (["1e-3"], []), (["1e-3", "1e-2"], [0, 10, 20]):
+        trained.clear(), scored.clear()
+        dense.linear_segmentation(small, settings("--data", "voc", "--iters", "2", "--lr", *lrs))
+        assert trained == set(range(24)) - set(held)         # 32 crops: more than an epoch
+        assert torch.stack(scored).equal(torch.stack([*(train[n] for n in held), *test]))
+
+
+@pytest.mark.parametrize("recipe, depth, expected", [
+    ("parts", 12, [3, 5, 7, 11]), ("mmc", 12, [5, 7, 9, 11]), ("parts", 24, [7, 11, 15, 23]),
+    ("mmc", 3, [1, 2])])
+def test_a_recipe_says_which_blocks_are_read_and_how_they_are_normed(monkeypatch, recipe, depth,
+                                                                     expected):
+    trained, small = [], planted(monkeypatch, False)
+    patches, train = dense.patches, dense.train_segmentation
+
+    def several(model, x, args, blocks):
+        assert blocks == expected
+        return patches(model, x, args, blocks).repeat(1, 1, 1, len(blocks))
+
+    small.encoder.depth = depth
+    monkeypatch.setattr(dense, "patches", several)
+    monkeypatch.setattr(dense, "train_segmentation", lambda heads, *rest: (
+        trained.append(heads), train(heads, *rest)))
+    dense.linear_segmentation(small, settings("--data", "voc", "--recipe", recipe, "--iters", "1"))
+    [heads], z = trained, 5 * torch.randn(2, 3, 3, 16 * len(expected))
+    assert heads.normed(z).equal(z) == (recipe == "parts")
+    torch.testing.assert_close(heads.normed(z)[:1], heads.normed(z[:1]))     # not by its own batch
+
+
 @pytest.mark.parametrize("most", [3, 256])
 def test_no_forward_is_larger_than_batch_size(monkeypatch, most):
     seen, small = [], planted(monkeypatch, False)
@@ -379,11 +433,14 @@ def test_the_prompt_lies_deepest():
 
 
 def test_whose_patches_are_alike_is_segmented(monkeypatch):
-    """Patches of one category point one way: IoU is what the grid allows; at random, the floor."""
+    """Patches of one category point one way, however long they are: IoU is what the grid allows; at
+    random, the floor."""
     def scores(similar):
         def patches(model, x, args, blocks=None):
             seen = F.avg_pool2d(x.amax(1, keepdim=True), 8).permute(0, 2, 3, 1)
-            return torch.cat([seen, 1 - seen], 3) if similar else torch.randn(*seen.shape[:3], 8)
+            length = torch.tensor([0.3, 3.0] * 4)[:, None, None]
+            return (torch.cat([seen, 1 - seen], 3) * length if similar
+                    else torch.randn(*seen.shape[:3], 8))
 
         def masks(name, root, split, limit, size):
             for top in (0, 8, 16):
@@ -400,8 +457,28 @@ def test_whose_patches_are_alike_is_segmented(monkeypatch):
         return dense.zero_shot_segmentation(model(), args).rows["mean over targets"]
 
     found = scores(True)
-    assert found["Opt"] == pytest.approx(100) and found["whole picture"] == pytest.approx(18.75)
-    assert scores(False)["Opt"] < 40
+    assert found["Opt"] == found["T=0.4"] == pytest.approx(100)
+    assert found["whole picture"] == pytest.approx(18.75) and scores(False)["Opt"] < 40
+
+
+def test_the_best_threshold_is_one_for_all_and_categories_count_alike(monkeypatch):
+    """Of category 3 two targets, each with a best threshold of its own, of category 5 one."""
+    iou = torch.zeros(3, 10, dtype=torch.float64)            # at T = 0, 0.1 ... 0.9
+    iou[0, 1], iou[1, 2], iou[2, 1:3] = 0.6, 0.6, torch.tensor([0.9, 0.3])
+    each, whole = iter(iou), torch.ones(1, 64, 64, dtype=torch.bool)
+    monkeypatch.setattr(readers, "masks", lambda *_: (
+        SimpleNamespace(image=torch.zeros(3, 64, 64).byte(), labels=torch.tensor([label]),
+                        masks=whole, crowd=torch.tensor([False])) for label in (3, 3, 5)))
+    monkeypatch.setattr(dense, "sweep", lambda *_: next(each))
+    args = settings("--task", "zero_shot_segmentation", "--size", "64")
+    result = dense.zero_shot_segmentation(model(), args)
+    over_targets, over_categories = result.rows.values()
+    assert over_targets == pytest.approx({"Opt": 50, "T=0.1": 50, "T=0.2": 30, "T=0.3": 0,
+                                          "T=0.4": 0, "whole picture": 100})
+    assert over_categories == pytest.approx({"Opt": 60, "T=0.1": 60, "T=0.2": 30, "T=0.3": 0,
+                                             "T=0.4": 0})
+    assert "Opt is T = 0.1" in result.notes[0]
+    assert result.images == {"targets": 3, "categories": 2}
 
 
 def test_targets_are_categories_or_instances_but_no_crowds(monkeypatch):
@@ -529,6 +606,33 @@ def test_only_the_first_frame_and_the_last_seven_are_kept_with_what_they_were_gi
     assert frames == list(range(12)) and len(masks) == len(maps) - 1 == 11
 
 
+def test_films_are_compared_by_cosine_and_davis_has_a_deviation_of_its_own(monkeypatch):
+    seen, mix = [], 0.01 * torch.randn(192, 8)               # exp(dot / 0.1) stays finite
+    frames, masks = torch.randint(256, (4, 3, 64, 64)).byte(), torch.zeros(4, 64, 64).byte()
+    masks[:, 16:48, 16:48] = 1
+    film = SimpleNamespace(name="noise", frames=frames, masks=masks, objects=1)
+    monkeypatch.setattr(readers, "videos", lambda *_: [film])
+
+    def row(lengths, std=data.STD):
+        def patches(model, x, args):
+            seen.append(x[0])
+            return lengths * (F.pixel_unshuffle(x, 8).permute(0, 2, 3, 1) @ mix)
+
+        small = model()
+        small.std = std
+        monkeypatch.setattr(dense, "patches", patches)
+        [row] = dense.video(small, settings("--task", "video", "--data", "davis", "--size",
+                                            "64")).rows.values()
+        return row
+
+    found = row(1)
+    assert 0 < found["J&F"] < 100 and row(torch.tensor([1.0, 4] * 4)[:, None, None]) == found
+    row(1, (0.5, 0.5, 0.5))                                  # an encoder that brings another
+    stds = torch.tensor([(0.228, 0.224, 0.225)] * 2 + [(0.5, 0.5, 0.5)])[:, None, :, None, None]
+    expected = (frames / 255 - torch.tensor(data.MEAN)[:, None, None]) / stds
+    torch.testing.assert_close(torch.stack(seen), expected.flatten(0, 1))
+
+
 def test_channels_are_stretched_before_the_largest_wins():
     soft = torch.tensor([[[0.9, 0.1], [0.8, 0.2]]])          # background would win everywhere
     assert dense.harden(soft, 1, (1, 2)).tolist() == [[0, 1]]
@@ -636,6 +740,47 @@ def test_training_views_move_points_with_the_picture():
         [joint] = points[points[:, 2] > 0]
         y, x = divmod(int(F.avg_pool2d(crop[:1], 3, 1, 1).argmax()), 128)
         assert abs(x - joint[0]) <= 2 and abs(y - joint[1]) <= 2
+
+
+def test_joints_are_scored_by_the_longer_side_if_labelled_and_of_no_crowd(monkeypatch):
+    """Two creatures of the test split and a crowd. Of one all joints but the fourth are labelled
+    and 9 px off; of the other only the first is, and 11 px off. All else is far from its place."""
+    joints = len(readers.part_names("toy"))
+    v = torch.ones(3, joints)
+    v[0, 3], v[1, 1:] = 0, 0
+    off = torch.tensor([9.0, 11, 500])[:, None].where(v > 0, 500)
+    boxes = torch.tensor([[0.0, 0, 40, 100], [10, 10, 110, 50], [0, 0, 100, 100]])
+
+    def keypoints(name, root, split, limit, size):
+        far = 0 if split == "test" else 500
+        yield SimpleNamespace(image=torch.zeros(3, 120, 120).byte(), boxes=boxes,
+                              points=torch.stack([20 * v, 50 * v, v], 2), off=far + off,
+                              areas=torch.tensor([4050.0, 3025, 5000]),
+                              crowd=torch.tensor([False, False, True]))
+
+    def predict(item, who, *_):
+        return item.points[who][..., :2] + F.pad(item.off[who][..., None], (0, 1)), None
+
+    monkeypatch.setattr(readers, "keypoints", keypoints)
+    monkeypatch.setattr(dense, "predict", predict)
+    result = dense.pose(model(), settings("--task", "pose", "--iters", "1"))
+    assert result.images == {"objects": 2}
+    # exp(-81 / (2 area (2 * 0.05)^2)) = 1/e, exp(-121 / ...) = 1/e^2
+    assert result.rows["patches"] == pytest.approx({
+        "OKS": 100 * (math.exp(-1) + math.exp(-2)) / 2, "PCK@0.1": 100 * (joints - 1) / joints})
+
+
+def test_a_person_is_as_sure_as_the_maxima_above_a_fifth():
+    head, item = torch.nn.Linear(24, 3), SimpleNamespace(
+        image=torch.zeros(3, 40, 40).byte(), boxes=torch.tensor([[4.0, 4, 36, 36]]))
+    head.weight.zero_()
+
+    def score(*maxima):                                      # every map is flat
+        head.bias[:] = torch.tensor(maxima)
+        _, [score] = dense.predict(item, [0], head, (32, 32), torch.arange(3), model(), settings())
+        return score.item()
+
+    assert score(0.9, 0.1, 0.7) == pytest.approx(0.8) and score(0.1, 0.19, -1) == 0
 
 
 def test_the_same_person_is_found_once():
