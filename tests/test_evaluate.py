@@ -331,6 +331,27 @@ def cloud(n=400, width=6, classes=3):
     return torch.randn(n, 2, width, generator=g) + 3 * torch.eye(width)[y][:, None], y
 
 
+@pytest.mark.parametrize("task, flags", [("linear", ["--recipe", "park"]), ("layerwise", []),
+                                         ("attentive", [])])
+def test_classifiers_learn_from_train_and_are_scored_on_test(monkeypatch, task, flags):
+    """Every fourth test image looks like another class: 75 % are right, of train's all."""
+    labels = {"train": torch.arange(64) % 4, "test": torch.arange(48) % 4}
+    looks = labels | {"test": torch.where(torch.arange(48) // 4 % 4 == 0, 3 - labels["test"],
+                                          labels["test"])}
+
+    def answer(model, args, split, names, *_, mirror=False):
+        z = torch.eye(16)[looks[split]]
+        z = z[:, None].expand(-1, 3, -1) if names == ["tokens"] else z
+        return {name: torch.stack([z, z], 1) if mirror else z for name in names}, labels[split], 4
+
+    monkeypatch.setattr(evaluate, "features", answer)
+    args = settings("--task", task, "--limit", "4", "--epochs", "2", *flags)
+    result = evaluate.TASKS[task](model(depth=2), args)
+    assert len(result.rows) == (2 if task == "layerwise" else 1)          # every block
+    assert all((row["top-1"], row["last epoch"]) == (75, 75) for row in result.rows.values())
+    assert result.images == {"train": 64, "test": 48}
+
+
 @pytest.mark.parametrize("paper", [False, True])
 def test_a_head_trains_as_torch_optim_would(monkeypatch, paper):
     (x, y), epochs = cloud(), 7
@@ -365,6 +386,22 @@ def test_a_head_trains_as_torch_optim_would(monkeypatch, paper):
     assert lr == (1.0 if paper else 0.5)
     assert torch.allclose(weight, head.weight, atol=1e-5)
     assert torch.allclose(bias, head.bias, atol=1e-5)
+
+
+def test_lr_and_epoch_are_chosen_on_images_that_are_not_trained_on(monkeypatch):
+    """If these are labelled wrong, the best head is the one that has learned least."""
+    monkeypatch.setattr(evaluate, "SWEEP", (1.0, 1e-3))
+    (x, y), recipe = cloud(width=60), dict(evaluate.RECIPES["dino"], lr=1.0)
+    held = torch.randperm(400, generator=rng.generator(0, "linear"))[:40]
+    for turn, chosen in ((0, 1.0), (1, 1e-3)):           # without: the control
+        y[held] = (y[held] + turn) % 3
+        head = evaluate.classifier(x, y, 3, recipe, settings("--epochs", "5"))
+        best, last = (100 * (score(x[held, 0]).argmax(1) == y[held]).double().mean().item()
+                      for score in (head.scores, head.last))
+        row = head.score(x[held, 0], y[held])
+        assert (row["top-1"], row["last epoch"]) == pytest.approx((best, last))
+        assert head.lr == chosen and best >= last
+    assert head.epoch == 1 and best > last + 10
 
 
 def test_heads_of_the_sweep_do_not_see_each_other(monkeypatch):

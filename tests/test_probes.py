@@ -445,8 +445,9 @@ def test_block_means_are_taken_before_the_final_norm():
 
 
 def answering(monkeypatch, features, labels, classes):
-    monkeypatch.setattr(evaluate, "features",
-                        lambda *a, **b: ({"cls": features}, labels, classes))
+    """Features and labels of the test split, and no other."""
+    monkeypatch.setattr(evaluate, "features", lambda m, a, split, *_, **__: {
+        "test": ({"cls": features}, labels, classes)}[split])
 
 
 def test_knn_weighs_by_a_temperature_of_007(monkeypatch):
@@ -455,25 +456,28 @@ def test_knn_weighs_by_a_temperature_of_007(monkeypatch):
 
     # One of class 0 in the same place, two of class 1 farther off: with 2 exp(s / tau) these win
     # for tau above 0.058 if s is 0.96, above 0.087 if it is 0.94.
+    args = settings("--limit", "3", "--k", "3", "--feature", "cls")
     for s, first in ((0.96, 1), (0.94, 0)):
         sets = {"train": ({"cls": at(1.0, s, s)}, torch.tensor([0, 1, 1]), 2),
                 "test": ({"cls": at(1.0)}, torch.tensor([first]), 2)}
         monkeypatch.setattr(evaluate, "features", lambda m, a, split, *_, sets=sets: sets[split])
-        row = evaluate.knn(model(), settings("--k", "3", "--feature", "cls")).rows["cls"]
+        row = evaluate.knn(model(), args).rows["cls"]
         assert row == {"k=3": 100}
 
 
 def test_few_shot_is_perfect_for_an_oracle_chance_for_noise_and_33_for_one_point(monkeypatch):
-    labels = torch.arange(400) % 8
+    labels, args = torch.arange(400) % 8, settings("--limit", "8", "--episodes", "300")
     g = torch.Generator().manual_seed(0)
     for z, accuracy, f1 in ((torch.eye(8)[labels], 100, 100),
-                            (torch.randn(400, 64, generator=g), 20, 20),
+                            (torch.randn(400, 64, generator=g), 20, 20.6),   # see below
                             (torch.ones(400, 4), None, 100 / 3)):
         answering(monkeypatch, z, labels, 8)
-        row = evaluate.few_shot(model(), settings("--episodes", "300")).rows["cls"]
+        row = evaluate.few_shot(model(), args).rows["cls"]
         if accuracy:
             assert row["accuracy"] == pytest.approx(accuracy, abs=1.5)
-        assert row["F1"] == pytest.approx(f1, abs=15 if accuracy == 20 else 0.1)
+        # Cosines of noise have a deviation of 1/8: 21.2 % are above T = 0.1, and a fifth of them
+        # of the same class; F1 = 2 * 20 * 21.2 / (20 + 21.2).
+        assert row["F1"] == pytest.approx(f1, abs=1 if accuracy == 20 else 0.1)
         assert row["F1"] == max(row[f"F1 {t / 10}"] for t in range(1, 10))
 
 
@@ -482,7 +486,8 @@ def test_few_shot_equals_a_loop_over_episodes(monkeypatch):
     labels, z = torch.arange(120) % 6, torch.randn(120, 5, generator=g)
     z[:, :3] += 1.5 * torch.eye(6)[labels][:, :3]
     answering(monkeypatch, z, labels, 6)
-    row = evaluate.few_shot(model(), settings("--episodes", "20", "--seed", "3")).rows["cls"]
+    args = settings("--limit", "8", "--episodes", "20", "--seed", "3")
+    row = evaluate.few_shot(model(), args).rows["cls"]
     g, unit, right = rng.generator(3, "few_shot"), z / z.norm(dim=1, keepdim=True), []
     for _ in range(20):                                   # the same draws, in order
         chosen = [(labels == c).nonzero()[:, 0][torch.randperm(20, generator=g)[:16]]
@@ -533,16 +538,17 @@ def test_boxes_are_clipped_and_must_be_square_enough_large_enough_and_no_crowd()
 
 
 def test_object_retrieval_is_perfect_for_an_oracle_and_chance_for_noise(monkeypatch):
-    labels, g = torch.arange(300) % 5, torch.Generator().manual_seed(2)
+    labels, args = torch.arange(300) % 5, settings("--limit", "8")
+    g = torch.Generator().manual_seed(2)
     for z, good in ((torch.eye(5)[labels], True), (torch.randn(300, 16, generator=g), False)):
         answering(monkeypatch, z, labels, 5)
-        row = evaluate.object_retrieval(model(), settings()).rows["cls"]
+        row = evaluate.object_retrieval(model(), args).rows["cls"]
         assert row["AP"] == pytest.approx(100 if good else row["chance"], abs=1)
     answering(monkeypatch, torch.randn(4, 3), torch.arange(4), 4)
     with pytest.raises(ValueError, match="no two items share a class"):
-        evaluate.object_retrieval(model(), settings())
+        evaluate.object_retrieval(model(), args)
     answering(monkeypatch, torch.randn(3, 3), torch.tensor([0, 0, 1]), 2)
-    assert "1 items are the only one" in evaluate.object_retrieval(model(), settings()).notes[0]
+    assert "1 items are the only one" in evaluate.object_retrieval(model(), args).notes[0]
 
 
 def test_max_items_draws_so_many_and_always_the_same():
@@ -785,27 +791,35 @@ def test_noise_stays_in_its_band_and_has_the_energy_of_its_ring():
     assert alone.equal(evaluate.band_noise(index, 64, 1.0, args)[7:8])  # whatever the batch
 
 
-def test_no_noise_no_drop_and_noise_on_the_right_frequency(monkeypatch):
-    flags = ["--limit", "40", "--epochs", "2"]
-    with torch.enable_grad():
-        row = evaluate.frequency_noise(model(), settings(*flags, "--eps", "0")).rows["pat"]
-        assert all(row[name] == 0 for name in row if name != "clean")
-        loud = evaluate.frequency_noise(model(), settings(*flags, "--eps", "50")).rows["pat"]
-    assert loud["clean"] == row["clean"] and any(loud[name] for name in loud if name != "clean")
-
-
-def test_a_drop_is_what_the_noise_costs(monkeypatch):
+def test_a_drop_is_what_the_noise_of_one_band_costs(monkeypatch):
     labels, head = torch.arange(8) % 4, SimpleNamespace(scores=lambda z: z, epochs=3)
     clean, noisy = torch.eye(4)[labels], torch.eye(4)[labels.clamp(max=2)]   # a quarter is wrong
+    x, sensitive = torch.randn(8, 3, 32, 32), evaluate.ring(32, 0.3 * math.pi)
+
+    def answer(model, args, split, names, tokens, change):
+        """Minds noise of 0.3 pi alone."""
+        assert split == "test"
+        noise = change(x, torch.arange(8)) - x if change else torch.zeros_like(x)
+        minds = (torch.fft.fft2(noise).abs() * sensitive).mean() > 1e-3
+        return {"cls": noisy if minds else clean}, labels, 4
+
     monkeypatch.setattr(evaluate, "trained", lambda *a: ("cls", head, 7))
-    monkeypatch.setattr(evaluate, "features", lambda *a, change: (
-        {"cls": noisy if change else clean}, labels, 4))
-    result = evaluate.frequency_noise(model(), settings())
+    monkeypatch.setattr(evaluate, "features", answer)
+    result = evaluate.frequency_noise(model(), settings("--limit", "8"))
     row = result.rows["cls"]
-    assert row["clean"] == 100 and row["mean drop"] == row["0 pi"] == row["1 pi"] == 25
+    drops = {f"{tenth / 10:g} pi": 25 * (tenth == 3) for tenth in range(11)}
+    assert row == {"clean": 100, "mean drop": pytest.approx(25 / 11), **drops}
     assert "recipe park (3 epochs), lr and epoch chosen" in result.protocol
-    args = settings("--recipe", "park", "--paper")
+    args = settings("--limit", "8", "--recipe", "park", "--paper")
     assert "lr 1 and decay 0.05 as printed" in evaluate.frequency_noise(model(), args).protocol
+
+
+def test_the_cache_does_not_take_noise_away(tmp_path):
+    flags = "--limit 20 --epochs 1 --eps 50 --out".split()
+    with torch.enable_grad():
+        plain, cached = (evaluate.frequency_noise(model(), settings(
+            *flags, str(tmp_path), *more)).rows["pat"] for more in ([], ["--cache"]))
+    assert plain == cached and any(plain[name] for name in plain if name.endswith(" pi"))
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -875,6 +889,29 @@ def test_cached_features_are_those_that_were_encoded(tmp_path, checkpoint, monke
     run(tmp_path, [checkpoint], "--task", "knn", "--cache")
     assert checkpoint.stat().st_mtime_ns != stamp.st_mtime_ns
     assert len(list((tmp_path / "features").iterdir())) == 6
+
+
+def test_the_cache_tells_all_that_features_depend_on_apart(tmp_path):
+    for c in "ab":
+        (tmp_path / "data" / c).mkdir(parents=True)
+        for n in range(5):                               # one of each is a test image
+            picture = torch.randint(256, (40, 80, 3), dtype=torch.uint8)
+            Image.fromarray(picture.numpy()).save(tmp_path / "data" / c / f"{n}.png")
+    kinds = [({}, {}, {}), (dict(size=40), {}, {}), (dict(mean=data.STD), {}, {}),
+             (dict(std=data.MEAN), {}, {}), (dict(interpolation="bilinear"), {}, {}),
+             ({}, dict(precision="bf16"), {}), ({}, dict(limit=1), {}), ({}, {}, dict(whole=True)),
+             ({}, {}, dict(mirror=True)), ({}, {}, dict(split="train")),
+             ({}, {}, dict(tokens=features.joint))]
+    found, m = {}, model()
+    for cache in ([], ["--cache"]):
+        for number, (of_model, flags, how) in enumerate(kinds):
+            args = settings("--data", f"{tmp_path}/data", "--out", f"{tmp_path}/out", *cache)
+            vars(args).update(flags)
+            network = SimpleNamespace(**vars(m) | of_model)
+            z, _, _ = evaluate.features(network, args, **dict(split="test") | how)
+            assert z["hyber"].equal(found.setdefault(number, z["hyber"])), kinds[number]
+    assert not any(found[a].equal(found[b]) for a in found for b in range(a))
+    assert len(list((tmp_path / "out/features").iterdir())) == len(kinds)
 
 
 def test_all_does_not_write_tokens_that_nobody_reads(tmp_path, checkpoint, monkeypatch):
