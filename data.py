@@ -348,6 +348,10 @@ class Images:
                        labels=None if self.labels is None else self.labels[rows])
 
 
+def root_of(given):
+    return given or os.environ.get("DATA_ROOT", "datasets")
+
+
 def load(name, root=None, split="train", size=64, limit=None, device="cpu", apart=False):
     """A data set by its name, or any tree of images by its path. Nothing is downloaded.
 
@@ -359,7 +363,7 @@ def load(name, root=None, split="train", size=64, limit=None, device="cpu", apar
     without splits every fifth image is for the test, the others are to train on.
     Raises FileNotFoundError that shows the layout expected, ValueError for what is unknown.
     """
-    root = root or os.environ.get("DATA_ROOT", "datasets")
+    root = root_of(root)
     splits = ["train", "test", *{"stl10": ["unlabeled"], "miniimagenet": ["val"]}.get(name, [])]
     split = "test" if split == "val" and split not in splits else split
     if split not in splits:

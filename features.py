@@ -207,7 +207,8 @@ def stored(model, args, tokens, key):
     """
     if not args.cache or key is None:
         return None
-    what = (tokens.__name__, args.data, args.data_root, args.limit, args.precision, key)
+    places = [str(Path(place).resolve()) for place in (args.data, data.root_of(args.data_root))]
+    what = (tokens.__name__, *places, args.limit, args.precision, key)
     name = f"{model.name}-{Path(args.data).name}-{code(model, args, what)}.pt"
     return Path(args.out) / "features" / name
 

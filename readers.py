@@ -161,8 +161,7 @@ window-other wood""".split()                                        # COCO's 92 
 
 def find(name, root, *places):
     """The first of the places under root (none: $DATA_ROOT, else datasets) that exists."""
-    root = root or os.environ.get("DATA_ROOT", "datasets")
-    return data.find(name, root, *places, layouts=LAYOUT)
+    return data.find(name, data.root_of(root), *places, layouts=LAYOUT)
 
 
 @contextmanager
@@ -339,7 +338,7 @@ def maps(name, files, level, root, split, limit, size):
     """Iterator of items of a set whose annotations are files, one an image."""
     items, read = files(level, root, split)
     if not items:
-        raise data.missing(name, root or os.environ.get("DATA_ROOT", "datasets"), LAYOUT)
+        raise data.missing(name, data.root_of(root), LAYOUT)
     for number, path, annotation in spread(items, limit):
         image = picture(path)
         with reading(name, annotation):

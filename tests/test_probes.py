@@ -891,7 +891,7 @@ def test_cached_features_are_those_that_were_encoded(tmp_path, checkpoint, monke
     assert len(list((tmp_path / "features").iterdir())) == 6
 
 
-def test_the_cache_tells_all_that_features_depend_on_apart(tmp_path):
+def test_the_cache_tells_all_that_features_depend_on_apart(tmp_path, monkeypatch):
     for c in "ab":
         (tmp_path / "data" / c).mkdir(parents=True)
         for n in range(5):                               # one of each is a test image
@@ -912,6 +912,11 @@ def test_the_cache_tells_all_that_features_depend_on_apart(tmp_path):
             assert z["hyber"].equal(found.setdefault(number, z["hyber"])), kinds[number]
     assert not any(found[a].equal(found[b]) for a in found for b in range(a))
     assert len(list((tmp_path / "out/features").iterdir())) == len(kinds)
+    for root in "ab":                                        # where --data-root is not given
+        monkeypatch.setenv("DATA_ROOT", root)
+        kinds.append(features.stored(m, settings("--data", "cifar10", "--cache"), features.pooled,
+                                     "test"))
+    assert kinds[-1] != kinds[-2]
 
 
 def test_all_does_not_write_tokens_that_nobody_reads(tmp_path, checkpoint, monkeypatch):
