@@ -1,5 +1,6 @@
 """BEiT against the published arithmetic, its masks, and its parameter groups."""
 
+import json
 import math
 import sys
 
@@ -236,7 +237,8 @@ def train(monkeypatch, out, *flags):
 
 
 def test_a_step_puts_the_pieces_together(monkeypatch, tmp_path):
-    calls = train(monkeypatch, tmp_path / "run", *"--steps 3 --clip 2 --lr 1e-3".split())
+    calls = train(monkeypatch, tmp_path / "run", *"""--steps 4 --clip 2 --lr 1e-3 --min-lr 2e-4
+        --log-every 1 --rel-pos --layer-scale 0.1 --pos learned""".split())
     (_, _, *key), _, drawn = calls["draw_mask"]
     (net, x, mask, _), _, logits = calls["forward"]
     assert key == [0, 1]                                      # seed, second epoch: two steps each
@@ -248,9 +250,20 @@ def test_a_step_puts_the_pieces_together(monkeypatch, tmp_path):
     assert torch.allclose(loss, F.cross_entropy(logits, labels))
     assert how == {"clip": 2.0}
     assert [group["weight_decay"] for group in opt.param_groups] == [0.05, 0.0]
-    spared = {id(p) for p in opt.param_groups[1]["params"]}
-    assert id(net.backbone.cls_token) in spared and id(net.mask_token) not in spared
-    assert {group["lr"] for group in opt.param_groups} == {1e-3}              # warm-up is over
+    log = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [line["lr"] for line in log] == pytest.approx([0, 5e-4, 1e-3, 6e-4])   # up, half down
+    assert {group["lr"] for group in opt.param_groups} == {log[-1]["lr"]}
+    right = logits.gather(1, labels[:, None])[:, 0] == logits.amax(1)
+    assert log[-1]["acc"] == pytest.approx(right.float().mean().item()) and 0 < right.sum()
+
+    names = {id(p): name for name, p in net.named_parameters()}
+    decayed, spared = ({id(p) for p in group["params"]} for group in opt.param_groups)
+    assert decayed | spared == set(names) and not decayed & spared
+    assert {"mask_token", "backbone.rel_pos_bias.relative_position_bias_table", "lm_head.weight",
+            "backbone.patch_embed.proj.weight"} <= {names[p] for p in decayed}
+    for name in (names[p] for p in spared):
+        assert name.endswith(("bias", "gamma", "cls_token", "pos_embed")) or "norm" in name
+    assert {"backbone.cls_token", "backbone.pos_embed"} <= {names[p] for p in spared}
 
 
 def test_tokenizer_sees_the_crop_of_the_network():
@@ -279,31 +292,11 @@ def test_loss_is_the_mean_over_hidden_patches_however_they_are_split():
     assert not torch.allclose(whole, sum(beit.token_loss(logits[s], ids[s]) for s in parts) / 2)
 
 
-def test_weight_decay_spares_class_token_positions_and_vectors_only():
-    net = network("--rel-pos", "--layer-scale", "0.1", "--pos", "learned")
-    decayed, spared = ({id(p) for p in g["params"]} for g in training.decay_groups(
-        net, 0.05, spare=("cls_token", "pos_embed")))
-    names = {id(p): name for name, p in net.named_parameters()}
-    assert decayed | spared == set(names) and not decayed & spared
-    assert {"mask_token", "backbone.rel_pos_bias.relative_position_bias_table", "lm_head.weight",
-            "backbone.patch_embed.proj.weight"} <= {names[p] for p in decayed}
-    for name in (names[p] for p in spared):
-        assert name.endswith(("bias", "gamma", "cls_token", "pos_embed")) or "norm" in name
-    assert {"backbone.cls_token", "backbone.pos_embed"} <= {names[p] for p in spared}
-
-
-def test_learning_rate_rises_to_its_peak_and_falls_to_its_end():
-    cfg = training.config(beit.Config, ["--data", "imagenet"])
-    lr = [training.cosine(step, 1000, cfg.lr, cfg.min_lr, 10) for step in (0, 5, 10, 999)]
-    assert lr[0] == 0 and lr[1] == pytest.approx(7.5e-4) and lr[2] == 1.5e-3
-    assert lr[3] == pytest.approx(1e-5, rel=0.01)
-
-
 def test_defaults_are_the_papers():
     cfg = training.config(beit.Config, ["--data", "imagenet"])
     assert (cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.pos, cfg.rel_pos, cfg.layer_scale) == (
         768, 12, 12, "learned", False, 0.0)
     assert (cfg.masked, cfg.min_block, cfg.codes, cfg.token_size) == (75, 16, 8192, 112)
-    assert (cfg.epochs, cfg.batch_size, cfg.lr, cfg.weight_decay, cfg.clip) == (
-        800, 2048, 1.5e-3, 0.05, 3.0)
+    assert (cfg.epochs, cfg.batch_size, cfg.lr, cfg.min_lr, cfg.weight_decay, cfg.clip) == (
+        800, 2048, 1.5e-3, 1e-5, 0.05, 3.0)
     assert (cfg.warmup_epochs, cfg.drop_path, cfg.min_scale, cfg.jitter) == (10, 0.1, 0.08, 0.4)

@@ -1,5 +1,6 @@
 """CAE against the published arithmetic: who sees what, where gradients stop, what a block does."""
 
+import json
 import math
 import sys
 
@@ -300,7 +301,8 @@ def train(monkeypatch, out, *flags):
 
 
 def test_a_step_puts_the_pieces_together(monkeypatch, tmp_path):
-    calls = train(monkeypatch, tmp_path / "run", *"--steps 3 --clip 2 --lr 1e-3 --align 3".split())
+    calls = train(monkeypatch, tmp_path / "run", *"""--steps 4 --clip 2 --lr 1e-3 --min-lr 2e-4
+        --log-every 1 --align 3""".split())
     (index, _, *key), _, mask = calls["draw_mask"]
     (_, x, visible, hidden, _), _, (logits, zhat, zbar) = calls["forward"]
     assert key == [0, 1]                                      # seed, second epoch: two steps each
@@ -314,7 +316,30 @@ def test_a_step_puts_the_pieces_together(monkeypatch, tmp_path):
     assert how == {"clip": 2.0}
     assert [group["weight_decay"] for group in opt.param_groups] == [0.05, 0.0]
     assert {p.ndim for p in opt.param_groups[1]["params"]} == {1}
-    assert {group["lr"] for group in opt.param_groups} == {1e-3}              # warm-up is over
+    log = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [line["lr"] for line in log] == pytest.approx([0, 5e-4, 1e-3, 6e-4])   # up, half down
+    assert {group["lr"] for group in opt.param_groups} == {log[-1]["lr"]}
+    right = logits.gather(2, labels[:, :, None])[:, :, 0] == logits.amax(2)
+    assert log[-1]["acc"] == pytest.approx(right.float().mean().item()) and 0 < right.sum()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_patches_that_are_represented_alike_are_told(alike, monkeypatch, tmp_path, capsys):
+    """Each representation leaves a LayerNorm: only from patch to patch nothing changes."""
+    forward, seen = cae.CAE.forward, []
+
+    def answer(net, *given):
+        logits, zhat, zbar = forward(net, *given)
+        seen.append(zbar[:1, :1].expand_as(zbar) if alike else zbar)
+        return logits, zhat, seen[-1]
+
+    monkeypatch.setattr(cae.CAE, "forward", answer)
+    train(monkeypatch, tmp_path, "--steps", "1", "--evals", "1")
+    assert ("collapsed" in capsys.readouterr().out) == alike
+    rows = seen[0].flatten(0, 1)                                    # the last one is the picture's
+    std = ((rows - rows.mean(0)).square().sum(0) / (len(rows) - 1)).sqrt().mean()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["std"] == pytest.approx(std.item(), abs=1e-6) and (std < 1e-6) == alike
 
 
 def test_tokenizer_sees_the_crop_of_the_network():
@@ -383,15 +408,10 @@ def test_losses_are_plain_means():
     assert torch.allclose(cae.token_loss(logits, ids), expected)
 
 
-def test_learning_rate_rises_to_its_peak_and_falls_to_its_end():
-    cfg = training.config(cae.Config, ["--data", "imagenet"])
-    lr = [training.cosine(step, 1000, cfg.lr, cfg.min_lr, 25) for step in (0, 25, 999)]
-    assert lr[0] == 0 and lr[1] == 1.5e-3 and lr[2] == pytest.approx(1e-5, rel=0.01)
-
-
 def test_defaults_are_the_papers():
     cfg = training.config(cae.Config, ["--data", "imagenet"])
     assert (cfg.align, cfg.masked, cfg.min_block, cfg.layer_scale) == (2.0, 98, 16, 0.1)
     assert (cfg.regressor_depth, cfg.decoder_depth, cfg.codes, cfg.token_size) == (4, 4, 8192, 112)
-    assert (cfg.batch_size, cfg.lr, cfg.weight_decay, cfg.clip) == (2048, 1.5e-3, 0.05, 3.0)
+    assert (cfg.batch_size, cfg.lr, cfg.min_lr, cfg.weight_decay, cfg.clip) == (
+        2048, 1.5e-3, 1e-5, 0.05, 3.0)
     assert (cfg.epochs, cfg.warmup_epochs, cfg.drop_path, cfg.min_scale) == (1600, 40, 0.1, 0.08)

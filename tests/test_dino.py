@@ -48,7 +48,7 @@ def train(tmp_path, monkeypatch):
 
 
 def small_noise(load):
-    return lambda name, root, split, size, limit, device: load(name, root, split, size, 64, device)
+    return lambda *given: load(*given[:4], limit=64)
 
 
 def normal(*shape, seed=0):
@@ -66,7 +66,9 @@ def images(n, size=32, seed=0):
 def same(a, b, *names):
     """Equal checkpoints. A key bias has no gradient but rounding errors, which AdamW blows up."""
     for name in names:
-        for key in a[name].keys() & b[name].keys():
+        shared = a[name].keys() & b[name].keys()         # one of them may hold more
+        assert shared and len(shared) == min(len(a[name]), len(b[name])), name
+        for key in shared:
             x, y = a[name][key], b[name][key]
             if key.endswith(".k.bias"):
                 continue
@@ -194,6 +196,30 @@ def test_both_collapses_are_called_by_their_names_and_health_is_not():
           torch.stack([rows[0], -(rows[1] * rows[1].log()).sum() - rows[0]]), 1e-5)
     assert "uniform" in dino.collapse("images", *health(
         dino.assign(normal(1, 1, K).expand(2, 8, K), normal(1, 1, K), 0.04)), K)[0]  # stuck at ln K
+
+
+@pytest.mark.parametrize("method, alike", [
+    ("dino", "images"), ("ibot", "images"), ("ibot", "patches"), ("selfpatch", "images"),
+    ("selfpatch", "patches")])
+def test_a_run_says_which_assignments_are_all_the_same(train, monkeypatch, capsys, method, alike):
+    """Each is one-hot: those named here of word 3, the others of one word after the other."""
+    kinds = iter(["images"])                             # they come first; the rest are patches
+
+    def assign(t, center, tau):
+        rows = torch.arange(t[..., 0].numel()).view(t.shape[:-1]) % t.shape[-1]
+        if next(kinds, "patches") == alike:
+            rows = torch.full_like(rows, 3)
+        return F.one_hot(rows, t.shape[-1]).float()
+
+    monkeypatch.setattr(importlib.import_module(method), "assign", assign)
+    monkeypatch.setattr(training.Run, "knn", lambda *_: {})
+    _, (line,) = train(method, "--steps", 1, "--evals", 1)
+    said = capsys.readouterr().out
+    for what, name in (("images", "told"), ("patches", "told_pat")):
+        assert (f"collapsed: all {what} get the same assignment, one-hot" in said) == (
+            what == alike)
+        if name in line:
+            assert line[name] == pytest.approx(0) if what == alike else line[name] > 1
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -368,7 +394,7 @@ def test_a_run_equals_the_published_steps_written_out(train):
     center.zero_()
     unclipped = by_hand(dino, tiny(dino, *WRITTEN_OUT, "--clip", 1e9), objective)
     with pytest.raises(AssertionError):
-        same(unclipped, expected, "student")
+        same(state, unclipped, "student")
 
 
 def test_teacher_nears_a_constant_student_geometrically():
@@ -484,6 +510,16 @@ def test_overfitting_one_batch_brings_the_loss_far_below_ln_K(train):
                    "--norm-last-layer", "true", "--drop-path", 0, "--local-crops", 0)
     assert log[-1]["loss"] < math.log(32) - 1.5 and log[-1]["told"] > 1
     assert abs(log[-1]["loss"] - log[-1]["entropy"] - log[-1]["kl"]) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["ibot", "selfpatch"])
+def test_overfitting_shows_the_networks_one_batch_in_all_steps(train, monkeypatch, method):
+    module, seen = importlib.import_module(method), []
+    forward = module.Network.forward
+    monkeypatch.setattr(module.Network, "forward", lambda net, x, *more: (
+        seen.append(x), forward(net, x, *more))[1])
+    train(method, "--overfit-one-batch", "--steps", 2)
+    assert len(seen) == 4 and all(torch.equal(x, seen[0]) for x in seen)
 
 
 def test_views_are_the_published_ones():

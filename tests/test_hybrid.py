@@ -283,7 +283,8 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
             yield step, batch
 
     monkeypatch.setattr(training.Run, "steps", spy)
-    train(monkeypatch, tmp_path, hybrid, *BOTH, *recipe, "--steps", "2")
+    monkeypatch.setattr(training.Run, "knn", lambda *_: {})
+    train(monkeypatch, tmp_path, hybrid, *BOTH, *recipe, "--steps", "2", "--evals", "1")
     found = torch.load(tmp_path / "last.pt", weights_only=True)["state"]
     torch.manual_seed(0)
     cfg = config(*recipe)
@@ -311,6 +312,10 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
         x, y = (torch.cat([p.flatten() for p in weights]) for weights in (
             net.parameters(), (found[name][key] for key, _ in net.named_parameters())))
         assert (x - y).norm() < 1e-4 * x.norm(), name
+    errors = [(z[h] - z[~h].mean()).abs().mean()
+              for image, h in zip(x1, hybrid.enlarge(mask, 4)) for z in image]
+    flat = json.loads((tmp_path / "metrics.jsonl").read_text())["flat"]       # of visible colours
+    assert flat == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("spread, share, alarm", [

@@ -369,6 +369,7 @@ def test_a_real_step_moves_teacher_and_both_centres_as_written(train):  # noqa: 
             assert not torch.equal(old, state["student"][name]), name
     assert state["center"]["center"].shape == state["center2"]["center"].shape == (1, 32)
     assert abs(log[0]["loss"] - log[0]["cls"] - log[0]["pat"]) < 1e-5
+    assert abs(log[0]["kl"] - (log[0]["cls"] - log[0]["entropy"])) < 1e-5
     frozen = train("ibot", "--steps", 2, "--freeze-epochs", 1, "--shared-head", "false")[0]
     torch.manual_seed(0)
     for name, old in ibot.Network(tiny(ibot, "--shared-head", "false")).named_parameters():

@@ -1,6 +1,7 @@
 """SimMIM against the arithmetic and the recorded values of the official ViT-B."""
 
 import copy
+import json
 import math
 import sys
 
@@ -257,9 +258,10 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
             yield part
 
     monkeypatch.setattr(training.Run, "micro_batches", spy)
+    monkeypatch.setattr(training.Run, "knn", lambda *_: {})
     monkeypatch.setattr(training.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", [
-        "", *TINY, *recipe, *"--data synthetic --steps 2 --evals 0 --precision fp32".split(),
+        "", *TINY, *recipe, *"--data synthetic --steps 2 --evals 1 --precision fp32".split(),
         "--device", "cpu", "--out", str(tmp_path)])
     simmim.main()
     torch.manual_seed(0)
@@ -277,6 +279,10 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
     found = torch.load(tmp_path / "last.pt", weights_only=True)["state"]["model"]
     for name, x in net.state_dict().items():
         assert (found[name] - x).norm() < 1e-4 * x.norm(), name
+    x, hidden = parts[-1].views[0], simmim.enlarge(mask, 4)
+    errors = [(z[h] - z[~h].mean()).abs().mean() for image, h in zip(x, hidden) for z in image]
+    flat = json.loads((tmp_path / "metrics.jsonl").read_text())["flat"]       # of visible colours
+    assert flat == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("flags, sentence", [

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -27,7 +28,6 @@ import checkpoints
 import data
 import mmc
 import training
-import vit
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--data synthetic --img-size 16 --patch-size 4 --embed-dim 16 --depth 2 --num-heads 2 "
@@ -124,16 +124,39 @@ def test_decay_groups_leave_out_vectors_and_frozen_parameters():
 # ---- the vote ------------------------------------------------------------------------------------
 
 
+class Looks(nn.Module):
+    """A picture is known by its brightness: class token and patches are its rows of two tables."""
+
+    def __init__(self, cls, patches):
+        super().__init__()
+        self.cls, self.patches = cls, patches
+
+    def forward(self, x):
+        assert not self.training                                             # no drop path
+        return data.denormalize(x)[:, 0, 0, 0].long()
+
+    def split(self, number):
+        return self.cls[number], self.patches[number]
+
+
 def test_knn_votes_between_two_splits_of_the_same_classes_and_not_else():
+    """Ten class tokens vote: the nearest alone is wrong. Patches of queries say the opposite."""
     cfg = SimpleNamespace(workers=0)
     run = SimpleNamespace(device=torch.device("cpu"), cfg=cfg, autocast=contextlib.nullcontext,
                           looking=contextlib.nullcontext, _mean=float)
-    net, labels = vit.ViT(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2), [0, 1] * 8
-    pixels = 200 * torch.tensor(labels, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 3, 16, 16)
-    bank = data.Images("x", "train", ["a", "b"], torch.tensor(labels), pixels)
-    tests = replace(bank, split="test")
-    found = training.Run.knn(run, net, bank, tests, 16, k=3)
-    assert found["knn"] == found["knn_pat"] == 100 and found["spread"] > 0
+    look = torch.tensor([0] * 6 + [1] * 6 + [0, 0, 1, 1])                    # the last 4: queries
+    labels = look.clone()
+    labels[0], cls = 1, 3 * F.one_hot(look, 4).float()
+    cls[1:6, 2] = 0.3                           # a little apart from image 0 and from the queries
+    net = Looks(cls, F.one_hot(torch.cat([look[:12], 1 - look[12:]]), 4)[:, None].expand(-1, 2, -1))
+    pixels = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 3, 16, 16)
+    bank = data.Images("x", "train", ["a", "b"], labels[:12], pixels[:12])
+    tests = replace(bank, split="test", labels=labels[12:], pixels=pixels[12:])
+    found = training.Run.knn(run, net, bank, tests, 16)
+    assert (found["knn"], found["knn_pat"]) == (100, 0)
+    unit = cls[:12] / cls[:12].square().sum(1, keepdim=True).sqrt()
+    variance = (unit - unit.mean(0)).square().sum(0) / 11
+    assert found["spread"].item() == pytest.approx(2 * variance.sqrt().mean().item())   # sqrt(D)
     for known, asked in ((bank, bank), (replace(bank, labels=None, classes=None), tests),
                          (bank, replace(tests, labels=None)),  # a flat val/
                          (bank, replace(tests, classes=["a", "c"]))):
@@ -141,6 +164,14 @@ def test_knn_votes_between_two_splits_of_the_same_classes_and_not_else():
     assert net.training
     run._mean = lambda x: x / 2                 # another process found nothing: it could not read
     assert training.Run.knn(run, net, bank, tests, 16) == {}
+
+
+def test_what_is_looked_at_is_due_at_the_end_of_each_part_of_a_run():
+    def due(times):
+        return [step for step in range(10)
+                if training.Run.due(SimpleNamespace(total=10, step=step), times)]
+
+    assert (due(0), due(1), due(2), due(3)) == ([], [9], [4, 9], [3, 6, 9])
 
 
 def test_a_folder_without_splits_is_trained_on_whole_and_asked_in_two_parts(tmp_path):
@@ -187,6 +218,40 @@ def test_what_was_said_of_a_run_counts_only_if_it_is_resumed(tmp_path):
         file.write_text(text)
         cfg = training.config(mmc.Config, ["--out", str(out), "--config", str(file), *flags])
         assert cfg.seed == seed, (text, flags)
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+def test_a_save_is_due_after_so_many_minutes(monkeypatch):
+    run = SimpleNamespace(_last_save=1000.0, cfg=SimpleNamespace(save_every=5), world=1, step=0,
+                          total=10, _signalled=False)
+    for now, due in ((1299.0, False), (1301.0, True)):
+        monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda now=now: now))
+        assert training.Run.save_due(run) == due
+
+
+def test_speed_and_mfu_count_the_work_and_time_of_training_alone(monkeypatch, tmp_path):
+    """Steps of 2 seconds by this clock, after each one 10 that do not count."""
+    now = [0.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    run = training.start(training.config(mmc.Config, [
+        *TINY, "--steps", "4", "--log-every", "2", "--out", str(tmp_path)]))
+    loader = data.Loader(data.Images("x", "train", pixels=torch.zeros(
+        16, 3, 16, 16, dtype=torch.uint8)), [data.View(16)], 16)
+    net = run.place(nn.Linear(768, 10, bias=False))
+    opt = torch.optim.SGD(net.parameters())
+    run.restore(net=net, opt=opt)
+    for _, batch in run.steps(loader):
+        run.backward(net(batch.views[0].flatten(1)).mean(), opt)
+        now[0] += 2
+        with run.pause():
+            now[0] += 10
+        run.log(loss=0.0)
+    flops = 2 * 2 * 768 * 10            # of an image: product and sum, forward and weight gradient
+    for line in records(tmp_path):
+        assert line["images_per_s"] == 8 and line["mfu"] == pytest.approx(flops * 8 / 1e12)
 
 
 # ---- kills and pre-emption -----------------------------------------------------------------------
@@ -352,7 +417,7 @@ def test_a_full_disk_during_save_leaves_the_last_good_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("name, split", [("cifar10", "train"), ("stl10", "unlabeled")])
 def test_a_run_learns_from_its_images_and_asks_labelled_ones(monkeypatch, name, split):
-    def load(name, root, split, size, limit, device):
+    def load(name, root, split, size, limit, device, apart):
         return data.Images(split, (size, limit), pixels=torch.zeros(9, 3, 8, 8, dtype=torch.uint8))
 
     monkeypatch.setattr(data, "load", load)
