@@ -1,6 +1,7 @@
 """The shared pass against the ViT's own forward, decoders against the methods', and the report."""
 import csv
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -110,6 +111,34 @@ def test_a_direction_that_all_tokens_share_can_be_taken_off():
     assert torch.equal(plain["after_block"], found["after_block"])
 
 
+@torch.no_grad()
+def test_last_tokens_are_those_after_the_final_norm():
+    m, args = model(), settings("--limit", "4")
+    [(x, *_)] = analysis.batches(m, args, 4)
+    z, off = F.normalize(m.encoder(x)[:, 1:], dim=-1), ~torch.eye(64, dtype=torch.bool)
+    found = means(m, {"final_similarity"}, "--limit", "4")["final_similarity"].item()
+    assert found == pytest.approx((z @ z.mT)[:, off].mean().item(), abs=1e-5)
+
+
+def test_so_many_images_are_asked_for(monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def batches(model, args, limit, *_, **__):
+        raise Asked(limit)
+
+    monkeypatch.setattr(analysis, "batches", batches)
+    small, wide = model(), model(embed_dim=600, depth=1)     # wide: 4 C are more than 2048
+    for numbers, m, images in (
+            (analysis.shared_pass, small, 256), (analysis.sv_images_numbers, small, 2048),
+            (analysis.sv_images_numbers, wide, 2400), (analysis.retrieval_numbers, small, 1000),
+            (analysis.variance_numbers, small, 64), (analysis.heat_numbers, small, 256)):
+        for flags, expected in (((), images), (("--limit", "9"), 9)):
+            with pytest.raises(Asked) as stop:
+                numbers(m, settings(*flags), {"nmi"})
+            assert stop.value.args == (expected,), numbers
+
+
 def test_attention_is_written_out_only_if_looked_at(monkeypatch):
     looked, walk = [], analysis.walk
     monkeypatch.setattr(analysis, "walk", lambda *given: looked.append(given[-1]) or walk(*given))
@@ -197,7 +226,8 @@ def save_mae(folder):
     torch.manual_seed(0)
     net = mae.Network(cfg).eval()
     folder.mkdir(parents=True)
-    checkpoints.save(folder / "encoder.pt", net.encoder, method="mae", data="toy", branch="base")
+    checkpoints.save(folder / "encoder.pt", net.encoder, method="mae", data="toy", branch="base",
+                     step=3)
     torch.save(dict(model=mae.official(net), num_heads=3), folder / "full.pt")
     (folder / "config.yaml").write_text("decoder_num_heads: 2\nmask_ratio: 0.75\nnorm_pix: false\n")
     m = model(str(folder / "encoder.pt"))
@@ -516,13 +546,24 @@ def test_report_without_matplotlib(tmp_path, capsys, monkeypatch):
     assert "pip install matplotlib" in out and "--task layerwise" in out
     assert {f.name for f in folder.iterdir()} == {
         "nmi.json", "nmi.csv", "fourier.json", "fourier.csv", "index.html"}
-    found = json.loads((folder / "nmi.json").read_text())["models"]
+    whole = json.loads((folder / "nmi.json").read_text())
+    found, path = whole["models"], str(tmp_path / "out/mae-toy/encoder.pt")
     assert [m["model"] for m in found] == ["mae-toy", "untrained"]
+    assert (found[0]["checkpoint"], found[0]["step"], found[0]["size"]) == (path, 3, 32)
+    assert (whole["what"], whole["data"], whole["settings"]["limit"]) == ("nmi", "toy", "8")
     with open(folder / "nmi.csv") as file:
         rows = [r for r in csv.DictReader(file) if r["quantity"] == "nmi"
                 and r["model"] == "mae-toy"]
     assert [float(r["value"]) for r in rows] == found[0]["numbers"]["nmi"]
+    nested = list(analysis.flat({"a": [[1, 2], [3]], "b": {"c": 4}}))
+    assert nested == [["a", 0, 0, "", "", 1], ["a", 0, 1, "", "", 2], ["a", 1, 0, "", "", 3],
+                      ["b", "c", "", "", "", 4]]
     assert (folder / "index.html").read_text().count("<h2") == 2
+
+
+def test_what_is_no_number_is_null_in_json():
+    numbers = dict(x=torch.tensor([1, math.nan, -math.inf]), y=(math.nan, 2), show="tiles")
+    assert analysis.plain(numbers) == dict(x=[1, None, None], y=[None, 2])
 
 
 def test_unknown_diagnostic_names_the_nearest():
@@ -592,6 +633,9 @@ def test_recorded_numbers_are_drawn_from_results(tmp_path):
     assert tuned["last_change"] == [0] and tuned["first_change"] == [0, 0]
     with pytest.raises(analysis.Missing, match="--task knn"):
         analysis.knn_numbers(m, args, None)
+    lines[7]["checkpoint"] = m.source.path
+    (tmp_path / "mae/results.jsonl").write_text(json.dumps(lines[7]) + "\n")
+    assert analysis.knn_numbers(m, args, None)["bars"] == {"cls": 30}        # of the smallest k
     m.source.path = str(tmp_path / "mae/other.pt")           # control: another checkpoint's numbers
     with pytest.raises(analysis.Missing, match="--task layerwise"):
         analysis.layerwise_numbers(m, args, None)
@@ -603,7 +647,7 @@ def test_models_that_were_not_measured_alike_get_a_note(tmp_path, capsys):
         m, _ = save_mae(tmp_path / name)
         flags.append(str(tmp_path / name))
         (tmp_path / name / "results.jsonl").write_text(json.dumps(dict(
-            task="knn", data="toy", checkpoint=m.source.path, branch="base", step=0,
+            task="knn", data="toy", checkpoint=m.source.path, branch="base", step=3,
             metrics={"cls": {"k=10": top1}}, settings=dict(limit=limit, k=k, device="cpu"))) + "\n")
     args = ["--out", str(tmp_path), "--device", "cpu", "--what", "knn", "--checkpoint"]
     analysis.main([*args, *flags])

@@ -310,6 +310,15 @@ def test_encoder_leaves_without_the_block_which_only_the_full_checkpoint_has(run
     vit.Block(24, 3).load_state_dict(full.source.heads["aug_block"])
 
 
+@pytest.mark.parametrize("rate, agree", [("0.75", False), ("1e-9", True)])   # 1e-9: drops nothing
+def test_it_is_said_when_the_branches_agree_and_only_then(
+        rate, agree, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.Run, "knn", lambda *_: {})
+    monkeypatch.setattr(asl, "show", lambda *_: None)
+    run(tmp_path, "--dle", "--dropout", rate)
+    assert ("the two branches agree" in capsys.readouterr().out) == agree
+
+
 @pytest.mark.parametrize("flags, sentence", [
     ("--dle --dropout 0", "a rate between 0 and 1"),
     ("--sem 0", "nothing is asked of the second branch"),

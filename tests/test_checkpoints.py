@@ -145,6 +145,14 @@ NAMES = ["deit", "moco", "moco momentum", "dino", "dino full", "dino student", "
          "ibot student", "mae", "mae full", "beit", "beit 1k", "cae", "simmim", "augreg"]
 
 
+OWN = {      # layout: method, how it draws weights
+    "DeiT": ("deit", "trunc"), "MoCo v3": ("moco_v3", "moco"), "DINO backbone": ("dino", "trunc"),
+    "DINO full": ("dino", "trunc"), "iBOT backbone": ("ibot", "trunc"),
+    "iBOT full": ("ibot", "trunc"), "MAE": ("mae", "mae"), "BEiT 22k": ("beit", "beit"),
+    "BEiT 1k": ("beit", "beit"), "CAE": ("cae", "cae"), "SimMIM": ("simmim", "beit"),
+    "timm augreg": ("augreg", "trunc")}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_official_layouts_load_bit_for_bit(name, files, tmp_path, capsys):
     layout, branch, source, content = files[name]
@@ -155,7 +163,9 @@ def test_official_layouts_load_bit_for_bit(name, files, tmp_path, capsys):
     assert torch.equal(model(images(size=48)), source(images(size=48)))            # the resize rule
     assert model.config["num_heads"] == source.config["num_heads"]
     half = layout in ("BEiT 22k", "timm augreg")
-    assert model.source.mean == ((0.5, 0.5, 0.5) if half else checkpoints.MEAN)
+    assert (model.source.mean, model.source.std) == (
+        ((0.5,) * 3, (0.5,) * 3) if half else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert (model.source.method, model.config["init"]) == OWN[layout]
     assert model.source.interpolation == ("bilinear" if layout == "MoCo v3" else "bicubic")
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and layout in said and "heads" in said

@@ -248,7 +248,7 @@ def extent(mask):
 
 @pytest.mark.parametrize("name, most", [("100ep", 1), ("1x", 3)])      # 1x: some are resized twice
 def test_picture_boxes_and_masks_move_together(name, most):
-    flipped, both, off = 0, 0, []
+    flipped, both, coloured, whole, off = 0, 0, 0, 0, []
     for seed in range(40):
         torch.manual_seed(seed)
         image, target = detection.training_view(item(), recipe(name), 80, data.MEAN)
@@ -262,6 +262,7 @@ def test_picture_boxes_and_masks_move_together(name, most):
             if inner.any():                              # its own colour, away from the border
                 own, other = image[[0, 1] if label == 8 else [1, 0]].float()
                 assert own[inner].mean() > 200 and other[inner].mean() < 50
+                coloured += 1
         if len(target["boxes"]) == 2:
             red, green = target["boxes"][target["labels"].argsort(descending=True)]
             flipped, both = flipped + int(red[0] > green[0]), both + 1
@@ -273,8 +274,9 @@ def test_picture_boxes_and_masks_move_together(name, most):
                 gap = found[0, :2] - found[1, :2]
                 assert (gap[1] + 4 * zoom).abs() <= 1 + most
                 assert (gap[0].abs() - 30 * zoom).abs() <= 1 + most
+                whole += 1
     assert max(off) > 10                                 # control: other boxes are seen to be wrong
-    assert 5 < flipped < both - 5
+    assert 5 < flipped < both - 5 and coloured > 40 and whole > 5
 
 
 def test_what_is_cut_off_goes():
@@ -334,6 +336,29 @@ def views(items, rank=0, world=1, name="100ep", **changes):
     made = detection.Views(read, recipe(name, **changes), 64, data.MEAN, 0, keep=False)
     made.rank, made.world = rank, world
     return made
+
+
+@pytest.mark.parametrize("flags, side, batch, limit", [
+    ("--data coco --recipe 1x", 800, 8, None), ("--data coco --recipe vitdet", 1024, 64, None),
+    ("--data coco --recipe vitdet --size 515 --limit 9", 512, 64, 9),
+    ("--data toy-scenes --recipe vitdet", 32, 8, 600),
+    ("--data toy-scenes --recipe vitdet --limit 9", 32, 8, 9)])
+def test_pictures_are_as_large_as_the_recipe_says_and_on_toy_as_the_encoders(
+        monkeypatch, flags, side, batch, limit):
+    class Begun(Exception):
+        pass
+
+    def mask_rcnn(model, classes, recipe, side, bf16):
+        raise Begun(side, recipe["batch"])
+
+    asked = []
+    monkeypatch.setattr(detection, "mask_rcnn", mask_rcnn)
+    monkeypatch.setattr(readers, "masks", lambda name, root, split, limit, size, order: (
+        asked.append((split, limit, size)), [item()] if order is None else map(
+            [item()].__getitem__, order(1)))[1])
+    with pytest.raises(Begun) as stop:
+        detection.detection(model(), settings(*flags.split()))
+    assert stop.value.args == (side, batch) and set(asked) == {("train", limit, side)}
 
 
 def test_an_epoch_shows_every_picture_once_split_over_processes(monkeypatch):
@@ -412,8 +437,10 @@ def test_schedules_of_the_sheet():
 
 def test_torchvisions_detector_is_set_as_in_the_sheet():
     net = encoder(patch_size=16, img_size=64)
-    full = detection.FULL | detection.RECIPES["vitdet"]
-    made = detection.mask_rcnn(model(net), 80, full, 1024)
+    full, m = detection.FULL | detection.RECIPES["vitdet"], model(net)
+    m.mean, m.std = (0.5,) * 3, (0.25,) * 3              # of an official file, say
+    made = detection.mask_rcnn(m, 80, full, 1024)
+    assert (made.transform.image_mean, made.transform.image_std) == (m.mean, m.std)
     rpn, heads = made.rpn, made.roi_heads
     assert rpn.anchor_generator.sizes == [(32,), (64,), (128,), (256,), (512,)]
     assert set(rpn.anchor_generator.aspect_ratios) == {(0.5, 1.0, 2.0)}

@@ -69,6 +69,9 @@ def test_class_token_takes_mass_before_rows_are_renormalised():
     assert d.class_mass(attention, 1) == pytest.approx(1, abs=1e-5)
     assert d.nmi(d.rows(attention, 1, 1e-8)) == pytest.approx(0.220, abs=1e-3)
     assert d.nmi(d.rows(attention, 1, 1e-20)) > 0.999       # control: no such epsilon
+    attention[:] = 0.8 / 196
+    attention[..., 0], attention[0, 0, 0] = 0.2, F.one_hot(torch.tensor(0), 197)
+    assert d.class_mass(attention, 1) == pytest.approx(0.2)  # of patches: not its look at itself
 
 
 def test_kde_has_scotts_width():
@@ -76,10 +79,11 @@ def test_kde_has_scotts_width():
     assert found[0] == pytest.approx(0.465980, abs=1e-6) and found[1] < 1e-6
 
 
-def test_mass_keeps_half_of_equal_weights_and_all_that_is_positive():
+def test_mass_keeps_the_largest_weights_and_all_that_is_positive():
     assert abs(int(d.keep_mass(torch.ones(196), 0.5).sum()) - 98) <= 1
-    kept = d.keep_mass(torch.tensor([0.0, 1, 2, 0]), 1.0)
-    assert kept.tolist() == [False, True, True, False]
+    weights = torch.tensor([[0.1, 0.5, 0.1, 0.3], [0, 1, 2, 0]])
+    for mass, kept in ((0.6, [[0, 1, 0, 1], [0, 0, 1, 0]]), (1.0, [[1] * 4, [0, 1, 1, 0]])):
+        assert d.keep_mass(weights, mass).tolist() == kept
 
 
 # ---- similarities --------------------------------------------------------------------------------
@@ -136,6 +140,8 @@ def test_common_basis_shows_a_translation():
     axes, _ = d.principal(draw(20, 6))
     assert all(v[v.abs().argmax()] > 0 for v in axes)        # else the sign is arbitrary
     assert torch.allclose(d.principal(-draw(20, 6))[0], axes)
+    shares = d.principal(with_covariance([9.0, 4, 1, 2]))[1]                 # of the variance
+    assert shares.tolist() == pytest.approx([9 / 16, 4 / 16, 2 / 16])
 
 
 # ---- spectra -------------------------------------------------------------------------------------
@@ -181,7 +187,9 @@ def test_spectrum_over_images_does_not_depend_on_batches():
 
 
 def test_images_on_a_line_have_one_singular_value():
-    scatter = d.Scatter()
+    few, scatter = d.Scatter(), d.Scatter()
+    few.add(draw(3, 5))
+    assert few.log_spectrum().shape == (2,)      # three images span a plane, no more
     scatter.add(torch.arange(9.0)[:, None] * torch.tensor([3.0, 4, 0]))
     values = scatter.log_spectrum()              # variance of 0 ... 8 is 7.5, of the line 25 times
     assert values[0].item() == pytest.approx(math.log(25 * 7.5))
@@ -248,6 +256,8 @@ def test_label_vectors_of_patches():
     assert d.majority(shares).tolist() == [[0, 1, 0, 1]]
     unknown = d.label_shares(torch.full((1, 2, 4), -1), 2, 2)
     assert unknown.sum() == 0 and d.majority(unknown).tolist() == [[-1, -1]]
+    halves = torch.tensor([[[0.5, 0.25], [0.45, 0.4]]])
+    assert d.majority(halves).tolist() == [[0, -1]]
     count = d.adjacent(shares, (2, 2))[0]                # of 0.75, 0.25 with 1, 0: cosine 0.949
     assert count.tolist() == [0, 1, 0, 1]
 
@@ -256,6 +266,7 @@ def test_overlap_and_pairs():
     z = torch.eye(2)[torch.tensor([0, 0, 0, 1, 1, 1])]
     pairs = d.pair_histogram(z, torch.tensor([1, 1, 1, 2, 2, 2]))
     assert pairs[:, :-1].sum(1).tolist() == [6, 9] and pairs[:, -1].tolist() == [6, 0]
+    assert pairs[0, 199] == 6 and pairs[1, 100] == 9         # bins of cosines 1 and 0
     assert d.overlap(*pairs[:, :-1]) == 0
     ground = d.pair_histogram(z, torch.tensor([0, 0, 0, 2, -1, 2]))
     assert ground[:, :-1].sum(1).tolist() == [1, 6]          # no pair within the background
@@ -297,6 +308,17 @@ def test_kmeans_finds_three_regions():
     assert d.kmeans(draw(9, 2), k=1)[0].unique().tolist() == [0]
 
 
+def test_kmeans_keeps_the_best_of_its_starts():
+    """The corners of 1.5 x 1: cut across, 4 times 0.5^2 is left; along, where it stays too,
+    4 times 0.75^2."""
+    x = torch.tensor([[0, 0], [0, 1], [1.5, 0], [1.5, 1]])
+    ends = [d.kmeans(x, 2, restarts=1, seed=seed)[1][-1] for seed in range(20)]
+    assert min(ends) == pytest.approx(1) and max(ends) == pytest.approx(2.25)    # both are found
+    for seed in [seed for seed, end in enumerate(ends) if end > 2][:3]:      # one does not do
+        label, history = d.kmeans(x, 2, seed=seed)
+        assert history[-1] == pytest.approx(1) and label[0] == label[1] != label[2] == label[3]
+
+
 def test_windows_and_nearest():
     x = torch.arange(224.0).expand(1, 3, 224, 224)
     crops = d.windows(x)
@@ -318,6 +340,9 @@ def test_variance_of_views():
     assert d.variance(z[:2])[0] == pytest.approx(((z[0] - z[1]) ** 2 / 2).mean().item())
     V = 8                                # orthonormal rows: summed variance by V is 1 - 1/V
     assert d.variance(torch.eye(V))[0] * V * (V - 1) / V == pytest.approx(1 - 1 / V)
+    for scale in (1, 10):                # of 3 and 1: variance 2, mean square 5
+        views = scale * torch.tensor([[3.0], [1.0]])
+        assert d.variance(views) == pytest.approx((2 * scale**2, 2 / 5))
 
 
 def test_tsne_keeps_islands():
@@ -327,5 +352,6 @@ def test_tsne_keeps_islands():
     assert torch.equal(y, d.tsne(x, perplexity=5, iterations=400)) and y.isfinite().all()
     image = torch.arange(60) % 20
     assert d.purity(x, image, truth, 5)[1] == 1
+    assert d.purity(x, truth, image, 5)[0] == 1                   # each island an image
     assert d.purity(y, image, truth, 5)[1] > 0.85
     assert d.purity(draw(60, 2), image, truth, 5)[1] < 0.6        # control

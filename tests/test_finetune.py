@@ -1,6 +1,7 @@
 """Fine-tuning: groups, schedules and targets against the published numbers, copies against their
 originals, augmentations against torchvision's, and a small run with shuffled labels as control."""
 import json
+import math
 import os
 import random
 import subprocess
@@ -93,9 +94,7 @@ def test_matrices_decay_but_no_vectors_class_token_or_positions():
     assert positions["encoder.pos_embed"][1] == 0        # fixed before, trained here, no decay
 
 
-def test_schedules_of_mae_and_simmim():
-    mae = [training.cosine(epoch, 100, 2e-3, 1e-6, 5) for epoch in (0, 1, 5, 52.5, 100)]
-    assert mae == pytest.approx([0, 4e-4, 2e-3, (2e-3 + 1e-6) / 2, 1e-6])
+def test_the_schedule_of_simmim():
     simmim = [finetune.simmim_lr(epoch, 100, 5e-3, 1e-6, 20) for epoch in (0, 10, 19.999, 20, 100)]
     assert simmim == pytest.approx([1e-6, 2.5005e-3, 5e-3, 4.523e-3, 1e-6], rel=2e-4)
 
@@ -111,6 +110,16 @@ def test_recipes_are_those_of_the_sheet():
         "mmc": (5e-4, 256, 4 * 64, 100, 5, None, "RandAugment")}
     assert finetune.MMC_ELSEWHERE == dict(batch=2 * 64, epochs=200, augment="ThreeAugment")
     assert (finetune.LAYER_DECAY, finetune.WEIGHT_DECAY, finetune.DROP_PATH) == (0.65, 0.05, 0.1)
+
+
+@pytest.mark.parametrize("name, words", [("imagenet", "100 epochs, RandAugment,"),
+                                         ("cifar10", "200 epochs, ThreeAugment,")])
+def test_mmc_has_a_recipe_for_imagenet_and_one_for_all_else(monkeypatch, name, words):
+    two_classes(monkeypatch, False)
+    monkeypatch.setattr(finetune, "Progress", lambda *_: SimpleNamespace(    # all steps lie behind
+        step=0, curve=[(0.0, 0.0)], steps=lambda *_: (), done=lambda: None))
+    result = finetune.finetune(model(encoder()), settings("--data", name, "--recipe", "mmc"))
+    assert words in result.protocol
 
 
 def test_a_restarted_encoder_gives_the_same_tokens_and_shares_no_memory():
@@ -200,6 +209,17 @@ def test_mixed_and_smoothed_targets():
     assert uniform.item() == pytest.approx(3 * 1.386294, rel=1e-6)           # a sum, not a mean
 
 
+def test_shares_of_mixing_are_drawn_from_the_betas_of_the_recipes():
+    """Mixup: Beta(a, a) has the variance 1 / (4 (2 a + 1)). Cutmix: of a side s, centred anywhere,
+    s - s^2 / 4 lie within the picture on average, whose square is s^2 - 5/12 s^3 on average; for
+    two sides and s^2 uniform that makes a variance of 0.1386 - 0.3208^2."""
+    torch.manual_seed(0)
+    x, y = torch.zeros(2, 1, 32, 32), torch.arange(2)
+    for mix, variance in zip(finetune.mixing(2).transforms, (1 / (4 * 2.6), 0.0357)):
+        shares = torch.stack([mix(x, y)[1][0, 0] for _ in range(300)])
+        assert shares.var().item() == pytest.approx(variance, rel=0.2)
+
+
 def test_rand_augment_is_torchvisions_at_nine_tenths_of_its_range():
     x = torch.randint(256, (20, 3, 24, 24), dtype=torch.uint8)
     torch.manual_seed(3)
@@ -229,13 +249,22 @@ def test_rand_augment_leaves_as_many_pictures_alone_as_timms_of_the_recipe():
     assert ours == pytest.approx(theirs, abs=0.07) and 0.2 < theirs < 0.35
 
 
-def test_three_augment_does_one_of_three_and_jitters():
+def test_three_augment_does_one_of_three_and_jitters(monkeypatch):
     torch.manual_seed(0)
     x = torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8)
     y = finetune.three_augment(x)
     grey = (y - y.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-5
     assert 70 < grey.sum() < 130                         # a third; no jitter brings colour back
     assert y.min() >= 0 and y.max() <= 1 and not torch.equal(y, x / 255)
+    strengths = []
+    monkeypatch.setattr(data, "jitter", lambda x, order, how: strengths.append(how) or x)
+    y, z = finetune.three_augment(x), x / 255
+    solarised = (y == torch.where(x >= 128, 1 - z, z)).flatten(1).all(1)
+    smooth = y.std((2, 3)).amax(1) < 0.9 * z.std((2, 3)).amin(1)
+    grey = (y == y[:, :1]).flatten(1).all(1)
+    assert 70 < solarised.sum() < 130 and (smooth | solarised | grey).float().mean() > 0.95
+    assert strengths[0].shape == (300, 3)
+    assert 0.7 <= strengths[0].min() < 0.72 and 1.28 < strengths[0].max() <= 1.3
 
 
 def test_erasing_puts_noise_into_a_box_of_a_quarter_of_the_images():
@@ -333,7 +362,7 @@ def test_parts_of_a_batch_make_the_same_step(monkeypatch):
 @pytest.mark.parametrize("recipe, warmup, clip", [("mae", 1, None), ("simmim", 6, 5.0)])
 def test_every_step_is_as_the_recipe_says(monkeypatch, recipe, warmup, clip):
     two_classes(monkeypatch, False)                      # 2 epochs of 16 batches
-    seen = SimpleNamespace(lrs=[], clips=[], nets=[], targets=[], pictures=[])
+    seen = SimpleNamespace(lrs=[], clips=[], nets=[], targets=[], pictures=[], loaders=[])
 
     def noting(where, function):
         """The function, which keeps what it is given."""
@@ -343,22 +372,35 @@ def test_every_step_is_as_the_recipe_says(monkeypatch, recipe, warmup, clip):
                         ("erase", seen.pictures)):
         monkeypatch.setattr(finetune, name, noting(where, getattr(finetune, name)))
     monkeypatch.setitem(finetune.AUGMENT, "RandAugment", lambda x: x / 255)
-    monkeypatch.setattr(finetune, "score", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(data, "Loader", noting(seen.loaders, data.Loader))
+    curve = [(20.0, 80.0), (30.0, 60.0)][::-1 if recipe == "mae" else 1]     # of the epochs
+    left = iter(curve)
+    monkeypatch.setattr(finetune, "score", lambda *_: next(left))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda _, norm: seen.clips.append(norm))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda opt: seen.lrs.append(
         {g["factor"]: g["lr"] for g in opt.param_groups}))                   # no weight moves
     net = encoder(scramble=True)
     m = model(net)
     m.mean, m.std = (0.5,) * 3, (0.25,) * 3              # of an official file, say
-    finetune.finetune(m, settings("--recipe", recipe, "--epochs", "2", "--reinit", "last:1"))
+    result = finetune.finetune(m, settings("--recipe", recipe, "--epochs", "2", "--reinit",
+                                           "last:1"))
 
+    [(_, [crop], *_)] = seen.loaders
+    assert crop.scale == (0.08, 1.0)
+    assert result.rows == {"pat": {"top-1": 30, "top-5": 60, "last epoch": curve[1][0],
+                                   "last top-5": curve[1][1]}}
+    assert result.notes == [f"small: best epoch {curve.index((30, 60)) + 1} of 2"]
     peak = {"mae": 2e-3 * (16 / 1024)**0.5, "simmim": 5e-3 * (16 / 2048)**0.5}[recipe]
-    schedule, end = ((finetune.simmim_lr, 2e-4 * peak) if recipe == "simmim" else
-                     (training.cosine, 1e-6))
+
+    def lr_at(step):
+        if recipe == "simmim":
+            return finetune.simmim_lr(step, 32, peak, 2e-4 * peak, warmup)
+        down = 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * (step - 1) / 31)) / 2
+        return down * (step > 0)                         # one step of warm-up, from 0
+
     assert len(seen.lrs) == 32 and seen.clips == [clip] * 32 * bool(clip)
     for number, lrs in enumerate(seen.lrs):
-        lr = schedule(number, 32, peak, end, warmup)
-        assert lrs == {0.65**n: pytest.approx(lr * 0.65**n) for n in range(5)}
+        assert lrs == {0.65**n: pytest.approx(lr_at(number) * 0.65**n) for n in range(5)}
     assert any((y.amax(1) < 1).any() for _, y in seen.targets)               # mixed
     x = torch.cat([x for x, in seen.pictures])
     assert len(x) == 512 and -2 <= x.min() < -1.9 and 1 < x.max() <= 2       # by its own mean
@@ -447,7 +489,10 @@ def test_the_processes_share_the_test_images(monkeypatch):
     net = finetune.Classifier(finetune.restart(encoder()), 2)
     two_classes(monkeypatch, False)
     tests, args = replace(features.load("toy", None, "test", 32, None, None)), settings()
-    whole, sums = finetune.score(net, tests, model(net.encoder), args), []
+    training_then, sums = [], []
+    net.head.register_forward_hook(lambda head, *_: training_then.append(head.training))
+    whole = finetune.score(net, tests, model(net.encoder), args)
+    assert training_then == [False] and net.training     # no drop path while scored, and then again
     monkeypatch.setattr(training, "world_size", lambda: 2)
     monkeypatch.setattr(training, "all_mean", lambda x: sums.append(x) or x)
     for number in (0, 1):
@@ -477,17 +522,19 @@ def test_a_probe_that_was_killed_goes_on(task, monkeypatch, tmp_path, capsys):
         pytest.importorskip("pycocotools")
     length = ["--epochs", "4"] if task == "finetune" else ["--iters", "4"]   # 4 steps
     monkeypatch.setattr(features.Progress, "MINUTES", 0)                     # kept after each step
-    step, left = torch.optim.AdamW.step, [9]
+    step, left, betas = torch.optim.AdamW.step, [9], set()
 
     def counting(self, *more):
         if not left[0]:
             raise Killed
         left[0] -= 1
+        betas.update(group["betas"] for group in self.param_groups)
         return step(self, *more)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", counting)
     whole, folder = asked(task, tmp_path / "whole", *length), tmp_path / "killed"
     assert left == [5] and not any((tmp_path / "whole" / "progress").iterdir())
+    assert betas == {(0.9, 0.999)}
     left[0] = 3
     with pytest.raises(Killed):
         asked(task, folder, *length)

@@ -400,10 +400,11 @@ def test_key_point_ap_of_any_number_of_joints():
     points = torch.rand(1, 5, 3, generator=torch.Generator().manual_seed(7)) * 90 + 1
     truth = SimpleNamespace(points=torch.cat([points, torch.zeros(1, 5, 3)]), boxes=torch.tensor(
         [[0, 0, 99.0, 99]] * 2), areas=torch.tensor([5000.0, 5000]), crowd=torch.zeros(2).bool())
-    for shift, ap in ((0, 1), (500, 0)):
+    # d^2 = 25, area 5000 (the box has more): exp(-25 / (2 5000 0.1^2)) = 0.78 is above 6 of 10.
+    for shift, ap, ar50 in ((0, 1, 1), (12.5**0.5, 0.6, 1), (500, 0, 0)):
         found = SimpleNamespace(points=points + shift, scores=torch.ones(1))
         scores = metrics.coco_ap([(truth, found)], "keypoints", sigmas=[0.05] * 5)
-        assert scores["AP"] == pytest.approx(ap) and scores["AR50"] == pytest.approx(ap)
+        assert scores["AP"] == pytest.approx(ap) and scores["AR50"] == pytest.approx(ar50)
 
 
 def test_without_pycocotools_it_is_said_what_to_install(monkeypatch):

@@ -260,12 +260,15 @@ def test_a_view_moved_by_a_cell_has_moved_ids_inside():
 
 
 @pytest.mark.parametrize("kind", ["vq", "dvae"])
-def test_training_falls_repeats_itself_and_leaves_the_global_generator_alone(kind):
+def test_training_falls_repeats_itself_and_leaves_the_global_generator_alone(kind, monkeypatch):
     torch.manual_seed(3)
-    state, said = torch.get_rng_state(), []
+    state, said, noise, loss = torch.get_rng_state(), [], [], tokenizer.dvae_loss
+    monkeypatch.setattr(tokenizer, "dvae_loss", lambda *given: (
+        noise.append(round(given[3].double().sum().item())), loss(*given))[1])
     cfg = SimpleNamespace(seed=0, tokenizer_kind=kind, tokenizer_steps=5, codes=16, workers=0)
     net = tokenizer.train(cfg, a_run(say=said.append), images(16), VIEW, 4)
     assert torch.equal(state, torch.get_rng_state())
+    assert len(noise) == len(set(noise)) == 5 * (kind == "dvae")              # new in every step
     losses = [float(text.split()[-1]) for text in said]
     assert losses[-1] < losses[0]
     again = tokenizer.train(cfg, a_run(), images(16), VIEW, 4)
@@ -346,6 +349,8 @@ def test_a_tokenizer_is_trained_once_and_kept(tmp_path, monkeypatch):
     net = tokenizer.get(cfg, a_run(say=said.append), images(), images(8), VIEW)
     assert not any(p.requires_grad for p in net.parameters()) and not net.training
     assert len(said) > 1 and "16 words" in said[-1]
+    assert net.report == tokenizer.survey(net, images(8), 32, a_run(), 0)     # of those held out
+    assert f"{net.report['used']} used, perplexity" in said[-1]
     kept, = tmp_path.iterdir()
     before = kept.read_bytes()
     monkeypatch.setattr(tokenizer, "train", None)                             # not called again
