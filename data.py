@@ -389,8 +389,8 @@ def load(name, root=None, split="train", size=64, limit=None, device="cpu", apar
         if apart and images.split == "all" and len(images) > 1:
             tests = torch.arange(len(images)) % 5 == 0
             images = images.some((tests == (split == "test")).nonzero()[:, 0], split)
-            print(f"note: {name} has no train/ and val/: {split} is {len(images)} of its "
-                  f"{len(tests)} images", file=sys.stderr)
+            print(f"note: {name} has no train/ and val/: for probes {len(images)} of its "
+                  f"{len(tests)} images are {split}", file=sys.stderr)
         if limit and limit < len(images):
             images = images.some(torch.arange(limit) * len(images) // limit, images.split)
         return images

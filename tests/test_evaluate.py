@@ -148,8 +148,8 @@ def test_a_folder_without_splits_gives_every_fifth_image_to_the_test(tmp_path, c
     assert (len(y), len(truth)) == (16, 4) and truth.tolist() == [0, 0, 1, 1]
     assert torch.cdist(test["pat"], train["pat"]).min() > 1e-4            # nobody is in both
     said = capsys.readouterr().err.splitlines()          # each once, and of nothing else
-    assert [line.split(": ")[2] for line in said] == ["test is 4 of its 20 images",
-                                                      "train is 16 of its 20 images"]
+    assert [line.split(": ")[2] for line in said] == [
+        "for probes 4 of its 20 images are test", "for probes 16 of its 20 images are train"]
     args.limit = 3                                                        # of each, evenly spread
     few, _, _ = evaluate.features(model(), args, "train", ["pat"])
     torch.testing.assert_close(few["pat"], train["pat"][[0, 5, 10]])
