@@ -539,9 +539,9 @@ def ranked(found, labels, kind):
 def object_retrieval(model, args):
     """Do pictures of one class find each other? Each asks for all others, encoded and projected.
 
-    Part-aware study, table 2: CIFAR-10, and COCO's boxes. "approximately square" ones.
-    Our choice, as it says no more: the test split, and boxes (not crowds) of at least 64 px and at
-    most 1.2 times as long as wide, clipped, squashed to a square; the query is not in its own list.
+    Part-aware study, table 2: CIFAR-10, and boxes of COCO that are "approximately square". Our
+    choice, as it says no more: the test split, and boxes (not crowds) of at least 64 px and at most
+    1.2 times as long as wide, clipped, squashed to a square; the query is not in its own list.
     Chance is about the share of the query's class. Not here: the training split.
     """
     names, tokens = wanted(args, "cls", "pat", "projected")
