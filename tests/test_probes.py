@@ -912,11 +912,11 @@ def test_the_cache_tells_all_that_features_depend_on_apart(tmp_path, monkeypatch
             assert z["hyber"].equal(found.setdefault(number, z["hyber"])), kinds[number]
     assert not any(found[a].equal(found[b]) for a in found for b in range(a))
     assert len(list((tmp_path / "out/features").iterdir())) == len(kinds)
-    for root in "ab":                                        # where --data-root is not given
+    names, args = set(), settings("--data", "cifar10", "--cache")
+    for root in "ab":                                    # without --data-root
         monkeypatch.setenv("DATA_ROOT", root)
-        kinds.append(features.stored(m, settings("--data", "cifar10", "--cache"), features.pooled,
-                                     "test"))
-    assert kinds[-1] != kinds[-2]
+        names.add(features.stored(m, args, features.pooled, "test"))
+    assert len(names) == 2
 
 
 def test_all_does_not_write_tokens_that_nobody_reads(tmp_path, checkpoint, monkeypatch):
