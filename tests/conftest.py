@@ -1,9 +1,21 @@
+import os
+import sys
+
 import pytest
 
-import training
+# Before torch is imported, and for the processes that tests start: the networks are so small that
+# threads would wait for each other, and the tests themselves run side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
+import training  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def peak(monkeypatch):
     """A run measures its CPU with a matrix product of a second, for `mfu`: no test asks for it."""
     monkeypatch.setattr(training, "measure_peak", lambda *_: 1e12)
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """How a command begins that runs a script in two processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

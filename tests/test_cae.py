@@ -20,15 +20,6 @@ TINY = """--img-size 32 --patch-size 4 --embed-dim 24 --depth 2 --num-heads 2 --
           --token-size 32 --codes 16""".split()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The networks are so small that threads cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(*flags):
     return training.config(cae.Config, [*TINY, *flags])
 

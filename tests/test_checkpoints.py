@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from test_vit import BEIT, TINY, build, close, images, one_thread  # noqa: F401 (a fixture)
+from test_vit import BEIT, build, close, images
 
 import checkpoints
 import vit

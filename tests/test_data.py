@@ -23,15 +23,6 @@ REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
 COLOUR = dict(jitter_p=0.8, grey_p=0.2, blur_p=0.5, solarize_p=0.3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are tiny: on a busy machine threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pictures(n=16, size=32, seed=0):
     """Smooth random pictures, (n, 3, size, size) uint8: noise alone hides errors of resampling."""
     u = rng.uniform(torch.arange(n), (3, 8, 8), seed, "pictures")

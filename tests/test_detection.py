@@ -3,7 +3,6 @@ together, the recipes' numbers, scores worked out by hand, and small runs from t
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 import tarfile
@@ -711,15 +710,12 @@ def test_mistakes_get_one_sentence(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_write_one_line_and_one_picture(tmp_path):
+def test_two_processes_write_one_line_and_one_picture(tmp_path, torchrun):
     pytest.importorskip("pycocotools")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               "--master_port", str(random.randint(20000, 40000)), "evaluate.py", "--task",
-               "detection", "--baseline", "untrained", "--data", "toy-scenes", "--limit", "5",
-               "--iters", "2", "--device", "cpu", "--show", "--out", str(tmp_path), "--recipe",
-               "vitdet", "--reference"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [*torchrun, "evaluate.py", "--task", "detection", "--baseline", "untrained",
+               "--data", "toy-scenes", "--limit", "5", "--iters", "2", "--device", "cpu", "--show",
+               "--out", str(tmp_path), "--recipe", "vitdet", "--reference"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     [line] = (tmp_path / "results.jsonl").read_text().splitlines()
     result = json.loads(line)

@@ -3,7 +3,6 @@ hand-made pictures, and the command line as a user meets it."""
 import ast
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -246,24 +245,21 @@ training.main(lambda: evaluate.main(sys.argv[1:]))
 """
 
 
-def processes(tmp_path, count, tasks, *flags):
-    """`evaluate.py --task all` of these tasks, among them those of TWO, in so many processes."""
-    (tmp_path / "two.py").write_text(TWO)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(max(1, cores // 2))}
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-              str(random.randint(20000, 40000))] if count == 2 else []
+def asked(out, launch, tasks):
+    """`evaluate.py --task all` of these tasks, among them those of TWO, so launched."""
+    script = out.parent / "two.py"
+    script.write_text(TWO)
     return subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "two.py"), tasks, "--task", "all", "--baseline",
-         "untrained", "--limit", "50", "--batch-size", "12", "--epochs", "2", "--device", "cpu",
-         "--workers", "0", "--out", str(tmp_path / str(count)), *flags],
-        text=True, capture_output=True, timeout=300, env=env)
+        [*launch, str(script), tasks, "--task", "all", "--baseline", "untrained", "--limit", "50",
+         "--batch-size", "12", "--epochs", "2", "--device", "cpu", "--workers", "0", "--out",
+         str(out)],
+        text=True, capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_features_and_numbers_of_one(tmp_path):
-    for count in (1, 2):
-        done = processes(tmp_path, count, "alone,knn,damaged,linear,part_retrieval,lone")
+def test_two_processes_find_the_features_and_numbers_of_one(tmp_path, torchrun):
+    for name, launch in (("1", [sys.executable]), ("2", torchrun)):
+        done = asked(tmp_path / name, launch, "alone,knn,damaged,linear,part_retrieval,lone")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("no damaged: cannot read a.jpg") == 1
         assert done.stdout.count("untrained: knn") == 1
@@ -279,12 +275,12 @@ def test_two_processes_find_the_features_and_numbers_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_first_process_alone_can_measure_is_no_error_of_the_others(tmp_path):
-    done = processes(tmp_path, 2, "damaged,alone")
+def test_what_the_first_process_alone_can_measure_is_no_error_of_the_others(tmp_path, torchrun):
+    done = asked(tmp_path / "both", torchrun, "damaged,alone")
     assert done.returncode == 0, done.stderr
-    [line] = (tmp_path / "2" / "results.jsonl").open()
+    [line] = (tmp_path / "both" / "results.jsonl").open()
     assert json.loads(line)["task"] == "alone" and "no damaged: cannot read a.jpg" in done.stdout
-    done = processes(tmp_path, 2, "damaged")              # nobody has anything: an error
+    done = asked(tmp_path / "none", torchrun, "damaged")  # nobody has anything: an error
     assert done.returncode and "error: untrained: no damaged: cannot read a.jpg" in done.stderr
 
 

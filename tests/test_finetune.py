@@ -2,10 +2,8 @@
 originals, augmentations against torchvision's, and a small run with shuffled labels as control."""
 import json
 import math
-import os
 import random
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -470,15 +468,13 @@ def test_linear_names_its_own_recipes(capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_write_one_line_and_other_tasks_run_in_one(tmp_path):
+def test_two_processes_write_one_line_and_other_tasks_run_in_one(tmp_path, torchrun):
     for task in ("finetune", "knn"):
         out = tmp_path / task
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                   "--master_port", str(random.randint(20000, 40000)), "evaluate.py", "--task",
-                   task, "--baseline", "untrained", "--limit", "64", "--device", "cpu",
-                   *["--epochs", "1"] * (task == "finetune"), "--workers", "0", "--out", str(out)]
-        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [*torchrun, "evaluate.py", "--task", task, "--baseline", "untrained", "--limit",
+                   "64", *["--epochs", "1"] * (task == "finetune"), "--workers", "0", "--device",
+                   "cpu", "--out", str(out)]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr
         line, = (out / "results.jsonl").read_text().splitlines()
         assert json.loads(line)["images"]["test"] == 64

@@ -4,9 +4,7 @@ control."""
 import functools
 import json
 import os
-import random
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -413,7 +411,7 @@ def test_it_runs_on_toy(tmp_path, flags, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(tmp_path, monkeypatch, capsys):
+def test_two_processes_give_the_numbers_of_one(tmp_path, torchrun, monkeypatch, capsys):
     flags = ["--task", "segmentation", "--head", "upernet", "--baseline", "untrained", "--limit",
              "33", "--device", "cpu", "--precision", "fp32", "--iters", "4", "--size", "64"]
     script = tmp_path / "run.py"
@@ -422,10 +420,8 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, monkeypatch, capsys):
         "finetune.DROP_PATH = finetune.DROPOUT = 0.0\n"      # drawn by each process for itself
         "training.main(lambda: evaluate.main(sys.argv[1:]))\n")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-         str(random.randint(20000, 40000)), str(script), *flags, "--out", str(tmp_path / "two")],
-        cwd=ROOT, text=True, capture_output=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        [*torchrun, str(script), *flags, "--out", str(tmp_path / "two")], cwd=ROOT, text=True,
+        capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(finetune, "DROP_PATH", 0.0)
     monkeypatch.setattr(finetune, "DROPOUT", 0.0)

@@ -4,8 +4,6 @@ import gc
 import importlib
 import json
 import math
-import os
-import random
 import re
 import signal
 import subprocess
@@ -344,16 +342,14 @@ class Killed(BaseException):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
-        method, run, tmp_path, monkeypatch):
+        method, run, tmp_path, torchrun, monkeypatch):
     """Loss parts, gradient norm and all weights after five steps; another seed is the control."""
     names = "whole", "two", "killed", "other", "micro", "plain"
     whole, two, killed, other, micro, plain = (tmp_path / name for name in names)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-              "--master_port", str(random.randint(20000, 40000)), f"{method}.py"]
     both = ["--accumulate", 2] * (method == "mae")        # of one method both at once
-    process = subprocess.Popen([*launch, *flags(method, "--out", two, *both)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [*torchrun, f"{method}.py", *flags(method, "--out", two, *both)]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
     run(method, "--out", whole)
     run(method, "--out", other, "--seed", 1)
 

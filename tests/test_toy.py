@@ -50,7 +50,7 @@ def test_a_picture_does_not_depend_on_its_batch(single, scenes, scenes_):
 
 def test_a_picture_does_not_depend_on_the_number_of_threads(single):
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(4)
     try:
         assert torch.equal(toy.draw(INDEX, "train")["image"], single["image"])
     finally:

@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -38,8 +39,7 @@ TINY = ("--data synthetic --img-size 16 --patch-size 4 --embed-dim 16 --depth 2 
 def run(*flags, **popen):
     """A tiny MMC run in a process of its own."""
     command = [sys.executable, "mmc.py", *TINY, *map(str, flags)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, text=True, env=one_thread, stdout=subprocess.PIPE,
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **popen)
 
 
@@ -260,26 +260,53 @@ LONG = ["--log-every", 3, "--steps", 30, "--save-every", 0, "--warmup-epochs", 0
         "--drop-path", 0.1]
 
 
+FORKS = """
+import os, sys, torch._dynamo, mmc, training        # AdamW would import dynamo: two seconds
+training.measure_peak = lambda *_: 1e12
+print("ready", flush=True)
+for line in sys.stdin:                              # a run each, which is at once under way
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = ["mmc.py", *line.split()]
+        training.main(mmc.main)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_instants_ends_byte_identical(tmp_path):
     """SIGKILL at 20 random instants, spread over resumed runs, then SIGTERM once."""
-    finish(run(*LONG, "--out", tmp_path / "whole"))
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    kills, dice = 0, random.Random(0)
-    while kills < 20:
-        process = run(*LONG, "--out", out, *["--resume"] * (out / "last.pt").exists())
-        patience = time.time() + 60
-        while not (out / "last.pt").exists() and process.poll() is None and time.time() < patience:
-            time.sleep(0.05)
-        time.sleep(dice.uniform(0, 3))
-        if process.poll() is not None:  # finished first: begin anew
-            finish(process)
+    whole, out, steps, dice = tmp_path / "whole", tmp_path / "killed", [], random.Random(0)
+    forks = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, text=True, bufsize=1,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ended(folder, seconds=60):
+        """Whether a run came to its end in this time; if not, it is killed."""
+        resume = ["--resume"] * (folder / "last.pt").exists()
+        print(*TINY, *LONG, "--out", folder, *resume, file=forks.stdin)
+        child = int(forks.stdout.readline())
+        over, _, _ = select.select([forks.stdout], [], [], seconds)
+        if not over:
+            os.kill(child, signal.SIGKILL)
+        status = int(forks.stdout.readline())
+        assert status in (0, signal.SIGKILL)
+        return status == 0
+
+    assert forks.stdout.readline() == "ready\n"
+    start = time.time()
+    assert ended(whole)
+    seconds = (time.time() - start) / 2
+    while len(steps) < 20:
+        if ended(out, dice.uniform(0, seconds)):                # begin anew
             for file in out.iterdir():
                 file.unlink()
-            continue
-        process.kill(), process.wait()
-        kills += 1
-        assert torch.load(out / "last.pt", weights_only=True)["step"] > 0  # always readable
+        elif (out / "last.pt").exists():
+            steps.append(torch.load(out / "last.pt", weights_only=True)["step"])  # always readable
+    forks.stdin.close(), forks.wait()
+    assert len(set(steps)) > 4, steps
     process = run(*LONG, "--out", out, "--resume")
     assert "resumed from" in process.stdout.readline() + process.stdout.readline()
     process.send_signal(signal.SIGTERM)
@@ -510,12 +537,10 @@ def test_an_error_in_a_decoder_is_one_sentence_and_ends_the_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_told_to_stop_is_one_of_two_processes_and_both_do(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               "--master_port", str(random.randint(20000, 40000)), "mmc.py", *TINY, "--group", "4",
-               "--steps", "100000", "--out", str(tmp_path)]
+def test_told_to_stop_is_one_of_two_processes_and_both_do(tmp_path, torchrun):
+    command = [*torchrun, "mmc.py", *TINY, "--steps", "100000", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               stderr=subprocess.STDOUT)
     while "step 2/" not in process.stdout.readline():
         assert process.poll() is None
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

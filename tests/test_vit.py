@@ -8,16 +8,6 @@ import torch.nn.functional as F
 
 import vit
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are so small that threads cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 TINY = dict(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3)
 BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
 
