@@ -198,7 +198,7 @@ def main():
         when = cfg.seed, batch.epoch
         masks = draw_mask(loader.locate(step)[1], cfg, *when)    # (B, N); batch.index, on the CPU
         count = training.all_mean(masks.sum().float()) / cfg.accumulate      # mean of the parts
-        masks = masks.to(run.device).chunk(cfg.accumulate)
+        masks = masks.to(run.device, non_blocking=True).chunk(cfg.accumulate)
         for part, mask in zip(run.micro_batches(batch), masks):
             x, u = part.views
             ids = dvae.ids(u)[mask]                                          # (T,), no gradient

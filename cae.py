@@ -285,7 +285,7 @@ def main():
         # ---- the method ----------------------------------------------------------------------
         when = cfg.seed, batch.epoch
         index = loader.locate(step)[1]                           # batch.index, but on the CPU
-        masks = draw_mask(index, cfg, *when).to(run.device)                      # (B, N)
+        masks = draw_mask(index, cfg, *when).to(run.device, non_blocking=True)   # (B, N)
         for part, mask in zip(run.micro_batches(batch), masks.chunk(cfg.accumulate)):
             x, u = part.views
             visible, hidden = parted(mask, cfg.masked)

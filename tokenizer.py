@@ -55,7 +55,8 @@ def unmap_pixels(u):
 
 def pixels(view):
     """(B, 3, S, S) normalised, as the loader gives it -> in [0, 1]."""
-    mean, std = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in (data.MEAN, data.STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1).to(view.device, non_blocking=True)
+                 for v in (data.MEAN, data.STD))
     return (view * std + mean).clamp(0, 1)
 
 

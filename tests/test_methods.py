@@ -63,7 +63,7 @@ def run(monkeypatch):
 def few(monkeypatch):
     """Data sets are their first 32 images, for one test."""
     load = data.load
-    monkeypatch.setattr(data, "load", lambda *given: load(*given[:4], limit=32))
+    monkeypatch.setattr(data, "load", lambda *given: load(*given[:4], 32, *given[5:]))
 
 
 # The heads in a method's encoder.pt, and where they stand in the network of its branch.

@@ -1,0 +1,139 @@
+"""A GPU that is not there: its tensors have a shape, a type and a device, but no numbers.
+
+    with gpu.stand_in() as waits:
+        (torch.ones(3, device="cuda") @ torch.ones(3)).item()          # fails, as it would there
+
+What mixes devices fails as on a GPU, and where the host waits for the GPU is counted. A number that
+is asked for is 1, a tensor brought back is all 0, a mask selects everything. What it cannot do:
+backward passes (`no_gradients`), speed, memory, precision.
+"""
+import collections
+import contextlib
+import linecache
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+ROOT = Path(__file__).parent.parent
+aten = torch.ops.aten
+INDEXING = aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default
+
+
+class GPU(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.waits = collections.Counter()                  # {line of the product: times}
+
+    def wait(self):
+        frame = sys._getframe()
+        while frame.f_back and Path(frame.f_code.co_filename).parent != ROOT:
+            frame = frame.f_back
+        file = frame.f_code.co_filename
+        self.waits[f"{Path(file).name}: {linecache.getline(file, frame.f_lineno).strip()}"] += 1
+
+    def new(self, *shape, like, dtype=torch.long):
+        with self.fake:
+            return torch.zeros(shape, dtype=dtype, device=like.device)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        target = kwargs.get("device") and torch.device(kwargs["device"]).type
+        if not any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+            if target != "cuda":
+                return func(*args, **kwargs)                # all on the CPU: as ever
+            if func is aten._to_copy.default and not kwargs.get("non_blocking"):
+                self.wait()
+            args = tree_map_only(torch.Tensor, self.fake.from_tensor, args)
+            with self.fake:
+                return func(*args, **kwargs)
+        x, *more = args if isinstance(args[0], torch.Tensor) else (args[0][0], None)
+        if func is aten._local_scalar_dense.default:        # item(), tolist(), if x:
+            self.wait()
+            return {torch.bool: True, torch.long: 1}.get(x.dtype, 1.0)
+        if func is aten._to_copy.default and target == "cpu":
+            self.wait()
+            return torch.zeros(x.shape, dtype=kwargs.get("dtype") or x.dtype)
+        if func is aten.copy_.default and x.device != more[0].device:
+            if more[1:] != [True]:
+                self.wait()
+            return x
+        if func is aten.equal.default:
+            self.wait()
+            return True
+        if func is aten.nonzero.default:
+            self.wait()
+            return self.new(x.numel(), x.ndim, like=x)
+        if func is aten.bincount.default:
+            self.wait()
+            return self.new(kwargs.get("minlength") or more[-1], like=x)
+        if func is aten._unique2.default:
+            self.wait()
+            n = x.numel()                                   # values, where they are, how many
+            return (self.new(n, like=x, dtype=x.dtype), self.new(*x.shape, like=x),
+                    self.new(n, like=x))
+        if func in INDEXING:
+            indices = [i for i in more[0] if i is not None]
+            assert all(i.device.type == "cpu" or i.device == x.device for i in indices), (
+                f"indices should be on the CPU or on {x.device}")
+            if any(i.dtype == torch.bool for i in indices):
+                if func is not aten.index.Tensor:
+                    if more[1].numel() > 1:                 # one number for all is no selection
+                        self.wait()
+                    return x
+                self.wait()
+                more[0] = [j for i in more[0] for j in (
+                    [self.new(i.numel(), like=x)] * i.ndim
+                    if i is not None and i.dtype == torch.bool else [i])]
+                args = x, *more
+        return func(*args, **kwargs)
+
+
+def elsewhere(make):
+    """torch.tensor and its like write to the device themselves: here by way of the CPU."""
+    def made(data, *, dtype=None, device=None):
+        x = data if isinstance(data, torch.Tensor) else make(data, dtype=dtype)
+        return x.to(device=device or x.device, dtype=dtype or x.dtype)
+
+    return made
+
+
+@contextlib.contextmanager
+def stand_in():
+    """Within, "cuda" is to be had; gives the counter of waits."""
+    facts = dict(_lazy_init=None, is_bf16_supported=True, synchronize=None, device_count=1,
+                 get_device_name="NVIDIA H100", get_device_capability=(9, 0), set_device=None,
+                 max_memory_allocated=0, reset_peak_memory_stats=None)
+    with contextlib.ExitStack() as stack:
+        for name, fact in facts.items():
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=fact))
+        for name in ("tensor", "as_tensor"):
+            stack.enter_context(mock.patch.object(torch, name, elsewhere(getattr(torch, name))))
+        for owner, name, answer in (
+                (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+                (torch.Tensor, "pin_memory", lambda x, *_: x),
+                (FakeTensor, "__format__", lambda *_: "0")):
+            stack.enter_context(mock.patch.object(owner, name, answer))
+        yield stack.enter_context(GPU()).waits
+
+
+@contextlib.contextmanager
+def no_gradients(modules):
+    """What loss.backward() leaves in every parameter of these, and torch.autograd.grad gives."""
+    def grad(loss, parameters):
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.ndim == 0
+        return [torch.zeros_like(p) for p in parameters]
+
+    def backward(loss):
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        for p, g in zip(parameters, grad(loss, parameters)):
+            p.grad = g
+
+    with mock.patch.object(torch.Tensor, "backward", backward), \
+            mock.patch.object(torch.autograd, "grad", grad):
+        yield

@@ -1,0 +1,87 @@
+"""Scripts, probes and diagnostics on a GPU that is not there (gpu.py): what mixes devices fails,
+and a step of training does not wait for the GPU."""
+import gpu
+import pytest
+import torch
+from test_methods import METHODS, few, run  # noqa: F401 (fixtures)
+
+import analysis
+import evaluate
+import training
+
+
+def test_the_stand_in_fails_where_devices_are_mixed_and_counts_waits():
+    with gpu.stand_in() as waits:
+        x = torch.ones(4, 3, device="cuda")
+        for mixed in (lambda: x @ torch.ones(3), lambda: torch.ones(4)[x[:, 0].long()],
+                      lambda: torch.cat([x, torch.ones(1, 3)]), lambda: x.where(x.cpu() > 0, 0)):
+            with pytest.raises((RuntimeError, AssertionError), match="device|CPU"):
+                mixed()
+        waits.clear()
+        assert (x * torch.tensor(2.0)).device == x[torch.arange(2)].device == x.device
+        x[x > 0] = 1.0
+        torch.ones(3).to("cuda", non_blocking=True)
+        assert not waits
+        for waiting in (x.cpu, x.sum().item, lambda: x[x > 0], lambda: torch.ones(3).to("cuda"),
+                        lambda: torch.tensor(1, device="cuda"), lambda: bool(x.any())):
+            waiting()
+        assert sum(waits.values()) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
+        method, run, few, tmp_path, monkeypatch):  # noqa: F811
+    """There the host must know how many: iBOT's thrice, BEiT's twice. The second of two steps, with
+    kNN and a picture after it, which do wait."""
+    place, steps, save = training.Run.place, training.Run.steps, training.Run.save_due
+    placed, seen = [], []
+
+    def placing(self, module):
+        placed.append(place(self, module))
+        return placed[-1]
+
+    def counting(self, loader):
+        for step, batch in steps(self, loader):
+            waits.clear()
+            yield step, batch
+
+    def saving(self):
+        seen.append(waits.copy())
+        return save(self) and False
+
+    monkeypatch.setattr(training.Run, "place", placing)
+    monkeypatch.setattr(training.Run, "steps", counting)
+    monkeypatch.setattr(training.Run, "save_due", saving)
+    with gpu.stand_in() as waits, gpu.no_gradients(placed):
+        run(method, "--out", tmp_path / "run", "--data", "toy", "--steps", 2, "--evals", 1,
+            "--device", "cuda", "--precision", "auto")
+    assert len(seen) == 2 and (tmp_path / "run" / "picture.png").exists()
+    assert all("[mask]" in line for line in seen[0]), seen[0]
+    assert sum(seen[0].values()) == dict(ibot=3, beit=2).get(method, 0)
+    assert sum(seen[1].values()) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(
+    evaluate.TASKS.keys() - {"detection", "landmark_retrieval", "shape_bias", "video"}))
+def test_probes_mix_no_devices(task, tmp_path):
+    """But for detection, where numbers decide which boxes go on, shape_bias, which toy has no data
+    for, and those that would take minutes."""
+    short = [x for flag, n in (("epochs", "1"), ("iters", "2"))
+             if task in evaluate.READ_BY[flag].split() for x in (f"--{flag}", n)]
+    with gpu.stand_in() as waits, gpu.no_gradients([]):
+        evaluate.main(["--task", task, "--baseline", "untrained", "--data", "toy", "--limit", "32",
+                       "--device", "cuda", "--out", str(tmp_path), *short])
+    assert waits and (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_diagnostics_mix_no_devices(tmp_path):
+    """But for those whose loops numbers end, that train, or read what was recorded."""
+    names = {*analysis.STANDARD, "token_transform", "sv_images", "adjacent_count",
+             "patch_retrieval", "feature_variance", "views"} - {"prompt_heatmap"}
+    with gpu.stand_in() as waits:
+        analysis.main(["--what", *names, "--baseline", "untrained", "--data", "toy", "--limit",
+                       "8", "--device", "cuda", "--out", str(tmp_path)])
+    assert waits and len(list((tmp_path / "analysis").glob("*.json"))) == len(names)
