@@ -9,6 +9,9 @@ import analysis
 import evaluate
 import training
 
+pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(),
+                                reason="a torch without CUDA knows no such device")
+
 
 def test_the_stand_in_fails_where_devices_are_mixed_and_counts_waits():
     with gpu.stand_in() as waits:
