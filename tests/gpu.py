@@ -108,7 +108,7 @@ def stand_in():
     """Within, "cuda" is to be had; gives the counter of waits."""
     facts = dict(_lazy_init=None, is_bf16_supported=True, synchronize=None, device_count=1,
                  get_device_name="NVIDIA H100", get_device_capability=(9, 0), set_device=None,
-                 max_memory_allocated=0, reset_peak_memory_stats=None)
+                 max_memory_allocated=0)
     with contextlib.ExitStack() as stack:
         for name, fact in facts.items():
             stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=fact))
