@@ -316,19 +316,19 @@ def test_survey_counts_words_and_errors():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, steps, least", [("vq", 200, 64), ("dvae", 500, 10)])
+@pytest.mark.parametrize("kind, steps, least", [("vq", 200, 32), ("dvae", 600, 10)])
 def test_a_trained_one_draws_what_it_sees_and_uses_its_words(kind, steps, least):
-    """In a minute: vq beats even the true mean colour of each cell, dvae that of the image."""
-    toy, test = (data.load("toy", split=split, size=32, limit=limit)
+    """Soon: vq beats even the true mean colour of each cell, dvae that of the image."""
+    toy, test = (data.load("toy", split=split, size=16, limit=limit)
                  for split, limit in (("train", 1500), ("test", 500)))
     for images in toy, test:                                # less noise, which no word can tell
         images.pixels = F.avg_pool2d(images.pixels.float(), 5, 1, 2).round().to(torch.uint8)
     cfg = SimpleNamespace(seed=0, tokenizer_kind=kind, tokenizer_steps=steps, codes=256, workers=0)
-    net = tokenizer.train(cfg, a_run(), toy, replace(VIEW, interpolation="lanczos"), 4)
-    found = tokenizer.survey(net, test, 32, a_run(), 0)
+    net = tokenizer.train(cfg, a_run(), toy, replace(VIEW, size=16, interpolation="lanczos"), 4)
+    found = tokenizer.survey(net, test, 16, a_run(), 0)
     v = test.pixels.float() / 255
     image = (v - v.mean((2, 3), keepdim=True)).square().mean()
-    assert found["mse"] < (found["baseline"] if kind == "vq" else 0.85 * image)
+    assert found["mse"] < (found["baseline"] if kind == "vq" else 0.5 * image)
     assert found["perplexity"] > least
 
 
