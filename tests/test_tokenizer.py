@@ -316,7 +316,7 @@ def test_survey_counts_words_and_errors():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, steps, least", [("vq", 200, 32), ("dvae", 600, 10)])
+@pytest.mark.parametrize("kind, steps, least", [("vq", 300, 64), ("dvae", 600, 10)])
 def test_a_trained_one_draws_what_it_sees_and_uses_its_words(kind, steps, least):
     """Soon: vq beats even the true mean colour of each cell, dvae that of the image."""
     toy, test = (data.load("toy", split=split, size=16, limit=limit)
