@@ -81,10 +81,11 @@ def work(run):
     method, trained_on, seed, folder = run
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "results.log"
-    call(log, f"{method}.py", "--data", trained_on, "--seed", str(seed), "--out", str(folder),
-         *["--resume"] * (folder / "last.pt").is_file())
-    if log.exists() and "told to stop" in log.read_text().splitlines()[-1]:
-        raise SystemExit(f"{folder} was stopped: the same command goes on")
+    if not (log.exists() and "\ndone after " in log.read_text()):
+        call(log, f"{method}.py", "--data", trained_on, "--seed", str(seed), "--out", str(folder),
+             *["--resume"] * (folder / "last.pt").is_file())
+        if "\ndone after " not in log.read_text():
+            raise SystemExit(f"{folder} was stopped: the same command goes on")
     for flags in PROBES:
         if answer(folder, flags) is None:
             call(log, "evaluate.py", "--task", *flags.split(), "--data", "toy", "--checkpoint",

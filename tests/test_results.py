@@ -18,6 +18,7 @@ def finished(folder, knn):
     (folder / "analysis").mkdir(parents=True)
     (folder / "config.yaml").write_text("precision: fp32\n")
     (folder / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
+    (folder / "results.log").write_text("step 20/20\ndone after 20 steps\nkNN\n")
     lines = [line("knn", {"cls": {"k=10": 1.0}, "pat": {"k=10": 2.0}}),      # an older answer
              line("knn", {"cls": {"k=10": knn}, "pat": {"k=10": 30.04}}),
              line("knn", {"cls": {"k=10": 99.0}}, limit=10),
@@ -56,7 +57,7 @@ def calls(monkeypatch):
 def test_answers_of_finished_runs_are_kept_and_averaged(driver, calls, tmp_path, capsys):
     finished(tmp_path / "mae-toy", 60.0), finished(tmp_path / "mae-toy-seed1", 50.0)
     driver("--methods", "mae", "--seeds", "0", "1")
-    assert set(calls) == {"mae.py"}                       # which sees that it is done; no probes
+    assert calls == []                                    # all is done
     kept = yaml.safe_load((tmp_path / "results.yaml").read_text())["toy"]["mae"]
     assert kept[0]["kNN cls"] == 60.0 and kept[1]["kNN cls"] == 50.0
     assert (kept[0]["steps"], kept[0]["precision"]) == (20, "fp32")
@@ -80,7 +81,25 @@ def test_what_was_not_asked_is_asked(driver, calls, tmp_path):
     (tmp_path / "mae-toy" / "analysis" / "nmi.json").unlink()
     with pytest.raises(FileNotFoundError):                # as nothing is really run here
         driver("--methods", "mae", "--seeds", "0")
-    assert calls == ["mae.py", "analysis.py"] and not (tmp_path / "results.yaml").exists()
+    assert calls == ["analysis.py"] and not (tmp_path / "results.yaml").exists()
+
+
+def test_a_run_that_is_not_done_is_gone_on_with(driver, tmp_path, monkeypatch):
+    finished(tmp_path / "mae-toy", 60.0), finished(tmp_path / "dino-toy", 40.0)
+    for name in "mae-toy", "dino-toy":                    # killed: with a checkpoint, before one
+        (tmp_path / name / "results.log").write_text("step 10/20\n")
+    (tmp_path / "mae-toy" / "last.pt").touch()
+    called = {}
+
+    def train(log, script, *flags):
+        called[script] = flags
+        log.write_text(log.read_text() + "done after 20 steps\n")
+
+    monkeypatch.setattr(results, "call", train)
+    driver("--methods", "mae", "dino", "--seeds", "0")
+    assert "--resume" in called["mae.py"] and "--resume" not in called["dino.py"]
+    kept = yaml.safe_load((tmp_path / "results.yaml").read_text())["toy"]
+    assert kept["mae"][0]["kNN cls"] == 60.0 and kept["dino"][0]["kNN cls"] == 40.0
 
 
 def test_a_training_that_was_told_to_stop_is_asked_nothing_and_stops_no_other(
