@@ -49,6 +49,8 @@ def test_masks_hide_as_many_patches_as_published(masks):
     assert abs(count.float().mean().item() - 74.5) < 0.1
     assert 0.62 < (count == 75).float().mean() < 0.71                         # about two thirds
     assert (count <= 70).float().mean() < 0.02
+    often = masks.float().mean(0)[[0, 13, -14, -1]]                           # the corners
+    assert often.min() > 0.03 and often.max() - often.min() < 0.01
 
 
 def test_masks_are_blocks(masks):

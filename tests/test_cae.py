@@ -147,6 +147,22 @@ def test_positions_tell_the_regressor_and_the_decoder_where_patches_are():
     assert torch.equal(seen[0], zhat + pos[hidden])
 
 
+def test_drop_path_of_the_regressor_weighs_each_branch_of_each_image_by_its_own_factor():
+    g = torch.Generator().manual_seed(0)
+    x, z_v, pos, pos_v = (torch.randn(4, 3, 24, generator=g) for _ in range(4))
+    block = cae.RegressorBlock(24, 4, 0.5)
+    block.norm2.weight.data = torch.rand(24, generator=g)
+    drop = torch.tensor([[2.0, 3], [2, 0], [0, 3], [0, 0]])
+    out, both = block(x, z_v, pos, pos_v, drop), torch.cat([z_v, x], 1)
+    branch = 0.5 * block.cross_attn(block.norm1_q(x + pos), block.norm1_k(
+        both + torch.cat([pos_v, pos], 1)), block.norm1_v(both))
+    y = block.norm2(x + torch.tensor([2.0, 2, 0, 0])[:, None, None] * branch)
+    expected = y + torch.tensor([3.0, 0, 3, 0])[:, None, None] * 0.5 * block.mlp(y)
+    assert torch.allclose(out, expected, atol=1e-6)
+    assert torch.equal(out[3], block.norm2(x)[3])
+    assert not torch.allclose(out, block(x, z_v, pos, pos_v), atol=1e-2)
+
+
 # ---- where gradients stop ------------------------------------------------------------------------
 
 

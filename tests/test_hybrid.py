@@ -1,5 +1,6 @@
 """The hybrid is its parts: held against simmim.py and moco_v3.py, functions as well as runs."""
 
+import itertools
 import json
 import math
 import sys
@@ -176,6 +177,12 @@ def test_loss_of_a_run_is_affine_in_lambda(monkeypatch, tmp_path):
     assert low["loss"] == pytest.approx(0.75 * low["mim"] + 0.25 * low["cl"], abs=1e-6)
 
 
+@pytest.mark.parametrize("lam, views", [(0, 1), (0.2, 3), (1, 2)])
+def test_views_that_weigh_nothing_are_not_made(lam, views):
+    cfg = training.config(hybrid.Config, ["--data", "toy", "--lam", str(lam)])
+    assert len(hybrid.views(cfg)) == views
+
+
 @pytest.mark.parametrize("lam, heads", [
     (0, {"decoder", "mask_token"}), (1, {"projector", "predictor"})])
 def test_a_run_at_either_end_has_that_parents_parts_only(lam, heads, monkeypatch, tmp_path):
@@ -250,7 +257,8 @@ def test_schedules_and_groups_are_the_parents():
     cfg, mim, cl = (training.config(method.Config, ["--data", "imagenet"]) for method in
                     (hybrid, simmim, moco_v3))
     mim.batch_size = cfg.batch_size
-    for step in (0, 50, 100, 500, 874, 875, 999):
+    for step, start in itertools.product((0, 50, 100, 500, 874, 875, 999), (0.99, 0)):
+        cfg.momentum = cl.momentum = start                             # 0 stays 0
         lr, momentum = hybrid.schedules(step, 1000, 100, cfg)
         assert lr == pytest.approx(simmim.schedule(step, 1000, 100, mim))
         assert momentum == moco_v3.schedules(step, 1000, 100, cl)[1]

@@ -145,7 +145,7 @@ def test_perfect_clusters_give_ap_one():
 
 
 def test_chance_is_the_mean_over_all_orders():
-    labels = torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
     expected = []
     for i in range(7):
         relevant = (labels[torch.arange(7) != i] == labels[i]).tolist()
