@@ -376,6 +376,13 @@ def test_a_real_step_moves_teacher_and_both_centres_as_written(train):  # noqa: 
         assert torch.equal(frozen["student"][name], old) == ("last_layer" in name), name
 
 
+def test_schedules_are_dinos_but_for_the_temperature_of_patches():
+    cfg = grid_of_14()
+    for step in range(0, 800 * 5, 7):
+        *shared, _ = ibot.schedules(step, 800 * 5, 5, cfg)
+        assert shared == list(dino.schedules(step, 800 * 5, 5, cfg))
+
+
 def test_temperatures_of_class_and_patches_have_their_own_ends():
     cfg = grid_of_14("--tau-end", 0.06)
     *_, tau, tau_pat = ibot.schedules(40 * 5, 800 * 5, 5, cfg)
