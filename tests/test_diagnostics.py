@@ -66,12 +66,12 @@ def test_class_token_takes_mass_before_rows_are_renormalised():
     attention = torch.zeros(1, 1, 197, 197)
     attention[0, 0, 1:, 1:] = 1e-6 * torch.eye(196)
     attention[..., 0] = 1 - 1e-6
-    assert d.class_mass(attention, 1) == pytest.approx(1, abs=1e-5)
+    assert d.class_mass(attention, 1).item() == pytest.approx(1, abs=1e-5)
     assert d.nmi(d.rows(attention, 1, 1e-8)) == pytest.approx(0.220, abs=1e-3)
     assert d.nmi(d.rows(attention, 1, 1e-20)) > 0.999       # control: no such epsilon
     attention[:] = 0.8 / 196
     attention[..., 0], attention[0, 0, 0] = 0.2, F.one_hot(torch.tensor(0), 197)
-    assert d.class_mass(attention, 1) == pytest.approx(0.2)  # of patches: not its look at itself
+    assert d.class_mass(attention, 1).item() == pytest.approx(0.2)  # of patches: not its look at itself
 
 
 def test_kde_has_scotts_width():
