@@ -71,7 +71,7 @@ def test_class_token_takes_mass_before_rows_are_renormalised():
     assert d.nmi(d.rows(attention, 1, 1e-20)) > 0.999       # control: no such epsilon
     attention[:] = 0.8 / 196
     attention[..., 0], attention[0, 0, 0] = 0.2, F.one_hot(torch.tensor(0), 197)
-    assert d.class_mass(attention, 1).item() == pytest.approx(0.2)  # of patches: not its look at itself
+    assert d.class_mass(attention, 1).item() == pytest.approx(0.2)   # of patches, not of itself
 
 
 def test_kde_has_scotts_width():

@@ -156,12 +156,16 @@ def test_unused_words_have_their_closed_form():
 
 def test_losses_are_the_stated_sums():
     u = tokenizer.map_pixels(torch.rand(2, 3, 32, 32, generator=seeded()))
-    net = small("vq")
+    net, u.requires_grad = small("vq"), True
     loss, z, ids = tokenizer.vq_loss(net, u)
-    c = net.codes[ids].permute(0, 3, 1, 2)
+    c = net.codes[ids].permute(0, 3, 1, 2).requires_grad_()
     assert torch.equal(ids, net.scores(u).argmax(1)) and torch.equal(z, net.encode(u))
     drawn = (net.paint(c).sigmoid() - u).square().mean()
     assert torch.allclose(loss, drawn + 0.25 * (z - c).square().mean(), atol=1e-6)
+    through, = torch.autograd.grad(drawn, c)                  # as if z were the code
+    pull = 0.25 * 2 * (z - c) / z.numel()
+    assert torch.allclose(torch.autograd.grad(loss, z)[0], through + pull, atol=1e-8)
+    assert pull.abs().mean() > 1e-6
     net, noise = small("dvae"), torch.rand(2, 16, 8, 8, generator=seeded(1))
     net.encoder[-1].bias[3] += 3                              # its favourite word
     logits = net.encode(u)
@@ -206,12 +210,15 @@ def test_codes_move_towards_what_hit_them_stay_on_the_sphere_and_rest_when_unuse
     codes = F.normalize(torch.randn(5, 8, generator=seeded()), dim=1)
     z = F.normalize(torch.randn(40, 8, generator=seeded(1)), dim=1)
     ids, before = torch.arange(40) % 3, codes.clone()
+    ids[-1] = 4                                                               # hit once
     hits = tokenizer.move_codes(codes, z, ids, 0.9)
     assert torch.allclose(codes.norm(dim=1), torch.ones(5), atol=1e-6)
-    assert torch.equal(codes[3:], before[3:]) and hits.tolist() == [14, 13, 13, 0, 0]
-    mean = F.normalize(z[ids == 1].sum(0), dim=0)
-    assert torch.allclose(codes[1], F.normalize(0.9 * before[1] + 0.1 * mean, dim=0), atol=1e-6)
-    assert codes[1] @ mean > before[1] @ mean
+    assert torch.equal(codes[3], before[3]) and hits.tolist() == [13, 13, 13, 0, 1]
+    for hit in (0, 1, 2, 4):
+        mean = F.normalize(z[ids == hit].sum(0), dim=0)
+        moved = F.normalize(0.9 * before[hit] + 0.1 * mean, dim=0)
+        assert torch.allclose(codes[hit], moved, atol=1e-6)
+        assert codes[hit] @ mean > before[hit] @ mean
 
 
 def test_dead_codes_become_vectors_of_the_batch_and_live_ones_stay():
