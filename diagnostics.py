@@ -386,8 +386,10 @@ def tsne(x, perplexity=20, iterations=1000, seed=0):
     p = p / total
     p = ((p + p.T) / (2 * n)).clamp(min=1e-12)
     y = 1e-4 * torch.randn(n, 2, generator=rng.generator(seed, "tsne"))
-    speed, gain, rate = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
+    rate = max(n / 48, 50)
     for step in range(iterations):
+        if step in (0, 250):                           # without exaggeration it starts from rest
+            speed, gain = torch.zeros_like(y), torch.ones_like(y)
         length = y.square().sum(1)
         near = torch.addmm(length[:, None] + length, y, y.T, alpha=-2).add_(1).reciprocal_()
         near.fill_diagonal_(0)

@@ -345,11 +345,50 @@ def test_variance_of_views():
         assert d.variance(views) == pytest.approx((2 * scale**2, 2 / 5))
 
 
+def affinities(x, perplexity):
+    """Of t-SNE, in float64: the width of each row by bisection, from the entropy as it is."""
+    n = len(x)
+    p, squared = torch.zeros(n, n).double(), torch.cdist(x.double(), x.double()).square()
+    for i in range(n):
+        others, low, high = torch.arange(n) != i, 1e-6, 1e6
+        for _ in range(100):
+            beta = math.sqrt(low * high)
+            row = (-beta * (squared[i, others] - squared[i, others].min())).softmax(0)
+            entropy = torch.special.entr(row).sum()
+            low, high = (beta, high) if entropy > math.log(perplexity) else (low, beta)
+        p[i, others] = row
+    return (p + p.T) / (2 * n)
+
+
+@pytest.mark.parametrize("start, exaggeration, momentum", [(0, 12, 0.5), (250, 1, 0.8)])
+def test_steps_of_tsne_follow_the_gradient_of_its_divergence(start, exaggeration, momentum):
+    x = draw(60, 5).float()
+    p = exaggeration * affinities(x, 5)
+
+    def gradient(y):              # sum of p log(p / q), but for a constant; q: near over its sum
+        y = y.double().requires_grad_()
+        near = 1 / (1 + torch.pdist(y).square())                  # each pair once
+        row, col = torch.triu_indices(60, 60, 1)
+        loss = (2 * near.sum()).log() - 2 * (p[row, col] * near.log()).sum()
+        return torch.autograd.grad(loss, y)[0]
+
+    y0, y1, y2 = (d.tsne(x, perplexity=5, iterations=start + n) for n in range(3))
+    first, second = gradient(y0), gradient(y1)
+    speed = -50 * 0.8 * first                                     # gains fall from 1 to 0.8
+    gain = torch.where(second * speed < 0, 0.8 + 0.2, 0.8 * 0.8)
+    for moved, step in ((y1 - y0, speed), (y2 - y1, momentum * speed - 50 * gain * second)):
+        step = step - step.mean(0)                                # what comes back is centred
+        assert (moved - step).abs().max() < 1e-3 * step.abs().max()
+    assert (gain == 1).any() and (gain < 1).any()
+
+
 def test_tsne_keeps_islands():
     truth = torch.arange(3).repeat_interleave(20)
     x = 20 * torch.eye(3)[truth] + draw(60, 3).float()
     y = d.tsne(x, perplexity=5, iterations=400)
     assert torch.equal(y, d.tsne(x, perplexity=5, iterations=400)) and y.isfinite().all()
+    start = d.tsne(x, perplexity=5, iterations=0)
+    assert start.shape == y.shape == (60, 2) and 0.8e-4 < start.std() < 1.2e-4
     image = torch.arange(60) % 20
     assert d.purity(x, image, truth, 5)[1] == 1
     assert d.purity(x, truth, image, 5)[0] == 1                   # each island an image
