@@ -129,6 +129,11 @@ def test_crop_boxes_have_the_distribution_of_torchvision(height, width, scale):
     assert height == 30 or far(other, theirs) > 1.95 * (2 / n) ** 0.5
 
 
+def test_the_crop_of_a_view_is_by_default_torchvisions():
+    view, theirs = data.View(64), RandomResizedCrop(64)
+    assert (view.scale, view.ratio) == (theirs.scale, theirs.ratio)
+
+
 def test_an_image_that_is_too_long_gets_the_central_box():
     u, scale, ratio = torch.rand(5, 22), torch.tensor([0.9, 1.0]), torch.tensor([0.75, 4 / 3])
     box = data.crop_boxes(u, 10, 100, scale, ratio)
