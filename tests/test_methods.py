@@ -395,6 +395,20 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
         in_micro_batches(plain, bn_in_head=False)
 
 
+@pytest.mark.parametrize("method, name, spread", [
+    ("mae", "Network", 0.02), ("asl", "Network", 0.02), ("simmim", "Network", 0.0108),
+    ("hybrid", "Network", 0.0108), ("beit", "Network", 0.0108), ("cae", "CAE", 0.0108)])
+def test_mask_tokens_are_drawn_as_published(method, name, spread):
+    module, drawn = importlib.import_module(method), []       # 0.0108: of 0.02, cut at one sigma
+    less = dict(depth=0, decoder_depth=0, regressor_depth=0, hidden=16)
+    cfg = module.Config(**{k: v for k, v in less.items() if k in training.fields(module.Config)})
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = getattr(module, name)(cfg, *[16] * (method in ("beit", "cae")))
+        drawn += [x for key, x in net.named_parameters() if key.endswith("mask_token")]
+    assert len(drawn) == 4 and torch.cat(drawn).std().item() == pytest.approx(spread, rel=0.03)
+
+
 @pytest.mark.parametrize("method, name", [("beit", "Network"), ("cae", "CAE"),
                                           ("hybrid", "Network"), ("simmim", "Network")])
 def test_layer_scale_0_leaves_every_branch_as_it_is(method, name):
