@@ -34,17 +34,14 @@ import yaml
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-import checkpoints
 import data
-import dense
-import diagnostics as d
 import evaluate
-import figures
-import readers
-import rng
-import training
 import vit
-from figures import PINK, QUERY, row, tile
+from diagnostics import figures
+from diagnostics import formulas as d
+from diagnostics.figures import PINK, QUERY, row, tile
+from lib import augment, checkpoints, config, datasets, distributed, positions, rng
+from probes import annotations, dense
 
 # B images, L blocks, H heads, N = g x g patches, C width, p pixels a side of a patch, S of an image
 
@@ -77,7 +74,7 @@ class Missing(ValueError):
 def batches(model, args, limit, maps=False):
     """Test images, the same for every model: x (B, 3, S, S) normalised, their numbers (B,), and a
     class for every pixel (B, S, S) if asked for and there is one (no_maps), else None."""
-    if args.data not in data.NAMES and args.data in readers.SEGMENTATION or (
+    if args.data not in datasets.NAMES and args.data in annotations.SEGMENTATION or (
             maps and not no_maps(args.data, args.data_root)):
         yield from annotated(model, args, limit)
         return
@@ -93,18 +90,18 @@ def read(model, args, images):
 
 def level(name):
     """What a set's class maps are asked to tell apart: objects, if it can."""
-    levels = readers.SEGMENTATION[name][1]
+    levels = annotations.SEGMENTATION[name][1]
     return next(kind for kind in ("object", "scene", "part") if kind in levels)
 
 
 @functools.lru_cache
 def no_maps(name, root):
     """Why there is no class for every pixel here; None: there is one."""
-    if name not in readers.SEGMENTATION:
+    if name not in annotations.SEGMENTATION:
         return (f"{name} has no class for every pixel: choose --data "
-                f"{' or '.join(readers.SEGMENTATION)}")
+                f"{' or '.join(annotations.SEGMENTATION)}")
     try:
-        next(iter(readers.segmentation(name, root, "test", 1, level(name))), None)
+        next(iter(annotations.segmentation(name, root, "test", 1, level(name))), None)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
 
@@ -113,8 +110,8 @@ def annotated(model, args, limit):
     """`batches` with class maps: 0 background, -1 unknown, in the geometry of data.batches."""
     S, kind = model.size, level(args.data)
     side = S if dense.is_toy(args) else S * 256 // 224               # short side, before the crop
-    first = readers.segmentation_classes(args.data, kind)[0].lower()
-    items = iter(readers.segmentation(args.data, args.data_root, "test", limit, kind, S))
+    first = annotations.segmentation_classes(args.data, kind)[0].lower()
+    items = iter(annotations.segmentation(args.data, args.data_root, "test", limit, kind, S))
 
     def centre(x, how):
         x = TF.resize(x, side, TF.InterpolationMode(how), antialias=True)
@@ -126,7 +123,7 @@ def annotated(model, args, limit):
         y = torch.cat([centre(item.labels[None], "nearest-exact") for item in some]).long()
         y = torch.where(y == 255, -1, y + (first != "background"))
         number = torch.arange(done, done + len(some), device=args.device)
-        yield data.normalize(x / 255, model.mean, model.std), number, y
+        yield augment.normalize(x / 255, model.mean, model.std), number, y
         done += len(some)
 
 
@@ -145,7 +142,7 @@ def few(model, args, n):
 
 def picture(model, x):
     """(..., 3, S, S) normalised -> (..., S, S, 3) uint8 array."""
-    return data.denormalize(x, model.mean, model.std).movedim(-3, -1).cpu().numpy()
+    return augment.denormalize(x, model.mean, model.std).movedim(-3, -1).cpu().numpy()
 
 
 # ---- one pass: every block measured once, then forgotten -----------------------------------------
@@ -287,7 +284,7 @@ def trained(model):
     path, own = Path(model.source.path or ""), getattr(model.source, "method", None)
     files = [path, path.with_name("full.pt")] if model.source.path else []
     files += [path.with_name("last.pt")] if own in ("mmc", "hybrid") else []     # they are large
-    for raw in (checkpoints.read(file) for file in files if file.is_file()):
+    for raw in (checkpoints.read_file(file) for file in files if file.is_file()):
         state = raw.get("model") or raw.get("state", {}).get("student", {})
         if PAINTERS.keys() & state.keys():
             config, device = path.with_name("config.yaml"), next(model.encoder.parameters()).device
@@ -323,7 +320,7 @@ def mae_decoder(model):
             y = torch.cat([x[:, 1:], missing], 1)
             x = torch.cat([x[:, :1], y.gather(1, restore[..., None].expand_as(y))], 1)
         old, new = (math.isqrt(table.shape[1] - 1) for table in (pos, x))
-        return x + vit.resize_positions(pos, (old, old), (new, new), 1, "size")
+        return x + positions.resize_positions(pos, (old, old), (new, new), 1, "size")
 
     return SimpleNamespace(enter=enter, blocks=module["blocks"],
                            paint=lambda x: module["pred"](module["norm"](x))[:, 1:])
@@ -708,7 +705,7 @@ def retrieval_numbers(model, args, s, shown=3):
     """
     head, images, bank = checkpoints.projector(model.encoder), [], {}
     for x, *_ in batches(model, args, max(args.limit or 1000, args.image + shown)):
-        images.append(data.denormalize(x, model.mean, model.std).cpu())
+        images.append(augment.denormalize(x, model.mean, model.std).cpu())
         for part in x.split(8):
             tokens = final(model, args, d.windows(part))
             found = {"encoded": model.encoder.split(tokens)[1].mean(1)}
@@ -765,7 +762,7 @@ def tsne_numbers(model, args, s, each=6):
     """3 classes x 6 images, the last block without final norm, as the paper says (its notebook
     shows block 5 of 16 images). Purity makes the picture a number."""
     images = None                                            # a set of class maps has no classes
-    if args.data in data.NAMES or args.data not in readers.SEGMENTATION:
+    if args.data in datasets.NAMES or args.data not in annotations.SEGMENTATION:
         limit = 1000 if args.data in ("toy", "toy-scenes") else None     # they are drawn, not read
         images = evaluate.load(args.data, args.data_root, "test", model.size, limit, args.device)
     known = images is not None and images.labels is not None
@@ -808,7 +805,7 @@ def variance_numbers(model, args, s):
         S, views, g = x.shape[-1], torch.arange(V), x.shape[-1] // encoder.patch_size
         for one, number in zip(x, numbers.tolist()):
             crops = cut(model, one, V, (0.4, 1.0), args.seed, number)
-            cls, patches = last_block(data.normalize(crops, model.mean, model.std))
+            cls, patches = last_block(augment.normalize(crops, model.mean, model.std))
             order = rng.uniform(views, g * g, args.seed, number, "hide").argsort(1)
             noise = rng.normal(views, (3, S, S), args.seed, number, "noise").to(x.device)
             hidden = torch.where(cells(order < g * g // 2, S).to(x.device), noise, one)
@@ -822,10 +819,10 @@ def variance_numbers(model, args, s):
 
 def cut(model, x, count, scale, *seed):
     """Image (3, S, S) -> (count, 3, S, S) random crops in [0, 1], shares `scale` of the area."""
-    boxes = data.crop_boxes(rng.uniform(torch.arange(count), 22, *seed, "crops"), *x.shape[1:],
+    boxes = augment.crop_boxes(rng.uniform(torch.arange(count), 22, *seed, "crops"), *x.shape[1:],
                             torch.tensor(scale), torch.tensor([3 / 4, 4 / 3])).to(x.device)
-    whole = data.denormalize(x, model.mean, model.std).expand(count, -1, -1, -1)
-    return data.crop(whole, boxes, x.shape[-1])
+    whole = augment.denormalize(x, model.mean, model.std).expand(count, -1, -1, -1)
+    return augment.crop(whole, boxes, x.shape[-1])
 
 
 def cells(hidden, S):
@@ -867,7 +864,7 @@ def loss_numbers(model, args, s):
     votes = [line for line in lines if "knn" in line]
     out = dict(step=[line["step"] for line in lines], loss=[line["loss"] for line in lines],
                knn_step=[line["step"] for line in votes], knn=[line["knn"] for line in votes])
-    known = training.read_yaml(Path(__file__).with_name("curves.yaml"))
+    known = config.read_yaml(Path(__file__).parent / "diagnostics/curves.yaml")
     if model.source.data == "toy" and model.source.method in known:
         ours = known[model.source.method]
         out |= {f"reference_{name}": ours[name] for name in out}
@@ -992,7 +989,7 @@ fourier attention_maps pca kmeans prompt_heatmap""".split()
 def parse(argv=None):
     known = "\n".join(f"  {name:<22}{figure.title}{' *' * (name in STANDARD)}"
                       for name, figure in figures.FIGURES.items())
-    parser = training.Parser(
+    parser = config.Parser(
         description=__doc__, epilog=f"diagnostics (*: standard report):\n{known}",
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (kind, default, text) in FLAGS.items():
@@ -1006,13 +1003,13 @@ def parse(argv=None):
     args.what = list(WHAT) if args.what == ["all"] else list(dict.fromkeys(args.what)) or STANDARD
     for name in args.what:
         if name not in WHAT:
-            raise ValueError(f"unknown diagnostic {name!r}{training.nearest(name, WHAT)}")
+            raise ValueError(f"unknown diagnostic {name!r}{config.nearest(name, WHAT)}")
     if args.image < 0:
         raise ValueError(f"--image {args.image}: images are counted from 0")
     if args.copies < 2:
         raise ValueError(f"--copies {args.copies}: a variance needs two views")
-    args.device = training.pick_device(args.device)
-    args.precision = training.pick_precision(args.precision, args.device)
+    args.device = distributed.pick_device(args.device)
+    args.precision = distributed.pick_precision(args.precision, args.device)
     return args
 
 
@@ -1060,7 +1057,7 @@ def write(folder, name, results, args):
         models=[dict(model=r.model.name, checkpoint=r.model.source.path, step=r.model.source.step,
                      size=r.model.size, numbers=plain(r.numbers)) for r in results])
     text = json.dumps(content).encode()
-    checkpoints.replace_file(folder / f"{name}.json", lambda f: f.write(text))
+    checkpoints.write_atomic(folder / f"{name}.json", lambda f: f.write(text))
     with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow("model quantity i j k l value".split())
@@ -1077,7 +1074,7 @@ def differences(results):
 
 def main(argv=None):
     args, begin = parse(argv), time.perf_counter()
-    training.keep_memory()
+    distributed.keep_memory()
     folder = Path(args.out) / "analysis"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1124,4 +1121,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

@@ -44,9 +44,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import rng
-import training
 import vit
+from lib import augment, config, distributed, positions, rng
+from lib.run import Run, cosine, param_groups, set_lr
 
 # B images of a process, N patches, K visible ones, D width, E width of the decoder, S pixels,
 # p pixels a side of a patch, P = 3pp numbers in a patch
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         E = cfg.decoder_embed_dim
         self.embed = nn.Linear(cfg.embed_dim, E)
         self.mask_token = nn.Parameter(torch.empty(1, 1, E).normal_(std=0.02))
-        pos = F.pad(vit.sincos(E, grid, "sincos_col"), (0, 0, 1, 0))         # class token: zeros
+        pos = F.pad(positions.sincos(E, grid, "sincos_col"), (0, 0, 1, 0))         # class token: zeros
         self.pos_embed = nn.Parameter(pos[None], requires_grad=False)
         self.blocks = nn.ModuleList(vit.Block(E, cfg.decoder_num_heads)
                                     for _ in range(cfg.decoder_depth))
@@ -254,8 +254,8 @@ def asl_losses(a, b, target, mask, cosine=False, align_cls=False, mae_both=False
 
 
 def main():
-    cfg = training.config(Config)
-    run = training.start(cfg)
+    cfg = config.parse(Config)
+    run = Run(cfg)
     N = (cfg.img_size // cfg.patch_size)**2
     if not (0 < cfg.mask_ratio < 1 and 0 < int(N * (1 - cfg.mask_ratio)) < N):
         raise ValueError(f"--mask-ratio {cfg.mask_ratio}: of the {N} patches of an image at least "
@@ -270,16 +270,16 @@ def main():
     loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
 
     model = run.place(Network(cfg))
-    net = training.unwrap(model)
-    opt = torch.optim.AdamW(training.decay_groups(net, cfg.weight_decay),
+    net = distributed.unwrap(model)
+    opt = torch.optim.AdamW(param_groups(net, cfg.weight_decay),
                             betas=(0.9, cfg.beta2), fused=True)
     run.restore(model=model, opt=opt)
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
     peak_lr = cfg.lr * cfg.batch_size / 256
 
     for step, batch in run.steps(loader):
-        lr = training.cosine(step, total, peak_lr, cfg.min_lr, warmup)
-        training.set_lr(opt, lr)
+        lr = cosine(step, total, peak_lr, cfg.min_lr, warmup)
+        set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
         for part in run.micro_batches(batch):
@@ -327,8 +327,8 @@ def show(run, cfg, net, images, n=8):
                "painted back": paint(a[:, 1:].float(), patches, mask, cfg.norm_pix)}
     if not cfg.dle:                                      # without dropout b is a
         columns["second branch"] = paint(b[:, 1:].float(), patches, mask, cfg.norm_pix)
-    run.picture({title: data.denormalize(z) for title, z in columns.items()})
+    run.picture({title: augment.denormalize(z) for title, z in columns.items()})
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

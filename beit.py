@@ -39,10 +39,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import rng
-import tokenizer
-import training
 import vit
+from lib import augment, config, distributed, rng, tokenizer
+from lib.run import Run, cosine, param_groups, set_lr
 
 # B images of a process, N = n x n patches, T hidden patches of a batch, D width, K words, S pixels
 
@@ -168,8 +167,8 @@ def token_loss(logits, ids, count=None):
 
 
 def main():
-    cfg = training.config(Config)
-    run = training.start(cfg)
+    cfg = config.parse(Config)
+    run = Run(cfg)
     n = cfg.img_size // cfg.patch_size
     if cfg.pos == "none" and not cfg.rel_pos:
         raise ValueError("--pos none: add --rel-pos, or nothing tells one patch from another")
@@ -180,24 +179,24 @@ def main():
     loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
     with torch.device("meta"):     # settings that cannot be are told before a tokenizer is trained
         Network(cfg, 1)
-    dvae = tokenizer.get(cfg, run, loader.images, queries, views(cfg)[1])    # frozen words
+    dvae = tokenizer.get_tokenizer(cfg, run, loader.images, queries, views(cfg)[1])    # frozen words
 
     model = run.place(Network(cfg, dvae.vocabulary))
-    net = training.unwrap(model)
-    groups = training.decay_groups(net, cfg.weight_decay, spare=("cls_token", "pos_embed"))
+    net = distributed.unwrap(model)
+    groups = param_groups(net, cfg.weight_decay, spare=("cls_token", "pos_embed"))
     opt = torch.optim.AdamW(groups, fused=True)
     words = tokenizer.Count(dvae.vocabulary).to(run.device)                  # of hidden patches
     run.restore(model=model, opt=opt, words=words, tokenizer=tokenizer.Fingerprint(dvae))
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
 
     for step, batch in run.steps(loader):
-        lr = training.cosine(step, total, cfg.lr, cfg.min_lr, warmup)
-        training.set_lr(opt, lr)
+        lr = cosine(step, total, cfg.lr, cfg.min_lr, warmup)
+        set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
         when = cfg.seed, batch.epoch
         masks = draw_mask(loader.locate(step)[1], cfg, *when)    # (B, N); batch.index, on the CPU
-        count = training.all_mean(masks.sum().float()) / cfg.accumulate      # mean of the parts
+        count = distributed.all_mean(masks.sum().float()) / cfg.accumulate      # mean of the parts
         masks = masks.to(run.device, non_blocking=True).chunk(cfg.accumulate)
         for part, mask in zip(run.micro_batches(batch), masks):
             x, u = part.views
@@ -244,9 +243,9 @@ def show(run, cfg, net, dvae, images, rows=8):
     hidden = F.interpolate(mask.view(-1, 1, n, n).float(), cfg.img_size) > 0
     drawn = [F.interpolate(dvae.decode(words), cfg.img_size).mul(255).round().to(torch.uint8)
              for words in (ids, named)]
-    run.picture({"image": data.denormalize(x), "masked": data.denormalize(x * ~hidden),
+    run.picture({"image": augment.denormalize(x), "masked": augment.denormalize(x * ~hidden),
                  "true words, drawn": drawn[0], "words named": drawn[1]})
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

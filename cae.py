@@ -43,10 +43,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import rng
-import tokenizer
-import training
 import vit
+from lib import augment, config, distributed, rng, tokenizer
+from lib.run import Run, cosine, param_groups, set_lr
 
 # B images of a process, N = n x n patches: M hidden, N - M visible; D width, K words, S pixels
 
@@ -259,8 +258,8 @@ def align_loss(zhat, zbar):
 
 
 def main():
-    cfg = training.config(Config)
-    run = training.start(cfg)
+    cfg = config.parse(Config)
+    run = Run(cfg)
     N = (cfg.img_size // cfg.patch_size)**2
     if not 0 < cfg.min_block <= cfg.masked < N:
         raise ValueError(f"--masked {cfg.masked} of {N} patches in blocks of --min-block "
@@ -269,18 +268,18 @@ def main():
     loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
     with torch.device("meta"):     # settings that cannot be are told before a tokenizer is trained
         CAE(cfg, 1)
-    dvae = tokenizer.get(cfg, run, loader.images, queries, views(cfg)[1])    # frozen words
+    dvae = tokenizer.get_tokenizer(cfg, run, loader.images, queries, views(cfg)[1])    # frozen words
 
     model = run.place(CAE(cfg, dvae.vocabulary))
-    net = training.unwrap(model)
-    opt = torch.optim.AdamW(training.decay_groups(net, cfg.weight_decay), fused=True)
+    net = distributed.unwrap(model)
+    opt = torch.optim.AdamW(param_groups(net, cfg.weight_decay), fused=True)
     words = tokenizer.Count(dvae.vocabulary).to(run.device)                  # of hidden patches
     run.restore(model=model, opt=opt, words=words, tokenizer=tokenizer.Fingerprint(dvae))
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
 
     for step, batch in run.steps(loader):
-        lr = training.cosine(step, total, cfg.lr, cfg.min_lr, warmup)
-        training.set_lr(opt, lr)
+        lr = cosine(step, total, cfg.lr, cfg.min_lr, warmup)
+        set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
         when = cfg.seed, batch.epoch
@@ -339,9 +338,9 @@ def show(run, cfg, net, dvae, images, rows=8):
     gone = F.interpolate(mask.view(-1, 1, n, n).float(), cfg.img_size) > 0
     drawn = [F.interpolate(dvae.decode(words), cfg.img_size).mul(255).round().to(torch.uint8)
              for words in (ids, named)]
-    run.picture({"image": data.denormalize(x), "visible": data.denormalize(x * ~gone),
+    run.picture({"image": augment.denormalize(x), "visible": augment.denormalize(x * ~gone),
                  "true words, drawn": drawn[0], "words named": drawn[1]})
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

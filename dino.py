@@ -43,9 +43,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import rng
-import training
 import vit
+from lib import augment, config, distributed, rng, visualize
+from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
 # B images of a process, V = 2 + L crops of each, 2 global and L local, N patches, D width, K
 # prototypes; t, s: logits of teacher and student, P: assignments of the teacher
@@ -134,7 +134,7 @@ class Head(nn.Module):
         super().__init__()
 
         def layer(width):
-            norm = [training.BatchNorm(cfg.hidden)] if cfg.bn_in_head else []
+            norm = [distributed.BatchNorm(cfg.hidden)] if cfg.bn_in_head else []
             return nn.Linear(width, cfg.hidden), *norm, nn.GELU()
 
         self.mlp = nn.Sequential(*layer(cfg.embed_dim), *layer(cfg.hidden),
@@ -189,7 +189,7 @@ class Center(nn.Module):
 
     def update(self, means):
         """means: (K,) for each micro-batch. Once a step, after the loss: it uses the old one."""
-        mean = training.all_mean(torch.stack(means).mean(0))
+        mean = distributed.all_mean(torch.stack(means).mean(0))
         self.center.lerp_(mean, 1 - self.momentum)
 
 
@@ -202,7 +202,7 @@ def tally(P):
 def health(tallies):
     """From those of a step's micro-batches, of all processes: the entropy of the assignments, and
     the information in them about the image: entropy of their mean less that. In nats."""
-    rows, entropy, mean = (training.all_mean(torch.stack(x).sum(0)) for x in zip(*tallies))
+    rows, entropy, mean = (distributed.all_mean(torch.stack(x).sum(0)) for x in zip(*tallies))
     entropy, mean = entropy / rows.clamp(min=1), mean / rows.clamp(min=1)
     return entropy, torch.special.entr(mean).sum() - entropy
 
@@ -228,17 +228,17 @@ def schedules(step, total, per_epoch, cfg):
     if step < warmup:                      # the peak comes in its last step and the next (code)
         lr = peak * step / max(1, warmup - 1)
     else:
-        lr = training.cosine(step - warmup, total - warmup, peak, cfg.min_lr)
-    weight_decay = training.cosine(step, total, cfg.weight_decay, cfg.weight_decay_end)
-    momentum = training.cosine(step, total, cfg.momentum, 1.0)
+        lr = cosine(step - warmup, total - warmup, peak, cfg.min_lr)
+    weight_decay = cosine(step, total, cfg.weight_decay, cfg.weight_decay_end)
+    momentum = cosine(step, total, cfg.momentum, 1.0)
     epoch = step // per_epoch
     warm = epoch / max(1, cfg.tau_epochs - 1) if epoch < cfg.tau_epochs else 1.0
     return lr, weight_decay, momentum, cfg.tau_start + warm * (cfg.tau_end - cfg.tau_start)
 
 
 def main():
-    cfg = training.config(Config)
-    run = training.start(cfg)
+    cfg = config.parse(Config)
+    run = Run(cfg)
     if not min(cfg.tau_student, cfg.tau_start, cfg.tau_end) > 0:
         raise ValueError("--tau-student, --tau-start and --tau-end are temperatures: above 0")
     if cfg.out_dim < 2:
@@ -253,9 +253,9 @@ def main():
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
-    training.ema_(teacher, student, 0.0)                                     # they begin equal
+    ema_update(teacher, student, 0.0)                                     # they begin equal
     center = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
-    opt = torch.optim.AdamW(training.decay_groups(student, cfg.weight_decay), fused=True)
+    opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay), fused=True)
     run.restore(student=student, teacher=teacher, center=center, opt=opt)
     total, freeze = run.length(loader), round(cfg.freeze_epochs * len(loader))
     same = next(loader.batches()) if cfg.overfit_one_batch else None
@@ -263,7 +263,7 @@ def main():
 
     for step, batch in run.steps(loader):
         lr, weight_decay, momentum, tau = schedules(step, total, len(loader), cfg)
-        training.set_lr(opt, lr)
+        set_lr(opt, lr)
         opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases, norms
 
         # ---- the method ----------------------------------------------------------------------
@@ -293,7 +293,7 @@ def main():
                 if "last_layer" in name:
                     p.grad = None
         opt.step(), opt.zero_grad()
-        training.ema_(teacher, student, momentum)                            # with the new weights
+        ema_update(teacher, student, momentum)                            # with the new weights
         center.update(means)
         # ---- bookkeeping ---------------------------------------------------------------------
 
@@ -302,7 +302,7 @@ def main():
         if run.due(cfg.evals):
             run.log(now=True, **run.knn(teacher.backbone, bank, queries, cfg.img_size))
             with run.looking():
-                show(run, cfg, training.unwrap(student), teacher, part.views, center, tau)
+                show(run, cfg, distributed.unwrap(student), teacher, part.views, center, tau)
             for words in collapse("images", entropy, told, cfg.out_dim):
                 run.say(words)
         if run.save_due():
@@ -325,11 +325,11 @@ def show(run, cfg, student, teacher, crops, center, tau, n=8):
     columns = {"global 1": g1, "global 2": g2}
     if local:
         columns["local"] = F.interpolate(local[0], cfg.img_size)
-    columns = {title: data.denormalize(z) for title, z in columns.items()}
+    columns = {title: augment.denormalize(z) for title, z in columns.items()}
 
     def panel(x):                               # (n, h, w) -> heat maps, the largest value yellow
         x = x / x.amax((1, 2), keepdim=True).clamp(min=1e-9)
-        return training.heat(F.interpolate(x[:, None], cfg.img_size)[:, 0])
+        return visualize.heat_map(F.interpolate(x[:, None], cfg.img_size)[:, 0])
 
     side = cfg.img_size // cfg.patch_size
     columns["attention"] = panel(maps[last][:, :, 0, 1:].float().mean(1).unflatten(1, (side, side)))
@@ -340,4 +340,4 @@ def show(run, cfg, student, teacher, crops, center, tau, n=8):
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

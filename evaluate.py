@@ -35,18 +35,13 @@ from PIL.Image import Resampling
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
-import checkpoints
 import data
-import dense
-import detection
-import finetune
-import metrics
-import readers
-import rng
-import toy
-import training
 import vit
-from features import (
+from lib import augment, checkpoints, config, datasets, distributed, metrics, rng, toy
+from lib.metrics import report
+from lib.run import cosine
+from probes import annotations, dense, detection, finetune
+from probes.common import (
     all_tokens,
     block_means,
     each,
@@ -61,7 +56,6 @@ from features import (
     view,
     wanted,
 )
-from metrics import report
 
 # B images, N tokens, D width, S pixels a side, C classes, L learning rates, H attention heads,
 # P key-points, E episodes, M items
@@ -427,7 +421,7 @@ def train_heads(x, y, classes, recipe, epochs, seed, kind=LinearHeads):
             loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
             grads = torch.autograd.grad(loss / len(index), heads.params)    # a mean for each head
             with torch.no_grad():
-                lr = lrs * training.cosine(step, total, 1.0, 0.0, warmup)
+                lr = lrs * cosine(step, total, 1.0, 0.0, warmup)
                 descend(heads.params, grads, momenta, lr, recipe["lars"], recipe.get("decay", 0))
             step += 1
         with torch.no_grad():
@@ -519,7 +513,7 @@ def few_shot(model, args):
 def squares(model, args):
     """Are the pictures square? Then nothing needs to be cut off (asked of the first one)."""
     paths = load(args.data, args.data_root, "test", model.size, args.limit, args.device).paths
-    return bool(paths) and len(set(data.read_image(paths[0]).size)) == 1
+    return bool(paths) and len(set(datasets.read_image(paths[0]).size)) == 1
 
 
 def ranked(found, labels, kind):
@@ -546,7 +540,7 @@ def object_retrieval(model, args):
     """
     names, tokens = wanted(args, "cls", "pat", "projected")
     if args.data in ("coco", "toy-scenes"):
-        items = readers.boxes(args.data, args.data_root, "test", args.limit)
+        items = annotations.boxes(args.data, args.data_root, "test", args.limit)
         crops = box_crops(items, model.size, args.max_aspect, args.min_side)
         found, labels = extract(model, crop_batches(crops, model, args), args, names, tokens,
                                 key=("boxes", args.max_aspect, args.min_side))
@@ -584,7 +578,7 @@ def landmark_retrieval(model, args):
     """
     home = args.data in ("toy", "toy-scenes")
     side = args.imsize or (model.size if home else 224)
-    world = toy_landmarks(side, args) if home else readers.landmarks(args.data, args.data_root)
+    world = toy_landmarks(side, args) if home else annotations.landmarks(args.data, args.data_root)
     names, tokens = wanted(args, "cls")
     if args.multiscale:
         if args.feature not in (None, "cls"):
@@ -662,17 +656,17 @@ def shape_bias(model, args):
     if args.data != "imagenet":
         raise ValueError("shape_bias needs a classifier of ImageNet's 1,000 classes and the "
                          "cue-conflict images: get both, then --data imagenet")
-    world = readers.cue_conflict(args.data_root)
+    world = annotations.cue_conflict(args.data_root)
     if (classes := labelled(model, args, "train")[1]) != 1000:
         raise ValueError(f"shape_bias needs all 1,000 classes of ImageNet, and this tree has "
                          f"{classes:,}: get the others, too, or another --data-root")
     names, tokens = seen_by_linear(args)
     _, head, train = trained(model, args)
-    images = data.Images("cue-conflict", "test", paths=list(world.paths))
+    images = datasets.Images("cue-conflict", "test", paths=list(world.paths))
     batches = data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
                            std=model.std, workers=args.workers, interpolation=model.interpolation,
-                           resize=model.size if args.no_crop else None, rank=training.rank(),
-                           world=training.world_size())
+                           resize=model.size if args.no_crop else None, rank=distributed.rank(),
+                           world=distributed.world_size())
     found, index = extract(model, batches, args, names, tokens, len(images),
                            ("cue-conflict", args.no_crop))
     [(name, z)] = found.items()
@@ -756,7 +750,7 @@ def part_retrieval(model, args):
     limit = args.limit or at_most
 
     def crops():
-        items = readers.keypoints(args.data, args.data_root, split, limit)
+        items = annotations.keypoints(args.data, args.data_root, split, limit)
         return part_crops(items, known, parts, model.size, args.crop)
 
     names, tokens = wanted(args, "cls", "pat", "projected")
@@ -798,7 +792,7 @@ def part_classification(model, args):
 
     def crops(split, large):
         rim = round((large - model.size) / 2)
-        items = readers.keypoints(args.data, args.data_root, split, args.limit)
+        items = annotations.keypoints(args.data, args.data_root, split, args.limit)
         for crop, label in part_crops(items, known, parts, large, args.crop):
             yield crop[:, rim:rim + model.size, rim:rim + model.size], label
 
@@ -825,7 +819,7 @@ def part_classification(model, args):
 
 
 def box_crops(items, size, max_aspect, min_side):
-    """Yields (box (3, size, size) uint8, its label): those of readers.boxes that are large enough
+    """Yields (box (3, size, size) uint8, its label): those of annotations.boxes that are large enough
     and nearly square, clipped to the picture and squashed to a square."""
     for item in items:
         height, width = item.image.shape[1:]
@@ -846,7 +840,7 @@ def landmark_views(items, boxes, side, model, args):
     """
     p = model.encoder.patch_size if model.encoder else 1
     for number, item in share(enumerate(items)):
-        image = TF.to_pil_image(item) if torch.is_tensor(item) else data.read_image(item)
+        image = TF.to_pil_image(item) if torch.is_tensor(item) else datasets.read_image(item)
         if boxes is not None:
             image = image.crop([round(float(v)) for v in boxes[number]])
         image.thumbnail((side, side), Resampling.LANCZOS)
@@ -854,11 +848,11 @@ def landmark_views(items, boxes, side, model, args):
         x = x[:, :max(p, x.shape[1] // p * p), :max(p, x.shape[2] // p * p)]
         x = F.pad(x, (0, max(0, p - x.shape[2]), 0, max(0, p - x.shape[1])))    # narrower than one
         x = x[None].to(args.device).float() / 255
-        yield data.normalize(x, model.mean, model.std), torch.tensor([number])
+        yield augment.normalize(x, model.mean, model.std), torch.tensor([number])
 
 
 def toy_landmarks(side, args, films=40, frames=16, at=8, near=4):
-    """What landmark_retrieval looks at on toy, in the form of readers.landmarks."""
+    """What landmark_retrieval looks at on toy, in the form of annotations.landmarks."""
     films, size = min(films, args.limit or films), 2 * side
     shot = toy.video(torch.arange(films), frames, size=size, scenes=args.data == "toy-scenes")
     u = rng.uniform(torch.arange(films * frames), 2, args.seed, "photographer")
@@ -894,11 +888,11 @@ def key_points(args):
     if args.data not in KEYPOINTS:
         raise ValueError(f"{args.task} reads no key-points of {args.data}; choose --data "
                          f"{' or '.join(KEYPOINTS)}")
-    known, line = readers.part_names(args.data), KEYPOINTS[args.data]
+    known, line = annotations.part_names(args.data), KEYPOINTS[args.data]
     parts = known if args.parts == ["all"] else tuple(dict.fromkeys(args.parts)) or line[2]
     for part in parts:
         if part not in known:
-            raise ValueError(f"{args.data} has no part {part!r}{training.nearest(part, known)}")
+            raise ValueError(f"{args.data} has no part {part!r}{config.nearest(part, known)}")
     if len(parts) < 2 and args.crop == "code":
         raise ValueError(f"--crop code measures from one of --parts to another, and {parts[0]} is "
                          f"alone: name two or more, or take --crop paper")
@@ -914,7 +908,7 @@ def without_crops(parts, labels):
 def part_crops(items, names, parts, size, rule="code"):
     """Yields (square around a part (3, size, size) uint8, the part's position in `parts`).
 
-    items: as from readers.keypoints, names: of their P key-points; only v = 2 counts as visible.
+    items: as from annotations.keypoints, names: of their P key-points; only v = 2 counts as visible.
     The study's numbers were made with its released code ("code"): d is the smallest non-zero
     distance to another *chosen* visible part of the same object, the side 2 round(d/4); so an
     object needs two of them. The text ("paper") says side d, over all visible key-points of the
@@ -945,7 +939,7 @@ def crop_batches(crops, model, args):
     for batch in share(iter(lambda: list(islice(crops, args.batch_size)), [])):
         x, labels = zip(*batch)
         x = torch.stack(x).to(args.device).float() / 255
-        yield data.normalize(x, model.mean, model.std), torch.tensor(labels)
+        yield augment.normalize(x, model.mean, model.std), torch.tensor(labels)
 
 
 def contact_sheet(crops, parts, path, across=16):
@@ -1037,7 +1031,7 @@ def models(args):
     if not paths and not baselines:
         print(f"no run in {args.out}/ yet: this is an untrained ViT. To train one: python mmc.py")
         baselines = ["untrained"]
-    encoders = [checkpoints.load(path, args.branch, args.size) for path in paths]
+    encoders = [checkpoints.load_encoder(path, args.branch, args.size) for path in paths]
     args.data = args.data or next((e.source.data for e in encoders if e.source.data), "toy")
     names = [path.parent.name if path.name == "encoder.pt" else path.stem for path in paths]
     names = [name if names.index(name) == i else f"{name} ({i + 1})"     # a column for each
@@ -1046,8 +1040,8 @@ def models(args):
     for baseline in baselines:
         torch.manual_seed(args.seed)
         encoders.append(vit.ViT(**shape).eval() if baseline == "untrained" else None)
-    unknown = SimpleNamespace(path=None, method=None, branch=None, step=None, mean=data.MEAN,
-                              std=data.STD, interpolation="bicubic")
+    unknown = SimpleNamespace(path=None, method=None, branch=None, step=None, mean=augment.MEAN,
+                              std=augment.STD, interpolation="bicubic")
     for name, encoder in zip([*names, *baselines], encoders):
         source = getattr(encoder, "source", unknown)
         size = args.size or (encoder.config if encoder else shape)["img_size"]
@@ -1067,7 +1061,7 @@ def parse(argv=None):
     tasks += (f"\n  {'all':<24}All of these that checkpoint and data allow, in one table: heads "
               f"train {ALL_EPOCHS} epochs,\n{'':<26}and of toy {ALL_IMAGES:,} images of each split "
               f"are used, unless --epochs, --limit say other")
-    parser = training.Parser(description=__doc__, epilog=f"tasks:\n{tasks}", allow_abbrev=False,
+    parser = config.Parser(description=__doc__, epilog=f"tasks:\n{tasks}", allow_abbrev=False,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (kind, default, text) in FLAGS.items():
         flags = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
@@ -1082,9 +1076,9 @@ def parse(argv=None):
         parser.add_argument(*flags, default=default, help=text + shown, **how)
     args = parser.parse_args(argv)
     if args.task not in (*TASKS, "all"):
-        raise ValueError(f"unknown task {args.task!r}{training.nearest(args.task, TASKS)}")
-    args.device = training.pick_device(args.device)
-    args.precision = training.pick_precision(args.precision, args.device)
+        raise ValueError(f"unknown task {args.task!r}{config.nearest(args.task, TASKS)}")
+    args.device = distributed.pick_device(args.device)
+    args.precision = distributed.pick_precision(args.precision, args.device)
     return args
 
 
@@ -1124,7 +1118,7 @@ def table_of_all(results):
 
 def reference(task, name):
     """The papers' rows, for the evaluated data set if there are any, as `table` takes them."""
-    tables = training.read_yaml(Path(__file__).parent / "papers.yaml").get(task, [])
+    tables = config.read_yaml(Path(__file__).parent / "probes/papers.yaml").get(task, [])
     rows = []
     for t in [t for t in tables if t["data"] == name] or tables:
         columns = [column.split("/") for column in t["columns"]]
@@ -1164,12 +1158,12 @@ def main(argv=None):
         if given and args.task not in (*tasks.split(), "all"):
             raise ValueError(f"{args.task} does not read --{flag}: leave it out")
     if args.task not in DENSE:
-        training.join(args.device)
+        distributed.init_distributed(args.device)
     elif not first:
         return
     if not first:                                        # the first process speaks and writes
         sys.stdout, args.show = open(os.devnull, "w"), False
-    training.keep_memory()
+    distributed.keep_memory()
     every = args.task == "all"
     jobs, results, missed, folder, begin = [], [], {}, Path(args.out), time.perf_counter()
     written, failed = {}, None                           # written: in order, each file once
@@ -1180,7 +1174,7 @@ def main(argv=None):
         jobs += [(model, path, task) for task in (FROZEN if every else [args.task])]
     # Dense probes come last: the first process does them alone, and the others wait at the end.
     end = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if every and (
-        training.world_size() > 1) else None
+        distributed.world_size() > 1) else None
     for model, path, task in sorted(jobs, key=lambda job: job[2] in DENSE):
         if task in DENSE and not first:
             continue
@@ -1261,4 +1255,4 @@ def say(results, args):
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

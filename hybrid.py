@@ -47,9 +47,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import rng
-import training
 import vit
+from lib import augment, config, distributed, rng, visualize
+from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
 # B images of a process, N of all processes, n x n patches, G x G blocks of the mask, D width,
 # C width of contrast, S pixels
@@ -137,9 +137,9 @@ def mlp(*widths):
     scale nor shift, so over a batch every feature has mean 0 and variance 1."""
     layers = []
     for n, m in zip(widths, widths[1:-1]):
-        layers += [nn.Linear(n, m, bias=False), training.BatchNorm(m), nn.ReLU()]
+        layers += [nn.Linear(n, m, bias=False), distributed.BatchNorm(m), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=False),
-                         training.BatchNorm(widths[-1], affine=False))
+                         distributed.BatchNorm(widths[-1], affine=False))
 
 
 class Network(nn.Module):
@@ -201,13 +201,13 @@ def schedules(step, total, warmup, cfg):
     lr = cfg.lr * (0.1 if step >= cfg.drop_at * total else 1.0)
     if step < warmup:
         lr = cfg.warmup_lr + (cfg.lr - cfg.warmup_lr) * step / warmup
-    momentum = training.cosine(step, total, cfg.momentum, 1.0) if cfg.momentum else 0.0
+    momentum = cosine(step, total, cfg.momentum, 1.0) if cfg.momentum else 0.0
     return lr * cfg.batch_size / 512, momentum
 
 
 def main():
-    cfg = training.config(Config)
-    run = training.start(cfg)
+    cfg = config.parse(Config)
+    run = Run(cfg)
     B = cfg.batch_size // run.world                                          # of this process
     if not 0 <= cfg.lam <= 1:
         raise ValueError(f"--lam {cfg.lam}: the weight of the contrast lies between 0 and 1")
@@ -233,15 +233,15 @@ def main():
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
-    training.ema_(teacher, student, 0.0)                                     # they begin equal
-    opt = torch.optim.AdamW(training.decay_groups(student, cfg.weight_decay, spare=("cls_token",)),
+    ema_update(teacher, student, 0.0)                                     # they begin equal
+    opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay, spare=("cls_token",)),
                             fused=True)
     run.restore(student=student, teacher=teacher, opt=opt)
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
 
     for step, batch in run.steps(loader):
         lr, momentum = schedules(step, total, warmup, cfg)
-        training.set_lr(opt, lr)
+        set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
         when, masked, pair, parts = (cfg.seed, batch.epoch), None, None, {}
@@ -251,7 +251,7 @@ def main():
             masked = x1, mask, drop[0]
         if cfg.lam > 0:
             pair = *batch.views[-2:], drop[1:].flatten(0, 1)                 # x2, x3, (2B, 2*depth)
-            training.ema_(teacher, student, momentum)                        # before the keys
+            ema_update(teacher, student, momentum)                        # before the keys
 
         with run.autocast():
             pixels, q = student(masked, pair)
@@ -261,7 +261,7 @@ def main():
             hidden = enlarge(mask, cfg.patch_size)       # (B, S, S), as many in every image
             parts["mim"] = rec_loss(pixels, x1, hidden)
         if pair:
-            k2, k3 = (training.all_gather(z.float()) for z in k)             # (N, C)
+            k2, k3 = (distributed.all_gather(z.float()) for z in k)             # (N, C)
             first = run.rank * B
             parts["cl"] = contrast(q[0], k3, cfg.tau, first) + contrast(q[1], k2, cfg.tau, first)
         loss = (1 - cfg.lam) * parts.get("mim", 0) + cfg.lam * parts.get("cl", 0)
@@ -271,7 +271,7 @@ def main():
         # ---- bookkeeping ---------------------------------------------------------------------
 
         run.log(loss=loss, **parts, lr=lr)
-        net = training.unwrap(student)
+        net = distributed.unwrap(student)
         if run.due(cfg.evals):
             found = run.knn(net.backbone, bank, queries, cfg.img_size)
             if masked:
@@ -317,10 +317,10 @@ def show(run, cfg, net, images, n=8):
     attention = maps[last][:, :, 0, 1:].float().mean(1)                      # (n, n*n)
     side = math.isqrt(attention.shape[1])
     attention = (attention / attention.amax(1, keepdim=True)).view(-1, 1, side, side)
-    attention = training.heat(F.interpolate(attention, cfg.img_size)[:, 0])
-    columns = {title: data.denormalize(z) for title, z in columns.items()}
+    attention = visualize.heat_map(F.interpolate(attention, cfg.img_size)[:, 0])
+    columns = {title: augment.denormalize(z) for title, z in columns.items()}
     run.picture({**columns, "attention": attention})
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

@@ -47,9 +47,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import rng
-import training
 import vit
+from lib import augment, config, distributed, rng, visualize
+from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
 # B images of a process, V = 2 global views, L local crops, N patches, D width, C width of what is
 # contrasted, G images of a group, S pixels, s of a local crop, M candidate rectangles;
@@ -183,9 +183,9 @@ def mlp(*widths):
     the paper: 3 layers)."""
     layers = []
     for n, m in zip(widths, widths[1:-1]):
-        layers += [nn.Linear(n, m, bias=False), training.BatchNorm(m), nn.ReLU()]
+        layers += [nn.Linear(n, m, bias=False), distributed.BatchNorm(m), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=False),
-                         training.BatchNorm(widths[-1], affine=False))
+                         distributed.BatchNorm(widths[-1], affine=False))
 
 
 class Network(nn.Module):
@@ -267,8 +267,8 @@ def pat_loss(Q, K, tau, group):
 
 
 def main():
-    cfg = training.config(Config)
-    run = training.start(cfg)
+    cfg = config.parse(Config)
+    run = Run(cfg)
     B = cfg.batch_size // run.world                                          # of this process
     if cfg.accumulate > 1:
         raise ValueError("MMC contrasts the images of a batch: micro-batches would change the "
@@ -292,16 +292,16 @@ def main():
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(replace(cfg, drop_path=0.0, rec=0.0)).requires_grad_(False))
-    training.ema_(teacher, student, 0.0)                                     # they begin equal
-    opt = torch.optim.AdamW(training.decay_groups(student, cfg.weight_decay), fused=True)
+    ema_update(teacher, student, 0.0)                                     # they begin equal
+    opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay), fused=True)
     run.restore(student=student, teacher=teacher, opt=opt)
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
     peak_lr = cfg.lr * cfg.batch_size / 256
 
     for step, batch in run.steps(loader):
-        lr = training.cosine(step, total, peak_lr, cfg.min_lr, warmup)
-        momentum = training.cosine(step, total, cfg.momentum, 1.0)
-        training.set_lr(opt, lr)
+        lr = cosine(step, total, peak_lr, cfg.min_lr, warmup)
+        momentum = cosine(step, total, cfg.momentum, 1.0)
+        set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
         when = cfg.seed, batch.epoch
@@ -320,10 +320,10 @@ def main():
 
         parts = {}                            # fp32 from here on (on a GPU: products in TF32)
         if cfg.rec:              # divided alike everywhere: the mean of processes is one of pixels
-            count = training.all_mean(region.sum().float())
+            count = distributed.all_mean(region.sum().float())
             parts["rec"] = rec_loss(pixels, intact, region, count)
         if cfg.cls:
-            k = training.all_gather(k.float().unflatten(0, (2, B)).transpose(0, 1))  # (B', 2, C)
+            k = distributed.all_gather(k.float().unflatten(0, (2, B)).transpose(0, 1))  # (B', 2, C)
             q = q.unflatten(0, (-1, B))                                      # (2+L, B, C)
             parts["cls"] = cls_loss(q, k.transpose(0, 1), cfg.tau, first=run.rank * B)
         if cfg.pat:
@@ -332,7 +332,7 @@ def main():
 
         run.backward(loss, opt, clip=cfg.clip, per_tensor=True)
         opt.step(), opt.zero_grad()
-        training.ema_(teacher, student, momentum)                            # with the new weights
+        ema_update(teacher, student, momentum)                            # with the new weights
         # ---- bookkeeping ---------------------------------------------------------------------
 
         run.log(loss=loss, **parts, lr=lr)
@@ -340,7 +340,7 @@ def main():
             found = run.knn(teacher.backbone, bank, queries, cfg.img_size)
             run.log(now=True, **found)
             with run.looking():
-                show(run, cfg, training.unwrap(student), teacher, queries)
+                show(run, cfg, distributed.unwrap(student), teacher, queries)
             # a small spread (1: all over the sphere, 0: one point) is enough for the batch norms,
             # as long as cls falls
             chance = math.log(cfg.batch_size)
@@ -370,13 +370,13 @@ def show(run, cfg, student, teacher, images, n=8):
     student.train()
     if cfg.rec:
         columns["painted back"] = torch.where(region[:, None], pixels.float(), x)
-    columns = {title: data.denormalize(z) for title, z in columns.items()}
+    columns = {title: augment.denormalize(z) for title, z in columns.items()}
     z = F.normalize(patches.float(), dim=-1)                                 # (n, N, D)
     side = math.isqrt(z.shape[1])
     alike = z @ z[:, side // 2 * (side + 1), :, None]                        # (n, N, 1)
     alike = F.interpolate(alike.view(-1, 1, side, side), cfg.img_size)[:, 0]
-    run.picture({**columns, "like the centre": training.heat(alike)})
+    run.picture({**columns, "like the centre": visualize.heat_map(alike)})
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

@@ -41,8 +41,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import training
 import vit
+from lib import augment, config, distributed, visualize
+from lib.run import Run, cosine, ema_update, set_lr
 
 # B images of a process, N of all processes, P patches, D width, C width of contrast, S pixels
 
@@ -96,9 +97,9 @@ def mlp(*widths):
     scale nor shift, so over a batch every feature has mean 0 and variance 1."""
     layers = []
     for n, m in zip(widths, widths[1:-1]):
-        layers += [nn.Linear(n, m, bias=False), training.BatchNorm(m), nn.ReLU()]
+        layers += [nn.Linear(n, m, bias=False), distributed.BatchNorm(m), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=False),
-                         training.BatchNorm(widths[-1], affine=False))
+                         distributed.BatchNorm(widths[-1], affine=False))
 
 
 class Network(nn.Module):
@@ -136,13 +137,13 @@ def contrast(q, k, tau, first=0):
 
 def schedules(step, total, warmup, cfg):
     """Learning rate: up from 0, then half a cosine down to 0. Momentum: half a cosine up to 1."""
-    lr = training.cosine(step, total, cfg.lr * cfg.batch_size / 256, 0.0, warmup)
-    return lr, training.cosine(step, total, cfg.momentum, 1.0) if cfg.momentum else 0.0
+    lr = cosine(step, total, cfg.lr * cfg.batch_size / 256, 0.0, warmup)
+    return lr, cosine(step, total, cfg.momentum, 1.0) if cfg.momentum else 0.0
 
 
 def main():
-    cfg = training.config(Config)
-    run = training.start(cfg)
+    cfg = config.parse(Config)
+    run = Run(cfg)
     B = cfg.batch_size // run.world                                          # of this process
     if cfg.accumulate > 1:
         raise ValueError("MoCo v3 contrasts the images of a batch: micro-batches would change the "
@@ -156,7 +157,7 @@ def main():
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
-    training.ema_(teacher, student, 0.0)              # they begin equal, frozen projection included
+    ema_update(teacher, student, 0.0)              # they begin equal, frozen projection included
     params = [p for p in student.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)
     run.restore(student=student, teacher=teacher, opt=opt)
@@ -164,15 +165,15 @@ def main():
 
     for step, batch in run.steps(loader):
         lr, momentum = schedules(step, total, warmup, cfg)
-        training.set_lr(opt, lr)
+        set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
-        training.ema_(teacher, student, momentum)                            # before the keys
+        ema_update(teacher, student, momentum)                            # before the keys
         with run.autocast():
             q1, q2 = student(*batch.views)
             with torch.no_grad():
                 k1, k2 = teacher(*batch.views)       # in training mode: its own batch statistics
-        k1, k2 = (training.all_gather(k.float()) for k in (k1, k2))          # (N, C)
+        k1, k2 = (distributed.all_gather(k.float()) for k in (k1, k2))          # (N, C)
         first = run.rank * B
         loss = contrast(q1, k2, cfg.tau, first) + contrast(q2, k1, cfg.tau, first)
 
@@ -181,7 +182,7 @@ def main():
         # ---- bookkeeping ---------------------------------------------------------------------
 
         run.log(loss=loss, lr=lr)
-        backbone = training.unwrap(student).backbone
+        backbone = distributed.unwrap(student).backbone
         if run.due(cfg.evals):
             found = run.knn(backbone, bank, queries, cfg.img_size)
             run.log(now=True, **found)
@@ -195,7 +196,7 @@ def main():
                         f"not below {chance:.2f}, the cost of knowing nothing; try a lower --lr or "
                         f"more --warmup-epochs")
         if run.save_due():
-            heads = {name: getattr(training.unwrap(student), name).state_dict()
+            heads = {name: getattr(distributed.unwrap(student), name).state_dict()
                      for name in ("projector", "predictor")}
             run.save_encoder(backbone, branch="base", heads=heads, interpolation="bilinear")
             run.save()
@@ -212,10 +213,10 @@ def show(run, cfg, backbone, pair, q1, k2, n=8):
     side = math.isqrt(attention.shape[1])
     attention = (attention / attention.amax(1, keepdim=True)).view(-1, 1, side, side)
     pick = (F.normalize(q1[:n].float(), dim=-1) @ F.normalize(k2, dim=-1).T).argmax(1)
-    run.picture({"view 1": data.denormalize(x1), "view 2": data.denormalize(x2[:n]),
-                 "attention": training.heat(F.interpolate(attention, cfg.img_size)[:, 0]),
-                 "picked": data.denormalize(x2[pick])})
+    run.picture({"view 1": augment.denormalize(x1), "view 2": augment.denormalize(x2[:n]),
+                 "attention": visualize.heat_map(F.interpolate(attention, cfg.img_size)[:, 0]),
+                 "picked": augment.denormalize(x2[pick])})
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

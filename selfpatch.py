@@ -52,9 +52,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import rng
-import training
 import vit
+from lib import augment, config, distributed, positions, rng, visualize
+from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
 # B images of a process, V = 2 + L crops of each, 2 global and L local, N patches, D width, K
 # prototypes; image and patches: logits t, u of the teacher, s, w of the student, assignments P, Q
@@ -148,7 +148,7 @@ class Head(nn.Module):
         super().__init__()
 
         def layer(width):
-            norm = [training.BatchNorm(cfg.hidden)] if cfg.bn_in_head else []
+            norm = [distributed.BatchNorm(cfg.hidden)] if cfg.bn_in_head else []
             return nn.Linear(width, cfg.hidden), *norm, nn.GELU()
 
         self.mlp = nn.Sequential(*layer(cfg.embed_dim), *layer(cfg.hidden),
@@ -216,7 +216,7 @@ class Aggregation(nn.Module):
 
 def neighbours(side, borders, device=None):
     """(N, N) bool: which patches of a square grid touch, be it by a corner."""
-    apart = [(x[:, None] - x).abs() for x in vit.coordinates((side, side), device)]
+    apart = [(x[:, None] - x).abs() for x in positions.coordinates((side, side), device)]
     if borders == "official":                                                # a torus
         apart = [torch.minimum(d, side - d) for d in apart]
     return torch.maximum(*apart) == 1
@@ -292,7 +292,7 @@ class Center(nn.Module):
 
     def update(self, means):
         """means: (K,) for each micro-batch. Once a step, after the loss: it uses the old one."""
-        mean = training.all_mean(torch.stack(means).mean(0))
+        mean = distributed.all_mean(torch.stack(means).mean(0))
         self.center.lerp_(mean, 1 - self.momentum)
 
 
@@ -305,7 +305,7 @@ def tally(P):
 def health(tallies):
     """From those of a step's micro-batches, of all processes: the entropy of the assignments, and
     the information in them about image or patch: entropy of their mean less that. In nats."""
-    rows, entropy, mean = (training.all_mean(torch.stack(x).sum(0)) for x in zip(*tallies))
+    rows, entropy, mean = (distributed.all_mean(torch.stack(x).sum(0)) for x in zip(*tallies))
     entropy, mean = entropy / rows.clamp(min=1), mean / rows.clamp(min=1)
     return entropy, torch.special.entr(mean).sum() - entropy
 
@@ -331,17 +331,17 @@ def schedules(step, total, per_epoch, cfg):
     if step < warmup:                      # the peak comes in its last step and the next (code)
         lr = peak * step / max(1, warmup - 1)
     else:
-        lr = training.cosine(step - warmup, total - warmup, peak, cfg.min_lr)
-    weight_decay = training.cosine(step, total, cfg.weight_decay, cfg.weight_decay_end)
-    momentum = training.cosine(step, total, cfg.momentum, 1.0)
+        lr = cosine(step - warmup, total - warmup, peak, cfg.min_lr)
+    weight_decay = cosine(step, total, cfg.weight_decay, cfg.weight_decay_end)
+    momentum = cosine(step, total, cfg.momentum, 1.0)
     epoch = step // per_epoch
     warm = epoch / max(1, cfg.tau_epochs - 1) if epoch < cfg.tau_epochs else 1.0
     return lr, weight_decay, momentum, cfg.tau_start + warm * (cfg.tau_end - cfg.tau_start)
 
 
 def main():
-    cfg = training.config(Config)
-    run = training.start(cfg)
+    cfg = config.parse(Config)
+    run = Run(cfg)
     if not min(cfg.tau_student, cfg.tau_start, cfg.tau_end) > 0:
         raise ValueError("--tau-student, --tau-start and --tau-end are temperatures: above 0")
     if min(cfg.out_dim, cfg.out_dim_pat) < 2:
@@ -358,10 +358,10 @@ def main():
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
-    training.ema_(teacher, student, 0.0)                                     # they begin equal
+    ema_update(teacher, student, 0.0)                                     # they begin equal
     center = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
     center_p = Center(cfg.out_dim_pat, cfg.center_momentum).to(run.device)   # of the patches
-    opt = torch.optim.AdamW(training.decay_groups(student, cfg.weight_decay), fused=True)
+    opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay), fused=True)
     run.restore(student=student, teacher=teacher, center=center, center_p=center_p, opt=opt)
     total, freeze = run.length(loader), round(cfg.freeze_epochs * len(loader))
     same = next(loader.batches()) if cfg.overfit_one_batch else None
@@ -370,7 +370,7 @@ def main():
 
     for step, batch in run.steps(loader):
         lr, weight_decay, momentum, tau = schedules(step, total, len(loader), cfg)
-        training.set_lr(opt, lr)
+        set_lr(opt, lr)
         opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases, norms
 
         # ---- the method ----------------------------------------------------------------------
@@ -405,7 +405,7 @@ def main():
                 if "last_layer" in name:
                     p.grad = None
         opt.step(), opt.zero_grad()
-        training.ema_(teacher, student, momentum)                            # with the new weights
+        ema_update(teacher, student, momentum)                            # with the new weights
         center.update(means), center_p.update(means_p)
         # ---- bookkeeping ---------------------------------------------------------------------
 
@@ -414,7 +414,7 @@ def main():
         if run.due(cfg.evals):
             run.log(now=True, **run.knn(teacher.backbone, bank, queries, cfg.img_size))
             with run.looking():
-                show(run, cfg, training.unwrap(student), teacher, part.views, center, tau,
+                show(run, cfg, distributed.unwrap(student), teacher, part.views, center, tau,
                      center_p)
             for words in (collapse("images", entropy, told, cfg.out_dim) +
                           collapse("patches", entropy_pat, told_pat, cfg.out_dim_pat)):
@@ -442,11 +442,11 @@ def show(run, cfg, student, teacher, crops, center, tau, center_p, n=8):
     columns = {"global 1": g1, "global 2": g2}
     if local:
         columns["local"] = F.interpolate(local[0], cfg.img_size)
-    columns = {title: data.denormalize(z) for title, z in columns.items()}
+    columns = {title: augment.denormalize(z) for title, z in columns.items()}
 
     def panel(x):                               # (n, h, w) -> heat maps, the largest value yellow
         x = x / x.amax((1, 2), keepdim=True).clamp(min=1e-9)
-        return training.heat(F.interpolate(x[:, None], cfg.img_size)[:, 0])
+        return visualize.heat_map(F.interpolate(x[:, None], cfg.img_size)[:, 0])
 
     side = cfg.img_size // cfg.patch_size
     columns["attention"] = panel(maps[-1][:, :, 0].float().mean(1).unflatten(1, (side, side)))
@@ -456,9 +456,9 @@ def show(run, cfg, student, teacher, crops, center, tau, center_p, n=8):
 
     for title, z in {"teacher": u.float() - center_p.center, "student": w}.items():
         colours = 0.2 + z.argmax(-1).unflatten(1, (side, side)) * 0.618 % 0.8
-        columns[title] = training.heat(F.interpolate(colours[:, None], cfg.img_size)[:, 0])
+        columns[title] = visualize.heat_map(F.interpolate(colours[:, None], cfg.img_size)[:, 0])
     run.picture(columns)
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

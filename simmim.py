@@ -38,9 +38,9 @@ import torch
 from torch import nn
 
 import data
-import rng
-import training
 import vit
+from lib import augment, config, distributed, rng
+from lib.run import Run, param_groups, set_lr
 
 # B images, N = n x n patches, G x G blocks of the mask, D width, S pixels
 
@@ -156,8 +156,8 @@ def schedule(step, total, warmup, cfg):
 
 
 def main():
-    cfg = training.config(Config)
-    run = training.start(cfg)
+    cfg = config.parse(Config)
+    run = Run(cfg)
     if cfg.mask_block < 1 or cfg.img_size % cfg.mask_block or cfg.mask_block % cfg.patch_size:
         raise ValueError(f"--mask-block {cfg.mask_block}: blocks must tile the image of "
                          f"{cfg.img_size} pixels, and patches of {cfg.patch_size} the blocks")
@@ -169,15 +169,15 @@ def main():
     loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
 
     model = run.place(Network(cfg))
-    net = training.unwrap(model)
-    groups = training.decay_groups(net, cfg.weight_decay, spare=("cls_token",))
+    net = distributed.unwrap(model)
+    groups = param_groups(net, cfg.weight_decay, spare=("cls_token",))
     opt = torch.optim.AdamW(groups, fused=True)
     run.restore(model=model, opt=opt)
     total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
 
     for step, batch in run.steps(loader):
         lr = schedule(step, total, warmup, cfg)
-        training.set_lr(opt, lr)
+        set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
         for part in run.micro_batches(batch):
@@ -219,8 +219,8 @@ def show(run, cfg, net, images, n=8):
         pixels = net(x, mask)
     net.train()
     columns = {"image": x, "masked": x * ~hidden, "painted": torch.where(hidden, pixels.float(), x)}
-    run.picture({title: data.denormalize(z) for title, z in columns.items()})
+    run.picture({title: augment.denormalize(z) for title, z in columns.items()})
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

@@ -28,14 +28,14 @@ BEiT, SimMIM, CAE and the students of DINO, iBOT and SelfPatch train with drop_p
 names are timm's: a state dict goes to create_model("vit_base_patch16_224", num_classes=0) and back
 unchanged. checkpoints.py reads and writes them, ours and the official ones.
 """
-import functools
 import math
 from collections import OrderedDict
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from lib import positions
 
 SIZES = {
     "tiny":  dict(embed_dim=192, depth=12, num_heads=3),
@@ -43,96 +43,6 @@ SIZES = {
     "base":  dict(embed_dim=768, depth=12, num_heads=12),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
 }
-
-
-# --------------------------------------------------------------------------------------------------
-# Positions: what tells one patch from another
-
-def coordinates(grid, device=None):
-    """Row and column of every patch of a grid (h, w): two (h*w,) int64 tensors."""
-    h, w = grid
-    row, col = torch.arange(h, device=device), torch.arange(w, device=device)
-    return row.repeat_interleave(w), col.repeat(h)
-
-
-def sincos(dim, grid, order="sincos_row"):
-    """Fixed 2-D sine-cosine table (h*w, D) float32, for integer coordinates.
-
-    Its quarters are sin(row), cos(row), sin(column), cos(column) in "sincos_row" (MoCo v3, CAE);
-    in "sincos_col" (MAE) the columns come first. Trained weights work with their own order only.
-    """
-    if dim % 4:
-        raise ValueError(f"sin-cos positions need a width that 4 divides, not {dim}")
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))         # (D/4,)
-    row, col = (axis[:, None] * omega for axis in coordinates(grid))                     # (N, D/4)
-    first, second = (row, col) if order == "sincos_row" else (col, row)
-    return torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], 1).float()
-
-
-def resize_positions(pos, old, new, prefix=1, rule="dino"):
-    """Positions (1, P+h*w, D) from grid `old` to grid `new`, bicubic; the class token's row stays.
-
-    "size" asks for the new size (DeiT, MAE, BEiT). "dino" (DINO, iBOT) gives a scale factor with
-    0.1 added against rounding down; that also moves the sampling points, so their features need it.
-    """
-    if new == old:
-        return pos
-    table = pos[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2)                   # (1, D, h, w)
-    target = dict(size=new)
-    if rule == "dino":
-        target = dict(scale_factor=tuple((n + 0.1) / o for n, o in zip(new, old)))
-    table = F.interpolate(table, mode="bicubic", **target)
-    return torch.cat([pos[:, :prefix], table.flatten(2).transpose(1, 2)], 1)
-
-
-def relative_index(grid, prefix=1, device=None):
-    """(L, L) int64: which row of the relative position table a (query, key) pair uses (BEiT).
-
-    The first (2h-1)(2w-1) rows are the offsets, query minus key; three more are for class token to
-    patch, patch to class token, and class token to itself.
-    """
-    h, w = grid
-    row, col = coordinates(grid, device)
-    index = (row[:, None] - row + h - 1) * (2 * w - 1) + (col[:, None] - col + w - 1)    # (N, N)
-    if prefix:
-        offsets = (2 * h - 1) * (2 * w - 1)
-        index = F.pad(index, (1, 0, 1, 0), value=offsets)
-        index[1:, 0], index[0, 0] = offsets + 1, offsets + 2
-    return index
-
-
-@functools.lru_cache(maxsize=32)
-def _spline(old, new, dtype, device):
-    """(new, old) matrix from values at `old` offsets to values at `new` ones, by BEiT's rule.
-
-    The old offsets move to 0, +-1, +-(1+q), +-(1+q+q^2), ... with q such that they reach the new
-    ends: near neighbours keep their bias, far ones are stretched. Between them runs a not-a-knot
-    cubic spline; that is linear in the values, so all of it is one matrix.
-    """
-    n, reach, low, high = old // 2, new // 2, 1.01, 1.5
-    while high - low > 1e-6:
-        q = (low + high) / 2
-        low, high = (low, q) if (1 - q**n) / (1 - q) > reach else (q, high)
-    x = np.cumsum(q ** np.arange(n))
-    x = np.concatenate([-x[::-1], [0], x])
-    y = np.arange(-reach, reach + 1).clip(x[0], x[-1])
-    x, y, knots = x / x[-1], y / x[-1], x[2:-2] / x[-1]        # to [-1, 1], or cubes lose digits
-
-    def basis(at):                                     # 1, x, x^2, x^3 and max(x - knot, 0)^3
-        return np.hstack([at[:, None] ** np.arange(4), np.maximum(at[:, None] - knots, 0) ** 3])
-
-    weights = np.linalg.solve(basis(x).T, basis(y).T).T
-    return torch.from_numpy(weights).to(device, dtype)
-
-
-def resize_table(table, old, new):
-    """Relative position table ((2h-1)(2w-1) [+3], H) from grid `old` to `new`; the last 3 stay."""
-    if min(old) < 3:
-        raise ValueError(f"relative positions of a {old[0]}x{old[1]} grid are too few to resize")
-    (a, b), (c, d) = [(2 * h - 1, 2 * w - 1) for h, w in (old, new)]
-    rows, cols = (_spline(*n, table.dtype, table.device) for n in ((a, c), (b, d)))
-    offsets = torch.einsum("ca,db,abh->cdh", rows, cols, table[:a * b].unflatten(0, (a, b)))
-    return torch.cat([offsets.flatten(0, 1), table[a * b:]])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,7 +183,7 @@ class ViT(nn.Module):
         for owner in owners[rel_pos]:
             rows = (2 * self.grid[0] - 1) ** 2 + 3 * self.num_prefix             # zero at the start
             owner.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
-        index = relative_index(self.grid, self.num_prefix) if rel_pos else None
+        index = positions.relative_index(self.grid, self.num_prefix) if rel_pos else None
         self.register_buffer("index", index, persistent=False)
         rates = torch.linspace(0, drop_path, depth).repeat_interleave(2)
         self.register_buffer("drop_rates", rates, persistent=False)
@@ -308,7 +218,7 @@ class ViT(nn.Module):
         if self.config["pos"] == "learned":
             small(self.pos_embed)
         elif self.pos_embed is not None:                         # the class token's row stays zero
-            table = sincos(self.embed_dim, self.grid, self.config["pos"])
+            table = positions.sincos(self.embed_dim, self.grid, self.config["pos"])
             self.pos_embed[0, self.num_prefix:] = table
         if init == "beit":
             for number, block in enumerate(self.blocks, 1):
@@ -364,7 +274,7 @@ class ViT(nn.Module):
         """
         if window < 1 or window % 2 == 0:
             raise ValueError(f"the window is an odd number of patches, not {window}")
-        row, col = coordinates(grid or self.grid, self.drop_rates.device)
+        row, col = positions.coordinates(grid or self.grid, self.drop_rates.device)
         steps = torch.maximum((row[:, None] - row).abs(), (col[:, None] - col).abs())    # (N, N)
         return F.pad(steps <= window // 2, (self.num_prefix, 0, self.num_prefix, 0), value=True)
 
@@ -383,7 +293,7 @@ class ViT(nn.Module):
                 raise ValueError("a mask needs its mask_token (1, 1, D)")
             x = torch.where(mask[:, :, None], mask_token, x)
         if self.pos_embed is not None:
-            pos = resize_positions(self.pos_embed, self.grid, grid, self.num_prefix,
+            pos = positions.resize_positions(self.pos_embed, self.grid, grid, self.num_prefix,
                                    self.config["resize"])
             x = x + pos[:, self.num_prefix:]
         if keep is not None:
@@ -411,8 +321,8 @@ class ViT(nn.Module):
             owner = block.attn if self.config["rel_pos"] == "block" else self.rel_pos_bias
             table, index = owner.relative_position_bias_table, self.index
             if grid != self.grid:
-                table = resize_table(table, self.grid, grid)
-                index = relative_index(grid, self.num_prefix, table.device)
+                table = positions.resize_table(table, self.grid, grid)
+                index = positions.relative_index(grid, self.num_prefix, table.device)
             bias = table[index].permute(2, 0, 1)                                         # (H, L, L)
         if attn_mask is not None:
             wall = torch.zeros(attn_mask.shape, device=attn_mask.device)
@@ -440,3 +350,4 @@ def init_linear(module, init):
             nn.init.normal_(layer.weight, std=0.02)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+

@@ -3,16 +3,17 @@ import sys
 
 import pytest
 
+from lib import distributed
+
 # Before torch is imported, and for the processes that tests start: the networks are so small that
 # threads would wait for each other, and the tests themselves run side by side.
 os.environ["OMP_NUM_THREADS"] = "1"
-import training  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def peak(monkeypatch):
     """A run measures its CPU with a matrix product of a second, for `mfu`: no test asks for it."""
-    monkeypatch.setattr(training, "measure_peak", lambda *_: 1e12)
+    monkeypatch.setattr(distributed, "measure_peak", lambda *_: 1e12)
 
 
 @pytest.fixture(scope="session")

@@ -26,10 +26,9 @@ import yaml
 sys.path.append(str(Path(__file__).parent.parent))
 from test_methods import METHODS, ROOT, flags
 
-import data
-import training
+from lib import config, datasets, distributed
 
-TRACES, CURVES = Path(__file__).with_suffix(".yaml"), ROOT / "curves.yaml"
+TRACES, CURVES = Path(__file__).with_suffix(".yaml"), ROOT / "diagnostics" / "curves.yaml"
 CURVES_HEAD = """\
 # The logs of the default runs, `python METHOD.py` on toy; written by tests/golden.py --curves.
 # loss: mean since the line before; knn: percent right by class token (500 images, 10 neighbours).
@@ -53,13 +52,13 @@ def trace(method, out, *more, **settings):
     more, settings: flags and Config fields that differ."""
     settings = dict(weight_decay=DECAY) | OWN.get(method, {}) | settings
     argv = flags(method, "--data", "toy", "--steps", STEPS[-1], "--out", out, *more, **settings)
-    load, threads = data.load, torch.get_num_threads()
+    load, threads = datasets.load_images, torch.get_num_threads()
     torch.set_num_threads(1)
     with mock.patch.object(sys, "argv", [f"{method}.py", *argv]), \
             mock.patch.object(signal, "signal"), \
-            mock.patch.object(training, "measure_peak", return_value=1.0), \
+            mock.patch.object(distributed, "measure_peak", return_value=1.0), \
             mock.patch.object(torch.nn.init, "trunc_normal_", truncated), \
-            mock.patch.object(data, "load", lambda *given: load(*given[:4], limit=160)):
+            mock.patch.object(datasets, "load_images", lambda *given: load(*given[:4], limit=160)):
         importlib.import_module(method).main()               # two epochs of 160 images
     torch.set_num_threads(threads)
     lines = log(out)
@@ -72,8 +71,8 @@ def log(out):
 
 def curve(out):
     """The log of a default run, thinned to what is drawn. Raises ValueError for another run."""
-    settings = training.read_yaml(Path(out) / "config.yaml")
-    default = vars(training.config(importlib.import_module(settings["method"]).Config, []))
+    settings = config.read_yaml(Path(out) / "config.yaml")
+    default = vars(config.parse(importlib.import_module(settings["method"]).Config, []))
     for name in settings.keys() - {"out", "seed", "workers", "device", "precision", "save_every"}:
         value = list(default[name]) if isinstance(default[name], tuple) else default[name]
         if settings[name] != value:
@@ -83,7 +82,7 @@ def curve(out):
     day = datetime.date.fromtimestamp((Path(out) / "metrics.jsonl").stat().st_mtime)
     return settings["method"], dict(
         run=dict(day=day, torch=torch.__version__.split("+")[0], seed=settings["seed"],
-                 precision=training.pick_precision(settings["precision"], training.pick_device())),
+                 precision=distributed.pick_precision(settings["precision"], distributed.pick_device())),
         step=[line["step"] for line in lines], loss=[digits(line["loss"], 4) for line in lines],
         knn_step=[line["step"] for line in votes], knn=[digits(line["knn"], 3) for line in votes])
 
@@ -101,7 +100,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", nargs="+", metavar="RUN", help="folders of default runs")
     if runs := parser.parse_args().curves:
-        found = training.read_yaml(CURVES) if CURVES.exists() else {}
+        found = config.read_yaml(CURVES) if CURVES.exists() else {}
         found |= dict(curve(out) for out in runs)
         write(CURVES, CURVES_HEAD, dict(sorted(found.items())))
         return
@@ -114,4 +113,4 @@ def main():
 
 
 if __name__ == "__main__":
-    training.main(main)
+    config.main(main)

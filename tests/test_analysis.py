@@ -12,18 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import analysis
-import checkpoints
-import data
-import figures
 import hybrid
 import mae
 import mmc
-import readers
-import rng
 import simmim
-import toy
-import training
 import vit
+from diagnostics import figures
+from lib import augment, checkpoints, config, datasets, rng, toy
+from probes import annotations
 
 TINY = dict(img_size=32, patch_size=4, embed_dim=24, depth=3, num_heads=3)
 
@@ -39,7 +35,7 @@ def model(path=None, **config):
         for p in encoder.parameters():
             p.add_(0.2 * torch.randn_like(p))
     encoder.source = SimpleNamespace(path=path, branch="base", step=1, heads={})
-    return SimpleNamespace(name="tiny", encoder=encoder, size=32, mean=data.MEAN, std=data.STD,
+    return SimpleNamespace(name="tiny", encoder=encoder, size=32, mean=augment.MEAN, std=augment.STD,
                            source=encoder.source, interpolation="bicubic")
 
 
@@ -220,13 +216,13 @@ def test_images_whose_centres_move_apart():
 
 def save_mae(folder):
     """A run's folder with MAE's encoder.pt, full.pt and config.yaml."""
-    cfg = training.config(mae.Config, "--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 "
+    cfg = config.parse(mae.Config, "--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 "
                           "--num-heads 3 --decoder-embed-dim 16 --decoder-depth 2 "
                           "--decoder-num-heads 2".split())
     torch.manual_seed(0)
     net = mae.Network(cfg).eval()
     folder.mkdir(parents=True)
-    checkpoints.save(folder / "encoder.pt", net.encoder, method="mae", data="toy", branch="base",
+    checkpoints.save_encoder(folder / "encoder.pt", net.encoder, method="mae", data="toy", branch="base",
                      step=3)
     torch.save(dict(model=mae.official(net), num_heads=3), folder / "full.pt")
     (folder / "config.yaml").write_text("decoder_num_heads: 2\nmask_ratio: 0.75\nnorm_pix: false\n")
@@ -278,7 +274,7 @@ def test_what_a_decoder_without_its_settings_is_taken_for(tmp_path, capsys):
         "--limit", "2", "--what", "nmi", "decoder", "layer_reconstruction"))
     assert set(found) == {"nmi"} and set(missed) == {"decoder", "layer_reconstruction"}
     assert all("decoder of width 16" in why for why in missed.values())
-    net = mae.Network(training.config(mae.Config, "--img-size 32 --patch-size 4 --embed-dim 24 "
+    net = mae.Network(config.parse(mae.Config, "--img-size 32 --patch-size 4 --embed-dim 24 "
                                       "--depth 3 --num-heads 3 --decoder-embed-dim 512".split()))
     torch.save(dict(model=mae.official(net)), tmp_path / "mae/full.pt")
     capsys.readouterr()
@@ -306,7 +302,7 @@ def test_last_block_paints_what_the_network_paints(tmp_path):
 
 @torch.no_grad()
 def test_simmim_paints_what_its_network_paints(tmp_path):
-    cfg = training.config(simmim.Config, "--img-size 32 --patch-size 4 --mask-block 8 --embed-dim "
+    cfg = config.parse(simmim.Config, "--img-size 32 --patch-size 4 --mask-block 8 --embed-dim "
                           "24 --depth 3 --num-heads 3".split())
     torch.manual_seed(0)
     net = simmim.Network(cfg).eval()
@@ -323,7 +319,7 @@ def test_simmim_paints_what_its_network_paints(tmp_path):
 
 def trained(method, folder, *flags):
     """A model whose painting head lies in the student of last.pt; and that student."""
-    cfg = training.config(method.Config, "--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 "
+    cfg = config.parse(method.Config, "--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 "
                           "--num-heads 3 --hidden 16 --out-dim 8".split() + list(flags))
     torch.manual_seed(0)
     net = method.Network(cfg).eval()
@@ -478,7 +474,7 @@ def test_sets_without_a_background_start_at_class_one(monkeypatch):
     items = [SimpleNamespace(image=torch.zeros(3, 36, 36, dtype=torch.uint8),
                              labels=torch.tensor([[0, 255]] * 2, dtype=torch.uint8)
                              .repeat_interleave(18, 0).repeat_interleave(18, 1))]
-    monkeypatch.setattr(readers, "segmentation", lambda *given: iter(items))
+    monkeypatch.setattr(annotations, "segmentation", lambda *given: iter(items))
     [(*_, labels)] = analysis.annotated(model(), settings("--data", "cityscapes"), 1)
     assert labels.unique().tolist() == [-1, 1]
 
@@ -497,7 +493,7 @@ def test_tsne_shows_three_classes_of_all_that_there_are(tmp_path, monkeypatch):
             (tmp_path / f"val/{c:03}/{i}.png").touch()
     (tmp_path / "train/000").mkdir(parents=True)
     asked = []
-    monkeypatch.setattr(data, "read_image", lambda path: (
+    monkeypatch.setattr(datasets, "read_image", lambda path: (
         asked.append(path), Image.new("RGB", (40, 40), (9 * int(path[-7:-6]), 0, 0)))[1])
     monkeypatch.setattr(analysis.d, "tsne", lambda z, **_: z[:, :2])
     found = analysis.tsne_numbers(m, args, None)

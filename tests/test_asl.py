@@ -9,11 +9,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import asl
-import checkpoints
 import mae
-import rng
-import training
 import vit
+from lib import checkpoints, config, rng
+from lib.run import Run, param_groups, set_lr
 
 SMALL = ("--img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 3 --decoder-embed-dim "
          "16 --decoder-depth 2 --decoder-num-heads 2").split()
@@ -21,7 +20,7 @@ SMALL = ("--img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 3 --
 
 def network(*flags, method=asl, seed=0):
     torch.manual_seed(seed)
-    return method.Network(training.config(method.Config, [*SMALL, *flags]))
+    return method.Network(config.parse(method.Config, [*SMALL, *flags]))
 
 
 def batch(B=3, seed=0):
@@ -240,7 +239,7 @@ def test_dropout_drops_its_share_of_the_embedded_patches_and_keeps_their_mean(mo
 @pytest.mark.parametrize("dle, cost", [("false", 1.59), ("true", 2.0)])
 def test_cost_of_vit_b_beside_mae_is_the_papers(dle, cost):
     def flops(method, *flags):
-        cfg = training.config(method.Config, ["--data", "imagenet", *flags])
+        cfg = config.parse(method.Config, ["--data", "imagenet", *flags])
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             method.Network(cfg)(torch.empty(1, 3, 224, 224), torch.empty(1, 196))
         return counter.get_total_flops()
@@ -269,20 +268,20 @@ def run(monkeypatch):
 @pytest.mark.parametrize("flags", ["", "--dle", "--cosine", "--sem 0.5 --align-cls --mae-both"])
 def test_steps_of_a_run_are_those_of_the_recipe(flags, run, tmp_path, monkeypatch):
     """Two steps written out: mask and dropout by seed, epoch and image; eq. 11; AdamW."""
-    parts, micro_batches = [], training.Run.micro_batches
+    parts, micro_batches = [], Run.micro_batches
 
     def spy(self, batch):
         for part in micro_batches(self, batch):
             parts.append(part)
             yield part
 
-    monkeypatch.setattr(training.Run, "micro_batches", spy)
+    monkeypatch.setattr(Run, "micro_batches", spy)
     run(tmp_path, *"--steps 2 --warmup-epochs 0 --lr 0.3 --precision fp32 --evals 0".split(),
         *flags.split())
     net, ablation = network(*flags.split()), "--sem" in flags
-    opt = torch.optim.AdamW(training.decay_groups(net, 0.05), betas=(0.9, 0.95))
+    opt = torch.optim.AdamW(param_groups(net, 0.05), betas=(0.9, 0.95))
     for part, share in zip(parts, (1, 0.5), strict=True):
-        training.set_lr(opt, share * 0.3 * 8 / 256)
+        set_lr(opt, share * 0.3 * 8 / 256)
         noise, drop = (rng.uniform(part.index, shape, 0, part.epoch, what)
                        for shape, what in ((16, "mask"), ((2, 5, 24), "dropout")))
         a, b, mask = net(part.views[0], noise, drop)
@@ -300,9 +299,9 @@ def test_steps_of_a_run_are_those_of_the_recipe(flags, run, tmp_path, monkeypatc
 
 def test_encoder_leaves_without_the_block_which_only_the_full_checkpoint_has(run, tmp_path):
     run(tmp_path)
-    encoder, full = (checkpoints.load(tmp_path / name, quiet=True)
+    encoder, full = (checkpoints.load_encoder(tmp_path / name, quiet=True)
                      for name in ("encoder.pt", "full.pt"))
-    raw = checkpoints.read(tmp_path / "encoder.pt")
+    raw = checkpoints.read_file(tmp_path / "encoder.pt")
     assert not any("aug_block" in name for name in raw["model"])
     assert set(full.source.heads) == {"decoder", "aug_block"} and full.source.method == "asl"
     x = batch()[0]
@@ -313,7 +312,7 @@ def test_encoder_leaves_without_the_block_which_only_the_full_checkpoint_has(run
 @pytest.mark.parametrize("rate, agree", [("0.75", False), ("1e-9", True)])   # 1e-9: drops nothing
 def test_it_is_said_when_the_branches_agree_and_only_then(
         rate, agree, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training.Run, "knn", lambda *_: {})
+    monkeypatch.setattr(Run, "knn", lambda *_: {})
     monkeypatch.setattr(asl, "show", lambda *_: None)
     run(tmp_path, "--dle", "--dropout", rate)
     assert ("the two branches agree" in capsys.readouterr().out) == agree
@@ -331,11 +330,11 @@ def test_settings_that_cannot_be_are_one_sentence(flags, sentence, run, tmp_path
 
 def test_settings_are_maes_where_the_paper_names_no_others():
     for name in ("toy", "cifar10", "imagenet100", "coco"):
-        ours, theirs = (training.config(method.Config, ["--data", name]) for method in (asl, mae))
+        ours, theirs = (config.parse(method.Config, ["--data", name]) for method in (asl, mae))
         epochs = 7 if name == "toy" else theirs.epochs                 # five minutes: dearer steps
         assert {k: v for k, v in vars(ours).items() if k in vars(theirs)} == {
             **vars(theirs), "method": "asl", "out": f"out/asl-{name}", "origin": ours.origin,
             "epochs": epochs}
-    cfg = training.config(asl.Config, ["--data", "imagenet"])
+    cfg = config.parse(asl.Config, ["--data", "imagenet"])
     assert (cfg.sem, cfg.dle, cfg.align_cls, cfg.mae_both, cfg.norm_pix) == (
         1.0, False, False, False, True)

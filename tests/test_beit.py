@@ -1,7 +1,7 @@
 """BEiT against the published arithmetic, its masks, and its parameter groups."""
-
 import json
 import math
+import signal
 import sys
 
 import pytest
@@ -10,20 +10,20 @@ import torch.nn.functional as F
 
 import beit
 import data
-import tokenizer
-import training
+from lib import config, datasets, tokenizer
+from lib.run import Run
 
 TINY = """--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 --num-heads 2 --drop-path 0
           --batch-size 8 --masked 25 --min-block 5 --token-size 32 --codes 16""".split()
 
 
-def config(*flags):
-    return training.config(beit.Config, [*TINY, *flags])
+def settings(*flags):
+    return config.parse(beit.Config, [*TINY, *flags])
 
 
 def network(*flags, K=16):
     torch.manual_seed(0)
-    return beit.Network(config(*flags), K)
+    return beit.Network(settings(*flags), K)
 
 
 RELEASED = "--pos none --rel-pos --layer-scale 0.1 --init beit".split()          # the 22K weights'
@@ -31,7 +31,7 @@ RELEASED = "--pos none --rel-pos --layer-scale 0.1 --init beit".split()         
 
 def example(B=4):
     x = torch.randn(B, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return x, beit.draw_mask(torch.arange(B), config(), 0, 0)
+    return x, beit.draw_mask(torch.arange(B), settings(), 0, 0)
 
 
 # ---- the mask ------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def example(B=4):
 
 @pytest.fixture(scope="module")
 def masks():
-    cfg = config("--img-size", "224", "--patch-size", "16", "--masked", "75", "--min-block", "16")
+    cfg = settings("--img-size", "224", "--patch-size", "16", "--masked", "75", "--min-block", "16")
     return beit.draw_mask(torch.arange(10_000), cfg, 0, 0)
 
 
@@ -80,14 +80,14 @@ def test_no_rectangle_spans_a_side_or_repeats_what_is_hidden():
 
 
 def test_a_mask_depends_on_the_image_and_the_epoch_alone():
-    cfg, index = config(), torch.arange(16)
+    cfg, index = settings(), torch.arange(16)
     mask = beit.draw_mask(index, cfg, 0, 0)
     assert torch.equal(mask[5:9], beit.draw_mask(index[5:9], cfg, 0, 0))
     assert not torch.equal(mask, beit.draw_mask(index, cfg, 0, 1))
 
 
 def test_smaller_grids_hide_the_same_share():
-    mask = beit.draw_mask(torch.arange(2000), config("--min-block", "6"), 0, 0)
+    mask = beit.draw_mask(torch.arange(2000), settings("--min-block", "6"), 0, 0)
     assert abs(mask.sum(1).float().mean().item() - 24.9) < 0.1
 
 
@@ -97,8 +97,8 @@ def test_smaller_grids_hide_the_same_share():
 def test_network_and_tokenizer_see_the_same_crop_flip_and_colours():
     pixels = torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     pixels = (F.interpolate(pixels, 64, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
-    cfg = config("--img-size", "64", "--patch-size", "8", "--jitter", "0.4")
-    loader = data.Loader(data.Images("fields", "train", pixels=pixels), beit.views(cfg), 8, 0)
+    cfg = settings("--img-size", "64", "--patch-size", "8", "--jitter", "0.4")
+    loader = data.Loader(datasets.Images("fields", "train", pixels=pixels), beit.views(cfg), 8, 0)
     x, u = next(loader.batches()).views
     small = F.interpolate(x, 32, mode="bilinear", antialias=True)
     assert (small - u).abs().mean() < 0.05
@@ -188,13 +188,13 @@ def test_weights_begin_as_in_the_official_code():
 
 def test_released_network_has_the_published_number_of_parameters():
     with torch.device("meta"):
-        net = beit.Network(training.config(beit.Config, ["--data", "imagenet", *RELEASED]), 8192)
+        net = beit.Network(config.parse(beit.Config, ["--data", "imagenet", *RELEASED]), 8192)
     assert sum(p.numel() for p in net.parameters()) == 91_965_776
 
 
 def test_initial_loss_is_the_published_one():
     torch.manual_seed(0)
-    net = beit.Network(config(*"--embed-dim 768 --num-heads 12 --depth 1".split(), *RELEASED), 8192)
+    net = beit.Network(settings(*"--embed-dim 768 --num-heads 12 --depth 1".split(), *RELEASED), 8192)
     x, mask = example(2)
     with torch.no_grad():
         loss = beit.token_loss(net(x, mask), torch.randint(8192, (int(mask.sum()),)))
@@ -218,11 +218,11 @@ def train(monkeypatch, out, *flags):
 
         monkeypatch.setattr(owner, name, watched)
 
-    for owner, name in ((beit, "draw_mask"), (beit.Network, "forward"), (training.Run, "backward"),
+    for owner, name in ((beit, "draw_mask"), (beit.Network, "forward"), (Run, "backward"),
                         (tokenizer.Tokenizer, "ids")):
         watch(owner, name)
-    monkeypatch.setattr(data, "load", lambda *_: data.Images("noise", "train", pixels=pixels))
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_images", lambda *_: datasets.Images("noise", "train", pixels=pixels))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["beit.py", *TINY, *"""--workers 0 --evals 0 --device cpu
         --precision fp32 --tokenizer-steps 1 --warmup-epochs 1 --out""".split(), str(out), *flags])
     beit.main()
@@ -260,7 +260,7 @@ def test_a_step_puts_the_pieces_together(monkeypatch, tmp_path):
 
 
 def test_tokenizer_sees_the_crop_of_the_network():
-    x, u = beit.views(config("--img-size", "64", "--jitter", "0.4"))
+    x, u = beit.views(settings("--img-size", "64", "--jitter", "0.4"))
     assert (x.size, u.size, x.interpolation, u.interpolation) == (64, 32, "bicubic", "lanczos")
     assert u.like == 0 and x.scale == u.scale and x.flip == 0.5
     assert (x.jitter, x.jitter_p) == (u.jitter, u.jitter_p) == ((0.4, 0.4, 0.4, 0.0), 1.0)
@@ -286,7 +286,7 @@ def test_loss_is_the_mean_over_hidden_patches_however_they_are_split():
 
 
 def test_defaults_are_the_papers():
-    cfg = training.config(beit.Config, ["--data", "imagenet"])
+    cfg = config.parse(beit.Config, ["--data", "imagenet"])
     assert (cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.pos, cfg.rel_pos, cfg.layer_scale) == (
         768, 12, 12, "learned", False, 0.0)
     assert (cfg.masked, cfg.min_block, cfg.codes, cfg.token_size) == (75, 16, 8192, 112)

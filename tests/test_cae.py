@@ -1,7 +1,7 @@
 """CAE against the published arithmetic: who sees what, where gradients stop, what a block does."""
-
 import json
 import math
+import signal
 import sys
 
 import pytest
@@ -10,24 +10,23 @@ import torch.nn.functional as F
 
 import beit
 import cae
-import data
-import tokenizer
-import training
 import vit
+from lib import config, datasets, tokenizer
+from lib.run import Run
 
 TINY = """--img-size 32 --patch-size 4 --embed-dim 24 --depth 2 --num-heads 2 --drop-path 0
           --regressor-depth 2 --decoder-depth 2 --batch-size 8 --masked 32 --min-block 5
           --token-size 32 --codes 16""".split()
 
 
-def config(*flags):
-    return training.config(cae.Config, [*TINY, *flags])
+def settings(*flags):
+    return config.parse(cae.Config, [*TINY, *flags])
 
 
 def network(*flags, K=16, scramble=True):
     """A small network in eval mode; every trained parameter random, so that none is overlooked."""
     torch.manual_seed(0)
-    net = cae.CAE(config(*flags), K)
+    net = cae.CAE(settings(*flags), K)
     if scramble:
         with torch.no_grad():
             for p in net.parameters():
@@ -39,7 +38,7 @@ def network(*flags, K=16, scramble=True):
 def example(B=4):
     """Images, masks, numbers of visible and hidden patches."""
     x = torch.randn(B, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    mask = cae.draw_mask(torch.arange(B), config(), 0, 0)
+    mask = cae.draw_mask(torch.arange(B), settings(), 0, 0)
     return x, mask, *cae.parted(mask, 32)
 
 
@@ -54,7 +53,7 @@ def words(*shape):
     (14, 98, 16), *(pytest.param(*sizes, marks=pytest.mark.slow)
                     for sizes in ((8, 32, 5), (4, 8, 2), (16, 128, 21)))])
 def test_every_mask_hides_the_same_number_of_patches_within_its_attempts(size, count, least):
-    cfg = config("--img-size", str(4 * size), "--masked", str(count), "--min-block", str(least))
+    cfg = settings("--img-size", str(4 * size), "--masked", str(count), "--min-block", str(least))
     mask = cae.draw_mask(torch.arange(1000), cfg, 0, 0)
     assert (mask.sum(1) == count).all()
     often = mask.float().mean(0)
@@ -70,7 +69,7 @@ def test_masks_are_blocks():
         return sum((a != b).flatten(1).sum(1).float().mean() for a, b in (
             (mask[:, 1:], mask[:, :-1]), (mask[:, :, 1:], mask[:, :, :-1])))
 
-    cfg = config("--img-size", "224", "--patch-size", "16", "--masked", "98", "--min-block", "16")
+    cfg = settings("--img-size", "224", "--patch-size", "16", "--masked", "98", "--min-block", "16")
     mask = cae.draw_mask(torch.arange(1000), cfg, 0, 0)
     scattered = torch.rand(1000, 196).argsort(1) < 98
     assert borders(mask.view(-1, 14, 14)) < 0.5 * borders(scattered.view(-1, 14, 14))
@@ -93,7 +92,7 @@ def test_masks_are_beits_but_for_never_giving_up():
 
 
 def test_visible_and_hidden_patches_are_numbered_row_by_row():
-    mask = cae.draw_mask(torch.arange(4), config(), 0, 0)
+    mask = cae.draw_mask(torch.arange(4), settings(), 0, 0)
     visible, hidden = cae.parted(mask, 32)
     for b in range(4):
         assert hidden[b].tolist() == mask[b].nonzero()[:, 0].tolist()
@@ -296,11 +295,11 @@ def train(monkeypatch, out, *flags):
 
         monkeypatch.setattr(owner, name, watched)
 
-    for owner, name in ((cae, "draw_mask"), (cae.CAE, "forward"), (training.Run, "backward"),
+    for owner, name in ((cae, "draw_mask"), (cae.CAE, "forward"), (Run, "backward"),
                         (tokenizer.Tokenizer, "ids")):
         watch(owner, name)
-    monkeypatch.setattr(data, "load", lambda *_: data.Images("noise", "train", pixels=pixels))
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_images", lambda *_: datasets.Images("noise", "train", pixels=pixels))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["cae.py", *TINY, *"""--workers 0 --evals 0 --device cpu
         --precision fp32 --tokenizer-steps 1 --warmup-epochs 1 --out""".split(), str(out), *flags])
     cae.main()
@@ -350,7 +349,7 @@ def test_patches_that_are_represented_alike_are_told(alike, monkeypatch, tmp_pat
 
 
 def test_tokenizer_sees_the_crop_of_the_network():
-    x, u = cae.views(config("--img-size", "64"))
+    x, u = cae.views(settings("--img-size", "64"))
     assert (x.size, u.size, x.interpolation, u.interpolation) == (64, 32, "bicubic", "lanczos")
     assert u.like == 0 and x.scale == u.scale and (x.flip, x.jitter_p) == (0.5, 0.0)
 
@@ -365,7 +364,7 @@ def test_masks_that_cannot_be_get_a_sentence(masked, least, monkeypatch, tmp_pat
 
 
 def test_network_has_the_published_numbers_of_parameters():
-    cfg = training.config(cae.Config, ["--data", "imagenet"])
+    cfg = config.parse(cae.Config, ["--data", "imagenet"])
     with torch.device("meta"):
         net = cae.CAE(cfg, 8192)
 
@@ -416,7 +415,7 @@ def test_losses_are_plain_means():
 
 
 def test_defaults_are_the_papers():
-    cfg = training.config(cae.Config, ["--data", "imagenet"])
+    cfg = config.parse(cae.Config, ["--data", "imagenet"])
     assert (cfg.align, cfg.masked, cfg.min_block, cfg.layer_scale) == (2.0, 98, 16, 0.1)
     assert (cfg.regressor_depth, cfg.decoder_depth, cfg.codes, cfg.token_size) == (4, 4, 8192, 112)
     assert (cfg.batch_size, cfg.lr, cfg.min_lr, cfg.weight_decay, cfg.clip) == (

@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_vit import BEIT, build, close, images
 
-import checkpoints
 import vit
+from lib import checkpoints, positions
 
 # -------------------------------------------------------------------------------- official layouts
 
@@ -78,7 +78,7 @@ def official():
     head = {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}
     mask, lm_head = {"mask_token": torch.randn(1, 1, 192)}, {"lm_head.weight": torch.zeros(9, 192),
                                                             "lm_head.bias": torch.zeros(9)}
-    index = {"rel_pos_bias.relative_position_index": vit.relative_index((4, 4))}
+    index = {"rel_pos_bias.relative_position_index": positions.relative_index((4, 4))}
     moco_file = {
         "epoch": 300, "arch": "vit_base", "optimizer": OPTIMISER, "scaler": {}, "state_dict": {
             **under("module.base_encoder.", moco.state_dict()),
@@ -157,7 +157,7 @@ OWN = {      # layout: method, how it draws weights
 def test_official_layouts_load_bit_for_bit(name, files, tmp_path, capsys):
     layout, branch, source, content = files[name]
     path = put(tmp_path, content)
-    model = checkpoints.load(path, branch=branch)
+    model = checkpoints.load_encoder(path, branch=branch)
     assert not model.training and model.source.layout == layout
     assert torch.equal(model(images()), source(images()))
     assert torch.equal(model(images(size=48)), source(images(size=48)))            # the resize rule
@@ -170,7 +170,7 @@ def test_official_layouts_load_bit_for_bit(name, files, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and layout in said and "heads" in said
     old = put(tmp_path, content, "legacy.pth", _use_new_zipfile_serialization=False)
-    assert torch.equal(checkpoints.load(old, branch=branch, quiet=True)(images()), model(images()))
+    assert torch.equal(checkpoints.load_encoder(old, branch=branch, quiet=True)(images()), model(images()))
     assert capsys.readouterr().out == ""
 
 
@@ -178,17 +178,17 @@ def test_default_branch_is_the_one_to_evaluate(files, tmp_path):
     for name, branch in (("moco", "base"), ("dino full", "teacher"), ("ibot full", "teacher"),
                          ("dino", "teacher"), ("mae", "base")):
         path = put(tmp_path, files[name][3])
-        model = checkpoints.load(path, quiet=True)
+        model = checkpoints.load_encoder(path, quiet=True)
         assert model.source.branch == branch
         assert torch.equal(model(images()), files[name][2](images()))
     with pytest.raises(ValueError, match="has no student, only base"):
-        checkpoints.load(path, branch="student")
+        checkpoints.load_encoder(path, branch="student")
 
 
 def test_heads_are_kept_beside_the_backbone(files, tmp_path):
     def heads(name, branch=None, **change):
         path = put(tmp_path, {**files[name][3], **change})
-        return checkpoints.load(path, branch, quiet=True).source.heads
+        return checkpoints.load_encoder(path, branch, quiet=True).source.heads
 
     moco = files["moco"][3]["state_dict"]
     found = heads("moco")
@@ -209,26 +209,26 @@ def test_numbers_of_heads_follow_the_layout_because_a_wrong_one_would_run(files,
     content = files["moco"][3]["state_dict"]
     state = {key[20:]: value for key, value in content.items()
              if key.startswith("module.base_encoder.") and ".head." not in key}
-    moco = checkpoints.load(put(tmp_path, files["moco"][3]), quiet=True)
+    moco = checkpoints.load_encoder(put(tmp_path, files["moco"][3]), quiet=True)
     wrong = vit.ViT(**{**moco.config, "num_heads": 3}).eval()
     wrong.load_state_dict(state)
     assert moco.config["num_heads"] == 12
     assert (wrong(images()) - moco(images())).abs().max() > 0.01
     with pytest.raises(ValueError, match="keys of DINO backbone, but its positions are not lear"):
-        checkpoints.load(put(tmp_path, state))                # MoCo v3's, stripped by somebody
+        checkpoints.load_encoder(put(tmp_path, state))                # MoCo v3's, stripped by somebody
 
 
 def test_swapped_halves_of_the_sincos_table_change_features(files, tmp_path):
     layout, _, source, content = files["mae"]
     state = dict(content["model"])
     state["pos_embed"] = state["pos_embed"].roll(96, 2)
-    swapped = checkpoints.load(put(tmp_path, {"model": state}), quiet=True)
+    swapped = checkpoints.load_encoder(put(tmp_path, {"model": state}), quiet=True)
     assert (swapped(images()) - source(images())).abs().max() > 0.01
 
 
 def test_half_precision_files_become_fp32(files, tmp_path):
     halved = {key: value.half() for key, value in files["dino"][3].items()}
-    model = checkpoints.load(put(tmp_path, halved), quiet=True)
+    model = checkpoints.load_encoder(put(tmp_path, halved), quiet=True)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     close(model.cls_token, files["dino"][2].cls_token, 1e-3)
 
@@ -259,13 +259,13 @@ def test_augreg_npz_loads_bit_for_bit(files, tmp_path):
                    f"{attn}/out/bias": block.attn.proj.bias}
     arrays = {key: value.detach().numpy() for key, value in arrays.items()}
     np.savez(tmp_path / "B_16.npz", **arrays)
-    model = checkpoints.load(tmp_path / "B_16.npz", quiet=True)
+    model = checkpoints.load_encoder(tmp_path / "B_16.npz", quiet=True)
     assert model.source.layout == "timm augreg" and model.source.mean == (0.5, 0.5, 0.5)
     assert torch.equal(model(images()), source(images()))
     del arrays["Transformer/encoderblock_1/MultiHeadDotProductAttention_1/key/kernel"]
     np.savez(tmp_path / "B_16.npz", **arrays)
     with pytest.raises(ValueError, match="missing: blocks.1.attn.qkv.weight"):
-        checkpoints.load(tmp_path / "B_16.npz")
+        checkpoints.load_encoder(tmp_path / "B_16.npz")
 
 
 @pytest.mark.parametrize("name", ["mae", "dino full", "cae", "augreg"])
@@ -278,7 +278,7 @@ def test_missing_surplus_and_misshapen_keys_are_named(name, files, tmp_path):
         state = dict(content[inner] if inner else content)
         change(state)
         with pytest.raises(ValueError) as error:
-            checkpoints.load(put(tmp_path, {**content, inner: state} if inner else state))
+            checkpoints.load_encoder(put(tmp_path, {**content, inner: state} if inner else state))
         assert "\n" not in str(error.value) and "Layouts known: DeiT, MoCo v3" in str(error.value)
         return str(error.value)
 
@@ -302,11 +302,11 @@ def test_unknown_layouts_list_what_was_found_and_what_is_known(tmp_path):
     for content in ({"layer1.conv.weight": one}, {"model": {"stem.weight": one}}, {},
                     {"student": {"a": one}, "teacher": {"b": one}}, {"state_dict": {"conv": 3}}):
         with pytest.raises(ValueError, match="unknown layout with .* known are DeiT, MoCo v3, "):
-            checkpoints.load(put(tmp_path, content))
+            checkpoints.load_encoder(put(tmp_path, content))
     with pytest.raises(ValueError, match="holds a list"):
-        checkpoints.load(put(tmp_path, [1, 2]))
+        checkpoints.load_encoder(put(tmp_path, [1, 2]))
     with pytest.raises(FileNotFoundError, match="no checkpoint file"):
-        checkpoints.load(tmp_path / "nothing.pth")
+        checkpoints.load_encoder(tmp_path / "nothing.pth")
 
 
 def test_models_that_are_not_this_one_are_refused_with_a_reason(files, tmp_path):
@@ -319,7 +319,7 @@ def test_models_that_are_not_this_one_are_refused_with_a_reason(files, tmp_path)
                            (fine_tuned(build(rel_pos="block", pos="none")), "fine-tuned"),
                            ({"model": learned}, "keys of MAE, but its positions are not sin")):
         with pytest.raises(ValueError, match=words) as error:
-            checkpoints.load(put(tmp_path, content))
+            checkpoints.load_encoder(put(tmp_path, content))
         assert "\n" not in str(error.value)
 
 
@@ -338,7 +338,7 @@ def test_code_in_a_file_is_refused_and_not_run(zipped, files, tmp_path):
     proof = tmp_path / "executed"
     path = put(tmp_path, {**files["dino full"][3], "args": Attack(proof)},
                _use_new_zipfile_serialization=zipped)
-    for call in (checkpoints.read, checkpoints.load):
+    for call in (checkpoints.read_file, checkpoints.load_encoder):
         with pytest.raises(ValueError, match=r"not plain data \(\w+\.mkdir\)") as error:
             call(path)
         assert "\n" not in str(error.value)
@@ -351,7 +351,7 @@ def test_pickled_arrays_in_an_npz_are_refused_and_not_run(tmp_path):
     proof = tmp_path / "executed"
     np.savez(tmp_path / "a.npz", **{"embedding/kernel": np.array([Attack(proof)], dtype=object)})
     with pytest.raises(ValueError, match="damaged"):
-        checkpoints.read(tmp_path / "a.npz")
+        checkpoints.read_file(tmp_path / "a.npz")
     assert not proof.exists()
 
 
@@ -372,13 +372,13 @@ def test_simmims_yacs_config_is_read_without_yacs(files, tmp_path, monkeypatch):
         paths = [put(tmp_path, content, f"{zipped}.pth", _use_new_zipfile_serialization=zipped)
                  for zipped in (True, False)]
     for path in paths:
-        assert checkpoints.read(path)["config"] == {"MODEL": {"TYPE": "vit"}}
-        net = checkpoints.load(path, quiet=True)
+        assert checkpoints.read_file(path)["config"] == {"MODEL": {"TYPE": "vit"}}
+        net = checkpoints.load_encoder(path, quiet=True)
         assert torch.equal(net(images()), files["simmim"][2](images()))
 
 
 def test_other_classes_stay_unknown_after_reading(files, tmp_path):
-    checkpoints.read(put(tmp_path, files["dino full"][3]))
+    checkpoints.read_file(put(tmp_path, files["dino full"][3]))
     with pytest.raises(pickle.UnpicklingError):               # allowed for that one call only
         torch.load(tmp_path / "file.pth", weights_only=True)
 
@@ -389,7 +389,7 @@ def test_damaged_files_give_one_sentence(files, tmp_path):
     for bad in (data[:len(data) // 2], data[:100], b"", b"hello", b"\x80\x02]q\x00", data[5000:]):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="damaged, cut off or not a PyTorch file") as error:
-            checkpoints.load(path)
+            checkpoints.load_encoder(path)
         assert "\n" not in str(error.value)
 
 
@@ -400,31 +400,31 @@ def test_damaged_files_give_one_sentence(files, tmp_path):
 def test_our_checkpoint_comes_back_as_it_was(more, tmp_path):
     model, heads = build(**more), {"head": {"weight": torch.randn(3, 4)}}
     path = tmp_path / "encoder.pt"
-    checkpoints.save(path, model, branch="student", method="dino", data="toy", step=70, heads=heads,
+    checkpoints.save_encoder(path, model, branch="student", method="dino", data="toy", step=70, heads=heads,
              mean=(0.5,) * 3, epochs=3)
-    again = checkpoints.load(path, quiet=True)
+    again = checkpoints.load_encoder(path, quiet=True)
     assert torch.equal(again(images()), model(images())) and again.config == model.config
     source = again.source
     assert (source.layout, source.branch, source.method, source.data, source.step, source.mean) == (
         "ours", "student", "dino", "toy", 70, (0.5,) * 3)
     assert torch.equal(source.heads["head"]["weight"], heads["head"]["weight"])
-    assert checkpoints.read(path)["epochs"] == 3 and checkpoints.read(path)["format"] == "encoder/1"
+    assert checkpoints.read_file(path)["epochs"] == 3 and checkpoints.read_file(path)["format"] == "encoder/1"
     assert os.listdir(tmp_path) == ["encoder.pt"]
     with pytest.raises(ValueError, match="holds the student only, not the teacher"):
-        checkpoints.load(path, branch="teacher")
+        checkpoints.load_encoder(path, branch="teacher")
 
 
 def test_equal_content_gives_equal_bytes_under_any_name(tmp_path):
     paths = [tmp_path / "a.pt", tmp_path / "another.pt", tmp_path / "c.pt"]
     for path, seed in zip(paths, (0, 0, 1)):
-        checkpoints.save(path, build(seed), method="mae")
+        checkpoints.save_encoder(path, build(seed), method="mae")
     a, b, c = (path.read_bytes() for path in paths)
     assert a == b and a != c
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "encoder.pt"
-    checkpoints.save(path, build(), step=1)
+    checkpoints.save_encoder(path, build(), step=1)
     before = path.read_bytes()
 
     def full_disk(content, file):
@@ -433,7 +433,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError):
-        checkpoints.save(path, build(1), step=2)
+        checkpoints.save_encoder(path, build(1), step=2)
     assert path.read_bytes() == before
 
 
@@ -445,34 +445,34 @@ def test_only_a_disk_is_blamed_on_the_disk(tmp_path, said, kind, sentence):
         raise RuntimeError(said)
 
     with pytest.raises(kind, match=sentence):
-        checkpoints.replace_file(tmp_path / "x.pt", write)
+        checkpoints.write_atomic(tmp_path / "x.pt", write)
     assert not list(tmp_path.iterdir())
 
 
 def test_only_plain_data_is_saved(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint\['step'\] is a float64"):
-        checkpoints.save(tmp_path / "encoder.pt", build(), step=np.float64(3))
+        checkpoints.save_encoder(tmp_path / "encoder.pt", build(), step=np.float64(3))
     assert os.listdir(tmp_path) == []
 
 
 def test_our_other_files_are_told_apart(tmp_path):
     with pytest.raises(ValueError, match="that is a training state; use encoder.pt beside it"):
-        checkpoints.load(put(tmp_path, {"format": "training/1", "model": {}}, "last.pt"))
-    checkpoints.save(tmp_path / "encoder.pt", build())
-    good = checkpoints.read(tmp_path / "encoder.pt")
+        checkpoints.load_encoder(put(tmp_path, {"format": "training/1", "model": {}}, "last.pt"))
+    checkpoints.save_encoder(tmp_path / "encoder.pt", build())
+    good = checkpoints.read_file(tmp_path / "encoder.pt")
     for change, words in (({"format": "encoder/2"}, "encoder/2"),
                           ({"model": None}, "is not known here"),
                           ({"config": {**good["config"], "colour": 1}}, "does not describe a ViT"),
                           ({"config": {**good["config"], "depth": 3}}, "missing: blocks.2")):
         with pytest.raises(ValueError, match=words):
-            checkpoints.load(put(tmp_path, {**good, **change}))
+            checkpoints.load_encoder(put(tmp_path, {**good, **change}))
 
 
 def test_another_size_is_announced(tmp_path, capsys):
-    checkpoints.save(tmp_path / "encoder.pt", build())
-    checkpoints.load(tmp_path / "encoder.pt", img_size=48)
+    checkpoints.save_encoder(tmp_path / "encoder.pt", build())
+    checkpoints.load_encoder(tmp_path / "encoder.pt", img_size=48)
     assert "grid 4 interpolated to 6" in capsys.readouterr().out
-    checkpoints.load(tmp_path / "encoder.pt", img_size=32)
+    checkpoints.load_encoder(tmp_path / "encoder.pt", img_size=32)
     assert "interpolated" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="image size 50 is not a multiple of patch size 8"):
-        checkpoints.load(tmp_path / "encoder.pt", img_size=50)
+        checkpoints.load_encoder(tmp_path / "encoder.pt", img_size=50)

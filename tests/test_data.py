@@ -16,8 +16,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
 import data
-import rng
 from data import View
+from lib import augment, datasets, rng
 
 REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
 COLOUR = dict(jitter_p=0.8, grey_p=0.2, blur_p=0.5, solarize_p=0.3)
@@ -31,7 +31,7 @@ def pictures(n=16, size=32, seed=0):
 
 
 def resident(n=40, size=24, **more):
-    return data.Images("made up", "train", pixels=pictures(n, size), **more)
+    return datasets.Images("made up", "train", pixels=pictures(n, size), **more)
 
 
 def photo(path, mode="RGB", size=(40, 30), seed=0):
@@ -67,7 +67,7 @@ def test_crop_and_resize_equal_torchvision_crop_by_crop(kernel, size):
     x = pictures(6, 40)
     box = torch.tensor([[0, 0, 40, 40], [3, 5, 20, 30], [10, 0, 7, 9], [1, 2, 39, 11],
                         [20, 20, 20, 20], [0, 39, 40, 1]])
-    ours = data.crop(x, box, size, kernel)
+    ours = augment.crop(x, box, size, kernel)
     for image, (top, left, h, w), out in zip(x, box.tolist(), ours):
         piece = image[None, :, top:top + h, left:left + w].float() / 255
         theirs = F.interpolate(piece, size=(size, size), mode=kernel, antialias=True).clamp(0, 1)
@@ -75,23 +75,23 @@ def test_crop_and_resize_equal_torchvision_crop_by_crop(kernel, size):
         tv = TF.resized_crop(image.float() / 255, top, left, h, w, [size, size],
                              T.InterpolationMode(kernel), antialias=True)
         torch.testing.assert_close(out, tv.clamp(0, 1), atol=2e-6, rtol=0)
-    flipped = data.crop(x, box, size, kernel, torch.tensor([True, False] * 3))
+    flipped = augment.crop(x, box, size, kernel, torch.tensor([True, False] * 3))
     torch.testing.assert_close(flipped[0], ours[0].flip(-1), atol=1e-6, rtol=0)
     torch.testing.assert_close(flipped[1], ours[1])
-    moved = data.crop(x[:3], box[:3] + torch.tensor([1, 0, -1, 0]), size, kernel)
+    moved = augment.crop(x[:3], box[:3] + torch.tensor([1, 0, -1, 0]), size, kernel)
     assert (moved - ours[:3]).abs().max() > 0.01              # control: one pixel off is seen
 
 
 @pytest.mark.parametrize("kernel", ["bilinear", "bicubic", "lanczos"])
 def test_each_kernel_is_pils_up_to_rounding_to_grey_levels(kernel):
     x = pictures(2, 40)
-    ours = data.crop(x, torch.tensor([[0, 0, 40, 40]]), 23, kernel) * 255
+    ours = augment.crop(x, torch.tensor([[0, 0, 40, 40]]), 23, kernel) * 255
     for image, out in zip(x, ours):
         image = Image.fromarray(image.permute(1, 2, 0).numpy())
         theirs = np.asarray(image.resize((23, 23), Image.Resampling[kernel.upper()]), np.float32)
         assert np.abs(out.permute(1, 2, 0).numpy() - theirs).max() < 1.6
         piece = torch.from_numpy(np.array(image))
-        ours = data.resize(piece[3:39, :30], 23, kernel).permute(1, 2, 0).numpy()
+        ours = datasets.resize(piece[3:39, :30], 23, kernel).permute(1, 2, 0).numpy()
         error = np.abs(ours - np.asarray(image.crop((0, 3, 30, 39)).resize(
             (23, 23), Image.Resampling[kernel.upper()]), np.float32))
         assert error.max() <= (kernel != "lanczos")
@@ -102,7 +102,7 @@ def test_each_kernel_is_pils_up_to_rounding_to_grey_levels(kernel):
 def test_crop_boxes_have_the_distribution_of_torchvision(height, width, scale):
     n, ratio = 6000, (3 / 4, 4 / 3)
     u = rng.uniform(torch.arange(n), 22, "boxes", height)
-    ours = data.crop_boxes(u, height, width, torch.tensor(scale), torch.tensor(ratio)).double()
+    ours = augment.crop_boxes(u, height, width, torch.tensor(scale), torch.tensor(ratio)).double()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         image = torch.empty(3, height, width)
@@ -125,7 +125,7 @@ def test_crop_boxes_have_the_distribution_of_torchvision(height, width, scale):
     assert far(ours, theirs) < 1.95 * (2 / n) ** 0.5          # Kolmogorov-Smirnov at 0.1 %
     u2 = u.clone()
     u2[:, :10] = u2[:, :10] ** 1.3                            # control: areas that are not uniform
-    other = data.crop_boxes(u2, height, width, torch.tensor(scale), torch.tensor(ratio)).double()
+    other = augment.crop_boxes(u2, height, width, torch.tensor(scale), torch.tensor(ratio)).double()
     assert height == 30 or far(other, theirs) > 1.95 * (2 / n) ** 0.5
 
 
@@ -136,7 +136,7 @@ def test_the_crop_of_a_view_is_by_default_torchvisions():
 
 def test_an_image_that_is_too_long_gets_the_central_box():
     u, scale, ratio = torch.rand(5, 22), torch.tensor([0.9, 1.0]), torch.tensor([0.75, 4 / 3])
-    box = data.crop_boxes(u, 10, 100, scale, ratio)
+    box = augment.crop_boxes(u, 10, 100, scale, ratio)
     assert box.tolist() == [[0, 43, 10, 13]] * 5
 
 
@@ -146,7 +146,7 @@ def test_hue_equals_torchvision_for_each_angle():
     x[0, :, :4] = torch.tensor([1.0, 0.2, 1.0]).view(3, 1, 1)     # two largest channels
     x[1, :, :4] = torch.tensor([0.1, 0.7, 0.7]).view(3, 1, 1)
     turn = torch.linspace(-0.5, 0.5, 16)
-    ours = data.adjust_hue(x, turn)
+    ours = augment.adjust_hue(x, turn)
     for a, b, t in zip(ours, x, turn.tolist()):
         torch.testing.assert_close(a, TF.adjust_hue(b, t), atol=2e-5, rtol=0)
     assert (ours[3] - x[3]).abs().max() > 0.05
@@ -155,8 +155,8 @@ def test_hue_equals_torchvision_for_each_angle():
 @pytest.mark.parametrize("op", range(4))
 def test_each_colour_operation_equals_torchvision(op):
     x = pictures(8).float() / 255
-    factor = torch.linspace(-0.1, 0.1, 8) if op == data.HUE else torch.linspace(0.3, 1.7, 8)
-    ours = data.jitter(x.clone(), torch.full((8, 1), op), factor[:, None])
+    factor = torch.linspace(-0.1, 0.1, 8) if op == augment.HUE else torch.linspace(0.3, 1.7, 8)
+    ours = augment.jitter(x.clone(), torch.full((8, 1), op), factor[:, None])
     theirs = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue][op]
     for a, b, f in zip(ours, x, factor.tolist()):
         torch.testing.assert_close(a, theirs(b, f), atol=2e-5, rtol=0)
@@ -177,7 +177,7 @@ def test_jitter_of_a_batch_keeps_the_order_of_each_image():
             out.append(image)
         return torch.stack(out)
 
-    ours = data.jitter(x.clone(), op, factor)
+    ours = augment.jitter(x.clone(), op, factor)
     torch.testing.assert_close(ours, reference(op), atol=5e-5, rtol=0)
     swapped, factor = op[:, [1, 0, 2, 3]], factor[:, [1, 0, 2, 3]]
     assert (ours - reference(swapped)).abs().max() > 0.01     # control: the order does matter
@@ -185,8 +185,8 @@ def test_jitter_of_a_batch_keeps_the_order_of_each_image():
 
 def test_grey_and_solarize_equal_torchvision():
     x = pictures(8).float() / 255
-    torch.testing.assert_close(data.luma(x), TF.rgb_to_grayscale(x), atol=1e-6, rtol=0)
-    out = data.solarize(x, torch.full((8,), 128 / 255))
+    torch.testing.assert_close(augment.luma(x), TF.rgb_to_grayscale(x), atol=1e-6, rtol=0)
+    out = augment.solarize(x, torch.full((8,), 128 / 255))
     torch.testing.assert_close(out, TF.solarize(x, 128 / 255))
     theirs = ImageOps.solarize(Image.fromarray(pictures(1)[0].permute(1, 2, 0).numpy()))
     ours = (out[0] * 255).round().byte().permute(1, 2, 0).numpy()
@@ -197,7 +197,7 @@ def test_grey_and_solarize_equal_torchvision():
 def test_blur_is_pils_up_to_rounding_to_grey_levels(size):
     x = rng.uniform(torch.arange(12), (3, size, size), "noise").mul(255).byte()
     radius = torch.linspace(0.1, 2.0, 12)
-    ours = data.blur(x.float(), radius)
+    ours = augment.blur(x.float(), radius)
     for image, r, out in zip(x, radius.tolist(), ours):
         framed = np.pad(image.permute(1, 2, 0).numpy(), ((8, 8), (8, 8), (0, 0)), "edge")
         theirs = Image.fromarray(framed).filter(ImageFilter.GaussianBlur(r))
@@ -205,8 +205,8 @@ def test_blur_is_pils_up_to_rounding_to_grey_levels(size):
         error = np.abs(out.permute(1, 2, 0).numpy() - theirs)
         assert error.max() <= 3               # PIL makes six passes, each rounds by up to 0.5
         assert r < 0.4 or error.mean() < 0.7  # (and so rounds the smallest radii away)
-    assert (ours[11] - data.blur(x.float(), radius.flip(0))[11]).abs().max() > 20
-    torch.testing.assert_close(data.blur(torch.ones(2, 3, size, size), radius[:2]),
+    assert (ours[11] - augment.blur(x.float(), radius.flip(0))[11]).abs().max() > 20
+    torch.testing.assert_close(augment.blur(torch.ones(2, 3, size, size), radius[:2]),
                                torch.ones(2, 3, size, size))
     with pytest.raises(ValueError, match="radius 2.4"):
         View(8, blur_sigma=(0.1, 3.0))
@@ -223,7 +223,7 @@ def test_one_number_is_no_jitter():
 def test_dice_fall_as_torchvision_says():
     n, view = 20000, View(8, jitter=(0.4, 0.3, 0.2, 0.1), flip=0.3, blur_p=0.1, **{
         k: v for k, v in COLOUR.items() if k != "blur_p"})
-    dice = data.throw_dice(view, torch.arange(n), 0, 0, 0)
+    dice = augment.sample_params(view, torch.arange(n), 0, 0, 0)
     for what, p in ((dice["flip"], 0.3), (dice["radius"] > 0, 0.1), (dice["threshold"] < 1, 0.3),
                     (dice["grey"], 0.2)):
         assert abs(what.float().mean().item() - p) < 4 * (p * (1 - p) / n) ** 0.5
@@ -245,8 +245,8 @@ def test_a_whole_view_equals_torchvision_with_the_same_parameters():
     images = resident(20)
     view = View(16, **COLOUR)
     batch = take(data.Loader(images, [view], 20, seed=5), 1)[0]
-    dice = data.throw_dice(view, batch.index, 5, 0, 0)
-    boxes = data.crop_boxes(rng.uniform(batch.index, 22, 5, 0, 0, "box"), 24, 24,
+    dice = augment.sample_params(view, batch.index, 5, 0, 0)
+    boxes = augment.crop_boxes(rng.uniform(batch.index, 22, 5, 0, 0, "box"), 24, 24,
                             torch.tensor(view.scale), torch.tensor(view.ratio))
     functions = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
     for row, number in enumerate(batch.index.tolist()):
@@ -257,19 +257,19 @@ def test_a_whole_view_equals_torchvision_with_the_same_parameters():
             x = functions[o](x, f)
         x = TF.rgb_to_grayscale(x, 3) if dice["grey"][row] else x
         if dice["radius"][row] > 0:                           # PIL is another test: here our own
-            x = data.blur(x[None], dice["radius"][row:row + 1])[0]
+            x = augment.blur(x[None], dice["radius"][row:row + 1])[0]
         if dice["threshold"][row] < 1:
             keep = (x - 128 / 255).abs() > 1e-4               # rounding decides at the threshold
-            x = torch.where(keep, TF.solarize(x, 128 / 255), data.denormalize(
+            x = torch.where(keep, TF.solarize(x, 128 / 255), augment.denormalize(
                 batch.views[0][row]).float() / 255)
-        x = TF.normalize(x, data.MEAN, data.STD)
+        x = TF.normalize(x, augment.MEAN, augment.STD)
         torch.testing.assert_close(batch.views[0][row], x, atol=0.02, rtol=0)
         assert (batch.views[0][row] - x).abs().median() < 1e-4
 
 
 def test_denormalize_undoes_normalize():
     x = pictures(3)
-    assert torch.equal(data.denormalize(data.normalize(x.float() / 255)), x)
+    assert torch.equal(augment.denormalize(augment.normalize(x.float() / 255)), x)
 
 
 # ---- the loader ----------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def folder(tmp_path_factory):
 
 
 def test_resume_from_any_step_gives_the_same_batches_bit_for_bit(folder):
-    for images in (resident(), data.load(folder)):
+    for images in (resident(), datasets.load_images(folder)):
         whole = take(data.Loader(images, VIEWS, 8, seed=3, workers=0), 7)
         for start in (1, 4, 5):
             again = take(data.Loader(images, VIEWS, 8, seed=3, workers=0), 2, start)
@@ -295,14 +295,14 @@ def test_resume_from_any_step_gives_the_same_batches_bit_for_bit(folder):
 
 
 def test_the_number_of_workers_changes_nothing(folder):
-    images = data.load(folder)
+    images = datasets.load_images(folder)
     here = take(data.Loader(images, VIEWS, 8, workers=0), 4)
     there = take(data.Loader(images, VIEWS, 8, workers=2), 4)
     assert all(map(same, here, there)) and [b.epoch for b in there] == [0, 0, 1, 1]
 
 
 def test_two_processes_see_the_two_halves_of_what_one_sees(folder):
-    for images in (resident(), data.load(folder)):
+    for images in (resident(), datasets.load_images(folder)):
         one = take(data.Loader(images, VIEWS, 12, workers=0), 3)
         two = [take(data.Loader(images, VIEWS, 12, workers=0, rank=r, world=2), 3)
                for r in range(2)]
@@ -331,7 +331,7 @@ def test_the_views_of_an_image_differ_and_follow_the_epoch():
 
 def test_a_like_view_is_the_same_crop_at_another_size(folder):
     view = View(32, jitter_p=0.8, grey_p=0.2)
-    for images in (resident(20, 64), data.load(folder)):
+    for images in (resident(20, 64), datasets.load_images(folder)):
         twin = replace(view, size=16, like=0)
         big, small, other = take(data.Loader(images, [view, twin, replace(view, size=16)], 8,
                                              workers=0), 1)[0].views
@@ -342,13 +342,13 @@ def test_a_like_view_is_the_same_crop_at_another_size(folder):
 def test_loading_leaves_the_global_random_state_alone(folder):
     before = torch.get_rng_state()
     for workers in (0, 1):
-        take(data.Loader(data.load(folder), VIEWS, 4, workers=workers), 1)
-        list(data.batches(data.load(folder), 16, workers=workers))
+        take(data.Loader(datasets.load_images(folder), VIEWS, 4, workers=workers), 1)
+        list(data.batches(datasets.load_images(folder), 16, workers=workers))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_labels_go_with_their_images(folder):
-    images = data.load(folder)
+    images = datasets.load_images(folder)
     batch = take(data.Loader(images, [View(8)], 20, workers=0), 1)[0]
     names = [os.path.basename(os.path.dirname(images.paths[i])) for i in batch.index.tolist()]
     assert [images.classes[label] for label in batch.label.tolist()] == names
@@ -364,20 +364,20 @@ def test_impossible_batch_sizes_say_what_is_possible():
 def test_the_dice_mirror_files_each_view_for_itself(tmp_path):
     for i in range(12):
         photo(f"{tmp_path}/{i}.png", size=(16, 16), seed=i)
-    images = data.load(str(tmp_path))
+    images = datasets.load_images(str(tmp_path))
     whole = View(16, scale=(1, 1), ratio=(1, 1), copies=2)
     batch = take(data.Loader(images, [whole], 12, seed=3, workers=0), 1)[0]
     for stream, view in enumerate(batch.views):
-        flip = data.throw_dice(whole, batch.index, 3, 0, stream)["flip"]
+        flip = augment.sample_params(whole, batch.index, 3, 0, stream)["flip"]
         assert 0 < flip.sum() < 12
-        for number, mirrored, out in zip(batch.index.tolist(), flip, data.denormalize(view)):
-            x = torch.from_numpy(np.array(data.read_image(images.paths[number]))).permute(2, 0, 1)
+        for number, mirrored, out in zip(batch.index.tolist(), flip, augment.denormalize(view)):
+            x = torch.from_numpy(np.array(datasets.read_image(images.paths[number]))).permute(2, 0, 1)
             assert torch.equal(out, x.flip(2) if mirrored else x)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_truncated_file_is_named_once_and_replaced_by_the_next(tmp_path, capsys, workers):
-    images = data.load(tree(tmp_path, each=6))
+    images = datasets.load_images(tree(tmp_path, each=6))
     whole = open(images.paths[3], "rb").read()
     open(images.paths[3], "wb").write(whole[:len(whole) // 2])
     loader = data.Loader(images, [View(16)], 12, workers=workers)
@@ -400,12 +400,12 @@ def test_more_than_8_bits_a_colour_are_told_and_not_cut_off(tmp_path):
             tmp_path / name)
     for name in ("deep.png", "float.tif"):
         with pytest.raises(ValueError, match="more than 8 bits a colour"):
-            data.read_image(tmp_path / name)
-    assert data.read_image(tmp_path / "good.png").mode == "RGB"
+            datasets.read_image(tmp_path / name)
+    assert datasets.read_image(tmp_path / "good.png").mode == "RGB"
 
 
 def test_one_image_a_process_may_be_unreadable(tmp_path):
-    images = data.load(tree(tmp_path, each=4))
+    images = datasets.load_images(tree(tmp_path, each=4))
     open(images.paths[0], "wb").write(b"not an image")
     loader = data.Loader(images, [View(8)], 1, workers=0)
     assert 0 not in [batch.index.item() for batch in take(loader, len(images))]
@@ -414,7 +414,7 @@ def test_one_image_a_process_may_be_unreadable(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_that_is_mostly_unreadable_is_an_error(tmp_path, workers):
-    images = data.load(tree(tmp_path, each=4))
+    images = datasets.load_images(tree(tmp_path, each=4))
     for path in images.paths[:6]:
         open(path, "wb").write(b"not an image")
     with pytest.raises(ValueError, match="^More than half of a batch .* cannot be read"):
@@ -427,9 +427,9 @@ def test_a_batch_that_is_mostly_unreadable_is_an_error(tmp_path, workers):
 def test_the_test_view_of_files_is_torchvisions(tmp_path):
     for i, size in enumerate([(40, 30), (31, 57), (64, 64), (20, 20)]):
         photo(f"{tmp_path}/{i}.png", size=size, seed=i)
-    images = data.load(str(tmp_path))
+    images = datasets.load_images(str(tmp_path))
     standard = T.Compose([T.Resize(36, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.ToImage(),
-                          T.ToDtype(torch.float32, scale=True), T.Normalize(data.MEAN, data.STD)])
+                          T.ToDtype(torch.float32, scale=True), T.Normalize(augment.MEAN, augment.STD)])
     theirs = torch.stack([standard(Image.open(path)) for path in images.paths])
     for workers in (0, 2):
         seen = list(data.batches(images, 32, batch_size=3, workers=workers))
@@ -442,17 +442,17 @@ def test_the_test_view_of_files_is_torchvisions(tmp_path):
 def test_the_test_view_of_resident_sets_is_the_whole_image():
     images = resident(10, 24)
     plain = torch.cat([x for x, _ in data.batches(images, 24, batch_size=4)])
-    assert torch.equal(data.denormalize(plain), images.pixels)
+    assert torch.equal(augment.denormalize(plain), images.pixels)
     large = torch.cat([x for x, _ in data.batches(images, 32, batch_size=4, resize=36)])
     theirs = F.interpolate(images.pixels / 255, size=(36, 36), mode="bicubic", antialias=True)
-    theirs = TF.normalize(theirs.clamp(0, 1)[:, :, 2:34, 2:34], data.MEAN, data.STD)
+    theirs = TF.normalize(theirs.clamp(0, 1)[:, :, 2:34, 2:34], augment.MEAN, augment.STD)
     torch.testing.assert_close(large, theirs, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="smaller than the centre crop"):
         next(data.batches(images, 32, resize=20))
 
 
 def test_the_test_view_names_an_unreadable_file(tmp_path):
-    images = data.load(tree(tmp_path))
+    images = datasets.load_images(tree(tmp_path))
     open(images.paths[2], "wb").write(b"\xff\xd8 no")
     for workers in (0, 1):
         with pytest.raises(ValueError, match="^Cannot read .*n01_2.JPEG"):
@@ -467,10 +467,10 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, name):
     modes = ["RGB", "L", "RGBA", "P", "1", "LA"] if name == "a.png" else ["RGB", "L", "CMYK"]
     for mode in modes:
         path = photo(f"{tmp_path}/{mode}-{name}", mode)
-        image = data.read_image(path)
+        image = datasets.read_image(path)
         assert image.mode == "RGB" and image.size == (40, 30)
         assert mode == "1" or abs(np.asarray(image).mean() - 127) < 60
-        assert np.array_equal(image, data.read_pixels(path))
+        assert np.array_equal(image, datasets.read_pixels(path))
 
 
 def test_the_loader_decodes_jpeg_to_the_bytes_of_pillow_without_it(tmp_path, monkeypatch):
@@ -480,19 +480,19 @@ def test_the_loader_decodes_jpeg_to_the_bytes_of_pillow_without_it(tmp_path, mon
     for kind, how in kinds.items():
         paths.append(f"{tmp_path}/{kind}.jpg")
         Image.open(photo(f"{tmp_path}/{kind}.png", size=(61, 35))).save(paths[-1], **how)
-    pillow = [np.asarray(data.read_image(path)) for path in paths]
+    pillow = [np.asarray(datasets.read_image(path)) for path in paths]
     for path in paths:                                   # damaged: Pillow's verdict and its words
         whole = open(path, "rb").read()
         for end in (0, 3, len(whole) // 2, len(whole) - 1):
             open(f"{tmp_path}/cut.jpg", "wb").write(whole[:end])
             with pytest.raises(OSError, match="identify|runcated"):
-                data.read_pixels(f"{tmp_path}/cut.jpg")
+                datasets.read_pixels(f"{tmp_path}/cut.jpg")
     with monkeypatch.context() as without:               # as some later torchvision
         without.setitem(sys.modules, "torchvision.io", None)
-        assert np.array_equal(data.read_pixels(paths[0]), pillow[0])
-    monkeypatch.setattr(data, "read_image", None)
+        assert np.array_equal(datasets.read_pixels(paths[0]), pillow[0])
+    monkeypatch.setattr(datasets, "read_image", None)
     for path, expected in zip(paths, pillow):
-        assert np.array_equal(data.read_pixels(path), expected)
+        assert np.array_equal(datasets.read_pixels(path), expected)
 
 
 def test_a_folder_of_images_needs_no_labels(tmp_path):
@@ -500,7 +500,7 @@ def test_a_folder_of_images_needs_no_labels(tmp_path):
         photo(f"{tmp_path}/deep/er/{i}.png", seed=i)
     (tmp_path / "deep" / "notes.txt").write_text("hello")
     (tmp_path / "deep" / "._0.png").write_text("what macOS leaves behind")
-    images = data.load(str(tmp_path))
+    images = datasets.load_images(str(tmp_path))
     assert len(images) == 4 and images.labels is None and images.classes is None
     assert take(data.Loader(images, [View(8)], 2, workers=0), 1)[0].label is None
     assert len(next(data.batches(images, 8, workers=0))[0]) == 4
@@ -508,22 +508,22 @@ def test_a_folder_of_images_needs_no_labels(tmp_path):
 
 def test_class_folders_give_labels_and_splits_are_used_where_they_are(tmp_path):
     tree(tmp_path / "plain", ("cat", "dog"), 3)
-    images = data.load(str(tmp_path / "plain"))
+    images = datasets.load_images(str(tmp_path / "plain"))
     assert images.classes == ["cat", "dog"] and images.labels.tolist() == [0] * 3 + [1] * 3
     assert images.split == "all"
     tree(tmp_path / "parts" / "train", ("cat", "dog"), 3)
     tree(tmp_path / "parts" / "val", ("cat", "dog"), 2)
-    train, test = (data.load(str(tmp_path / "parts"), split=s) for s in ("train", "val"))
+    train, test = (datasets.load_images(str(tmp_path / "parts"), split=s) for s in ("train", "val"))
     assert (len(train), len(test), test.split) == (6, 4, "test")
-    few = data.load(str(tmp_path / "plain"), limit=2)
+    few = datasets.load_images(str(tmp_path / "plain"), limit=2)
     assert few.labels.tolist() == [0, 1]                      # spread over the classes
     plain = str(tmp_path / "plain")
-    train, test = (data.load(plain, split=s, apart=True) for s in ("train", "val"))
+    train, test = (datasets.load_images(plain, split=s, apart=True) for s in ("train", "val"))
     assert [images.paths.index(path) for path in test.paths] == [0, 5]              # every fifth
     assert sorted(train.paths + test.paths) == images.paths
     assert train.labels.tolist() == [0, 0, 1, 1] and test.labels.tolist() == [0, 1]
     assert (train.split, test.split) == ("train", "test")
-    few = data.load(plain, limit=2, apart=True)
+    few = datasets.load_images(plain, limit=2, apart=True)
     assert [images.paths.index(path) for path in few.paths] == [1, 3]   # the limit is for the split
 
 
@@ -531,26 +531,26 @@ def test_imagenet_100_is_picked_out_of_imagenet(tmp_path, capsys):
     three = ["n02869837", "n01749939", "n99999999"]
     for part in ("train", "val"):
         tree(tmp_path / "imagenet" / part, three, 2)
-    whole = data.load("imagenet", tmp_path, "val")
+    whole = datasets.load_images("imagenet", tmp_path, "val")
     assert whole.classes == sorted(three) and len(whole) == 6
-    part = data.load("imagenet100", tmp_path, "test")
+    part = datasets.load_images("imagenet100", tmp_path, "test")
     assert len(part) == 4 and "2 of the 100" in capsys.readouterr().err
-    assert part.classes == data.IMAGENET100 and len(set(part.classes)) == 100
+    assert part.classes == datasets.IMAGENET100 and len(set(part.classes)) == 100
     names = {os.path.basename(os.path.dirname(p)) for p in part.paths}
     assert names == {part.classes[i] for i in part.labels} == set(three[:2])
-    assert len(data.load("imagenet", tmp_path / "imagenet")) == 6         # the root itself will do
+    assert len(datasets.load_images("imagenet", tmp_path / "imagenet")) == 6         # the root itself will do
     tree(tmp_path / "imagenet10" / "train", ["n07747607", "n00000001"], 2)
-    ten = data.load("imagenet10", tmp_path, "train")
+    ten = datasets.load_images("imagenet10", tmp_path, "train")
     assert len(ten) == 2 and len(set(ten.classes)) == 10 and ten.labels.unique().tolist() == [9]
     photo(f"{tmp_path}/flat/val/ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(FileNotFoundError, match="val sorted into class folders"):
-        data.load("imagenet", tmp_path / "flat", "val")
+        datasets.load_images("imagenet", tmp_path / "flat", "val")
 
 
 @pytest.mark.parametrize("place", ["coco/train2017", "train2017", "images/train2017"])
 def test_coco_is_found_in_its_usual_places(tmp_path, place):
     photo(f"{tmp_path}/{place}/000000000009.jpg")
-    images = data.load("coco", tmp_path)
+    images = datasets.load_images("coco", tmp_path)
     assert len(images) == 1 and images.labels is None
 
 
@@ -574,12 +574,12 @@ def cifar(root, key=str, protocol=2, evil=None, fine=False):
 def test_cifar_pickles_are_read(tmp_path, key, protocol):
     cifar(tmp_path, key, protocol)
     cifar(tmp_path, key, protocol, fine=True)
-    train, test = (data.load("cifar10", tmp_path, split) for split in ("train", "val"))
+    train, test = (datasets.load_images("cifar10", tmp_path, split) for split in ("train", "val"))
     assert train.labels.tolist() == [0, 1, 1, 1, 2, 1, 3, 1, 4, 1] and train.classes[2] == "class 2"
     assert torch.equal(train.pixels[4:6], pictures(2, 32, seed=2))
     assert torch.equal(test.pixels, pictures(2, 32, seed=5))
-    assert len(data.load("cifar10", tmp_path, limit=3)) == 3
-    assert data.load("cifar100", tmp_path, "test").labels.tolist() == [1, 1]
+    assert len(datasets.load_images("cifar10", tmp_path, limit=3)) == 3
+    assert datasets.load_images("cifar100", tmp_path, "test").labels.tolist() == [1, 1]
 
 
 class Evil:
@@ -593,13 +593,13 @@ class Evil:
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
     cifar(tmp_path, evil={"data": Evil(tmp_path / "owned"), "labels": [0]})
     with pytest.raises(ValueError, match=r"data_batch_1 is not a CIFAR file: .*mkdir.* refused"):
-        data.load("cifar10", tmp_path)
+        datasets.load_images("cifar10", tmp_path)
     assert not (tmp_path / "owned").exists()
     pickle.load(io.BytesIO((tmp_path / "cifar-10-batches-py" / "test_batch").read_bytes()))
     assert (tmp_path / "owned").exists()                      # control: the pickle does bite
     for module, name in (("numpy", "load"), ("builtins", "eval"), ("numpy.testing", "ndarray.x")):
         with pytest.raises(pickle.UnpicklingError, match="refused"):
-            data.ArraysOnly(io.BytesIO(f"c{module}\n{name}\n.".encode())).load()
+            datasets.ArraysOnly(io.BytesIO(f"c{module}\n{name}\n.".encode())).load()
 
 
 def test_a_damaged_or_incomplete_cifar_says_so(tmp_path):
@@ -607,10 +607,10 @@ def test_a_damaged_or_incomplete_cifar_says_so(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     (folder / "test_batch").write_bytes((folder / "test_batch").read_bytes()[:200])
     with pytest.raises(ValueError, match="test_batch is not a CIFAR file"):
-        data.load("cifar10", tmp_path, "test")
+        datasets.load_images("cifar10", tmp_path, "test")
     (folder / "data_batch_3").unlink()
     with pytest.raises(FileNotFoundError, match="expected cifar-10-batches-py"):
-        data.load("cifar10", tmp_path)
+        datasets.load_images("cifar10", tmp_path)
 
 
 def test_stl10_is_stored_columns_first(tmp_path):
@@ -620,32 +620,32 @@ def test_stl10_is_stored_columns_first(tmp_path):
         x.mT.contiguous().numpy().tofile(tmp_path / "stl10_binary" / f"{name}_X.bin")
     np.array([1, 10, 3], np.uint8).tofile(tmp_path / "stl10_binary" / "train_y.bin")
     (tmp_path / "stl10_binary" / "class_names.txt").write_text("airplane\nbird\ncar\n")
-    images = data.load("stl10", tmp_path)
+    images = datasets.load_images("stl10", tmp_path)
     assert torch.equal(images.pixels, x) and images.labels.tolist() == [0, 9, 2]
-    assert data.load("stl10", tmp_path, "unlabeled").labels is None
+    assert datasets.load_images("stl10", tmp_path, "unlabeled").labels is None
     for labels, cut in ((b"\1\2\3", 1000), (b"\1\2", 0)):
         (tmp_path / "stl10_binary" / "train_y.bin").write_bytes(labels)
         file = tmp_path / "stl10_binary" / "train_X.bin"
         os.truncate(file, file.stat().st_size - cut)
         with pytest.raises(ValueError, match="train_X.bin is cut off, or does not go with"):
-            data.load("stl10", tmp_path)
+            datasets.load_images("stl10", tmp_path)
         x.mT.contiguous().numpy().tofile(file)
 
 
 def test_the_built_in_sets_need_nothing():
-    noise = data.load("synthetic", size=16, limit=8)
+    noise = datasets.load_images("synthetic", size=16, limit=8)
     assert noise.pixels.shape == (8, 3, 16, 16) and 100 < noise.pixels.float().mean() < 155
     for name in ("toy", "toy-scenes"):
-        images = data.load(name, split="test", size=32, limit=5)
-        drawn = data.toy.draw(torch.arange(5), "test", 32, scenes=name == "toy-scenes")
+        images = datasets.load_images(name, split="test", size=32, limit=5)
+        drawn = datasets.toy.draw(torch.arange(5), "test", 32, scenes=name == "toy-scenes")
         assert torch.equal(images.pixels, drawn["image"])
         assert torch.equal(images.labels, drawn["label"])
-        assert images.classes == list(data.toy.CLASSES)
+        assert images.classes == list(datasets.toy.CLASSES)
 
 
 @pytest.mark.skipif(not os.path.exists(f"{REAL}/cifar-10-batches-py"), reason="no CIFAR-10 here")
 def test_the_real_cifar_has_the_known_statistics():
-    images = data.load("cifar10", REAL)
+    images = datasets.load_images("cifar10", REAL)
     assert images.labels.bincount().unique().numel() == 1 and images.classes[3] == "cat"
     mean = images.pixels.float().mean((0, 2, 3)) / 255
     assert (mean - torch.tensor([0.4914, 0.4822, 0.4465])).abs().max() < 0.005
@@ -654,11 +654,11 @@ def test_the_real_cifar_has_the_known_statistics():
 # ---- sentences -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", data.LAYOUT)
+@pytest.mark.parametrize("name", datasets.LAYOUT)
 def test_a_missing_set_prints_the_layout_and_where_to_get_it(tmp_path, name):
     with pytest.raises(FileNotFoundError) as error:
-        data.load(name, tmp_path)
-    layout, source = data.LAYOUT[name]
+        datasets.load_images(name, tmp_path)
+    layout, source = datasets.LAYOUT[name]
     for part in (layout, source, str(tmp_path), "nothing is downloaded"):
         assert part in str(error.value)
 
@@ -666,20 +666,20 @@ def test_a_missing_set_prints_the_layout_and_where_to_get_it(tmp_path, name):
 def test_the_root_comes_from_the_environment_unless_given(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
     photo(f"{tmp_path}/coco/val2017/1.jpg")
-    assert len(data.load("coco", split="val")) == 1
+    assert len(datasets.load_images("coco", split="val")) == 1
     with pytest.raises(FileNotFoundError, match="elsewhere"):
-        data.load("coco", "elsewhere", "val")
+        datasets.load_images("coco", "elsewhere", "val")
 
 
 def test_wrong_names_and_numbers_get_one_clear_sentence(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'cifar10'.*path of a folder"):
-        data.load("cifar-10")
+        datasets.load_images("cifar-10")
     with pytest.raises(FileNotFoundError, match="No folder ./nowhere"):
-        data.load("./nowhere")
+        datasets.load_images("./nowhere")
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(FileNotFoundError, match="No images under .*for .jpg .*labels are not"):
-        data.load(str(tmp_path))
+        datasets.load_images(str(tmp_path))
     with pytest.raises(ValueError, match="No split 'dev'"):
-        data.load("synthetic", split="dev")
+        datasets.load_images("synthetic", split="dev")
     with pytest.raises(ValueError, match="limit is 0"):
-        data.load("synthetic", limit=0)
+        datasets.load_images("synthetic", limit=0)

@@ -14,14 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoints
-import data
-import dense
 import evaluate
-import metrics
-import readers
-import rng
 import vit
+from lib import augment, checkpoints, metrics, rng
+from probes import annotations, dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")    # of pycocotools
 REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
@@ -30,7 +26,7 @@ SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
 
 @pytest.fixture(autouse=True)
 def quiet():
-    readers.coco_json.cache_clear()
+    annotations.coco_json.cache_clear()
     torch.manual_seed(0)
     with torch.no_grad():
         yield
@@ -39,7 +35,7 @@ def quiet():
 def model(**config):
     torch.manual_seed(0)
     encoder = vit.ViT(**{**SMALL, **config}).eval()
-    return SimpleNamespace(name="small", encoder=encoder, size=32, mean=data.MEAN, std=data.STD,
+    return SimpleNamespace(name="small", encoder=encoder, size=32, mean=augment.MEAN, std=augment.STD,
                            interpolation="bicubic", source=SimpleNamespace(path=None, branch=None))
 
 
@@ -177,7 +173,7 @@ def test_the_picture_marks_the_prompt_in_red():
 
 def test_flips_change_sides_only_if_asked(monkeypatch):
     def swapped(name):
-        names = readers.segmentation_classes(name, "part")
+        names = annotations.segmentation_classes(name, "part")
         table = dense.sides(names)
         assert table[table.long()].equal(torch.arange(256, dtype=torch.uint8))
         return names, table, {names[i]: names[table[i]] for i in range(len(names)) if table[i] != i}
@@ -295,8 +291,8 @@ def planted(monkeypatch, shuffle):
             z = flat[:, torch.randperm(flat.shape[1], generator=g)].view_as(z)
         return z
 
-    monkeypatch.setattr(readers, "segmentation", segmentation)
-    monkeypatch.setattr(readers, "segmentation_classes", lambda *_: ["a", "b", "c"])
+    monkeypatch.setattr(annotations, "segmentation", segmentation)
+    monkeypatch.setattr(annotations, "segmentation_classes", lambda *_: ["a", "b", "c"])
     monkeypatch.setattr(dense, "patches", patches)
     monkeypatch.setattr(dense, "distort", lambda x, g: x)
     monkeypatch.setattr(dense, "SIZES", {"voc": (64, 64, (64, 64), (64, 64))})
@@ -329,7 +325,7 @@ def test_rates_are_chosen_on_images_that_are_not_trained_on(monkeypatch):
         trained.add(item.id), crop(item, *rest))[1])
     monkeypatch.setattr(dense, "segment", lambda predict, image, *rest: (
         scored.append(image), segment(predict, image, *rest))[1])
-    train, test = ([item.image for item in readers.segmentation("voc", None, split, None, None, 64)]
+    train, test = ([item.image for item in annotations.segmentation("voc", None, split, None, None, 64)]
                    for split in ("train", "test"))
     for lrs, held in (["1e-3"], []), (["1e-3", "1e-2"], [0, 10, 20]):
         trained.clear(), scored.clear()
@@ -391,7 +387,7 @@ def test_the_number_of_workers_changes_nothing(monkeypatch, task):
         return result.rows, result.notes
 
     name = "voc" if task == "linear_segmentation" else "coco"
-    monkeypatch.setattr(readers, "keypoints", keypoints)
+    monkeypatch.setattr(annotations, "keypoints", keypoints)
     monkeypatch.setattr(metrics, "coco_ap", lambda *_: dict.fromkeys(("AP", "AP50", "AR", "AR50"),
                                                                      0.0))
     monkeypatch.setitem(dense.POSE, "coco", dict(shape=(64, 48), batch=4, iters=9, warmup=1,
@@ -452,7 +448,7 @@ def test_whose_patches_are_alike_is_segmented(monkeypatch):
 
         monkeypatch.setattr(dense, "patches", patches)
         monkeypatch.setattr(dense, "normalised", lambda model, images, args: images / 255)
-        monkeypatch.setattr(readers, "masks", masks)
+        monkeypatch.setattr(annotations, "masks", masks)
         args = settings("--task", "zero_shot_segmentation", "--size", "64")
         return dense.zero_shot_segmentation(model(), args).rows["mean over targets"]
 
@@ -466,7 +462,7 @@ def test_the_best_threshold_is_one_for_all_and_categories_count_alike(monkeypatc
     iou = torch.zeros(3, 10, dtype=torch.float64)            # at T = 0, 0.1 ... 0.9
     iou[0, 1], iou[1, 2], iou[2, 1:3] = 0.6, 0.6, torch.tensor([0.9, 0.3])
     each, whole = iter(iou), torch.ones(1, 64, 64, dtype=torch.bool)
-    monkeypatch.setattr(readers, "masks", lambda *_: (
+    monkeypatch.setattr(annotations, "masks", lambda *_: (
         SimpleNamespace(image=torch.zeros(3, 64, 64).byte(), labels=torch.tensor([label]),
                         masks=whole, crowd=torch.tensor([False])) for label in (3, 3, 5)))
     monkeypatch.setattr(dense, "sweep", lambda *_: next(each))
@@ -487,7 +483,7 @@ def test_targets_are_categories_or_instances_but_no_crowds(monkeypatch):
         mask[4 * k:4 * k + 4] = True
     item = SimpleNamespace(image=torch.zeros(3, 16, 16).byte(), labels=torch.tensor([3, 5, 3, 3]),
                            masks=masks, crowd=torch.tensor([False, False, False, True]))
-    monkeypatch.setattr(readers, "masks", lambda *_: [item])
+    monkeypatch.setattr(annotations, "masks", lambda *_: [item])
 
     def pairs(target):
         [(_, pairs, valid)] = dense.targets(settings("--target", target), 16)
@@ -506,7 +502,7 @@ def test_parts_are_asked_by_the_class_maps_of_the_level():
         return next(dense.targets(args, 32))
 
     _, pairs, valid = targets("--level", "part")
-    [item] = readers.segmentation("toy", limit=1, level="part", size=32)
+    [item] = annotations.segmentation("toy", limit=1, level="part", size=32)
     assert len(pairs) > 2 and valid.equal(item.labels != 255) and not valid.all()
     for part, mask in pairs:
         assert mask.equal(item.labels == part)
@@ -533,8 +529,8 @@ def test_void_counts_nowhere_and_background_is_no_target(monkeypatch):
 
     monkeypatch.setattr(dense, "patches", patches)
     monkeypatch.setattr(dense, "normalised", lambda model, images, args: images / 255)
-    monkeypatch.setattr(readers, "segmentation", lambda *_: [item])
-    monkeypatch.setattr(readers, "segmentation_classes", lambda *_: ["background", "cat"])
+    monkeypatch.setattr(annotations, "segmentation", lambda *_: [item])
+    monkeypatch.setattr(annotations, "segmentation_classes", lambda *_: ["background", "cat"])
     args = settings("--task", "zero_shot_segmentation", "--size", "64", "--data", "voc")
     result = dense.zero_shot_segmentation(model(), args)
     row = result.rows["mean over targets"]
@@ -611,9 +607,9 @@ def test_films_are_compared_by_cosine_and_davis_has_a_deviation_of_its_own(monke
     frames, masks = torch.randint(256, (4, 3, 64, 64)).byte(), torch.zeros(4, 64, 64).byte()
     masks[:, 16:48, 16:48] = 1
     film = SimpleNamespace(name="noise", frames=frames, masks=masks, objects=1)
-    monkeypatch.setattr(readers, "videos", lambda *_: [film])
+    monkeypatch.setattr(annotations, "videos", lambda *_: [film])
 
-    def row(lengths, std=data.STD):
+    def row(lengths, std=augment.STD):
         def patches(model, x, args):
             seen.append(x[0])
             return lengths * (F.pixel_unshuffle(x, 8).permute(0, 2, 3, 1) @ mix)
@@ -629,7 +625,7 @@ def test_films_are_compared_by_cosine_and_davis_has_a_deviation_of_its_own(monke
     assert 0 < found["J&F"] < 100 and row(torch.tensor([1.0, 4] * 4)[:, None, None]) == found
     row(1, (0.5, 0.5, 0.5))                                  # an encoder that brings another
     stds = torch.tensor([(0.228, 0.224, 0.225)] * 2 + [(0.5, 0.5, 0.5)])[:, None, :, None, None]
-    expected = (frames / 255 - torch.tensor(data.MEAN)[:, None, None]) / stds
+    expected = (frames / 255 - torch.tensor(augment.MEAN)[:, None, None]) / stds
     torch.testing.assert_close(torch.stack(seen), expected.flatten(0, 1))
 
 
@@ -745,7 +741,7 @@ def test_training_views_move_points_with_the_picture():
 def test_joints_are_scored_by_the_longer_side_if_labelled_and_of_no_crowd(monkeypatch):
     """Two creatures of the test split and a crowd. Of one all joints but the fourth are labelled
     and 9 px off; of the other only the first is, and 11 px off. All else is far from its place."""
-    joints = len(readers.part_names("toy"))
+    joints = len(annotations.part_names("toy"))
     v = torch.ones(3, joints)
     v[0, 3], v[1, 1:] = 0, 0
     off = torch.tensor([9.0, 11, 500])[:, None].where(v > 0, 500)
@@ -761,7 +757,7 @@ def test_joints_are_scored_by_the_longer_side_if_labelled_and_of_no_crowd(monkey
     def predict(item, who, *_):
         return item.points[who][..., :2] + F.pad(item.off[who][..., None], (0, 1)), None
 
-    monkeypatch.setattr(readers, "keypoints", keypoints)
+    monkeypatch.setattr(annotations, "keypoints", keypoints)
     monkeypatch.setattr(dense, "predict", predict)
     result = dense.pose(model(), settings("--task", "pose", "--iters", "1"))
     assert result.images == {"objects": 2}
@@ -797,8 +793,8 @@ def test_the_same_person_is_found_once():
 def run(tmp_path, *flags):
     path = tmp_path / "encoder.pt"
     if not path.exists():
-        checkpoints.save(path, model().encoder, branch="base", method="mae", data="toy", step=1,
-                 mean=data.MEAN, std=data.STD)
+        checkpoints.save_encoder(path, model().encoder, branch="base", method="mae", data="toy", step=1,
+                 mean=augment.MEAN, std=augment.STD)
     evaluate.main(["--checkpoint", str(path), "--out", str(tmp_path), "--device", "cpu",
                    "--precision", "fp32", *flags])
     return json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
@@ -853,8 +849,8 @@ def test_what_is_missing_is_said_before_training(monkeypatch, task, name, missin
                               areas=torch.ones(1), crowd=torch.zeros(1).bool())
 
     steps = []
-    monkeypatch.setattr(readers, "segmentation", read)
-    monkeypatch.setattr(readers, "keypoints", read)
+    monkeypatch.setattr(annotations, "segmentation", read)
+    monkeypatch.setattr(annotations, "keypoints", read)
     monkeypatch.setitem(dense.SIZES, "voc", (32, 24, (32, 32), (32, 32)))
     monkeypatch.setitem(dense.POSE, "coco", {**dense.POSE["coco"], "batch": 2})
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda _: steps.append(1))

@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-import metrics
-import readers
-import toy
+from lib import metrics, toy
+from probes import annotations
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")    # of pycocotools
 REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
@@ -20,7 +19,7 @@ REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
 
 @pytest.fixture(autouse=True)
 def fresh():
-    readers.coco_json.cache_clear()
+    annotations.coco_json.cache_clear()
 
 
 def photo(path, height, width):
@@ -68,14 +67,14 @@ def ade20k(root, folder="ADEChallengeData2016"):
 def test_ade20k_counts_from_wall_and_ignores_what_has_no_class(tmp_path, folder):
     ade20k(tmp_path, folder)
     for split, name in (("train", "ADE_train_00000001"), ("val", "ADE_val_00000001")):
-        [item] = readers.segmentation("ade20k", tmp_path, split)
+        [item] = annotations.segmentation("ade20k", tmp_path, split)
         assert item.id == name and item.image.shape == (3, 48, 64)
         assert found(item) == [255, 0, 12, 149]
-    names = readers.segmentation_classes("ade20k")
+    names = annotations.segmentation_classes("ade20k")
     assert len(names) == len(set(names)) == 150
     assert (names[0], names[12], names[149]) == ("wall", "person", "flag")
-    [item] = readers.segmentation("ade20k", tmp_path, "val", level="object")
-    names = readers.segmentation_classes("ade20k", "object")
+    [item] = annotations.segmentation("ade20k", tmp_path, "val", level="object")
+    names = annotations.segmentation_classes("ade20k", "object")
     assert len(names) == len(set(names)) == 59 and names[6] == "person"
     assert found(item) == [255, 6, 255]                    # wall and flag have no parts
 
@@ -107,21 +106,21 @@ def sbd(root, values=(0, 20)):
 @pytest.mark.parametrize("devkit", ["VOCdevkit/", ""])
 def test_voc_trains_on_sbd_too_but_never_on_its_own_val(tmp_path, capsys, devkit):
     top = voc(tmp_path, devkit)
-    [item] = readers.segmentation("voc", tmp_path, "test")
+    [item] = annotations.segmentation("voc", tmp_path, "test")
     assert item.id == "b" and found(item) == [0, 15, 255]  # of the palette, the numbers
     assert capsys.readouterr().err == ""
-    assert [item.id for item in readers.segmentation("voc", tmp_path, "train")] == ["a"]
+    assert [item.id for item in annotations.segmentation("voc", tmp_path, "train")] == ["a"]
     assert "no benchmark_RELEASE (SBD)" in capsys.readouterr().err
     sbd(tmp_path)
-    one, other = readers.segmentation("voc", tmp_path, "train")
+    one, other = annotations.segmentation("voc", tmp_path, "train")
     assert (one.id, found(one)) == ("a", [0, 15, 255])
     assert (other.id, found(other)) == ("c", [0, 20])
-    names = readers.segmentation_classes("voc")
+    names = annotations.segmentation_classes("voc")
     assert len(names) == 21 and (names[0], names[15], names[20]) == (
         "background", "person", "tvmonitor")
     label(top / "SegmentationClassAug/c.png", stripes(30, 40, 3))    # the prepared form goes first
     text(top / "ImageSets/Segmentation/trainaug.txt", "c")
-    [item] = readers.segmentation("voc", tmp_path, "train")
+    [item] = annotations.segmentation("voc", tmp_path, "train")
     assert item.id == "c" and found(item) == [3]
 
 
@@ -129,7 +128,7 @@ def test_sbd_with_a_number_that_is_no_class_gets_a_sentence(tmp_path):
     voc(tmp_path)
     sbd(tmp_path, (0, 21))
     with pytest.raises(ValueError, match="c.mat is damaged or not as voc has it .*21 is no class"):
-        list(readers.segmentation("voc", tmp_path, "train"))
+        list(annotations.segmentation("voc", tmp_path, "train"))
 
 
 def pascal(root, part="rwing_1"):
@@ -167,33 +166,33 @@ def test_pascal_parts_are_painted_in_the_order_of_the_file(tmp_path):
     objects = raw["anno"][0, 0]["objects"]
     assert objects[0, 0]["class"][0] == "bird" and objects[0, 1]["parts"].size == 0
     assert objects[0, 0]["parts"][0, 1]["part_name"][0] == "beak"
-    names = readers.segmentation_classes("pascal", "part")
+    names = annotations.segmentation_classes("pascal", "part")
     assert len(names) == len(set(names)) == 193
     assert names[0] == "aeroplane: body" and names[-1] == "tvmonitor: screen"
-    bird, tv, empty = readers.segmentation("pascal", tmp_path, "train", level="part")
+    bird, tv, empty = annotations.segmentation("pascal", tmp_path, "train", level="part")
     assert [names[i] if i < 255 else "" for i in found(bird)] == [
         "bird: torso", "bird: beak", "bird: rwing", ""]
     assert found(tv) == [255, 192, 255] and found(empty) == [255]
-    classes = readers.segmentation_classes("pascal")
+    classes = annotations.segmentation_classes("pascal")
     assert len(classes) == 16 and not {"boat", "chair", "diningtable", "sofa"} & set(classes)
-    bird, tv, empty = readers.segmentation("pascal", tmp_path, "train")
+    bird, tv, empty = annotations.segmentation("pascal", tmp_path, "train")
     assert found(bird) == [2, 255] and classes[2] == "bird"          # the boat is ignored
     assert found(tv) == [255, 15, 255] and found(empty) == [255]
-    assert [item.id for item in readers.segmentation("pascal", tmp_path, "val")] == ["2008_000003"]
+    assert [item.id for item in annotations.segmentation("pascal", tmp_path, "val")] == ["2008_000003"]
 
 
 def test_the_numbers_of_pascals_parts_are_the_officials():
     counts = [7, 6, 13, 2, 13, 13, 17, 19, 18, 21, 5, 24, 2, 19, 13, 1]
-    assert [len(parts) for parts in readers.PASCAL_PARTS.values()] == counts and sum(counts) == 193
-    assert list(readers.PASCAL_PARTS) == [
-        name for name in readers.VOC[1:] if name not in ("boat", "chair", "diningtable", "sofa")]
+    assert [len(parts) for parts in annotations.PASCAL_PARTS.values()] == counts and sum(counts) == 193
+    assert list(annotations.PASCAL_PARTS) == [
+        name for name in annotations.VOC[1:] if name not in ("boat", "chair", "diningtable", "sofa")]
 
 
 def test_a_part_that_nobody_knows_is_named(tmp_path):
     pascal(tmp_path, "propeller_2")
     with pytest.raises(ValueError, match="2008_000002.mat is damaged .*none of the 193: bird: pr"):
-        list(readers.segmentation("pascal", tmp_path, "train", level="part"))
-    assert len(list(readers.segmentation("pascal", tmp_path, "train"))) == 3
+        list(annotations.segmentation("pascal", tmp_path, "train", level="part"))
+    assert len(list(annotations.segmentation("pascal", tmp_path, "train"))) == 3
 
 
 @pytest.mark.parametrize("twice", ["", "TrainVal_images/"])
@@ -203,13 +202,13 @@ def test_lip_is_read_with_and_without_its_background(tmp_path, twice):
         label(tmp_path / f"lip/TrainVal_parsing_annotations/val_segmentations/{name}.png",
               stripes(height, width, 0, 5, 14, 15))
     text(tmp_path / f"lip/{twice}val_id.txt", "1_2", "3_4")
-    one, other = readers.segmentation("lip", tmp_path)
+    one, other = annotations.segmentation("lip", tmp_path)
     assert found(one) == found(other) == [255, 4, 13, 14] and other.image.shape == (3, 200, 33)
-    names = readers.segmentation_classes("lip")
+    names = annotations.segmentation_classes("lip")
     assert len(names) == 19 and [names[i] for i in (4, 13, 14)] == [
         "UpperClothes", "Left-arm", "Right-arm"]
-    assert found(next(readers.segmentation("lip", tmp_path, level="scene"))) == [0, 5, 14, 15]
-    assert len(readers.segmentation_classes("lip", "scene")) == 20
+    assert found(next(annotations.segmentation("lip", tmp_path, level="scene"))) == [0, 5, 14, 15]
+    assert len(annotations.segmentation_classes("lip", "scene")) == 20
 
 
 def test_cityscapes_trains_on_nineteen_of_its_labels(tmp_path):
@@ -219,11 +218,11 @@ def test_cityscapes_trains_on_nineteen_of_its_labels(tmp_path):
         label(tmp_path / f"cityscapes/gtFine/{stem}gtFine_labelIds.png",
               stripes(32, 64, 0, 7, 26, 33))
         label(tmp_path / f"cityscapes/gtFine/{stem}gtFine_instanceIds.png", stripes(32, 64, 9))
-    [item] = readers.segmentation("cityscapes", tmp_path, "train")
+    [item] = annotations.segmentation("cityscapes", tmp_path, "train")
     assert item.id == "aachen_000000_000019" and found(item) == [255, 0, 13, 18]
-    names = readers.segmentation_classes("cityscapes")
+    names = annotations.segmentation_classes("cityscapes")
     assert len(names) == 19 and [names[i] for i in (0, 13, 18)] == ["road", "car", "bicycle"]
-    assert len(list(readers.segmentation("cityscapes", tmp_path / "cityscapes", "val"))) == 1
+    assert len(list(annotations.segmentation("cityscapes", tmp_path / "cityscapes", "val"))) == 1
 
 
 # ---- the whole ADE20K ----------------------------------------------------------------------------
@@ -265,23 +264,23 @@ def ade20k_full(root, size=(32, 32)):
 def test_ade20k_parts_are_pairs_that_both_splits_have_most_frequent_first(tmp_path, capsys):
     path = ade20k_full(tmp_path)
     assert BUILDING == 10 // 10 * 256 + 56 and WINDOW == 110 // 10 * 256 + 234
-    names = readers.segmentation_classes("ade20k", "part", tmp_path)
+    names = annotations.segmentation_classes("ade20k", "part", tmp_path)
     assert names == ["building: window", "car: wheel"]     # no door: it is not in val
     assert f"counting the parts of ADE20K, once, for {path}" in capsys.readouterr().err
-    one, two = readers.segmentation("ade20k", tmp_path, "train", level="part")
+    one, two = annotations.segmentation("ade20k", tmp_path, "train", level="part")
     assert (one.id, two.id) == ("ADE_train_00000001", "ADE_train_00000002")
     assert found(one) == [255, 0, 1, 255] and found(two) == [255]
-    one, two = readers.segmentation("ade20k", tmp_path, "val", level="part")
+    one, two = annotations.segmentation("ade20k", tmp_path, "val", level="part")
     assert found(one) == [1, 0, 255] and found(two) == [255]
     assert capsys.readouterr().err == ""                   # the list was kept
     rows = [line.split("\t") for line in path.read_text().splitlines()]
     wide = np.bincount(stripes(1, 32, 0, 1, 1, 2, 3)[0])
     assert [int(row[2]) for row in rows] == [32 * wide[1], 32 * wide[2]]
     path.write_text("".join("\t".join(row) + "\n" for row in rows[::-1]))
-    assert found(next(readers.segmentation("ade20k", tmp_path, level="part")))[:2] == [0, 1]
+    assert found(next(annotations.segmentation("ade20k", tmp_path, level="part")))[:2] == [0, 1]
     path.write_text("no list\n")
     with pytest.raises(ValueError, match="parts_209.txt is damaged or not as ade20k-full has it"):
-        readers.segmentation_classes("ade20k", "part", tmp_path)
+        annotations.segmentation_classes("ade20k", "part", tmp_path)
 
 
 def test_rare_pairs_at_the_borders_of_objects_are_no_parts(tmp_path):
@@ -295,12 +294,12 @@ def test_rare_pairs_at_the_borders_of_objects_are_no_parts(tmp_path):
             codes[:pixels, 30] = WHEEL                     # on a building in both
             coded(folder / f"{stem}_parts_1.png", codes)
         (folder / "parts_209.txt").unlink(missing_ok=True)
-        assert len(readers.segmentation_classes("ade20k", "part", tmp_path)) == names
+        assert len(annotations.segmentation_classes("ade20k", "part", tmp_path)) == names
 
 
 def test_large_images_of_ade20k_shrink_as_for_the_150_classes(tmp_path):
     ade20k_full(tmp_path, (600, 900))
-    item = next(readers.segmentation("ade20k", tmp_path, "train", level="part"))
+    item = next(annotations.segmentation("ade20k", tmp_path, "train", level="part"))
     assert item.image.shape == (3, 512, 768) and found(item) == [255, 0, 1, 255]
 
 
@@ -329,14 +328,14 @@ def coco(root, **changes):
 def test_coco_masks_are_polygons_and_run_lengths(tmp_path):
     pytest.importorskip("pycocotools")
     coco(tmp_path)
-    item, none = readers.masks("coco", tmp_path)
+    item, none = annotations.masks("coco", tmp_path)
     assert item.masks.shape == (3, 6, 7) and item.masks.dtype == torch.bool
     assert item.masks.sum((1, 2)).tolist() == [12, 4, 12]
     assert item.masks[0, 1:3, 1:4].all() and item.masks[0, 4:6, 4:7].all()
     assert item.masks[2, :, :2].all()                      # columns first
     assert item.labels.tolist() == [79, 0, 0] and item.crowd.tolist() == [False, False, True]
     assert none.masks.shape == (0, 6, 7)
-    assert not hasattr(next(readers.boxes("coco", tmp_path)), "masks")
+    assert not hasattr(next(annotations.boxes("coco", tmp_path)), "masks")
 
 
 @pytest.mark.parametrize("segmentation, rows", [
@@ -350,20 +349,20 @@ def test_coco_masks_are_polygons_and_run_lengths(tmp_path):
     ({"size": [2, 3], "counts": "6"}, ["000", "000"])])
 def test_outlines_decode_to_the_official_masks(segmentation, rows):
     pytest.importorskip("pycocotools")
-    mask = readers.decode(segmentation, torch.Size([len(rows), len(rows[0])]))
+    mask = annotations.decode(segmentation, torch.Size([len(rows), len(rows[0])]))
     assert ["".join(map(str, row)) for row in mask.int().tolist()] == rows
 
 
 def test_a_class_map_of_coco_has_small_objects_on_top_and_ignores_crowds(tmp_path):
     pytest.importorskip("pycocotools")
     coco(tmp_path)
-    item, none = readers.segmentation("coco", tmp_path)
+    item, none = annotations.segmentation("coco", tmp_path)
     assert item.labels.dtype == torch.uint8
     assert item.labels.tolist() == [[255, 255, 0, 0, 0, 0, 0], [255, 1, 1, 80, 0, 0, 0],
                                     [255, 1, 1, 80, 0, 0, 0], [255, 255, 0, 0, 0, 0, 0],
                                     [255, 255, 0, 0, 80, 80, 80], [255, 255, 0, 0, 80, 80, 80]]
     assert none.labels.max() == 0
-    names = readers.segmentation_classes("coco")
+    names = annotations.segmentation_classes("coco")
     assert len(names) == 81 and names[:2] == ["background", "person"] and names[80] == "toothbrush"
 
 
@@ -379,21 +378,21 @@ def test_damaged_outlines_get_a_sentence(tmp_path, segmentation, why):
     pytest.importorskip("pycocotools")
     coco(tmp_path, segmentation=segmentation)
     with pytest.raises(ValueError, match=f"instances_val2017.json is damaged or not as .*{why}"):
-        list(readers.masks("coco", tmp_path))
+        list(annotations.masks("coco", tmp_path))
 
 
 def test_coco_stuff_numbers_things_before_stuff(tmp_path):
     photo(tmp_path / "coco/val2017/000000000009.jpg", 40, 50)
     path = tmp_path / "coco/stuffthingmaps/val2017/000000000009.png"
     label(path, stripes(40, 50, 0, 12, 91, 181, 255))
-    [item] = readers.segmentation("coco", tmp_path, level="scene")
-    names = readers.segmentation_classes("coco", "scene")
+    [item] = annotations.segmentation("coco", tmp_path, level="scene")
+    names = annotations.segmentation_classes("coco", "scene")
     assert len(names) == len(set(names)) == 171
     assert item.id == 9 and found(item) == [0, 11, 80, 170, 255]
     assert [names[i] for i in (0, 11, 80, 170)] == ["person", "stop sign", "banner", "wood"]
     label(path, stripes(40, 50, 11))                       # the street sign, which never occurs
     with pytest.raises(ValueError, match="the number 11 is no class"):
-        list(readers.segmentation("coco", tmp_path, level="scene"))
+        list(annotations.segmentation("coco", tmp_path, level="scene"))
 
 
 # ---- films ---------------------------------------------------------------------------------------
@@ -417,7 +416,7 @@ def davis(root, frames=6):
 
 def test_davis_has_films_whose_void_is_no_object(tmp_path):
     davis(tmp_path)
-    goat, ants = readers.videos("davis", tmp_path)
+    goat, ants = annotations.videos("davis", tmp_path)
     assert (goat.name, goat.objects, ants.name, ants.objects) == ("goat", 1, "ants", 2)
     assert ants.masks.shape == (6, 96, 128) and ants.masks.dtype == torch.uint8
     assert ants.masks.unique().tolist() == [0, 1, 2]       # of the palette the numbers, no 255
@@ -431,12 +430,12 @@ def test_davis_has_films_whose_void_is_no_object(tmp_path):
     assert scores["j"] == scores["f"] == 1
     still = metrics.film_scores(ants.masks[:1].repeat(6, 1, 1), ants.masks)
     assert metrics.video_scores([still])["j"] < 0.8        # negative control
-    assert [item.name for item in readers.videos("davis", tmp_path / "DAVIS", limit=1)] == ["goat"]
+    assert [item.name for item in annotations.videos("davis", tmp_path / "DAVIS", limit=1)] == ["goat"]
 
 
 def test_frames_are_read_when_asked_for(tmp_path):
     top = davis(tmp_path)
-    goat = next(readers.videos("davis", tmp_path))
+    goat = next(annotations.videos("davis", tmp_path))
     (top / "JPEGImages/480p/goat/00003.jpg").write_bytes(b"no picture")
     assert goat.frames[2].shape == (3, 96, 128)
     with pytest.raises(ValueError, match="Cannot read .*00003.jpg: .*Restore the file"):
@@ -453,7 +452,7 @@ def test_frames_are_read_when_asked_for(tmp_path):
 def test_a_damaged_film_gets_a_sentence(tmp_path, harm, why):
     harm(davis(tmp_path))
     with pytest.raises(ValueError, match=f"480p/.* is damaged or not as davis has it .*{why}"):
-        list(readers.videos("davis", tmp_path))
+        list(annotations.videos("davis", tmp_path))
 
 
 # ---- the built-in creatures ----------------------------------------------------------------------
@@ -462,7 +461,7 @@ def test_a_damaged_film_gets_a_sentence(tmp_path, harm, why):
 @pytest.mark.parametrize("name", ["toy", pytest.param("toy-scenes", marks=pytest.mark.slow)])
 def test_creatures_have_maps_masks_and_films(name):
     drawn = toy.draw(torch.arange(70), "test", 64, name == "toy-scenes", annotate=True)
-    maps = {level: list(readers.segmentation(name, split="test", limit=70, level=level, size=64))
+    maps = {level: list(annotations.segmentation(name, split="test", limit=70, level=level, size=64))
             for level in (None, "part")}
     for i, (thing, parts) in enumerate(zip(maps[None], maps["part"])):
         assert thing.id == i and thing.image.equal(drawn["image"][i])
@@ -470,12 +469,12 @@ def test_creatures_have_maps_masks_and_films(name):
         there = drawn["parts"][i] > 0                      # without a part: to be ignored
         assert (parts.labels[~there] == 255).all()
         assert (parts.labels[there] + 1).equal(drawn["parts"][i][there])
-    assert readers.segmentation_classes(name) == ["background", *toy.CLASSES]
-    assert readers.segmentation_classes(name, "part") == toy.PARTS
-    for i, item in enumerate(readers.masks(name, limit=70, size=64)):
+    assert annotations.segmentation_classes(name) == ["background", *toy.CLASSES]
+    assert annotations.segmentation_classes(name, "part") == toy.PARTS
+    for i, item in enumerate(annotations.masks(name, limit=70, size=64)):
         assert item.masks.sum((1, 2)).tolist() == item.areas.tolist()
         assert item.masks.any(0).equal(drawn["instances"][i] > 0)
-    films = list(readers.videos(name, limit=4, size=64))
+    films = list(annotations.videos(name, limit=4, size=64))
     for film in films:
         assert len(film.frames) == len(film.masks) == 24 and film.frames[3].shape == (3, 64, 64)
         assert sorted(film.masks[0].unique().tolist()) == list(range(film.objects + 1))
@@ -499,7 +498,7 @@ def test_damaged_labels_get_a_sentence(tmp_path, harm, why):
     path = tmp_path / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png"
     harm(path)
     with pytest.raises(ValueError) as error:
-        list(readers.segmentation("ade20k", tmp_path))
+        list(annotations.segmentation("ade20k", tmp_path))
     assert str(error.value).startswith(f"{path} is damaged or not as ade20k has it (")
     assert error.match(why) and "\n" not in str(error.value)
 
@@ -513,9 +512,9 @@ def test_a_missing_set_prints_the_layout_and_where_to_get_it(tmp_path, name, lev
     if name in ("pascal", "coco"):
         pytest.importorskip({"pascal": "scipy", "coco": "pycocotools"}[name])
     with pytest.raises(FileNotFoundError) as error:
-        list(readers.videos(name, tmp_path) if name == "davis" else
-             readers.segmentation(name, tmp_path, level=level))
-    layout = readers.LAYOUT["ade20k-full" if level == "part" else name]
+        list(annotations.videos(name, tmp_path) if name == "davis" else
+             annotations.segmentation(name, tmp_path, level=level))
+    layout = annotations.LAYOUT["ade20k-full" if level == "part" else name]
     for part in (*layout, str(tmp_path), "nothing is downloaded"):
         assert part in str(error.value)
 
@@ -526,31 +525,31 @@ def test_folders_without_labels_are_a_missing_set(tmp_path):
     for path in folder.iterdir():
         path.unlink()
     with pytest.raises(FileNotFoundError, match="No ade20k under .*expected ADEChallengeData2016/"):
-        list(readers.segmentation("ade20k", tmp_path))
+        list(annotations.segmentation("ade20k", tmp_path))
 
 
 def test_wrong_names_splits_and_levels_get_one_clear_sentence():
     with pytest.raises(ValueError, match="No segmentation of 'cub' here: choose toy or toy-scene"):
-        readers.segmentation("cub")
+        annotations.segmentation("cub")
     with pytest.raises(ValueError, match="No segmentation of 'cub' here"):
-        readers.segmentation_classes("cub")
+        annotations.segmentation_classes("cub")
     with pytest.raises(ValueError, match="No videos of 'coco' here: choose toy or davis or toy-sc"):
-        readers.videos("coco")
+        annotations.videos("coco")
     with pytest.raises(ValueError, match="No masks of 'voc' here: choose toy or toy-scenes or co"):
-        readers.masks("voc")
+        annotations.masks("voc")
     with pytest.raises(ValueError, match="No level 'part' of voc: choose object"):
-        readers.segmentation("voc", level="part")
+        annotations.segmentation("voc", level="part")
     with pytest.raises(ValueError, match="No level 'stuff' of ade20k: choose scene or object or p"):
-        readers.segmentation_classes("ade20k", "stuff")
+        annotations.segmentation_classes("ade20k", "stuff")
     with pytest.raises(ValueError, match="No split 'all' of lip: choose train or test"):
-        readers.segmentation("lip", split="all")
+        annotations.segmentation("lip", split="all")
 
 
 @pytest.mark.parametrize("package, read", [
-    ("scipy", lambda root: readers.segmentation("pascal", root)),
-    ("scipy", lambda root: readers.segmentation("voc", root, "train")),
-    ("pycocotools", lambda root: readers.masks("coco", root)),
-    ("pycocotools", lambda root: readers.segmentation("coco", root)),
+    ("scipy", lambda root: annotations.segmentation("pascal", root)),
+    ("scipy", lambda root: annotations.segmentation("voc", root, "train")),
+    ("pycocotools", lambda root: annotations.masks("coco", root)),
+    ("pycocotools", lambda root: annotations.segmentation("coco", root)),
 ])
 def test_without_an_extra_it_is_said_what_to_install(tmp_path, monkeypatch, package, read):
     voc(tmp_path)
@@ -579,9 +578,9 @@ def unpack(name, folder):
 
 def test_the_real_voc(tmp_path):
     root = unpack("voc_animals", tmp_path)
-    assert readers.VOC == (root / "VOC2012/classes.txt").read_text().split()
+    assert annotations.VOC == (root / "VOC2012/classes.txt").read_text().split()
     items = [item for split in ("train", "test")
-             for item in readers.segmentation("voc", root, split)]
+             for item in annotations.segmentation("voc", root, split)]
     assert len(items) == 24 and all((item.labels == 255).any() for item in items)
     counts = sum(metrics.confusion(item.labels.clamp(max=20), item.labels, 21) for item in items)
     assert metrics.segmentation_scores(counts)["miou"] == 1
@@ -598,20 +597,20 @@ def test_the_real_voc(tmp_path):
 
 def test_the_real_ade20k(tmp_path):
     root = unpack("ade20k_samples", tmp_path)
-    [item] = readers.segmentation("ade20k", root)
-    names = readers.segmentation_classes("ade20k")
+    [item] = annotations.segmentation("ade20k", root)
+    names = annotations.segmentation_classes("ade20k")
     assert {names[i] for i in item.labels.unique().tolist() if i < 255} >= {
         "building", "sky", "tree", "grass"}
     sky = (item.labels == names.index("sky")).nonzero()[:, 0].float().mean()
     grass = (item.labels == names.index("grass")).nonzero()[:, 0].float().mean()
     assert sky < grass                                     # above it
-    [item] = readers.segmentation("ade20k", root, level="object")
-    names = readers.segmentation_classes("ade20k", "object")
+    [item] = annotations.segmentation("ade20k", root, level="object")
+    names = annotations.segmentation_classes("ade20k", "object")
     assert (item.labels == names.index("sky")).nonzero()[:, 0].float().mean() == sky
 
 
 def test_the_real_davis(tmp_path):
-    [film] = readers.videos("davis", unpack("davis_subset", tmp_path))
+    [film] = annotations.videos("davis", unpack("davis_subset", tmp_path))
     assert film.name == "car-shadow" and film.masks.shape == (40, 480, 854) and film.objects == 1
     assert film.frames[39].shape == (3, 480, 854)
     scores = metrics.video_scores([metrics.film_scores(film.masks.roll(5, 2), film.masks)])
@@ -621,7 +620,7 @@ def test_the_real_davis(tmp_path):
 def test_the_real_coco(tmp_path):
     pytest.importorskip("pycocotools")
     root = unpack("coco_subset", tmp_path)
-    items = list(readers.masks("coco", root, "train"))
+    items = list(annotations.masks("coco", root, "train"))
     assert sum(len(item.masks) for item in items) == 152
     gaps = []
     for item in items:
@@ -632,9 +631,9 @@ def test_the_real_coco(tmp_path):
             gaps.append((around - box).abs().max().item())
             assert crowd or abs(mask.sum() - area) < 0.1 * area + 30
     assert sum(gap < 1.5 for gap in gaps) >= 140 and max(gaps) < 8   # thin tips leave no pixel
-    labels = {item.id: item.labels for item in readers.segmentation("coco", root, "train")}
+    labels = {item.id: item.labels for item in annotations.segmentation("coco", root, "train")}
     assert sum((label == 255).any() for label in labels.values()) == 1
-    people = [(item, points) for item in readers.keypoints("coco", root, "train")
+    people = [(item, points) for item in annotations.keypoints("coco", root, "train")
               for points in item.points.flatten(0, 1) if points[2] == 2]
     hits = [labels[item.id][int(y), int(x)] > 0 for item, (x, y, _) in people]
     assert len(hits) > 200 and sum(hits) > 0.95 * len(hits)

@@ -13,13 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
-import detection
 import evaluate
-import metrics
-import readers
-import training
 import vit
+from lib import augment, config, distributed, metrics
+from probes import annotations, detection
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")    # of pycocotools
 REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
@@ -42,8 +39,8 @@ def encoder(**config):
 
 
 def model(net=None):
-    return SimpleNamespace(name="small", encoder=net or encoder(), size=32, mean=data.MEAN,
-                           std=data.STD, interpolation="bicubic",
+    return SimpleNamespace(name="small", encoder=net or encoder(), size=32, mean=augment.MEAN,
+                           std=augment.STD, interpolation="bicubic",
                            source=SimpleNamespace(path=None, branch=None))
 
 
@@ -72,7 +69,7 @@ def settings(*flags):
 def message(capsys, *flags):
     """The one line that a mistake earns on stderr, with exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        training.main(lambda: evaluate.main(["--task", "detection", "--device", "cpu", *flags]))
+        config.main(lambda: evaluate.main(["--task", "detection", "--device", "cpu", *flags]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     return error
@@ -250,7 +247,7 @@ def test_picture_boxes_and_masks_move_together(name, most):
     flipped, both, coloured, whole, off = 0, 0, 0, 0, []
     for seed in range(40):
         torch.manual_seed(seed)
-        image, target = detection.training_view(item(), recipe(name), 80, data.MEAN)
+        image, target = detection.training_view(item(), recipe(name), 80, augment.MEAN)
         assert image.dtype == torch.uint8 and target["masks"].shape[1:] == image.shape[1:]
         assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"]) <= 2
         for box, label, mask in zip(target["boxes"], target["labels"], target["masks"]):
@@ -283,7 +280,7 @@ def test_what_is_cut_off_goes():
     for seed in range(30):
         torch.manual_seed(seed)
         _, target = detection.training_view(item(), recipe("100ep", scales=(8.0, 8.0)), 80,
-                                            data.MEAN)
+                                            augment.MEAN)
         assert target["masks"].flatten(1).any(1).all()
         assert (target["boxes"] >= 0).all() and (target["boxes"] <= 80).all()
         counts.append(len(target["boxes"]))
@@ -315,7 +312,7 @@ def test_multi_scale_has_the_sizes_of_the_sheet():
     whole, shapes = item(240, 320), []
     for seed in range(60):
         torch.manual_seed(seed)
-        image, _ = detection.training_view(whole, recipe("1x"), 160, data.MEAN)   # a fifth
+        image, _ = detection.training_view(whole, recipe("1x"), 160, augment.MEAN)   # a fifth
         shapes.append(sorted(image.shape[1:]))
     allowed = torch.tensor([s / 5 for s in range(480, 801, 32)])
     for short, long in shapes:                           # rounded down
@@ -325,14 +322,14 @@ def test_multi_scale_has_the_sizes_of_the_sheet():
     assert 15 < plain < 45                               # the others were cropped
     tall = item(48, 480)                                 # 800 to the short side would be too long
     torch.manual_seed(0)
-    assert max(detection.training_view(tall, recipe("1x"), 160, data.MEAN)[0].shape) <= 267
+    assert max(detection.training_view(tall, recipe("1x"), 160, augment.MEAN)[0].shape) <= 267
 
 
 def views(items, rank=0, world=1, name="100ep", **changes):
     def read(split, order=None):
         return items if order is None else [items[i] for i in order(len(items))]
 
-    made = detection.Views(read, recipe(name, **changes), 64, data.MEAN, 0, keep=False)
+    made = detection.Views(read, recipe(name, **changes), 64, augment.MEAN, 0, keep=False)
     made.rank, made.world = rank, world
     return made
 
@@ -352,7 +349,7 @@ def test_pictures_are_as_large_as_the_recipe_says_and_on_toy_as_the_encoders(
 
     asked = []
     monkeypatch.setattr(detection, "mask_rcnn", mask_rcnn)
-    monkeypatch.setattr(readers, "masks", lambda name, root, split, limit, size, order: (
+    monkeypatch.setattr(annotations, "masks", lambda name, root, split, limit, size, order: (
         asked.append((split, limit, size)), [item()] if order is None else map(
             [item()].__getitem__, order(1)))[1])
     with pytest.raises(Begun) as stop:
@@ -579,10 +576,10 @@ def test_a_mask_is_what_is_above_a_half():
 def test_numbers_with_gaps_come_back():
     numbers = torch.tensor([1, 11, 13, 44, 46, 90])      # 12, 45 and others are not there
     one = item()
-    one.labels = torch.tensor([readers.LABELS[n] for n in numbers.tolist()])
+    one.labels = torch.tensor([annotations.LABELS[n] for n in numbers.tolist()])
     one.boxes = torch.tensor([[4.0, 6, 30, 40]] * 6)
     one.masks, one.crowd = one.masks[:1].expand(6, -1, -1), torch.zeros(6).bool()
-    _, target = detection.training_view(one, recipe("vitdet", scales=(1.0, 1.0)), 64, data.MEAN)
+    _, target = detection.training_view(one, recipe("vitdet", scales=(1.0, 1.0)), 64, augment.MEAN)
     assert target["labels"].tolist() == [1, 11, 12, 40, 41, 80]              # 0: background
 
     def net(images):
@@ -591,7 +588,7 @@ def test_numbers_with_gaps_come_back():
                      masks=0.6 * target["masks"][:, None])]
 
     found = detection.predict(net, one.image, torch.device("cpu"))
-    assert [readers.COCO_IDS[label] for label in found.labels] == numbers.tolist()
+    assert [annotations.COCO_IDS[label] for label in found.labels] == numbers.tolist()
     assert found.masks.equal(target["masks"].bool())
 
 
@@ -625,7 +622,7 @@ def test_scores_by_hand(monkeypatch, shift, expected):
     def read(name, root, split, limit, size, order):
         return items if order is None else (items[i] for i in order(len(items)))
 
-    monkeypatch.setattr(readers, "masks", read)
+    monkeypatch.setattr(annotations, "masks", read)
     monkeypatch.setattr(detection, "TOY", TINY)
     monkeypatch.setattr(detection, "predict", lambda net, image, device: found_by(
         40 if net.training else shift, items[0]))
@@ -653,11 +650,11 @@ def test_run_lengths_score_as_masks_do():
 def test_the_processes_share_the_test_images(monkeypatch):
     pytest.importorskip("pycocotools")
     items, looked_at, gathered = [objects() for _ in range(5)], [], []
-    monkeypatch.setattr(readers, "masks", lambda *a: items if a[5] is None else (
+    monkeypatch.setattr(annotations, "masks", lambda *a: items if a[5] is None else (
         items[i] for i in a[5](5)))
     monkeypatch.setattr(detection, "TOY", TINY)
     monkeypatch.setattr(detection, "train", lambda *_: None)
-    monkeypatch.setattr(training, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(detection, "predict", lambda *_: looked_at.append(1) or found_by(
         0, items[0]))
 
@@ -671,7 +668,7 @@ def test_the_processes_share_the_test_images(monkeypatch):
 
     monkeypatch.setattr(detection.dist, "all_gather_object", gather)
     for rank, images in ((0, 3), (1, 2)):
-        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         looked_at.clear()
         result = detection.detection(model(), settings())
         assert len(looked_at) == images == len(gathered[-1])
@@ -688,7 +685,7 @@ def test_mistakes_get_one_sentence(capsys, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="patches of 4, 8, 16 or 32 px, small has 2"):
         detection.detection(model(encoder(patch_size=2)), settings())
     with monkeypatch.context() as patch:
-        patch.setattr(training, "world_size", lambda: 3)
+        patch.setattr(distributed, "world_size", lambda: 3)
         with pytest.raises(ValueError, match="3 processes cannot share 8 images: take a number"):
             detection.detection(model(), settings())
     monkeypatch.setattr(detection, "TOY", TINY | dict(lr=math.nan))
@@ -700,7 +697,7 @@ def test_mistakes_get_one_sentence(capsys, tmp_path, monkeypatch):
         nobody.boxes, nobody.labels, nobody.masks, nobody.areas, nobody.crowd = (
             x[:0] for x in (nobody.boxes, nobody.labels, nobody.masks, nobody.areas, nobody.crowd))
         patch.setattr(detection, "train", lambda *_: None)
-        patch.setattr(readers, "masks", lambda *a: [objects() if a[2] == "train" else nobody])
+        patch.setattr(annotations, "masks", lambda *a: [objects() if a[2] == "train" else nobody])
         assert "no objects in the test images of toy-scenes" in message(capsys, *flags)
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     assert "pip install pycocotools" in message(capsys, *flags)
@@ -734,17 +731,17 @@ def test_the_real_coco(tmp_path):
         pytest.skip("no piece of coco here")
     with tarfile.open(path) as tar:
         tar.extractall(tmp_path, filter="data")
-    readers.coco_json.cache_clear()
-    for one in readers.masks("coco", tmp_path, "train"):
+    annotations.coco_json.cache_clear()
+    for one in annotations.masks("coco", tmp_path, "train"):
         for name, side in (("1x", 800), ("vitdet", 1024)):
             torch.manual_seed(one.id)
             _, target = detection.training_view(one, detection.FULL | detection.RECIPES[name],
-                                                side, data.MEAN)
+                                                side, augment.MEAN)
             for box, mask in zip(target["boxes"], target["masks"]):
                 out = extent(mask) - box                 # outlines and boxes are annotated apart
                 assert max(-out[0], -out[1], out[2], out[3]) <= 5
                 assert name == "1x" or not out.any()     # a crop may leave less than a box holds
-    order = [one.id for one in readers.masks("coco", tmp_path, "train", None, 0,
+    order = [one.id for one in annotations.masks("coco", tmp_path, "train", None, 0,
                                                lambda n: [n - 1, 0])]
-    ids = [one.id for one in readers.boxes("coco", tmp_path, "train")]
+    ids = [one.id for one in annotations.boxes("coco", tmp_path, "train")]
     assert order == [ids[-1], ids[0]]

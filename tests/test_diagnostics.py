@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import diagnostics as d
+from diagnostics import formulas as d
 
 
 def draw(*shape, seed=0):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import data
 import dino
-import training
+from lib import config, datasets
+from lib.run import Run, ema_update, param_groups
 
 TINY = """--data synthetic --img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 2
 --pos learned --init moco --drop-path 0.1 --hidden 16 --bottleneck 8 --out-dim 32
@@ -23,7 +24,7 @@ TINY = """--data synthetic --img-size 32 --patch-size 8 --embed-dim 24 --depth 2
 
 def tiny(method, *flags):
     """Its settings, small."""
-    return training.config(method.Config, [*TINY, *map(str, flags)])
+    return config.parse(method.Config, [*TINY, *map(str, flags)])
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def train(tmp_path, monkeypatch):
     """train("dino", "--steps", 2): the run's checkpoint {name: state dict} and its log lines."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     precision = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(data, "load", small_noise(data.load))
+    monkeypatch.setattr(datasets, "load_images", small_noise(datasets.load_images))
 
     def run(method, *flags):
         out = tmp_path / f"{method}-{len(list(tmp_path.iterdir()))}"
@@ -212,7 +213,7 @@ def test_a_run_says_which_assignments_are_all_the_same(train, monkeypatch, capsy
         return F.one_hot(rows, t.shape[-1]).float()
 
     monkeypatch.setattr(importlib.import_module(method), "assign", assign)
-    monkeypatch.setattr(training.Run, "knn", lambda *_: {})
+    monkeypatch.setattr(Run, "knn", lambda *_: {})
     _, (line,) = train(method, "--steps", 1, "--evals", 1)
     said = capsys.readouterr().out
     for what, name in (("images", "told"), ("patches", "told_pat")):
@@ -245,7 +246,7 @@ def test_rows_of_the_output_are_crops_in_order():
 
 
 def test_small_crops_get_interpolated_positions_and_an_unchanged_class_slot():
-    cfg = training.config(dino.Config, ["--data", "imagenet", "--depth", "1"])
+    cfg = config.parse(dino.Config, ["--data", "imagenet", "--depth", "1"])
     backbone = dino.Network(cfg, teacher=True).backbone
     backbone.patch_embed.proj.weight.data.zero_(), backbone.patch_embed.proj.bias.data.zero_()
     small, _ = backbone.embed(images(1, 96))
@@ -258,7 +259,7 @@ def test_small_crops_get_interpolated_positions_and_an_unchanged_class_slot():
 def test_only_the_student_drops_paths():
     cfg = tiny(dino, "--drop-path", 0.9)
     student, teacher = dino.Network(cfg), dino.Network(cfg, teacher=True)
-    training.ema_(teacher, student, 0.0)
+    ema_update(teacher, student, 0.0)
     x, nothing, everything = images(4), torch.ones(4, 4) * 0.999, torch.zeros(4, 4)
     assert torch.equal(teacher(x), teacher(x, drop=everything))
     assert not torch.allclose(student(x, drop=nothing), student(x, drop=everything))
@@ -312,7 +313,7 @@ def test_no_gradient_reaches_the_teacher(train, monkeypatch):
 
 def test_matrices_tokens_positions_and_gains_decay_and_vectors_do_not():
     net = dino.Network(tiny(dino))
-    decayed = {id(p) for p in training.decay_groups(net, 0.04)[0]["params"]}
+    decayed = {id(p) for p in param_groups(net, 0.04)[0]["params"]}
     for name, p in net.named_parameters():
         vector = name.endswith("bias") or "norm" in name
         assert (id(p) in decayed) != vector, name
@@ -326,7 +327,7 @@ def test_matrices_tokens_positions_and_gains_decay_and_vectors_do_not():
 
 
 def test_schedules_against_their_closed_forms():
-    cfg = training.config(dino.Config, ["--data", "imagenet"])
+    cfg = config.parse(dino.Config, ["--data", "imagenet"])
     per_epoch, total, warmup = 4, 300 * 4, 10 * 4
     at = [dino.schedules(step, total, per_epoch, cfg) for step in range(total)]
     lr, decay, momentum, tau = map(list, zip(*at))
@@ -353,7 +354,7 @@ def by_hand(method, cfg, objective):
     params = [p for p in student.parameters() if p.requires_grad]
     opt = torch.optim.AdamW([dict(params=[p for p in params if p.ndim > 1]),
                              dict(params=[p for p in params if p.ndim == 1], weight_decay=0.0)])
-    images = data.load("synthetic", "", "train", 32, 64, "cpu")
+    images = datasets.load_images("synthetic", "", "train", 32, 64, "cpu")
     batches = data.Loader(images, method.views(cfg), 8, cfg.seed).batches()
     for step in range(cfg.steps):
         left = (1 + math.cos(math.pi * step / cfg.steps)) / 2
@@ -402,7 +403,7 @@ def test_teacher_nears_a_constant_student_geometrically():
     begin, there = ({k: p.detach().clone() for k, p in net.named_parameters()}
                     for net in (teacher, student))
     for n in range(1, 6):
-        training.ema_(teacher, student, 0.9)
+        ema_update(teacher, student, 0.9)
         for name, p in teacher.named_parameters():
             close(p.data, 0.9**n * begin[name] + (1 - 0.9**n) * there[name])
     name = "backbone.patch_embed.proj.weight"                                # control: they differ
@@ -419,10 +420,10 @@ def test_a_real_step_moves_teacher_and_centre_as_written(train):
         new, teacher = state["student"][name], state["teacher"][name]
         close(teacher, 0.9 * old + 0.1 * new, 3e-7)
         assert not torch.equal(old, new), name
-    loader = data.Loader(data.load("synthetic", "", "train", 32, 64, "cpu"), dino.views(cfg), 8)
+    loader = data.Loader(datasets.load_images("synthetic", "", "train", 32, 64, "cpu"), dino.views(cfg), 8)
     x = torch.cat(next(loader.batches()).views[:2])
     t = dino.Network(cfg, teacher=True)
-    training.ema_(t, before, 0.0)
+    ema_update(t, before, 0.0)
     close(state["center"]["center"], 0.1 * t(x).mean(0, keepdim=True))       # raw, and before EMA
 
 
@@ -470,8 +471,8 @@ def test_assignments_losses_and_centres_are_in_fp32_under_bf16(train, monkeypatc
 
 
 def test_every_gradient_is_clipped_by_its_own_norm(monkeypatch):
-    monkeypatch.setattr(training.Run, "_open_folder", lambda self: None)
-    run = training.start(tiny(dino))
+    monkeypatch.setattr(Run, "_open_folder", lambda self: None)
+    run = Run(tiny(dino))
     large, small = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
     opt = torch.optim.SGD([large, small])
     run._flops = 0
@@ -523,7 +524,7 @@ def test_overfitting_shows_the_networks_one_batch_in_all_steps(train, monkeypatc
 
 
 def test_views_are_the_published_ones():
-    one, two, local = dino.views(training.config(dino.Config, ["--data", "imagenet"]))
+    one, two, local = dino.views(config.parse(dino.Config, ["--data", "imagenet"]))
     assert [v.size for v in (one, two, local)] == [224, 224, 96]
     assert [v.scale for v in (one, two, local)] == [(0.4, 1), (0.4, 1), (0.05, 0.4)]
     assert [v.blur_p for v in (one, two, local)] == [1, 0.1, 0.5]
@@ -535,7 +536,7 @@ def test_views_are_the_published_ones():
 
 
 def test_defaults_are_the_recipe_of_300_epochs():
-    cfg = training.config(dino.Config, ["--data", "imagenet"])
+    cfg = config.parse(dino.Config, ["--data", "imagenet"])
     assert (cfg.embed_dim, cfg.num_heads, cfg.out_dim, cfg.hidden) == (384, 6, 65536, 2048)
     assert (cfg.epochs, cfg.batch_size, cfg.lr, cfg.min_lr) == (300, 1024, 5e-4, 1e-6)
     assert (cfg.tau_start, cfg.tau_end, cfg.tau_epochs, cfg.tau_student) == (0.04, 0.07, 30, 0.1)

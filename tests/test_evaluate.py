@@ -13,15 +13,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import checkpoints
 import data
 import evaluate
-import metrics
-import readers
-import rng
-import toy
-import training
 import vit
+from lib import augment, checkpoints, config, datasets, distributed, metrics, rng, toy
+from probes import annotations
 
 ROOT = Path(evaluate.__file__).parent
 SMALL = dict(img_size=32, patch_size=8, embed_dim=16, depth=5, num_heads=2)
@@ -30,7 +26,7 @@ SMALL = dict(img_size=32, patch_size=8, embed_dim=16, depth=5, num_heads=2)
 def model(**config):
     torch.manual_seed(0)
     encoder = vit.ViT(**{**SMALL, **config}).eval()
-    return SimpleNamespace(name="small", encoder=encoder, size=32, mean=data.MEAN, std=data.STD,
+    return SimpleNamespace(name="small", encoder=encoder, size=32, mean=augment.MEAN, std=augment.STD,
                            interpolation="bicubic")
 
 
@@ -45,7 +41,7 @@ def checkpoint(folder, name, mtime, **info):
     (folder / name).mkdir(parents=True)
     path = folder / name / "encoder.pt"
     info = {"method": name, "data": "toy", "branch": "teacher", **info}
-    checkpoints.save(path, model().encoder, **info)
+    checkpoints.save_encoder(path, model().encoder, **info)
     os.utime(path, (mtime, mtime))
     return path
 
@@ -59,7 +55,7 @@ def run(tmp_path, *flags):
 def message(capsys, *flags):
     """The one line that a mistake earns on stderr, with exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        training.main(lambda: evaluate.main(list(flags)))
+        config.main(lambda: evaluate.main(list(flags)))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     return error
@@ -75,7 +71,7 @@ def test_features_equal_one_forward_per_image_in_the_order_of_the_labels(class_t
     drawn = toy.draw(torch.arange(9), "test", 32)
     assert labels.tolist() == drawn["label"].tolist() and classes == len(toy.CLASSES)
     for i in range(9):
-        x = data.normalize(drawn["image"][i:i + 1].float() / 255, data.MEAN, data.STD)
+        x = augment.normalize(drawn["image"][i:i + 1].float() / 255, augment.MEAN, augment.STD)
         tokens = m.encoder(x)[0].detach()
         pat = tokens[int(class_token):].mean(0)
         cls = tokens[0] if class_token else pat
@@ -90,7 +86,7 @@ def test_the_mirror_image_stands_beside_its_picture():
     m, args = model(), settings("--limit", "10", "--batch-size", "4")
     both, labels, _ = evaluate.features(m, args, "test", ["cls"], mirror=True)
     plain, same, _ = evaluate.features(m, args, "test", ["cls"])
-    x = data.normalize(toy.draw(torch.arange(10), "test", 32)["image"].float() / 255)
+    x = augment.normalize(toy.draw(torch.arange(10), "test", 32)["image"].float() / 255)
     mirrored = m.encoder(x.flip(-1))[:, 0].detach()
     assert torch.allclose(both["cls"][:, 0], plain["cls"], atol=1e-5) and labels.equal(same)
     assert torch.allclose(both["cls"][:, 1], mirrored, atol=1e-5)
@@ -169,7 +165,7 @@ def test_other_classes_to_train_on_are_an_error_and_not_a_number(tmp_path, monke
     args = settings("--data", str(tmp_path), "--task", "few_shot")         # learns from neither
     assert evaluate.features(model(), args, "test", ["cls"])[2] == 2
     [path.rename(tmp_path / "val/a" / f"{path.stem}b.png") for path in tmp_path.glob("val/c/*")]
-    (tmp_path / "val/c").rmdir()                         # a flat val, in the eyes of data.load
+    (tmp_path / "val/c").rmdir()                         # a flat val, in the eyes of datasets.load_images
     evaluate.load.cache_clear()
     assert "has no labels" in message(capsys, "--task", "knn", *flags)
 
@@ -178,16 +174,16 @@ def test_other_classes_to_train_on_are_an_error_and_not_a_number(tmp_path, monke
 
 
 def test_processes_share_the_batches_and_touch_no_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     args, m = settings("--batch-size", "4"), model()
     drawn = toy.draw(torch.arange(26), "test", 32)["image"]
     crops = [(image, number) for number, image in enumerate(drawn)]
     paths = [tmp_path / f"{number}.png" for number in range(26)]
     for rank in range(3):
-        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         own = [n for start in (0, 4, 8, 12, 16, 20, 24)[rank::3] for n in range(start, start + 4)
                if n < 26]
-        whole, files = data.Images("x", "test", pixels=drawn), data.Images("x", "test", paths=paths)
+        whole, files = datasets.Images("x", "test", pixels=drawn), datasets.Images("x", "test", paths=paths)
         for n in own:
             Image.fromarray(drawn[n].permute(1, 2, 0).numpy()).save(paths[n])
         sources = [
@@ -197,13 +193,13 @@ def test_processes_share_the_batches_and_touch_no_others(tmp_path, monkeypatch):
         for source in sources:
             found = list(source)
             assert torch.cat([index for _, index in found]).tolist() == own
-            x = data.normalize(drawn[own].float() / 255)
+            x = augment.normalize(drawn[own].float() / 255)
             assert torch.allclose(torch.cat([x for x, _ in found]), x, atol=1e-6)
         [path.unlink() for path in paths if path.exists()]
         Image.new("RGB", (32, 32)).save(paths[rank])     # those of the others are not there
         some = list(evaluate.landmark_views(paths[:3], None, 32, m, args))
         assert [number.tolist() for _, number in some] == [[rank]]
-    few = data.Images("x", "test", pixels=drawn[:4])
+    few = datasets.Images("x", "test", pixels=drawn[:4])
     assert list(data.batches(few, 32, 4, rank=1, world=3)) == []
 
 
@@ -217,7 +213,7 @@ def test_every_flag_is_of_all_tasks_or_of_some():
 
 TWO = """
 import sys, torch, evaluate, training
-from metrics import report
+from lib.metrics import report
 
 def lone(model, args):
     "One batch: the second process has none."
@@ -229,19 +225,19 @@ def damaged(model, args):
     "Only the last process meets the bad file; all must say so, and go on."
     def batches():
         yield torch.ones(1, 3, 64, 64), torch.zeros(1)
-        if training.rank() == training.world_size() - 1:
+        if distributed.rank() == distributed.world_size() - 1:
             raise ValueError("cannot read a.jpg")
     evaluate.extract(model, batches(), args)
 
 def alone(model, args):
     "As a probe of dense.py: in the first process."
-    assert training.rank() == 0
+    assert distributed.rank() == 0
     return report({"patches": {"n": 1.0}}, "dense")
 
 evaluate.TASKS |= {"lone": lone, "damaged": damaged, "alone": alone}
 evaluate.DENSE["alone"] = alone
 evaluate.FROZEN = sys.argv.pop(1).split(",")
-training.main(lambda: evaluate.main(sys.argv[1:]))
+config.main(lambda: evaluate.main(sys.argv[1:]))
 """
 
 
@@ -309,7 +305,7 @@ def test_recipe_park_looks_at_the_patch_mean_and_is_that_of_its_paper(monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "labelled", lambda *_: (None, 1000))
-    monkeypatch.setattr(readers, "cue_conflict", stop if task != "shape_bias" else lambda _: None)
+    monkeypatch.setattr(annotations, "cue_conflict", stop if task != "shape_bias" else lambda _: None)
     monkeypatch.setattr(evaluate, "features", lambda m, a, split, names, *_, **__: (
         asked.append((a.recipe, names)) or stop()))
     expected = {"cls": ("mae", ["cls"]), "pat": ("park", ["pat"])}[feature]
@@ -520,7 +516,7 @@ def test_other_objects_count_in_the_paper_and_not_in_the_code():
 def test_part_retrieval_is_perfect_for_an_oracle_and_chance_for_noise(monkeypatch):
     args = settings("--task", "part_retrieval", "--limit", "60")
     answers = torch.tensor([label for _, label in evaluate.part_crops(
-        readers.keypoints("toy", limit=60), toy.PARTS, evaluate.KEYPOINTS["toy"][2], 8)])
+        annotations.keypoints("toy", limit=60), toy.PARTS, evaluate.KEYPOINTS["toy"][2], 8)])
     noise = torch.randn(len(answers), 16, generator=torch.Generator().manual_seed(0))
     for known, features in ((True, torch.eye(4)[answers]), (False, noise)):
         monkeypatch.setattr(evaluate, "extract", lambda *a, **b: ({"cls": features}, answers))  # noqa: B023
@@ -584,7 +580,7 @@ def test_knn_in_the_table_is_knn_of_the_features(tmp_path):
     encoder = vit.ViT(**evaluate.SHAPE).eval()
     sets = [toy.draw(torch.arange(30), split, 64) for split in ("train", "test")]
     with torch.no_grad():
-        bank, queries = (encoder(data.normalize(s["image"].float() / 255))[:, 0] for s in sets)
+        bank, queries = (encoder(augment.normalize(s["image"].float() / 255))[:, 0] for s in sets)
     found = metrics.knn(bank, sets[0]["label"], queries, k=(7,))[7]
     right = 100 * (found == sets[1]["label"]).double().mean().item()
     assert line["metrics"]["cls"]["k=7"] == pytest.approx(right)
@@ -609,7 +605,7 @@ def test_part_retrieval_runs_and_shows_its_crops(tmp_path, crop):
 
 def test_a_model_without_class_token_says_so(tmp_path):
     (tmp_path / "r").mkdir()
-    checkpoints.save(tmp_path / "r" / "encoder.pt", model(class_token=False).encoder, data="toy")
+    checkpoints.save_encoder(tmp_path / "r" / "encoder.pt", model(class_token=False).encoder, data="toy")
     [line] = run(tmp_path)
     assert line["notes"] == ["r has no class token: its patch mean stands in"]
     assert line["metrics"]["cls"] == line["metrics"]["pat"]
@@ -622,7 +618,7 @@ def test_an_error_at_a_later_model_leaves_the_table_of_the_earlier_ones(tmp_path
     flags = ["--task", "attentive", "--epochs", "1", "--limit", "30", "--out", str(tmp_path),
              "--device", "cpu", "--checkpoint", str(tmp_path / "a"), "--baseline", "pixels"]
     with pytest.raises(SystemExit) as stop:
-        training.main(lambda: evaluate.main(flags))
+        config.main(lambda: evaluate.main(flags))
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.err.startswith("error: attentive needs tokens, and pixels")
     assert "\nmodel  feature" in said.out and "\na: attentive " in said.out

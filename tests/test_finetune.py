@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-import checkpoints
 import data
 import evaluate
-import features
-import finetune
-import training
 import vit
+from lib import augment, checkpoints, config, datasets, distributed
+from probes import common, finetune
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
 BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
@@ -37,7 +35,7 @@ def encoder(seed=0, scramble=False, **config):
 
 
 def model(net):
-    return SimpleNamespace(name="small", encoder=net, size=32, mean=data.MEAN, std=data.STD,
+    return SimpleNamespace(name="small", encoder=net, size=32, mean=augment.MEAN, std=augment.STD,
                            interpolation="bicubic", source=SimpleNamespace(path=None, branch=None))
 
 
@@ -51,7 +49,7 @@ def settings(*flags):
 def message(capsys, *flags):
     """The one line that a mistake earns on stderr, with exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        training.main(lambda: evaluate.main(["--task", "finetune", "--device", "cpu", *flags]))
+        config.main(lambda: evaluate.main(["--task", "finetune", "--device", "cpu", *flags]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     return error
@@ -122,8 +120,8 @@ def test_mmc_has_a_recipe_for_imagenet_and_one_for_all_else(monkeypatch, name, w
 
 def test_a_restarted_encoder_gives_the_same_tokens_and_shares_no_memory():
     x = torch.randn(2, 3, 32, 32)
-    for config in (BEIT, dict(pos="sincos_col"), dict(class_token=False)):
-        net = encoder(scramble=True, **config)
+    for arguments in (BEIT, dict(pos="sincos_col"), dict(class_token=False)):
+        net = encoder(scramble=True, **arguments)
         copy = finetune.restart(net, final_norm=True).eval()
         torch.testing.assert_close(copy(x), net(x))
         memory = {p.data_ptr() for p in net.parameters()}
@@ -163,7 +161,7 @@ def test_an_official_encoder_knows_how_its_blocks_were_drawn(tmp_path):
     state = {**net.state_dict(), "mask_token": torch.zeros(1, 1, 8),
              "decoder_pred.weight": torch.zeros(4, 8)}
     torch.save({"model": state}, tmp_path / "mae.pth")
-    assert checkpoints.load(tmp_path / "mae.pth").config["init"] == "mae"
+    assert checkpoints.load_encoder(tmp_path / "mae.pth").config["init"] == "mae"
 
 
 def test_pooled_features_and_a_head_near_zero():
@@ -255,7 +253,7 @@ def test_three_augment_does_one_of_three_and_jitters(monkeypatch):
     assert 70 < grey.sum() < 130                         # a third; no jitter brings colour back
     assert y.min() >= 0 and y.max() <= 1 and not torch.equal(y, x / 255)
     strengths = []
-    monkeypatch.setattr(data, "jitter", lambda x, order, how: strengths.append(how) or x)
+    monkeypatch.setattr(augment, "jitter", lambda x, order, how: strengths.append(how) or x)
     y, z = finetune.three_augment(x), x / 255
     solarised = (y == torch.where(x >= 128, 1 - z, z)).flatten(1).all(1)
     smooth = y.std((2, 3)).amax(1) < 0.9 * z.std((2, 3)).amin(1)
@@ -293,9 +291,9 @@ def two_classes(monkeypatch, shuffled):
         pixels[:, 2] += (120 * (labels == 1)).byte()[:, None, None]
         if shuffled:
             labels = labels[torch.randperm(256, generator=g)]
-        return data.Images(name, split, ["red", "blue"], labels, pixels)
+        return datasets.Images(name, split, ["red", "blue"], labels, pixels)
 
-    monkeypatch.setattr(features, "load", load)
+    monkeypatch.setattr(common, "load", load)
 
 
 @pytest.mark.slow
@@ -326,9 +324,9 @@ def test_creatures_are_fine_tuned_for_minutes_and_whole(monkeypatch):
     targets, loss = [], finetune.soft_cross_entropy
     monkeypatch.setattr(finetune, "soft_cross_entropy",
                         lambda z, y: targets.append(y) or loss(z, y))
-    crops, view, warmups, cosine = [], data.View, [], training.cosine
+    crops, view, warmups, half = [], data.View, [], finetune.cosine
     monkeypatch.setattr(data, "View", lambda *a, **b: crops.append(b["scale"]) or view(*a, **b))
-    monkeypatch.setattr(training, "cosine", lambda *a: warmups.append(a[4]) or cosine(*a))
+    monkeypatch.setattr(finetune, "cosine", lambda *a: warmups.append(a[4]) or half(*a))
     said = finetune.finetune(model(encoder()), settings("--data", "toy")).protocol
     assert ", 5 epochs, large crops and mirror alone, drop path" in said
     assert "batch 16, lr 0.00025 (both our choice" in said       # as of other sets: of the recipe's
@@ -444,13 +442,13 @@ def test_too_few_images_are_one_sentence_before_training(capsys, tmp_path, monke
     assert ("finetune needs 16 training and 1 test images at least, and toy has 10 and 10: raise "
             "--limit or change --data") in error
     two_classes(monkeypatch, False)
-    monkeypatch.setattr(training, "world_size", lambda: 300)
+    monkeypatch.setattr(distributed, "world_size", lambda: 300)
     monkeypatch.setattr(finetune, "Classifier", lambda *_: pytest.fail("has begun"))
     with pytest.raises(ValueError, match="needs 300 training and 300 test images at least, and"):
         finetune.finetune(model(encoder()), settings())
-    monkeypatch.setattr(training, "world_size", lambda: 3)
-    load = features.load
-    monkeypatch.setattr(features, "load", lambda name, root, split, *more: (
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    load = common.load
+    monkeypatch.setattr(common, "load", lambda name, root, split, *more: (
         few(load(name, root, split, *more), 2) if split == "test" else load(name, root, split,
                                                                             *more)))
     with pytest.raises(ValueError, match="15 training and 3 test images at least, and cifar10 has "
@@ -484,15 +482,15 @@ def test_two_processes_write_one_line_and_other_tasks_run_in_one(tmp_path, torch
 def test_the_processes_share_the_test_images(monkeypatch):
     net = finetune.Classifier(finetune.restart(encoder()), 2)
     two_classes(monkeypatch, False)
-    tests, args = replace(features.load("toy", None, "test", 32, None, None)), settings()
+    tests, args = replace(common.load("toy", None, "test", 32, None, None)), settings()
     training_then, sums = [], []
     net.head.register_forward_hook(lambda head, *_: training_then.append(head.training))
     whole = finetune.score(net, tests, model(net.encoder), args)
     assert training_then == [False] and net.training     # no drop path while scored, and then again
-    monkeypatch.setattr(training, "world_size", lambda: 2)
-    monkeypatch.setattr(training, "all_mean", lambda x: sums.append(x) or x)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_mean", lambda x: sums.append(x) or x)
     for number in (0, 1):
-        monkeypatch.setattr(training, "rank", lambda number=number: number)
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
         finetune.score(net, tests, model(net.encoder), args)
     right = sum(sums)
     assert right[2] == 256 and (right[:2] / right[2]).tolist() == pytest.approx(whole)
@@ -517,7 +515,7 @@ def test_a_probe_that_was_killed_goes_on(task, monkeypatch, tmp_path, capsys):
     if task == "detection":
         pytest.importorskip("pycocotools")
     length = ["--epochs", "4"] if task == "finetune" else ["--iters", "4"]   # 4 steps
-    monkeypatch.setattr(features.Progress, "MINUTES", 0)                     # kept after each step
+    monkeypatch.setattr(common.Progress, "MINUTES", 0)                     # kept after each step
     step, left, betas = torch.optim.AdamW.step, [9], set()
 
     def counting(self, *more):
@@ -537,10 +535,10 @@ def test_a_probe_that_was_killed_goes_on(task, monkeypatch, tmp_path, capsys):
     [file] = (folder / "progress").iterdir()
     capsys.readouterr()
     left[0] = 9
-    orders, generator = [], features.rng.generator
+    orders, generator = [], common.rng.generator
     asked(task, folder, *length, "--seed", "1")          # another question, so from the start
     assert left == [5] and "goes on" not in capsys.readouterr().out
-    monkeypatch.setattr(features.rng, "generator", lambda *key: (
+    monkeypatch.setattr(common.rng, "generator", lambda *key: (
         orders.append(key), generator(*key))[1])
     found = asked(task, folder, *length)
     assert left == [4] and f"{file}: goes on after step 3" in capsys.readouterr().out
@@ -553,16 +551,16 @@ def test_a_probe_that_was_killed_goes_on(task, monkeypatch, tmp_path, capsys):
 
 
 def test_progress_that_cannot_be_read_or_written_is_one_sentence(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(features.Progress, "MINUTES", 0)
+    monkeypatch.setattr(common.Progress, "MINUTES", 0)
 
     def full(path, write):
         raise OSError(f"cannot write {path} (No space left on device)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "replace_file", full)
+        patch.setattr(checkpoints, "write_atomic", full)
         assert asked("finetune", tmp_path, "--epochs", "1").rows             # goes on nevertheless
     assert "No space left" in capsys.readouterr().err
-    monkeypatch.setattr(features.Progress, "done", lambda self: None)
+    monkeypatch.setattr(common.Progress, "done", lambda self: None)
     asked("finetune", tmp_path, "--epochs", "1")
     [file] = (tmp_path / "progress").iterdir()
     file.write_bytes(file.read_bytes()[:1000])

@@ -13,14 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
-import dense
 import evaluate
-import finetune
-import readers
-import rng
-import training
 import vit
+from lib import augment, config, rng
+from probes import annotations, dense, finetune
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
 BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
@@ -33,8 +29,8 @@ def encoder(**config):
 
 
 def model(**config):
-    return SimpleNamespace(name="small", encoder=encoder(**config), size=32, mean=data.MEAN,
-                           std=data.STD, interpolation="bicubic",
+    return SimpleNamespace(name="small", encoder=encoder(**config), size=32, mean=augment.MEAN,
+                           std=augment.STD, interpolation="bicubic",
                            source=SimpleNamespace(path=None, branch=None))
 
 
@@ -71,8 +67,8 @@ def two_classes(monkeypatch, shuffled=False):
             yield SimpleNamespace(image=image.to(torch.uint8),
                                   labels=(other if shuffled else side).to(torch.uint8))
 
-    monkeypatch.setattr(readers, "segmentation", segmentation)
-    monkeypatch.setattr(readers, "segmentation_classes", lambda *_: ["red", "blue"])
+    monkeypatch.setattr(annotations, "segmentation", segmentation)
+    monkeypatch.setattr(annotations, "segmentation_classes", lambda *_: ["red", "blue"])
 
 
 # ---- heads ---------------------------------------------------------------------------------------
@@ -315,13 +311,13 @@ def test_processes_and_workers_see_what_one_would_see(monkeypatch):
 def test_a_damaged_file_is_named_in_one_sentence_though_a_worker_reads_it(monkeypatch):
     two_classes(monkeypatch)
     monkeypatch.setitem(dense.SIZES, "voc", (32, 24, (64, 32), (64, 32)))
-    read = readers.segmentation
+    read = annotations.segmentation
 
     def segmentation(*args):
         yield next(read(*args))
         raise ValueError("Cannot read x.jpg")
 
-    monkeypatch.setattr(readers, "segmentation", segmentation)
+    monkeypatch.setattr(annotations, "segmentation", segmentation)
     with pytest.raises(ValueError, match="^Cannot read x.jpg$"):
         finetune.segmentation(model(), settings("--data", "voc", "--workers", "1"))
 
@@ -392,7 +388,7 @@ def test_the_second_loss_weighs_two_fifths(monkeypatch, capsys):
 def test_mistakes_get_one_sentence(capsys, tmp_path, flags, expected):
     flags = ["--baseline", "untrained", "--limit", "4", "--out", str(tmp_path), *flags.split()]
     with pytest.raises(SystemExit) as stop:
-        training.main(lambda: evaluate.main(["--task", "segmentation", "--device", "cpu", *flags]))
+        config.main(lambda: evaluate.main(["--task", "segmentation", "--device", "cpu", *flags]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert expected in error
@@ -416,9 +412,9 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, torchrun, monkeypatch, 
              "33", "--device", "cpu", "--precision", "fp32", "--iters", "4", "--size", "64"]
     script = tmp_path / "run.py"
     script.write_text(
-        "import evaluate, finetune, sys, training\n"
+        "import evaluate, sys\nfrom lib import config\nfrom probes import finetune\n"
         "finetune.DROP_PATH = finetune.DROPOUT = 0.0\n"      # drawn by each process for itself
-        "training.main(lambda: evaluate.main(sys.argv[1:]))\n")
+        "config.main(lambda: evaluate.main(sys.argv[1:]))\n")
     done = subprocess.run(
         [*torchrun, str(script), *flags, "--out", str(tmp_path / "two")], cwd=ROOT, text=True,
         capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -7,10 +7,10 @@ import golden
 import pytest
 
 import analysis
-import toy
-import training
+from lib import config, toy
+from lib.run import param_groups
 
-TRACES = training.read_yaml(golden.TRACES)
+TRACES = config.read_yaml(golden.TRACES)
 SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in golden.METHODS if m != "mae"]
 
 
@@ -35,8 +35,8 @@ def test_a_small_mistake_is_seen(wrong, tmp_path):
 
 @pytest.mark.slow
 def test_decay_of_biases_is_seen(tmp_path, monkeypatch):
-    right = training.decay_groups
-    monkeypatch.setattr(training, "decay_groups", lambda module, decay: [
+    right = param_groups
+    monkeypatch.setattr("mae.param_groups", lambda module, decay: [
         {**group, "weight_decay": decay} for group in right(module, decay)])
     assert off("mae", golden.trace("mae", tmp_path)) > golden.ROUNDING
 
@@ -47,10 +47,10 @@ def test_decay_of_biases_is_seen(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", golden.METHODS)
 def test_curves_are_those_of_todays_default_runs(method):
     """As long, at least: a changed number of epochs or of images a step leaves the curve behind."""
-    cfg = training.config(importlib.import_module(method).Config, [])
-    curve = training.read_yaml(golden.CURVES)[method]
+    cfg = config.parse(importlib.import_module(method).Config, [])
+    curve = config.read_yaml(golden.CURVES)[method]
     assert curve["step"][-1] == curve["knn_step"][-1] == round(
-        cfg.epochs * (toy.SIZES["train"] // cfg.batch_size))
+        cfg.epochs * (toy.NUM_IMAGES["train"] // cfg.batch_size))
     assert len(curve["step"]) == len(curve["loss"]) and len(curve["knn"]) == cfg.evals
 
 
@@ -64,7 +64,7 @@ def logged(folder, data="toy", tail=""):
 
 def test_a_log_is_laid_over_that_of_the_default_run(tmp_path, monkeypatch):
     ours = dict(step=[10, 20, 30], loss=[5.0, 2.0, 1.0], knn_step=[30], knn=[40.0])
-    monkeypatch.setattr(training, "read_yaml", lambda path: dict(mae=dict(ours, seed=0)))
+    monkeypatch.setattr(config, "read_yaml", lambda path: dict(mae=dict(ours, seed=0)))
     own = dict(step=[10, 20, 25, 30], loss=[4.0, 2.2, 9.0, 0.9], knn_step=[20, 30],
                knn=[30.0, 35.0])
     found = analysis.loss_numbers(logged(tmp_path, tail='{"step": 4'), None, None)
@@ -79,7 +79,7 @@ def test_a_log_is_laid_over_that_of_the_default_run(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_not_the_default_gives_no_curve(tmp_path):
-    cfg = vars(training.config(importlib.import_module("mae").Config, []))
+    cfg = vars(config.parse(importlib.import_module("mae").Config, []))
     cfg = {name: x for name, x in cfg.items() if name not in ("origin", "resume", "config")}
 
     def write(**more):

@@ -7,7 +7,7 @@ from test_methods import METHODS, few, run  # noqa: F401 (fixtures)
 
 import analysis
 import evaluate
-import training
+from lib.run import Run
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(),
                                 reason="a torch without CUDA knows no such device")
@@ -37,7 +37,7 @@ def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
         method, run, few, tmp_path, monkeypatch):  # noqa: F811
     """There the host must know how many: iBOT's thrice, BEiT's twice. Of three steps the second,
     with its images and plumbing; after the third come kNN and a picture, which do wait."""
-    place, steps, save = training.Run.place, training.Run.steps, training.Run.save_due
+    place, steps, save = Run.place, Run.steps, Run.save_due
     placed, seen = [], []
 
     def placing(self, module):
@@ -53,9 +53,9 @@ def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
         seen.append(waits.copy())
         return save(self) and False
 
-    monkeypatch.setattr(training.Run, "place", placing)
-    monkeypatch.setattr(training.Run, "steps", counting)
-    monkeypatch.setattr(training.Run, "save_due", saving)
+    monkeypatch.setattr(Run, "place", placing)
+    monkeypatch.setattr(Run, "steps", counting)
+    monkeypatch.setattr(Run, "save_due", saving)
     with gpu.stand_in() as waits, gpu.no_gradients(placed):
         run(method, "--out", tmp_path / "run", "--data", "toy", "--steps", 3, "--evals", 1,
             "--log-every", 9, "--device", "cuda", "--precision", "auto")

@@ -1,8 +1,8 @@
 """The hybrid is its parts: held against simmim.py and moco_v3.py, functions as well as runs."""
-
 import itertools
 import json
 import math
+import signal
 import sys
 
 import pytest
@@ -10,9 +10,9 @@ import torch
 
 import hybrid
 import moco_v3
-import rng
 import simmim
-import training
+from lib import config, rng
+from lib.run import Run, ema_update, param_groups, set_lr
 
 VIT = "--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 --num-heads 2 --batch-size 8".split()
 MIM = "--mask-block 8 --drop-path 0.1".split()
@@ -27,14 +27,14 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-def config(*flags):
-    return training.config(hybrid.Config, [*VIT, *BOTH, *flags])
+def settings(*flags):
+    return config.parse(hybrid.Config, [*VIT, *BOTH, *flags])
 
 
 def networks(*flags):
     """Student and teacher, away from the small initial weights: with those the class tokens of all
     images are nearly equal, and the batch norms enlarge what rounding makes of them."""
-    cfg = config(*flags)
+    cfg = settings(*flags)
     student, teacher = hybrid.Network(cfg), hybrid.Network(cfg, teacher=True)
     teacher.requires_grad_(False)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def networks(*flags):
 
 def example(B=8):
     """What a step gets: three views, mask by patch and by pixel, noise of the drop path."""
-    generator, cfg = torch.Generator().manual_seed(1), config()
+    generator, cfg = torch.Generator().manual_seed(1), settings()
     views = torch.randn(3, B, 3, 32, 32, generator=generator)
     mask = hybrid.draw_mask(torch.arange(B), cfg, 0, 0)
     drop = torch.rand(3, B, 6, generator=generator)
@@ -68,15 +68,15 @@ def gradients(module, loss):
 
 def parts_of(student, teacher):
     """The same weights in the networks of simmim.py, and of moco_v3.py with SimMIM's backbone."""
-    mim = simmim.Network(training.config(simmim.Config, [*VIT, *MIM]))
+    mim = simmim.Network(config.parse(simmim.Config, [*VIT, *MIM]))
     heads = ("projector", "predictor")
     weights = student.state_dict()
     mim.load_state_dict({k: v for k, v in weights.items() if not k.startswith(heads)})
     pair = []
     for net in (student, teacher):
-        cfg = training.config(moco_v3.Config, [*VIT, *CL, "--freeze-patch", "false"])
+        cfg = config.parse(moco_v3.Config, [*VIT, *CL, "--freeze-patch", "false"])
         moco = moco_v3.Network(cfg, teacher=net is teacher)
-        moco.backbone = hybrid.Network(config("--drop-path", "0")).backbone
+        moco.backbone = hybrid.Network(settings("--drop-path", "0")).backbone
         moco.load_state_dict({k: v for k, v in net.state_dict().items()
                               if not k.startswith(("mask_token", "decoder"))})
         pair.append(moco)
@@ -89,7 +89,7 @@ def close(one, two, atol=5e-5):
 
 def train(monkeypatch, out, method, *flags):
     """A run in this process -> what it saved in last.pt."""
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["", *VIT, *QUICK, *flags, "--out", str(out)])
     method.main()
     return torch.load(out / "last.pt", weights_only=True)["state"]
@@ -104,13 +104,13 @@ def test_repeated_pieces_are_equal_to_the_originals():
         assert torch.equal(hybrid.contrast(q[:5], k, 0.3, first),
                            moco_v3.contrast(q[:5], k, 0.3, first))
     views, mask, hidden, _ = example()
-    index, cfg = torch.arange(8), config()
+    index, cfg = torch.arange(8), settings()
     assert torch.equal(mask, simmim.draw_mask(index, cfg, 0, 0))
     assert torch.equal(hidden, simmim.enlarge(mask, 4))
     assert torch.equal(hybrid.rec_loss(views[0], views[1], hidden),
                        simmim.rec_loss(views[0], views[1], hidden))
-    cfg = training.config(hybrid.Config, ["--data", "imagenet"])
-    mim, cl = (training.config(method.Config, ["--data", "imagenet"]) for method in
+    cfg = config.parse(hybrid.Config, ["--data", "imagenet"])
+    mim, cl = (config.parse(method.Config, ["--data", "imagenet"]) for method in
                (simmim, moco_v3))
     assert hybrid.views(cfg) == simmim.views(mim) + moco_v3.views(cl)
 
@@ -179,14 +179,14 @@ def test_loss_of_a_run_is_affine_in_lambda(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("lam, views", [(0, 1), (0.2, 3), (1, 2)])
 def test_views_that_weigh_nothing_are_not_made(lam, views):
-    cfg = training.config(hybrid.Config, ["--data", "toy", "--lam", str(lam)])
+    cfg = config.parse(hybrid.Config, ["--data", "toy", "--lam", str(lam)])
     assert len(hybrid.views(cfg)) == views
 
 
 @pytest.mark.parametrize("lam, heads", [
     (0, {"decoder", "mask_token"}), (1, {"projector", "predictor"})])
 def test_a_run_at_either_end_has_that_parents_parts_only(lam, heads, monkeypatch, tmp_path):
-    monkeypatch.setattr(training.Run, "knn", lambda *_: {"spread": torch.tensor(0.3)})
+    monkeypatch.setattr(Run, "knn", lambda *_: {"spread": torch.tensor(0.3)})
     train(monkeypatch, tmp_path, hybrid, *BOTH, "--lam", str(lam), "--steps", "1", "--evals", "1")
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert ("mim" in line, "flat" in line, "cl" in line) == (lam == 0, lam == 0, lam == 1)
@@ -245,7 +245,7 @@ def test_teacher_copies_the_backbone_and_projector_and_has_no_gradient():
         for p in student.parameters():
             p.add_(torch.randn_like(p))
     old = {name: p.clone() for name, p in teacher.named_parameters()}
-    training.ema_(teacher, student, 0.9)
+    ema_update(teacher, student, 0.9)
     for name, p in teacher.named_parameters():
         assert torch.allclose(p, 0.9 * old[name] + 0.1 * weights[name], atol=1e-6)
 
@@ -254,7 +254,7 @@ def test_teacher_copies_the_backbone_and_projector_and_has_no_gradient():
 
 
 def test_schedules_and_groups_are_the_parents():
-    cfg, mim, cl = (training.config(method.Config, ["--data", "imagenet"]) for method in
+    cfg, mim, cl = (config.parse(method.Config, ["--data", "imagenet"]) for method in
                     (hybrid, simmim, moco_v3))
     mim.batch_size = cfg.batch_size
     for step, start in itertools.product((0, 50, 100, 500, 874, 875, 999), (0.99, 0)):
@@ -266,14 +266,14 @@ def test_schedules_and_groups_are_the_parents():
     alone, _, _ = parts_of(student, teacher)
     groups = [{name for name, p in net.named_parameters() for q in group["params"] if p is q}
               for net in (student, alone)
-              for group in training.decay_groups(net, 0.05, spare=("cls_token",))]
+              for group in param_groups(net, 0.05, spare=("cls_token",))]
     assert {name for name in groups[0] if not name.startswith("pr")} == groups[2]
     assert {name for name in groups[1] if not name.startswith("pr")} == groups[3]
     assert "projector.0.weight" in groups[0] and "projector.1.weight" in groups[1]
 
 
 def test_defaults_are_the_papers():
-    cfg = training.config(hybrid.Config, ["--data", "imagenet"])
+    cfg = config.parse(hybrid.Config, ["--data", "imagenet"])
     assert (cfg.lam, cfg.epochs, cfg.warmup_epochs, cfg.batch_size, cfg.lr, cfg.weight_decay,
             cfg.clip, cfg.drop_path) == (0.2, 100, 10, 1024, 1e-4, 0.05, 5.0, 0.1)
     assert hybrid.schedules(200, 1000, 100, cfg)[0] == pytest.approx(2e-4)
@@ -283,24 +283,24 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
     """Two steps written out: the views apart, the teacher moved before its keys, the other view's
     keys, the weighted sum, clip, AdamW."""
     recipe = "--lam 0.3 --momentum 0.5 --clip 0.1 --drop-at 0.5 --weight-decay 5".split()
-    batches, steps = [], training.Run.steps
+    batches, steps = [], Run.steps
 
     def spy(self, loader):
         for step, batch in steps(self, loader):
             batches.append(batch)
             yield step, batch
 
-    monkeypatch.setattr(training.Run, "steps", spy)
-    monkeypatch.setattr(training.Run, "knn", lambda *_: {})
+    monkeypatch.setattr(Run, "steps", spy)
+    monkeypatch.setattr(Run, "knn", lambda *_: {})
     train(monkeypatch, tmp_path, hybrid, *BOTH, *recipe, "--steps", "2", "--evals", "1")
     found = torch.load(tmp_path / "last.pt", weights_only=True)["state"]
     torch.manual_seed(0)
-    cfg = config(*recipe)
+    cfg = settings(*recipe)
     student, teacher = hybrid.Network(cfg), hybrid.Network(cfg, teacher=True)
     weights = dict(student.named_parameters())
-    opt = torch.optim.AdamW(training.decay_groups(student, 5, spare=("cls_token",)))
+    opt = torch.optim.AdamW(param_groups(student, 5, spare=("cls_token",)))
     for step, batch in enumerate(batches):
-        training.set_lr(opt, (1, 0.1)[step] * 0.2 * 8 / 512)
+        set_lr(opt, (1, 0.1)[step] * 0.2 * 8 / 512)
         with torch.no_grad():
             momentum = (0, 0.75)[step]                  # they begin equal; then 0.5 up to 1
             for name, p in teacher.named_parameters():
@@ -332,7 +332,7 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
     (0.3, 1.0, False)])                        # at first
 def test_collapse_is_told_by_spread_and_loss_together(
         spread, share, alarm, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(training.Run, "knn", lambda *_: {"spread": torch.tensor(spread)})
+    monkeypatch.setattr(Run, "knn", lambda *_: {"spread": torch.tensor(spread)})
     monkeypatch.setattr(hybrid, "contrast", lambda q, k, tau, first: (
         0 * q.sum() + share * 2 * tau * math.log(8)))
     train(monkeypatch, tmp_path, hybrid, *BOTH, "--steps", "1", "--evals", "1")
@@ -362,7 +362,7 @@ def test_a_network_whose_class_tokens_are_equal_is_told_of(monkeypatch, tmp_path
     ("--lam 0 --accumulate 2", "take simmim.py"),
 ])
 def test_settings_that_cannot_be(flags, sentence, monkeypatch):
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["", *VIT, *BOTH, *flags.split()])
     with pytest.raises(ValueError, match=sentence):
         hybrid.main()

@@ -23,15 +23,15 @@ from test_dino import (  # noqa: F401
 
 import dino
 import ibot
-import rng
 import selfpatch
-import training
+from lib import config, rng
+from lib.run import ema_update, param_groups
 
 MASKS = "--mask-p", 0.5, "--mask-min", 0.1, "--mask-max", 0.5, "--mask-shape", "block"
 
 
 def grid_of_14(*flags):
-    return training.config(ibot.Config, ["--data", "imagenet", *map(str, flags)])
+    return config.parse(ibot.Config, ["--data", "imagenet", *map(str, flags)])
 
 
 # ---- what it shares with DINO --------------------------------------------------------------------
@@ -188,7 +188,7 @@ def pair(*flags):
     torch.manual_seed(0)
     cfg = tiny(ibot, *MASKS, *flags)
     student, teacher = ibot.Network(cfg), ibot.Network(cfg, teacher=True).requires_grad_(False)
-    training.ema_(teacher, student, 0.0)
+    ema_update(teacher, student, 0.0)
     return student.eval(), teacher.eval()
 
 
@@ -243,7 +243,7 @@ def test_mask_token_is_the_students_and_learns_only_from_masks():
         s, w = student(images(6), mask)
         (s.square().sum() + w.square().sum()).backward()
         assert bool(student.masked_embed.grad.abs().sum() > 0) == learns
-    decayed = training.decay_groups(student, 0.04)[0]["params"]
+    decayed = param_groups(student, 0.04)[0]["params"]
     assert any(p is student.masked_embed for p in decayed)
 
 

@@ -8,23 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoints
 import data
 import mae
-import rng
-import training
+from lib import augment, checkpoints, config, datasets, rng
+from lib.run import Run, param_groups, set_lr
 
 SMALL = ("--img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 3 --decoder-embed-dim "
          "16 --decoder-depth 2 --decoder-num-heads 2").split()
 
 
-def config(*flags):
-    return training.config(mae.Config, [*SMALL, *flags])
+def settings(*flags):
+    return config.parse(mae.Config, [*SMALL, *flags])
 
 
 def network(*flags, seed=0):
     torch.manual_seed(seed)
-    return mae.Network(config(*flags))
+    return mae.Network(settings(*flags))
 
 
 def batch(B=3, size=32, patch=8, seed=0):
@@ -36,7 +35,7 @@ def batch(B=3, size=32, patch=8, seed=0):
 def vit_b():
     """The paper's ViT-B/16, without memory for its weights."""
     with torch.device("meta"):
-        return mae.Network(training.config(mae.Config, ["--data", "imagenet"]))
+        return mae.Network(config.parse(mae.Config, ["--data", "imagenet"]))
 
 
 # ---- the mask ------------------------------------------------------------------------------------
@@ -230,7 +229,7 @@ def test_every_parameter_learns_but_the_positions():
     net, (x, noise) = network(), batch()
     frozen = {"encoder.pos_embed", "decoder.pos_embed"}
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    opt = torch.optim.AdamW(training.decay_groups(net, 0.05), lr=1e-2)
+    opt = torch.optim.AdamW(param_groups(net, 0.05), lr=1e-2)
     pred, mask = net(x, noise)
     mae.mae_loss(pred, mae.targets(x, 8, True), mask).backward()
     opt.step()
@@ -247,7 +246,7 @@ def test_every_parameter_learns_but_the_positions():
 
 def test_matrices_and_tokens_decay_and_vectors_do_not():
     net = network()
-    decayed, rest = ({id(p) for p in g["params"]} for g in training.decay_groups(net, 0.05))
+    decayed, rest = ({id(p) for p in g["params"]} for g in param_groups(net, 0.05))
     for name, p in net.named_parameters():
         matrix = name.endswith(("_token", "proj.weight", "qkv.weight", "fc1.weight", "fc2.weight",
                                 "embed.weight", "pred.weight"))
@@ -314,14 +313,14 @@ def run(monkeypatch):
 
 def test_steps_of_a_run_are_those_of_the_recipe(run, tmp_path, monkeypatch):
     """Two steps written out: mask by seed, epoch and image; loss; AdamW; half a cosine to zero."""
-    parts, micro_batches = [], training.Run.micro_batches
+    parts, micro_batches = [], Run.micro_batches
 
     def spy(self, batch):
         for part in micro_batches(self, batch):
             parts.append(part)
             yield part
 
-    monkeypatch.setattr(training.Run, "micro_batches", spy)
+    monkeypatch.setattr(Run, "micro_batches", spy)
     run(tmp_path, *"--steps 2 --warmup-epochs 0 --lr 0.3 --precision fp32 --evals 0".split())
     net = network()
     decayed, rest = ([p for p in net.parameters() if p.requires_grad and (p.ndim > 1) == matrix]
@@ -329,7 +328,7 @@ def test_steps_of_a_run_are_those_of_the_recipe(run, tmp_path, monkeypatch):
     opt = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05),
                              dict(params=rest, weight_decay=0)], betas=(0.9, 0.95))
     for part, share in zip(parts, (1, 0.5), strict=True):
-        training.set_lr(opt, share * 0.3 * 8 / 256)
+        set_lr(opt, share * 0.3 * 8 / 256)
         x, = part.views
         pred, mask = net(x, rng.uniform(part.index, 16, 0, part.epoch, "mask"))
         opt.zero_grad()
@@ -345,13 +344,13 @@ def test_first_step_leaves_the_weights_alone_because_the_learning_rate_is_zero(r
     for warmup, equal in (("0.1", True), ("0", False)):
         run(tmp_path / warmup, "--warmup-epochs", warmup)
         fresh = mae.official(network())
-        found = checkpoints.read(tmp_path / warmup / "full.pt")["model"]
+        found = checkpoints.read_file(tmp_path / warmup / "full.pt")["model"]
         assert all(torch.equal(found[name], x) for name, x in fresh.items()) == equal
 
 
 def test_full_checkpoint_loads_as_an_official_one_with_its_decoder(run, tmp_path):
     run(tmp_path)
-    full, encoder = (checkpoints.load(tmp_path / name, quiet=True)
+    full, encoder = (checkpoints.load_encoder(tmp_path / name, quiet=True)
                      for name in ("full.pt", "encoder.pt"))
     assert (full.source.layout, full.source.method, full.source.step) == ("MAE", "mae", 1)
     assert full.config == {**encoder.config, "mlp_ratio": 4.0}
@@ -365,8 +364,8 @@ def test_full_checkpoint_loads_as_an_official_one_with_its_decoder(run, tmp_path
 def test_the_picture_shows_image_visible_patches_and_what_was_painted():
     columns, run = {}, SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
     run.picture = columns.update
-    images, net = data.load("toy", split="test", size=32, limit=3), network()
-    mae.show(run, config(), net, images)
+    images, net = datasets.load_images("toy", split="test", size=32, limit=3), network()
+    mae.show(run, settings(), net, images)
     x, index = next(data.batches(images, 32))
     pred, mask = net(x, rng.uniform(index, 16, "picture"))
     patches = mae.patchify(x, 8)
@@ -374,8 +373,8 @@ def test_the_picture_shows_image_visible_patches_and_what_was_painted():
     assert list(columns) == ["image", "visible", "painted back"] and net.training
     image, visible, painted = columns.values()
     assert torch.equal(image, images.pixels)
-    assert torch.equal(visible, torch.where(removed, data.denormalize(0 * x), image))
-    assert torch.equal(painted, data.denormalize(mae.paint(pred, patches, mask, True)))
+    assert torch.equal(visible, torch.where(removed, augment.denormalize(0 * x), image))
+    assert torch.equal(painted, augment.denormalize(mae.paint(pred, patches, mask, True)))
     assert torch.equal(painted[~removed], image[~removed]) and (painted != image)[removed].any()
 
 
@@ -386,7 +385,7 @@ def test_mask_ratio_that_leaves_nothing_is_one_sentence(ratio, run, tmp_path):
 
 
 def test_defaults_are_the_papers():
-    cfg = training.config(mae.Config, ["--data", "imagenet"])
+    cfg = config.parse(mae.Config, ["--data", "imagenet"])
     assert (cfg.mask_ratio, cfg.norm_pix, cfg.min_scale, cfg.epochs) == (0.75, True, 0.2, 800)
     assert (cfg.batch_size, cfg.lr, cfg.warmup_epochs, cfg.min_lr) == (4096, 1.5e-4, 40, 0)
     assert (cfg.weight_decay, cfg.beta2) == (0.05, 0.95)

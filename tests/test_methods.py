@@ -15,11 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoints
-import data
-import tokenizer
-import toy
-import training
+from lib import checkpoints, config, datasets, tokenizer, toy, visualize
+from lib.run import Run, cosine
 
 ROOT = Path(__file__).parent.parent
 METHODS = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
@@ -38,7 +35,7 @@ COMMON = ("--data synthetic --batch-size 16 --workers 0 --evals 0 --log-every 1 
 
 
 def flags(method, *more, **settings):
-    known = training.fields(importlib.import_module(method).Config)
+    known = config.fields(importlib.import_module(method).Config)
     given = {**TINY, **OWN.get(method, {}), **settings}
     own = {k: v for k, v in given.items() if k in known}
     return [*COMMON, *(f"--{k}={v}" for k, v in own.items()), *map(str, more)]
@@ -62,8 +59,8 @@ def run(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Data sets are their first 32 images, for one test."""
-    load = data.load
-    monkeypatch.setattr(data, "load", lambda *given: load(*given[:4], 32, *given[5:]))
+    load = datasets.load_images
+    monkeypatch.setattr(datasets, "load_images", lambda *given: load(*given[:4], 32, *given[5:]))
 
 
 # The heads in a method's encoder.pt, and where they stand in the network of its branch.
@@ -114,26 +111,26 @@ def apart(a, b):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_field_is_explained_and_every_section_can_be_had(method):
     module = importlib.import_module(method)
-    own = training.fields(module.Config)
+    own = config.fields(module.Config)
     for name, (_, _, text) in own.items():                  # --help shows the first line only
         assert text and text.count("(") == text.count(")") and text.count('"') % 2 == 0, name
-    assert set(training.read_yaml(ROOT / "configs" / f"{method}.yaml")) == set(SECTIONS)
+    assert set(config.read_yaml(ROOT / "configs" / f"{method}.yaml")) == set(SECTIONS)
     for section in SECTIONS:
-        cfg = training.config(module.Config, ["--data", section])
+        cfg = config.parse(module.Config, ["--data", section])
         assert (cfg.method, cfg.data) == (method, section)
-    paper = training.config(module.Config, ["--data", "imagenet"])
+    paper = config.parse(module.Config, ["--data", "imagenet"])
     assert (paper.img_size, paper.patch_size, paper.depth) == (224, 16, 12)
-    assert training.config(module.Config, []).img_size <= 64                    # toy
+    assert config.parse(module.Config, []).img_size <= 64                    # toy
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_help_is_quick_and_lists_every_field(method, capsys):
     begin, module = time.time(), importlib.import_module(method)
     with pytest.raises(SystemExit) as stop:
-        training.config(module.Config, ["--help"])
+        config.parse(module.Config, ["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and time.time() - begin < 2
-    assert all(f"--{name.replace('_', '-')}" in text for name in training.fields(module.Config))
+    assert all(f"--{name.replace('_', '-')}" in text for name in config.fields(module.Config))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -188,7 +185,7 @@ def test_the_learning_rate_rises_over_the_warm_up(method, run, few, tmp_path):
     run(method, "--out", tmp_path / "run", warmup_epochs=1.5, warmup_lr=0)
     lr = [line["lr"] for line in records(tmp_path / "run")]
     rise = 2 if method in ("dino", "ibot", "selfpatch") else 3
-    assert lr[:3] == pytest.approx([training.cosine(step, 5, lr[3], 0, rise) for step in range(3)])
+    assert lr[:3] == pytest.approx([cosine(step, 5, lr[3], 0, rise) for step in range(3)])
     assert lr[3] > 0
 
 
@@ -217,7 +214,7 @@ def test_bf16_costs_a_little_precision_and_nothing_else(method, run, few, tmp_pa
 def columns(monkeypatch):
     """The columns of the picture that a run draws last."""
     found = {}
-    monkeypatch.setattr(training.Run, "picture", lambda _, columns: found.update(columns))
+    monkeypatch.setattr(Run, "picture", lambda _, columns: found.update(columns))
     return found
 
 
@@ -266,7 +263,7 @@ def test_a_prototype_has_one_colour_in_the_whole_picture(method, run, few, colum
 
     for title in ("teacher", "student"):
         used = colours(columns[title])
-        assert len(used) > 1 and used <= colours(training.heat(known[None, None]))
+        assert len(used) > 1 and used <= colours(visualize.heat_map(known[None, None]))
 
 
 @pytest.mark.slow
@@ -307,10 +304,10 @@ def test_the_network_that_is_looked_at_is_saved_with_its_own_heads(
         method, run, few, tmp_path, monkeypatch):
     """Of two networks the same one, in kNN, encoder.pt and its heads."""
     looked = []
-    monkeypatch.setattr(training.Run, "knn", lambda _, encoder, *__: (
+    monkeypatch.setattr(Run, "knn", lambda _, encoder, *__: (
         looked.append({key: x.clone() for key, x in encoder.state_dict().items()}), {})[1])
     run(method, "--out", tmp_path, "--steps", 1, "--evals", 1, "--lr", 0.1)
-    net = checkpoints.load(tmp_path / "encoder.pt", quiet=True)
+    net = checkpoints.load_encoder(tmp_path / "encoder.pt", quiet=True)
     own = torch.load(tmp_path / "last.pt")["state"]
     own = own["teacher"] if net.source.branch == "teacher" else own.get("student") or own["model"]
     assert (net.source.branch == "teacher") == (method in ("dino", "ibot", "mmc", "selfpatch"))
@@ -353,7 +350,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
     run(method, "--out", whole)
     run(method, "--out", other, "--seed", 1)
 
-    save = training.Run.save
+    save = Run.save
     with monkeypatch.context() as patch:
 
         def save_and_die(self):
@@ -361,7 +358,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
             if self.step == 2:
                 raise Killed
 
-        patch.setattr(training.Run, "save", save_and_die)
+        patch.setattr(Run, "save", save_and_die)
         with pytest.raises(Killed):
             run(method, "--out", killed)
     run(method, "--out", killed, "--resume")
@@ -401,7 +398,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
 def test_mask_tokens_are_drawn_as_published(method, name, spread):
     module, drawn = importlib.import_module(method), []       # 0.0108: of 0.02, cut at one sigma
     less = dict(depth=0, decoder_depth=0, regressor_depth=0, hidden=16)
-    cfg = module.Config(**{k: v for k, v in less.items() if k in training.fields(module.Config)})
+    cfg = module.Config(**{k: v for k, v in less.items() if k in config.fields(module.Config)})
     for seed in range(4):
         torch.manual_seed(seed)
         net = getattr(module, name)(cfg, *[16] * (method in ("beit", "cae")))
@@ -415,7 +412,7 @@ def test_layer_scale_0_leaves_every_branch_as_it_is(method, name):
     module = importlib.import_module(method)
     words = [16] * (method in ("beit", "cae"))
     for scale in (0, 0.1):
-        cfg = training.config(module.Config, flags(method, layer_scale=scale))
+        cfg = config.parse(module.Config, flags(method, layer_scale=scale))
         names = [key for key, _ in getattr(module, name)(cfg, *words).named_parameters()]
         assert any(".ls2." in key for key in names) == (scale > 0)
 
@@ -436,7 +433,7 @@ def test_what_cannot_be_is_said_before_a_tokenizer_is_trained(
     module, before = importlib.import_module(method), torch.get_rng_state()
     with torch.device("meta"):                # which draws no random number: weights stay the same
         module.__dict__["CAE" if method == "cae" else "Network"](
-            training.config(module.Config, flags(method)), 1)
+            config.parse(module.Config, flags(method)), 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -446,7 +443,7 @@ def test_a_run_looks_at_itself_which_changes_nothing_that_is_saved(method, run, 
     looked, not_looked = (tmp_path / name for name in ("looked", "not_looked"))
     for out, times in ((looked, 2), (not_looked, 0)):
         run(method, "--data", "toy", "--steps", 2, "--evals", times, "--out", out)
-    by_class_token = ["knn"] * checkpoints.load(looked / "encoder.pt", quiet=True).num_prefix
+    by_class_token = ["knn"] * checkpoints.load_encoder(looked / "encoder.pt", quiet=True).num_prefix
     for line in records(looked):
         assert {"knn_pat", "spread", *by_class_token} <= line.keys()
         assert all(math.isfinite(value) for value in line.values())

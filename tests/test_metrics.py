@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import metrics
+from lib import metrics
 
 
 def on_circle(similarities):

@@ -1,7 +1,7 @@
 """MMC against the closed forms and the published equations, with controls that break each."""
-
 import json
 import math
+import signal
 from dataclasses import replace
 
 import pytest
@@ -10,19 +10,18 @@ import torch.nn.functional as F
 from test_dino import no_gradient_reached_the_teacher, same, small_noise, watch
 from test_ibot import code
 
-import data
 import hybrid
 import mmc
 import moco_v3
-import rng
-import training
+from lib import config, datasets, distributed, rng
+from lib.run import Run
 
 
-def config(*flags):
+def settings(*flags):
     """The dataclass with a small network: `--data imagenet` has an empty section."""
     small = ("--img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 2 --hidden 32 "
              "--out-dim 16 --group 4 --local-crops 0")
-    return training.config(mmc.Config, ["--data", "imagenet", *small.split(), *flags])
+    return config.parse(mmc.Config, ["--data", "imagenet", *small.split(), *flags])
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +66,7 @@ def test_region_equals_one_rectangle_after_the_other(align):
 
 
 def test_covered_area_reaches_its_target_and_aligned_regions_are_constant_on_patches():
-    cfg = config("--img-size", "112")
+    cfg = settings("--img-size", "112")
     index = torch.arange(512)
     region, pasted, other, _ = mmc.corruption(index, cfg, 0, 0)
     area = region.float().mean((1, 2))
@@ -83,17 +82,17 @@ def test_covered_area_reaches_its_target_and_aligned_regions_are_constant_on_pat
 
 
 def test_views_are_sits_pair_with_the_papers_strengths():
-    one, two, local = mmc.views(config("--local-crops", "10"))
+    one, two, local = mmc.views(settings("--local-crops", "10"))
     for view in one, two, local:
         assert (view.jitter, view.jitter_p, view.grey_p) == ((0.4, 0.4, 0.4, 0.0), 0.8, 0.2)
     assert (one.blur_p, two.blur_p, local.blur_p) == (1.0, 0.1, 0.5)
     assert (one.solarize_p, two.solarize_p, local.solarize_p) == (0.0, 0.2, 0.0)
     assert (one.scale, local.scale, local.copies) == ((0.25, 1.0), (0.05, 0.25), 10)
-    assert mmc.views(config("--local-crops", "10", "--cls", "0"))[2].copies == 0   # nobody looks
+    assert mmc.views(settings("--local-crops", "10", "--cls", "0"))[2].copies == 0   # nobody looks
 
 
 def test_corruption_of_an_image_does_not_depend_on_its_batch_but_on_view_and_epoch():
-    cfg = config()
+    cfg = settings()
     whole, part = (
         mmc.corruption(torch.arange(8)[rows], cfg, 0, 1, 0) for rows in (slice(8), slice(4, 8))
     )
@@ -103,7 +102,7 @@ def test_corruption_of_an_image_does_not_depend_on_its_batch_but_on_view_and_epo
 
 
 def test_corrupt_changes_the_region_only_and_pastes_another_image_of_the_group():
-    cfg = config("--paste-p", "0.5")
+    cfg = settings("--paste-p", "0.5")
     x, index = torch.randn(16, 3, 32, 32), torch.arange(16)
     region, pasted, other, noise = mmc.corruption(index, cfg, 0, 0)
     before = x.clone()
@@ -211,7 +210,7 @@ def test_contrasts_ignore_lengths_and_the_order_of_images(loss):
 
 
 def test_shapes_of_a_step_with_local_crops():
-    cfg = config("--local-crops", "3", "--local-size", "16")
+    cfg = settings("--local-crops", "3", "--local-size", "16")
     net = mmc.Network(cfg)
     q, Q, pixels = net(torch.randn(2 * 4, 3, 32, 32), torch.randn(3 * 4, 3, 16, 16))
     assert q.shape == (5 * 4, 16) and Q.shape == (8, 16, 16) and pixels.shape == (8, 3, 32, 32)
@@ -231,7 +230,7 @@ def test_unpatchify_puts_every_pixel_back():
 
 @pytest.mark.parametrize("only", ["rec", "cls", "pat"])
 def test_a_loss_trains_its_own_head_and_the_backbone(only):
-    net, x = mmc.Network(config()), torch.randn(8, 3, 32, 32)
+    net, x = mmc.Network(settings()), torch.randn(8, 3, 32, 32)
     q, Q, pixels = net(x)
     k, K = unit(2, 4, 16), unit(8, 16, 16)
     {"rec": lambda: mmc.rec_loss(pixels, x, torch.ones(8, 32, 32, dtype=torch.bool)),
@@ -255,7 +254,7 @@ def three_steps(tmp_path_factory):
              "--local-size 8 --drop-path 0.3 --steps 3 --warmup-epochs 0 --lr 0.1 --clip 0.05 "
              "--weight-decay 0.2 --momentum 0.8 --rec 2 --cls 1.5 --pat 0.5 --paste-p 0.5 "
              "--workers 0 --evals 0 --log-every 1 --precision fp32 --device cpu").split()
-    out, batches, steps = tmp_path_factory.mktemp("mmc"), [], training.Run.steps
+    out, batches, steps = tmp_path_factory.mktemp("mmc"), [], Run.steps
 
     def spy(self, loader):
         for step, batch in steps(self, loader):
@@ -263,15 +262,15 @@ def three_steps(tmp_path_factory):
             yield step, batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Run, "steps", spy)
-        patch.setattr(training, "measure_peak", lambda *_: 1.0)
-        patch.setattr(training.signal, "signal", lambda *_: None)
-        patch.setattr(data, "load", small_noise(data.load))
+        patch.setattr(Run, "steps", spy)
+        patch.setattr(distributed, "measure_peak", lambda *_: 1.0)
+        patch.setattr(signal, "signal", lambda *_: None)
+        patch.setattr(datasets, "load_images", small_noise(datasets.load_images))
         patch.setattr("sys.argv", ["mmc.py", *flags, "--out", str(out)])
         networks, targets = watch(patch, mmc)
         mmc.main()
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return (training.config(mmc.Config, flags), batches, networks, targets,
+    return (config.parse(mmc.Config, flags), batches, networks, targets,
             torch.load(out / "last.pt")["state"], log)
 
 
@@ -357,7 +356,7 @@ def test_no_gradient_reaches_teacher_or_keys(three_steps):
 
 
 def test_weight_zero_removes_the_head():
-    net = mmc.Network(config("--rec", "0", "--pat", "0"))
+    net = mmc.Network(settings("--rec", "0", "--pat", "0"))
     q, Q, pixels = net(torch.randn(4, 3, 32, 32))
     assert Q is None and pixels is None and net.head_rec is None and q.shape == (4, 16)
 
@@ -368,8 +367,8 @@ def test_collapse_is_told_by_spread_and_loss_of_class_tokens_that_are_trained(
     flags = ("--data synthetic --img-size 16 --patch-size 8 --embed-dim 16 --depth 1 --num-heads 2 "
              "--hidden 16 --group 4 --batch-size 8 --local-crops 0 --steps 1 --workers 0 "
              "--precision fp32 --device cpu --evals 1").split()
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(training.Run, "knn", lambda *_: {"spread": torch.tensor(0.04)})
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(Run, "knn", lambda *_: {"spread": torch.tensor(0.04)})
     monkeypatch.setattr(mmc, "cls_loss", lambda q, *_, **__: (
         0 * q.sum() + share * math.log(8)))
     monkeypatch.setattr("sys.argv", ["", *flags, "--cls", str(cls), "--out", str(tmp_path)])
@@ -378,10 +377,10 @@ def test_collapse_is_told_by_spread_and_loss_of_class_tokens_that_are_trained(
 
 
 def test_defaults_are_the_papers():
-    cfg = training.config(mmc.Config, ["--data", "imagenet"])
+    cfg = config.parse(mmc.Config, ["--data", "imagenet"])
     paper = dict(tau=0.2, momentum=0.996, weight_decay=0.04, lr=7.5e-4, min_lr=1e-6, hidden=4096,
                  epochs=400, embed_dim=768, patch_size=16, img_size=224, noise_share=0.75,
                  paste_share=0.3, paste_p=0.35, jitter=0.4, rec=1, cls=1, pat=1)
     assert {name: getattr(cfg, name) for name in paper} == paper
-    cfg = training.config(mmc.Config, ["--data", "imagenet100"])
+    cfg = config.parse(mmc.Config, ["--data", "imagenet100"])
     assert (cfg.embed_dim, cfg.num_heads, cfg.epochs) == (384, 6, 500)

@@ -1,6 +1,6 @@
 """MoCo v3 against the closed forms of its paper and the layout of the official code."""
-
 import math
+import signal
 import sys
 
 import pytest
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import moco_v3
-import training
-import vit
+from lib import config, positions
+from lib.run import Run, ema_update
 
 TINY = """--img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 2 --hidden 32
           --out-dim 16 --batch-size 8 --workers 0 --evals 0 --precision fp32 --device cpu
@@ -21,15 +21,15 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-def config(*flags):
-    return training.config(moco_v3.Config, [*TINY, *flags])
+def settings(*flags):
+    return config.parse(moco_v3.Config, [*TINY, *flags])
 
 
 def networks(*flags):
-    cfg = config(*flags)
+    cfg = settings(*flags)
     student, teacher = moco_v3.Network(cfg), moco_v3.Network(cfg, teacher=True)
     teacher.requires_grad_(False)
-    training.ema_(teacher, student, 0.0)
+    ema_update(teacher, student, 0.0)
     return student, teacher
 
 
@@ -43,7 +43,7 @@ def symmetric(q1, q2, k1, k2, tau=0.2):
 
 def train(monkeypatch, out, steps, *flags):
     """A run in this process -> what it saved in last.pt."""
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["moco_v3.py", *TINY, "--warmup-epochs", "0", "--lr", "0.1",
                                       "--steps", str(steps), "--out", str(out), *flags])
     moco_v3.main()
@@ -98,7 +98,7 @@ def test_halves_of_a_batch_with_gathered_keys_have_the_loss_of_the_whole():
 
 @pytest.mark.parametrize("D, parameters", [(384, 21_665_664), (768, 85_798_656)])
 def test_parameter_counts_are_the_published_ones(D, parameters):
-    cfg = training.config(moco_v3.Config, ["--data", "imagenet", "--embed-dim", str(D)])
+    cfg = config.parse(moco_v3.Config, ["--data", "imagenet", "--embed-dim", str(D)])
     with torch.device("meta"):
         student, teacher = moco_v3.Network(cfg), moco_v3.Network(cfg, teacher=True)
 
@@ -141,7 +141,7 @@ def test_state_dict_has_the_official_layers():
 
 
 def test_initial_weights_are_the_official_ones():
-    student = moco_v3.Network(config("--embed-dim", "96"))
+    student = moco_v3.Network(settings("--embed-dim", "96"))
     backbone, D = student.backbone, 96
     for weight, bound in ((backbone.blocks[0].attn.qkv.weight, math.sqrt(6 / (2 * D))),
                           (backbone.patch_embed.proj.weight, math.sqrt(6 / (3 * 64 + D))),
@@ -158,7 +158,7 @@ def test_positions_are_rows_first():
     grid, half = table[1:].view(4, 4, 24), 12
     assert torch.equal(grid[:, :1, :half].expand(-1, 4, -1), grid[..., :half])
     assert torch.equal(grid[:1, :, half:].expand(4, -1, -1), grid[..., half:])
-    mae = vit.sincos(24, (4, 4), "sincos_col")
+    mae = positions.sincos(24, (4, 4), "sincos_col")
     assert torch.allclose(table[1:], mae.roll(half, 1), atol=1e-6)
     assert (table[1:] - mae).abs().max() > 1                                  # not interchangeable
 
@@ -191,9 +191,9 @@ def test_teacher_is_an_average_of_parameters_and_begins_equal():
         for p in student.parameters():
             p.add_(torch.randn_like(p))
     old = {name: p.clone() for name, p in teacher.named_parameters()}
-    training.ema_(teacher, student, 1.0)
+    ema_update(teacher, student, 1.0)
     assert all(torch.equal(p, old[name]) for name, p in teacher.named_parameters())
-    training.ema_(teacher, student, 0.9)
+    ema_update(teacher, student, 0.9)
     for name, p in teacher.named_parameters():
         assert torch.allclose(p, 0.9 * old[name] + 0.1 * weights[name], atol=1e-6)
 
@@ -214,13 +214,13 @@ def test_without_momentum_the_teacher_is_the_student_before_the_step(monkeypatch
 def test_a_step_contrasts_each_query_with_the_other_views_keys(monkeypatch, tmp_path):
     outputs, pairs, momenta, how = [], [], [], []
     forward, contrast = moco_v3.Network.forward, moco_v3.contrast
-    ema, backward = training.ema_, training.Run.backward
+    ema, backward = ema_update, Run.backward
     monkeypatch.setattr(moco_v3.Network, "forward", lambda net, *views: (
         outputs.append(forward(net, *views)), outputs[-1])[1])
     monkeypatch.setattr(moco_v3, "contrast", lambda q, k, tau, first=0: (
         pairs.append((q, k, tau, first)), contrast(q, k, tau, first))[1])
-    monkeypatch.setattr(training, "ema_", lambda *args: (momenta.append(args[2]), ema(*args))[1])
-    monkeypatch.setattr(training.Run, "backward", lambda run, loss, opt, **more: (
+    monkeypatch.setattr(moco_v3, "ema_update", lambda *args: (momenta.append(args[2]), ema(*args))[1])
+    monkeypatch.setattr(Run, "backward", lambda run, loss, opt, **more: (
         how.append((loss, opt.param_groups[0]["lr"], more)), backward(run, loss, opt, **more))[1])
     train(monkeypatch, tmp_path, 2, "--momentum", "0.99", "--tau", "0.2")
     (q1, q2), (k1, k2) = outputs[-2:]
@@ -240,7 +240,7 @@ def test_a_step_contrasts_each_query_with_the_other_views_keys(monkeypatch, tmp_
     (0.045, 0.93, False), (0.3, 1.0, False)])
 def test_collapse_is_told_by_spread_and_loss_together(
         spread, share, alarm, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(training.Run, "knn", lambda *_: {"spread": torch.tensor(spread)})
+    monkeypatch.setattr(Run, "knn", lambda *_: {"spread": torch.tensor(spread)})
     monkeypatch.setattr(moco_v3, "contrast", lambda q, k, tau, first: (
         0 * q.sum() + share * 2 * tau * math.log(8)))
     train(monkeypatch, tmp_path, 1, "--evals", "1")
@@ -251,7 +251,7 @@ def test_collapse_is_told_by_spread_and_loss_together(
 
 
 def test_schedules_against_the_closed_forms():
-    cfg = training.config(moco_v3.Config, ["--data", "imagenet"])
+    cfg = config.parse(moco_v3.Config, ["--data", "imagenet"])
     peak = 1.5e-4 * 4096 / 256
     at = {epoch: moco_v3.schedules(10 * epoch, 3000, 400, cfg) for epoch in (0, 20, 40, 150, 300)}
     assert at[0] == (0, 0.99) and at[300] == pytest.approx((0, 1))
@@ -269,7 +269,7 @@ def test_every_trained_parameter_decays(monkeypatch, tmp_path):
 
 
 def test_views_and_defaults_are_the_published_ones():
-    cfg = training.config(moco_v3.Config, ["--data", "imagenet"])
+    cfg = config.parse(moco_v3.Config, ["--data", "imagenet"])
     one, two = moco_v3.views(cfg)
     for view in (one, two):
         assert (view.size, view.scale, view.interpolation) == (224, (0.08, 1.0), "bilinear")
@@ -279,7 +279,7 @@ def test_views_and_defaults_are_the_published_ones():
     assert (two.blur_p, two.solarize_p) == (0.1, 0.2)
     assert (cfg.tau, cfg.momentum, cfg.weight_decay, cfg.lr, cfg.batch_size, cfg.epochs,
             cfg.warmup_epochs) == (0.2, 0.99, 0.1, 1.5e-4, 4096, 300, 40)
-    small = training.config(moco_v3.Config, ["--data", "imagenet100"])
+    small = config.parse(moco_v3.Config, ["--data", "imagenet100"])
     assert (small.embed_dim, small.num_heads) == (384, 12)
 
 
@@ -288,7 +288,7 @@ def test_views_and_defaults_are_the_published_ones():
     ("--batch-size 1", "2 or more"),
 ])
 def test_settings_that_cannot_be(flags, sentence, monkeypatch):
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["", *TINY, *flags.split()])
     with pytest.raises(ValueError, match=sentence):
         moco_v3.main()

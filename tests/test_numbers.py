@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from test_analysis import model, settings
 
 import analysis
-import diagnostics as d
+from diagnostics import formulas as d
 
 
 def passed(**means):

@@ -13,22 +13,17 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoints
 import data
 import dino
 import evaluate
-import features
 import hybrid
 import ibot
-import metrics
 import mmc
 import moco_v3
-import readers
-import rng
 import selfpatch
-import toy
-import training
 import vit
+from lib import augment, checkpoints, config, metrics, rng, toy
+from probes import annotations, common
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
 NET = "--data imagenet --img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 2".split()
@@ -45,7 +40,7 @@ def model(**config):
     torch.manual_seed(0)
     encoder = vit.ViT(**{**SMALL, **config}).eval()
     source = SimpleNamespace(path=None, branch=None, heads={})
-    return SimpleNamespace(name="small", encoder=encoder, size=32, mean=data.MEAN, std=data.STD,
+    return SimpleNamespace(name="small", encoder=encoder, size=32, mean=augment.MEAN, std=augment.STD,
                            interpolation="bicubic", source=source)
 
 
@@ -98,15 +93,15 @@ def networks():
 
 @pytest.mark.parametrize("method, flags, parts", networks())
 def test_projected_features_are_those_of_the_methods_own_network(tmp_path, method, flags, parts):
-    cfg = training.config(method.Config, [*NET, *flags.split()])
+    cfg = config.parse(method.Config, [*NET, *flags.split()])
     teacher = {} if method is mmc else {"teacher": method is selfpatch}
     network = shaken(method.Network(cfg, **teacher))
     heads, expected = parts(network)
     path = tmp_path / "encoder.pt"
-    checkpoints.save(path, network.backbone,
+    checkpoints.save_encoder(path, network.backbone,
                      heads={name: head.state_dict() for name, head in heads.items()})
-    encoder, x = checkpoints.load(path, quiet=True), torch.randn(5, 3, 32, 32)
-    z, tokens = features.projected(encoder, x), encoder(x)
+    encoder, x = checkpoints.load_encoder(path, quiet=True), torch.randn(5, 3, 32, 32)
+    z, tokens = common.projected(encoder, x), encoder(x)
     expected = expected(tokens)
     whole = checkpoints.projector(encoder, narrow=False)(tokens)
     assert torch.allclose(whole, expected, atol=1e-5, rtol=1e-4)
@@ -147,13 +142,13 @@ def test_projector_of_the_official_moco_v3_file(tmp_path):
     state |= {f"module.base_encoder.head.{key}": value for key, value in head.items()}
     state |= {f"module.predictor.{n}.weight": torch.randn(8, 8) for n in (0, 3)}
     torch.save({"state_dict": state}, tmp_path / "vit-b-300ep.pth.tar")
-    encoder = checkpoints.load(tmp_path / "vit-b-300ep.pth.tar", quiet=True)
+    encoder = checkpoints.load_encoder(tmp_path / "vit-b-300ep.pth.tar", quiet=True)
     x = torch.randn(4, 3, 32, 32)
     z = encoder(x)[:, 0]
     for n in (0, 3, 6):
         z = norm(z @ head[f"{n}.weight"].T, n + 1, n < 6)
         z = z.clamp(min=0) if n < 6 else z
-    assert torch.allclose(features.projected(encoder, x)["projected"], z, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(common.projected(encoder, x)["projected"], z, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
@@ -177,11 +172,11 @@ def test_heads_of_the_official_dino_and_ibot_files(tmp_path, loss, form):
         raw[branch] = official_backbone(f"{prefix}backbone.", num_heads=1)
         raw[branch] |= {f"{prefix}head.{key}": value for key, value in head.items()}
     torch.save(raw, tmp_path / "full.pth")
-    encoder, x = checkpoints.load(tmp_path / "full.pth", quiet=True), torch.randn(4, 3, 32, 32)
+    encoder, x = checkpoints.load_encoder(tmp_path / "full.pth", quiet=True), torch.randn(4, 3, 32, 32)
     expected = last(F.normalize(mlp(encoder(x)[:, 0]), dim=1))              # (4, 50) logits
     found = checkpoints.projector(encoder, narrow=False)(encoder(x))
     assert torch.allclose(found, expected, atol=1e-5)
-    narrow = features.projected(encoder, x)["projected"]                    # (4, 6)
+    narrow = common.projected(encoder, x)["projected"]                    # (4, 6)
     assert narrow.shape == (4, 6)
     assert torch.allclose(torch.cdist(narrow, narrow), torch.cdist(expected, expected), atol=1e-4)
 
@@ -190,7 +185,7 @@ def test_no_head_is_none_and_an_odd_one_an_error_with_its_keys():
     m = model()
     assert checkpoints.projector(m.encoder) is None               # never saved
     m.encoder.source = SimpleNamespace(path="x.pt", heads={"decoder": {"weight": torch.ones(1)}})
-    assert checkpoints.projector(m.encoder) is None and "projected" not in features.projected(
+    assert checkpoints.projector(m.encoder) is None and "projected" not in common.projected(
         m.encoder, torch.randn(1, 3, 32, 32))
     m.encoder.source.heads = {"head": {"mlp.weight": torch.ones(2, 2)}}
     with pytest.raises(ValueError, match="x.pt: cannot rebuild the head with the keys mlp.weight"):
@@ -602,7 +597,7 @@ def test_the_training_crops_of_part_classification_lose_their_rim(monkeypatch):
 
     monkeypatch.setattr(evaluate, "crop_batches", batches)
     args, m = settings("--limit", "12", "--epochs", "1"), model()
-    monkeypatch.setattr(readers, "keypoints", with_one_split(readers.keypoints, splits))
+    monkeypatch.setattr(annotations, "keypoints", with_one_split(annotations.keypoints, splits))
     with torch.enable_grad():
         result = evaluate.part_classification(m, args)
     train, test = seen
@@ -641,7 +636,7 @@ def test_landmarks_are_scored_as_medium_hard_and_easy(monkeypatch):
     database[order] = torch.stack([torch.tensor(a) for a in ((10., k) for k in range(6))])
     world = SimpleNamespace(database=[0] * 6, queries=[0, 0], boxes=None, easy=[[0], []],
                             hard=[torch.tensor([1]), []], junk=[[3], []])
-    monkeypatch.setattr(readers, "landmarks", lambda name, root: world)
+    monkeypatch.setattr(annotations, "landmarks", lambda name, root: world)
     found = iter([({"cls": database}, None), ({"cls": torch.tensor([[1., 0], [1, 0]])}, None)])
     monkeypatch.setattr(evaluate, "extract", lambda *a, **b: next(found))
     row = evaluate.landmark_retrieval(model(), settings("--data", "roxford5k")).rows["cls"]
@@ -656,7 +651,7 @@ def test_queries_alone_are_cut_and_only_if_asked(monkeypatch, flags):
     boxes = torch.tensor([[0., 0, 20, 30], [9, 9, 40, 40]])
     world = SimpleNamespace(database=[image] * 3, queries=[image] * 2, boxes=boxes, easy=[[0], [1]],
                             hard=[[1], [2]], junk=[[], []])
-    monkeypatch.setattr(readers, "landmarks", lambda *_: world)
+    monkeypatch.setattr(annotations, "landmarks", lambda *_: world)
     views = evaluate.landmark_views
     monkeypatch.setattr(evaluate, "landmark_views",
                         lambda *a: (seen.append((len(a[0]), a[1])), views(*a))[1])
@@ -689,10 +684,10 @@ def test_landmark_views_keep_their_shape_and_fill_patches():
     assert x.shape == (1, 3, 48, 16) and number.item() == 0        # 50 x 20 or 21, less the rest
     [(x, _)] = evaluate.landmark_views([tall], None, 200, m, args)
     assert x.shape == (1, 3, 96, 40)                               # never enlarged
-    exact = data.normalize(tall[None, :, :96, :40].float() / 255)
+    exact = augment.normalize(tall[None, :, :96, :40].float() / 255)
     assert torch.allclose(x, exact, atol=1e-6)
     [(x, _)] = evaluate.landmark_views([tall], [[8, 16, 32, 48]], 200, m, args)
-    assert torch.allclose(x, data.normalize(tall[None, :, 16:48, 8:32].float() / 255), atol=1e-6)
+    assert torch.allclose(x, augment.normalize(tall[None, :, 16:48, 8:32].float() / 255), atol=1e-6)
 
 
 def test_multiscale_is_the_mean_of_three_sizes():
@@ -735,7 +730,7 @@ def test_shape_bias_from_pictures_to_numbers(tmp_path, monkeypatch):
         Image.new("RGB", (40, 40), (50 * number, 0, 0)).save(paths[-1])
     shapes, textures = torch.tensor([[names.index(w) for w in pair] for pair in pairs]).unbind(1)
     world = SimpleNamespace(paths=paths, shapes=shapes, textures=textures, classes=names)
-    monkeypatch.setattr(readers, "cue_conflict", lambda root: world)
+    monkeypatch.setattr(annotations, "cue_conflict", lambda root: world)
     says = ["cat", "dog", "dog", "knife", "bird"]        # shape, texture, shape, -, neither
     scores = torch.zeros(5, 1000)
     for row, word in enumerate(says):
@@ -743,7 +738,7 @@ def test_shape_bias_from_pictures_to_numbers(tmp_path, monkeypatch):
     head = SimpleNamespace(scores=lambda z: scores, epochs=3)
     monkeypatch.setattr(evaluate, "trained", lambda *a: ("pat", head, 7))
     monkeypatch.setattr(evaluate, "labelled", lambda *a: (None, 1000))
-    monkeypatch.setattr(features, "load", lambda *a: world)                  # of files
+    monkeypatch.setattr(common, "load", lambda *a: world)                  # of files
     sides, batches = [], data.batches
     monkeypatch.setattr(data, "batches", lambda *a, **b: (sides.append(b["resize"]),
                                                           batches(*a, **b))[1])
@@ -829,10 +824,10 @@ def test_the_cache_does_not_take_noise_away(tmp_path):
 def checkpoint(tmp_path_factory):
     """A run's folder: MoCo v3's network with random weights."""
     torch.manual_seed(0)
-    cfg = training.config(moco_v3.Config, [*NET, *"--hidden 32 --out-dim 16".split()])
+    cfg = config.parse(moco_v3.Config, [*NET, *"--hidden 32 --out-dim 16".split()])
     network, path = moco_v3.Network(cfg).eval(), tmp_path_factory.mktemp("run") / "encoder.pt"
     heads = {name: getattr(network, name).state_dict() for name in ("projector", "predictor")}
-    checkpoints.save(path, network.backbone, branch="base", method="moco_v3", data="toy",
+    checkpoints.save_encoder(path, network.backbone, branch="base", method="moco_v3", data="toy",
                      heads=heads)
     return path
 
@@ -897,11 +892,11 @@ def test_the_cache_tells_all_that_features_depend_on_apart(tmp_path, monkeypatch
         for n in range(5):                               # one of each is a test image
             picture = torch.randint(256, (40, 80, 3), dtype=torch.uint8)
             Image.fromarray(picture.numpy()).save(tmp_path / "data" / c / f"{n}.png")
-    kinds = [({}, {}, {}), (dict(size=40), {}, {}), (dict(mean=data.STD), {}, {}),
-             (dict(std=data.MEAN), {}, {}), (dict(interpolation="bilinear"), {}, {}),
+    kinds = [({}, {}, {}), (dict(size=40), {}, {}), (dict(mean=augment.STD), {}, {}),
+             (dict(std=augment.MEAN), {}, {}), (dict(interpolation="bilinear"), {}, {}),
              ({}, dict(precision="bf16"), {}), ({}, dict(limit=1), {}), ({}, {}, dict(whole=True)),
              ({}, {}, dict(mirror=True)), ({}, {}, dict(split="train")),
-             ({}, {}, dict(tokens=features.joint))]
+             ({}, {}, dict(tokens=common.joint))]
     found, m = {}, model()
     for cache in ([], ["--cache"]):
         for number, (of_model, flags, how) in enumerate(kinds):
@@ -915,7 +910,7 @@ def test_the_cache_tells_all_that_features_depend_on_apart(tmp_path, monkeypatch
     names, args = set(), settings("--data", "cifar10", "--cache")
     for root in "ab":                                    # without --data-root
         monkeypatch.setenv("DATA_ROOT", root)
-        names.add(features.stored(m, args, features.pooled, "test"))
+        names.add(common.stored(m, args, common.pooled, "test"))
     assert len(names) == 2
 
 
@@ -959,9 +954,9 @@ def test_two_checkpoints_of_one_name_are_two_columns(tmp_path, checkpoint, capsy
     monkeypatch.setattr(evaluate, "FROZEN", ["knn"])
     other = tmp_path / checkpoint.parent.name / "encoder.pt"
     other.parent.mkdir()
-    encoder = checkpoints.load(checkpoint, quiet=True)
+    encoder = checkpoints.load_encoder(checkpoint, quiet=True)
     encoder.blocks[0].mlp.fc2.weight.add_(torch.randn(24, 96))
-    checkpoints.save(other, encoder, data="toy")
+    checkpoints.save_encoder(other, encoder, data="toy")
     lines = run(tmp_path, [checkpoint, other], "--task", "all")
     name = checkpoint.parent.name
     assert [line["model"] for line in lines] == [name, f"{name} (2)"]
@@ -972,8 +967,8 @@ def test_two_checkpoints_of_one_name_are_two_columns(tmp_path, checkpoint, capsy
 
 
 def test_reference_rows_are_those_of_the_data(monkeypatch):
-    monkeypatch.setattr(training, "read_yaml", functools.cache(training.read_yaml))
-    papers = training.read_yaml(Path(evaluate.__file__).parent / "papers.yaml")
+    monkeypatch.setattr(config, "read_yaml", functools.cache(config.read_yaml))
+    papers = config.read_yaml(Path(evaluate.__file__).parent / "probes/papers.yaml")
     figures = {"layerwise", "shape_bias", "frequency_noise"}               # without a number
     assert set(papers) == set(evaluate.TASKS) - figures
     for task, tables in papers.items():

@@ -13,15 +13,15 @@ from PIL import Image
 
 import data
 import evaluate
-import readers
-import toy
+from lib import datasets, toy
+from probes import annotations
 
 REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    readers.coco_json.cache_clear()
+    annotations.coco_json.cache_clear()
 
 
 def photo(path, size=(64, 48), mode="RGB", value=100):
@@ -42,7 +42,7 @@ def short(paths):
     return [os.path.basename(path) for path in paths]
 
 
-# ---- classification: data.load -------------------------------------------------------------------
+# ---- classification: datasets.load_images -------------------------------------------------------------------
 
 
 def pets(root):
@@ -56,12 +56,12 @@ def pets(root):
 
 def test_pets_are_read_from_the_official_lists(tmp_path):
     pets(tmp_path)
-    train, test = (data.load("pets", tmp_path, split) for split in ("train", "val"))
+    train, test = (datasets.load_images("pets", tmp_path, split) for split in ("train", "val"))
     assert short(train.paths) == ["yorkshire_terrier_7.jpg", "Abyssinian_1.jpg"]
     assert train.labels.tolist() == [1, 0] and train.labels.dtype == torch.int64
     assert train.classes == ["Abyssinian", "Yorkshire Terrier"]
     assert short(test.paths) == ["Abyssinian_2.jpg", "british_3.jpg"] and test.split == "test"
-    assert len(data.load("pets", tmp_path, limit=1)) == 1
+    assert len(datasets.load_images("pets", tmp_path, limit=1)) == 1
     [(x, index)] = data.batches(train, 32, workers=0)      # as the probes do
     assert x.shape == (2, 3, 32, 32) and index.tolist() == [0, 1]
 
@@ -71,12 +71,12 @@ def test_damaged_pets_get_a_sentence(tmp_path, line):
     pets(tmp_path)
     text(tmp_path / "oxford-iiit-pet/annotations/trainval.txt", line)
     with pytest.raises(ValueError, match="trainval.txt .* is not as pets has it .*: expected oxfo"):
-        data.load("pets", tmp_path)
+        datasets.load_images("pets", tmp_path)
 
 
 def test_flowers_train_on_their_train_and_val(tmp_path, monkeypatch):
-    io, datasets = pytest.importorskip("scipy.io"), pytest.importorskip("torchvision.datasets")
-    files = {key: (name, None) for key, (name, _) in datasets.Flowers102._file_dict.items()}
+    io, published = pytest.importorskip("scipy.io"), pytest.importorskip("torchvision.datasets")
+    files = {key: (name, None) for key, (name, _) in published.Flowers102._file_dict.items()}
     folder = tmp_path / "flowers-102"
     folder.mkdir()
     for i in range(1, 5):
@@ -84,9 +84,9 @@ def test_flowers_train_on_their_train_and_val(tmp_path, monkeypatch):
     io.savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 102, 3, 3]], np.uint8)})
     io.savemat(folder / "setid.mat", {"trnid": [[2, 1]], "valid": [[4, 4]], "tstid": [[3, 3]]})
     with pytest.raises(ValueError, match=r"not as flowers has it \(RuntimeError: .*corrupted\): e"):
-        data.load("flowers", tmp_path)                     # the md5 of the official files
-    monkeypatch.setattr(datasets.Flowers102, "_file_dict", files)
-    train, test = (data.load("flowers", tmp_path, split) for split in ("train", "test"))
+        datasets.load_images("flowers", tmp_path)                     # the md5 of the official files
+    monkeypatch.setattr(published.Flowers102, "_file_dict", files)
+    train, test = (datasets.load_images("flowers", tmp_path, split) for split in ("train", "test"))
     assert short(train.paths) == [f"image_0000{i}.jpg" for i in (2, 1, 4, 4)]
     assert train.labels.tolist() == [101, 0, 2, 2] and len(train.classes) == 102
     assert test.labels.tolist() == [2, 2] and test.classes[0] == "pink primrose"
@@ -104,10 +104,10 @@ def test_cars_count_their_classes_from_zero(tmp_path):
         photo(folder / f"cars_{split}" / "00001.jpg")
     names = np.array([["AM General Hummer", "Acura RL"]], object)
     with pytest.raises(ValueError, match="not as cars has it .*cars_meta.mat.*: expected stanford"):
-        data.load("cars", tmp_path)
+        datasets.load_images("cars", tmp_path)
     io.savemat(folder / "devkit/cars_meta.mat", {"class_names": names})
     for split in ("train", "test"):
-        images = data.load("cars", tmp_path, split)
+        images = datasets.load_images("cars", tmp_path, split)
         assert images.labels.tolist() == [1, 0, 1] and images.classes == names[0].tolist()
         assert images.paths[1] == str(folder / f"cars_{split}" / "00001.jpg")
 
@@ -118,7 +118,7 @@ def test_without_scipy_it_is_said_what_to_install(tmp_path, monkeypatch, name, f
     text(tmp_path / file, "")
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ValueError, match=f"labels of {name} are .mat .*: pip install scipy"):
-        data.load(name, tmp_path)
+        datasets.load_images(name, tmp_path)
 
 
 def inat(root, folder="inat18"):
@@ -134,7 +134,7 @@ def inat(root, folder="inat18"):
 @pytest.mark.parametrize("folder", ["inat18", "."])
 def test_inaturalist_joins_images_and_annotations(tmp_path, folder):
     inat(tmp_path, folder)
-    train, test = (data.load("inat18", tmp_path, split) for split in ("train", "test"))
+    train, test = (datasets.load_images("inat18", tmp_path, split) for split in ("train", "test"))
     assert train.labels.tolist() == [1, 0, 1] and test.labels.tolist() == [0]
     assert train.classes == ["Apis mellifera", "Turdus merula"]
     assert train.paths[0] == str(tmp_path / folder / "train_val2018" / "Aves" / "1" / "7.jpg")
@@ -142,7 +142,7 @@ def test_inaturalist_joins_images_and_annotations(tmp_path, folder):
     content["annotations"].pop()
     write_json(tmp_path / folder / "train2018.json", **content)
     with pytest.raises(ValueError, match="train2018.json .* not as inat18 has it .KeyError: 7"):
-        data.load("inat18", tmp_path)
+        datasets.load_images("inat18", tmp_path)
 
 
 def test_miniimagenet_has_other_classes_in_each_split(tmp_path):
@@ -152,16 +152,16 @@ def test_miniimagenet_has_other_classes_in_each_split(tmp_path):
         text(folder / f"{split}.csv", "filename,label", *map(",".join, files))
         for file, _ in files:
             photo(folder / "images" / file, (84, 84))
-    train, val, test = (data.load("miniimagenet", tmp_path, s) for s in ("train", "val", "test"))
+    train, val, test = (datasets.load_images("miniimagenet", tmp_path, s) for s in ("train", "val", "test"))
     assert train.classes == ["n01", "n03"] and train.labels.tolist() == [1, 1, 1, 0, 0, 0]
     assert val.classes == ["n04"] and val.split == "val" and test.classes == ["n05", "n06"]
     assert train.paths[0] == str(folder / "images" / "n0300000001.jpg")
-    assert data.load("miniimagenet", tmp_path, limit=2).labels.tolist() == [1, 0]   # spread
+    assert datasets.load_images("miniimagenet", tmp_path, limit=2).labels.tolist() == [1, 0]   # spread
     text(folder / "test.csv", "file,class", "a,b")
     with pytest.raises(ValueError, match="test.csv .* not as miniimagenet has it .KeyError: 'fil"):
-        data.load("miniimagenet", tmp_path, "test")
+        datasets.load_images("miniimagenet", tmp_path, "test")
     with pytest.raises(ValueError, match="No split 'dev' of miniimagenet: choose train or test or"):
-        data.load("miniimagenet", tmp_path, "dev")
+        datasets.load_images("miniimagenet", tmp_path, "dev")
 
 
 # ---- key-points ----------------------------------------------------------------------------------
@@ -189,12 +189,12 @@ def cub(root, folder="CUB_200_2011"):
 @pytest.mark.parametrize("folder", ["CUB_200_2011", "."])
 def test_cub_has_a_bird_an_image_and_fifteen_parts(tmp_path, folder):
     cub(tmp_path, folder)
-    items = list(readers.keypoints("cub", tmp_path, None))
+    items = list(annotations.keypoints("cub", tmp_path, None))
     assert [item.id for item in items] == [2, 5, 6, 9]
     for split, ids in (("train", [2, 6]), ("test", [5, 9]), ("val", [5, 9])):
-        assert [item.id for item in readers.keypoints("cub", tmp_path, split)] == ids
-    assert [item.id for item in readers.keypoints("cub", tmp_path, None, limit=2)] == [2, 6]
-    names, item = readers.part_names("cub"), items[3]
+        assert [item.id for item in annotations.keypoints("cub", tmp_path, split)] == ids
+    assert [item.id for item in annotations.keypoints("cub", tmp_path, None, limit=2)] == [2, 6]
+    names, item = annotations.part_names("cub"), items[3]
     assert item.points.shape == (1, 15, 3) and item.points.dtype == torch.float32
     assert item.points[0, names.index("left_wing")].tolist() == [10.5, 100, 2]
     assert item.points[0, names.index("beak")].tolist() == [0, 0, 0]
@@ -206,10 +206,10 @@ def test_cub_has_a_bird_an_image_and_fifteen_parts(tmp_path, folder):
 def test_crops_of_cub_follow_the_code_and_the_paper(tmp_path):
     cub(tmp_path)
     _, _, parts, _ = evaluate.KEYPOINTS["cub"]
-    names = readers.part_names("cub")
+    names = annotations.part_names("cub")
 
     def labels(rule):
-        items = readers.keypoints("cub", tmp_path, None)
+        items = annotations.keypoints("cub", tmp_path, None)
         return [label for _, label in evaluate.part_crops(items, names, parts, 30, rule)]
 
     assert labels("code") == [0, 1, 2, 3]                  # bird 2: eye and leg; bird 9: wing, tail
@@ -224,7 +224,7 @@ def test_crops_of_cub_follow_the_code_and_the_paper(tmp_path):
 def test_a_damaged_cub_gets_a_sentence(tmp_path, file, content):
     (cub(tmp_path) / file).write_bytes(content.encode("latin1"))
     with pytest.raises(ValueError, match="damaged or not as cub has it .*: expected CUB_200_2011/"):
-        list(readers.keypoints("cub", tmp_path, "train"))
+        list(annotations.keypoints("cub", tmp_path, "train"))
 
 
 def coco(root, images="coco/", split="train2017"):
@@ -256,8 +256,8 @@ def coco(root, images="coco/", split="train2017"):
 @pytest.mark.parametrize("images", ["coco/", "coco/images/"])
 def test_coco_boxes_have_labels_without_gaps(tmp_path, images):
     coco(tmp_path, images)
-    one, none, other = readers.boxes("coco", tmp_path, "train")
-    names = readers.box_classes("coco")
+    one, none, other = annotations.boxes("coco", tmp_path, "train")
+    names = annotations.box_classes("coco")
     assert (one.id, none.id, other.id) == (9, 25, 30)
     assert one.boxes.tolist() == [[1.5, 2, 11.5, 22.25], [0, 0, 64, 48]]
     assert one.labels.tolist() == [79, 0] and one.labels.dtype == torch.int64
@@ -265,10 +265,10 @@ def test_coco_boxes_have_labels_without_gaps(tmp_path, images):
     assert one.crowd.tolist() == [False, True] and one.areas.tolist() == [150.5, 3072]
     assert none.boxes.shape == (0, 4) and len(none.labels) == len(none.crowd) == 0
     assert one.image.shape == (3, 48, 64) and other.image.shape == (3, 40, 40)
-    limited = [item.id for item in readers.boxes("coco", tmp_path / "coco", "train", limit=2)]
+    limited = [item.id for item in annotations.boxes("coco", tmp_path / "coco", "train", limit=2)]
     assert limited == [9, 25]
     with pytest.raises(FileNotFoundError, match="No coco under .*annotations/.instances, person_"):
-        list(readers.boxes("coco", tmp_path, "val"))
+        list(annotations.boxes("coco", tmp_path, "val"))
 
 
 def test_coco_comes_in_the_order_of_its_files(tmp_path):
@@ -278,27 +278,27 @@ def test_coco_comes_in_the_order_of_its_files(tmp_path):
     content = json.loads(path.read_text())
     write_json(path, **content | dict(images=[content["images"][i] for i in (2, 0, 1)]))
     for limit, ids in ((None, [9, 25, 30]), (2, [9, 25])):
-        plain = data.load("coco", root=str(tmp_path), split="train", limit=limit)
-        found = [item.id for item in readers.boxes("coco", tmp_path, "train", limit)]
+        plain = datasets.load_images("coco", root=str(tmp_path), split="train", limit=limit)
+        found = [item.id for item in annotations.boxes("coco", tmp_path, "train", limit)]
         assert found == ids == [int(file[-16:-4]) for file in plain.paths]
 
 
 def test_coco_numbers_and_names_are_eighty():
-    assert len(readers.COCO_CLASSES) == len(set(readers.COCO_CLASSES)) == len(readers.LABELS) == 80
-    assert readers.LABELS[13] == 11 and readers.COCO_CLASSES[11] == "stop sign"      # 12 is a gap
-    assert readers.LABELS[90] == 79 and 12 not in readers.LABELS
-    assert len(readers.COCO_PARTS) == 17 and len(readers.CUB_PARTS) == 15
+    assert len(annotations.COCO_CLASSES) == len(set(annotations.COCO_CLASSES)) == len(annotations.LABELS) == 80
+    assert annotations.LABELS[13] == 11 and annotations.COCO_CLASSES[11] == "stop sign"      # 12 is a gap
+    assert annotations.LABELS[90] == 79 and 12 not in annotations.LABELS
+    assert len(annotations.COCO_PARTS) == 17 and len(annotations.CUB_PARTS) == 15
 
 
 def test_coco_key_points_of_images_that_show_anybody(tmp_path, monkeypatch):
     coco(tmp_path)
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
-    [item] = readers.keypoints("coco", split="train")
+    [item] = annotations.keypoints("coco", split="train")
     assert item.id == 25 and item.points.shape == (2, 17, 3)
     assert item.points[0, 10].tolist() == [5, 60, 2] and item.points[1, 15].tolist() == [30, 40, 1]
     assert item.areas.tolist() == [800, 800] and item.boxes[0].tolist() == [0, 0, 20, 40]
     _, _, parts, _ = evaluate.KEYPOINTS["coco"]
-    names = readers.part_names("coco")
+    names = annotations.part_names("coco")
     crops = list(evaluate.part_crops([item], names, parts, 26))
     assert [label for _, label in crops] == [0, 1]         # the ankle is another's, and hidden
     # Side 2 round(54/4) = 28 around (5, 6): 9 columns and 8 rows of it lie outside of the picture.
@@ -311,7 +311,7 @@ def test_coco_is_parsed_once(tmp_path, monkeypatch):
     loads, parse = [], json.load
     monkeypatch.setattr(json, "load", lambda file: loads.append(file.name) or parse(file))
     for _ in range(3):
-        assert len(list(readers.boxes("coco", tmp_path, "train"))) == 3
+        assert len(list(annotations.boxes("coco", tmp_path, "train"))) == 3
     assert len(loads) == 1
 
 
@@ -335,7 +335,7 @@ def test_a_damaged_coco_gets_a_sentence(tmp_path, change, why):
     else:
         path.write_text(whole[:len(whole) // 2])
     with pytest.raises(ValueError) as error:
-        list(readers.boxes("coco", tmp_path, "train"))
+        list(annotations.boxes("coco", tmp_path, "train"))
     message = str(error.value)
     assert message.startswith(f"{path} is damaged or not as coco has it ({why}")
     assert "expected coco/{train2017" in message and "\n" not in message
@@ -346,12 +346,12 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "coco/train2017/000000000025.jpg"
     path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match=f"Cannot read {path}: .*Restore the file"):
-        list(readers.keypoints("coco", tmp_path, "train"))
+        list(annotations.keypoints("coco", tmp_path, "train"))
 
 
 @pytest.mark.parametrize("name", ["toy", pytest.param("toy-scenes", marks=pytest.mark.slow)])
 def test_the_built_in_creatures_are_served_as_drawn(name):
-    items = list(readers.keypoints(name, split="test", limit=70, size=96))
+    items = list(annotations.keypoints(name, split="test", limit=70, size=96))
     drawn = toy.draw(torch.arange(70), "test", 96, name == "toy-scenes", annotate=True)
     visible = 0
     for i, item in enumerate(items):
@@ -366,9 +366,9 @@ def test_the_built_in_creatures_are_served_as_drawn(name):
                 assert drawn["instances"][i][int(y), int(x)] > 0
         for number, (x, y, v) in enumerate(item.points[0].tolist(), 1):
             assert v < 2 or drawn["parts"][i][int(y), int(x)] == number
-    assert visible > 70 and readers.part_names(name) == toy.PARTS
-    found = list(readers.boxes(name, split="train", limit=2, size=64))
-    assert found[1].image.shape == (3, 64, 64) and readers.box_classes(name) == toy.CLASSES
+    assert visible > 70 and annotations.part_names(name) == toy.PARTS
+    found = list(annotations.boxes(name, split="train", limit=2, size=64))
+    assert found[1].image.shape == (3, 64, 64) and annotations.box_classes(name) == toy.CLASSES
     assert len(found[1].boxes) == len(found[1].labels) == len(found[1].crowd)
 
 
@@ -389,7 +389,7 @@ def test_landmarks_are_paths_boxes_and_numbers(tmp_path, protocol, kind):
     landmarks(tmp_path, [
         dict(bbx=[1.5, 2.0, 30.0, 40.0], easy=kind([0, 4]), hard=kind([]), junk=kind([5])),
         dict(bbx=[0, 0, 9, 9], easy=kind([]), hard=kind([1, 2]), junk=kind([]))], protocol=protocol)
-    found = readers.landmarks("roxford5k", tmp_path)
+    found = annotations.landmarks("roxford5k", tmp_path)
     assert found.database[4] == str(tmp_path / "roxford5k" / "jpg" / "all_souls_000004.jpg")
     assert short(found.queries) == ["q1.jpg", "q2.jpg"]
     assert found.boxes.tolist() == [[1.5, 2, 30, 40], [0, 0, 9, 9]]
@@ -417,13 +417,13 @@ class Evil:
 def test_damaged_landmarks_get_a_sentence(tmp_path, gnd, why):
     landmarks(tmp_path, gnd)
     with pytest.raises(ValueError, match=f"gnd_roxford5k.pkl is damaged or not as .*{why}"):
-        readers.landmarks("roxford5k", tmp_path)
+        annotations.landmarks("roxford5k", tmp_path)
 
 
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
     landmarks(tmp_path, [Evil(tmp_path / "owned")])
     with pytest.raises(ValueError, match=r"mkdir.* refused\): expected roxford5k/{jpg"):
-        readers.landmarks("roxford5k", tmp_path)
+        annotations.landmarks("roxford5k", tmp_path)
     assert not (tmp_path / "owned").exists()
     pickle.loads((tmp_path / "roxford5k" / "gnd_roxford5k.pkl").read_bytes())
     assert (tmp_path / "owned").exists()                   # control: the pickle does bite
@@ -434,7 +434,7 @@ def test_cue_conflicts_are_in_the_file_names(tmp_path):
     for path in ("cat/cat1-dog1.png", "cat/cat2-cat3.png", "dog/0007_cue_s1_dog2-cat1.png",
                  "car/car10-elephant2.png"):
         photo(folder / path)
-    found = readers.cue_conflict(tmp_path)
+    found = annotations.cue_conflict(tmp_path)
     pairs = [(found.classes[s], found.classes[t]) for s, t in zip(found.shapes, found.textures)]
     assert short(found.paths) == ["car10-elephant2.png", "cat1-dog1.png", "cat2-cat3.png",
                                   "0007_cue_s1_dog2-cat1.png"]
@@ -443,15 +443,15 @@ def test_cue_conflicts_are_in_the_file_names(tmp_path):
     for wrong in ("cat1.png", "cat1-unicorn1.png", "cat-dog.png", "wildcat1-dog1.png"):
         photo(folder / "cat" / wrong)
         with pytest.raises(ValueError, match=f"{wrong} is not named <shape><i>-<texture><j>.png"):
-            readers.cue_conflict(tmp_path)
+            annotations.cue_conflict(tmp_path)
         (folder / "cat" / wrong).unlink()
 
 
 # ---- sentences -----------------------------------------------------------------------------------
 
 
-VIEWS = {"cub": readers.keypoints, "coco": readers.boxes, "roxford5k": readers.landmarks,
-         "rparis6k": readers.landmarks, "cue-conflict": lambda _, root: readers.cue_conflict(root)}
+VIEWS = {"cub": annotations.keypoints, "coco": annotations.boxes, "roxford5k": annotations.landmarks,
+         "rparis6k": annotations.landmarks, "cue-conflict": lambda _, root: annotations.cue_conflict(root)}
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -459,7 +459,7 @@ def test_a_missing_set_prints_the_layout_and_where_to_get_it(tmp_path, name):
     for _ in range(2):                                     # nothing there; then an empty folder
         with pytest.raises(FileNotFoundError) as error:
             list(VIEWS[name](name, tmp_path))
-        for part in (*readers.LAYOUT[name], str(tmp_path), "nothing is downloaded"):
+        for part in (*annotations.LAYOUT[name], str(tmp_path), "nothing is downloaded"):
             assert part in str(error.value)
         for folder in ("CUB_200_2011", "coco", name):
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -467,14 +467,14 @@ def test_a_missing_set_prints_the_layout_and_where_to_get_it(tmp_path, name):
 
 def test_wrong_names_and_splits_get_one_clear_sentence():
     with pytest.raises(ValueError, match="No key-points of 'cifar10' here: choose toy or toy-sc"):
-        readers.keypoints("cifar10")
+        annotations.keypoints("cifar10")
     with pytest.raises(ValueError, match="No boxes of 'cub' here: choose toy or toy-scenes or co"):
-        readers.boxes("cub")
+        annotations.boxes("cub")
     with pytest.raises(ValueError, match="No landmarks of 'oxford' here: choose roxford5k or rp"):
-        readers.landmarks("oxford")
+        annotations.landmarks("oxford")
     for name, split in (("coco", None), ("toy", "all"), ("cub", "dev")):
         with pytest.raises(ValueError, match=f"No split {split!r} of {name}: choose train or test"):
-            readers.keypoints(name, split=split)
+            annotations.keypoints(name, split=split)
 
 
 # ---- pieces of the real sets ---------------------------------------------------------------------
@@ -491,18 +491,18 @@ def unpack(name, folder):
 
 def crops(name, root):
     split, _, parts, _ = evaluate.KEYPOINTS[name]
-    items = readers.keypoints(name, root, split)
-    return list(evaluate.part_crops(items, readers.part_names(name), parts, 32))
+    items = annotations.keypoints(name, root, split)
+    return list(evaluate.part_crops(items, annotations.part_names(name), parts, 32))
 
 
 def test_the_real_cub(tmp_path):
     root = unpack("cub", tmp_path)
-    items = list(readers.keypoints("cub", root, None))
+    items = list(annotations.keypoints("cub", root, None))
     assert len(items) == 40
-    assert [len(list(readers.keypoints("cub", root, s))) for s in ("train", "test")] == [20, 20]
+    assert [len(list(annotations.keypoints("cub", root, s))) for s in ("train", "test")] == [20, 20]
     with open(root / "CUB_200_2011/parts/parts.txt") as file:
         names = [line.split(maxsplit=1)[1].strip().replace(" ", "_") for line in file]
-    assert readers.part_names("cub") == names
+    assert annotations.part_names("cub") == names
     assert items[0].id == 12 and items[0].points[0, 0].tolist() == [138, 67, 2]
     for item in items:
         x, y, v = item.points[0].unbind(1)
@@ -516,7 +516,7 @@ def test_the_real_cub(tmp_path):
 
 def test_the_real_coco(tmp_path):
     root = unpack("coco", tmp_path)
-    items = list(readers.boxes("coco", root, "train"))
+    items = list(annotations.boxes("coco", root, "train"))
     assert len(items) == 20 and sum(len(item.boxes) for item in items) == 152
     assert sum(int(item.crowd.sum()) for item in items) == 1
     for item in items:
@@ -526,11 +526,11 @@ def test_the_real_coco(tmp_path):
         assert (item.boxes[:, 2:] > item.boxes[:, :2]).all()
     with open(root / "coco/annotations/instances_train2017.json") as file:
         categories = json.load(file)["categories"]
-    assert readers.COCO_IDS == [category["id"] for category in categories]
-    assert readers.COCO_CLASSES == [category["name"] for category in categories]
+    assert annotations.COCO_IDS == [category["id"] for category in categories]
+    assert annotations.COCO_CLASSES == [category["name"] for category in categories]
     with open(root / "coco/annotations/person_keypoints_train2017.json") as file:
-        assert readers.COCO_PARTS == json.load(file)["categories"][0]["keypoints"]
-    people = list(readers.keypoints("coco", root, "train"))
+        assert annotations.COCO_PARTS == json.load(file)["categories"][0]["keypoints"]
+    people = list(annotations.keypoints("coco", root, "train"))
     assert sum(int((item.points[..., 2] > 0).any(1).sum()) for item in people) == 26
     assert len(crops("coco", root)) == 27
 
@@ -542,7 +542,7 @@ def test_the_real_landmarks(tmp_path, name, images):
         pytest.skip(f"no ground truth of {name} here")
     (tmp_path / name / "jpg").mkdir(parents=True)
     (tmp_path / name / f"gnd_{name}.pkl").symlink_to(os.path.abspath(path))
-    found = readers.landmarks(name, tmp_path)
+    found = annotations.landmarks(name, tmp_path)
     assert len(found.database) == images and len(found.queries) == len(found.boxes) == 70
     assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
     assert not set(found.queries) & set(found.database)

@@ -3,8 +3,9 @@ import json
 import sys
 
 import pytest
-import results
 import yaml
+
+from benchmarks import results
 
 
 def line(task, metrics, data="toy", checkpoint="encoder.pt", level="object", limit=None):

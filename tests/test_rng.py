@@ -1,7 +1,7 @@
 """Derived randomness: distributions, and that nothing but key and image number matters."""
 import torch
 
-import rng
+from lib import rng
 
 INDEX = torch.arange(2000)
 

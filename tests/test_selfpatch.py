@@ -19,7 +19,8 @@ from test_ibot import code
 
 import dino
 import selfpatch
-import training
+from lib import config
+from lib.run import ema_update
 
 SMALL = "--out-dim-pat", 16, "--pat", 0.1, "--k", 4, "--borders", "correct"
 
@@ -208,7 +209,7 @@ def pair(*flags):
     cfg = tiny(selfpatch, *SMALL, *flags)
     student = selfpatch.Network(cfg)
     teacher = selfpatch.Network(cfg, teacher=True).requires_grad_(False)
-    training.ema_(teacher, student, 0.0)
+    ema_update(teacher, student, 0.0)
     return student.eval(), teacher.eval()
 
 
@@ -297,7 +298,7 @@ def test_both_last_layers_stand_still_in_the_freeze(train):  # noqa: F811
 
 @pytest.mark.parametrize("size, parameters", [(192, 890_304), (384, 3_550_080), (768, 14_178_048)])
 def test_aggregation_has_the_official_size(size, parameters):
-    cfg = training.config(selfpatch.Config, ["--data", "imagenet", "--embed-dim", str(size)])
+    cfg = config.parse(selfpatch.Config, ["--data", "imagenet", "--embed-dim", str(size)])
     module = selfpatch.Aggregation(cfg)
     assert sum(p.numel() for p in module.parameters()) == parameters
     for p in (module.cls_token, module.cls_blocks[1].k.weight, module.cls_blocks[0].mlp[2].weight):
@@ -306,11 +307,11 @@ def test_aggregation_has_the_official_size(size, parameters):
 
 
 def test_defaults_are_the_papers():
-    cfg = training.config(selfpatch.Config, ["--data", "imagenet"])
+    cfg = config.parse(selfpatch.Config, ["--data", "imagenet"])
     assert (cfg.out_dim, cfg.out_dim_pat, cfg.k, cfg.pat) == (65536, 4096, 4, 0.1)
     assert (cfg.epochs, cfg.batch_size, cfg.local_crops) == (200, 1024, 8)
     assert (cfg.tau_start, cfg.tau_end, cfg.tau_epochs) == (0.04, 0.04, 0)   # not as DINO
     assert (cfg.norm_last_layer, cfg.split_scale) == (True, 0.25)
-    cfg = training.config(selfpatch.Config, ["--data", "coco"])
+    cfg = config.parse(selfpatch.Config, ["--data", "coco"])
     assert (cfg.embed_dim, cfg.num_heads, cfg.batch_size) == (192, 3, 256)
     assert (cfg.out_dim, cfg.out_dim_pat, cfg.local_crops, cfg.epochs) == (4096, 4096, 2, 200)

@@ -1,19 +1,17 @@
 """SimMIM against the arithmetic and the recorded values of the official ViT-B."""
-
 import copy
 import json
 import math
+import signal
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoints
-import rng
 import simmim
-import training
-import vit
+from lib import checkpoints, config, positions, rng
+from lib.run import Run, param_groups, set_lr
 
 TINY = """--img-size 32 --patch-size 4 --mask-block 8 --embed-dim 24 --depth 3 --num-heads 2
           --drop-path 0 --batch-size 8""".split()
@@ -24,12 +22,12 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-def config(*flags):
-    return training.config(simmim.Config, [*TINY, *flags])
+def settings(*flags):
+    return config.parse(simmim.Config, [*TINY, *flags])
 
 
 def network(*flags):
-    return simmim.Network(config(*flags))
+    return simmim.Network(settings(*flags))
 
 
 def example(cfg, B=4):
@@ -44,7 +42,7 @@ def example(cfg, B=4):
 @pytest.mark.parametrize("size, patch, block, hidden", [(224, 16, 32, 120), (192, 16, 32, 88),
                                                         (32, 4, 8, 40)])
 def test_every_image_hides_as_many_patches_in_whole_blocks(size, patch, block, hidden):
-    cfg = config("--img-size", str(size), "--patch-size", str(patch), "--mask-block", str(block))
+    cfg = settings("--img-size", str(size), "--patch-size", str(patch), "--mask-block", str(block))
     mask = simmim.draw_mask(torch.arange(64), cfg, 0, 0)
     assert mask.shape == (64, size // patch, size // patch)
     assert (mask.sum((1, 2)) == hidden).all()
@@ -58,7 +56,7 @@ def test_every_image_hides_as_many_patches_in_whole_blocks(size, patch, block, h
 
 
 def test_blocks_are_hidden_equally_often_and_anew_in_every_epoch():
-    cfg, index = config(), torch.arange(4000)
+    cfg, index = settings(), torch.arange(4000)
     mask = simmim.draw_mask(index, cfg, 0, 0)
     assert (mask.float().mean(0) - 10 / 16).abs().max() < 0.03                # 4 deviations: 0.031
     assert not torch.equal(mask, simmim.draw_mask(index, cfg, 0, 1))
@@ -69,7 +67,7 @@ def test_blocks_are_hidden_equally_often_and_anew_in_every_epoch():
 
 
 def test_loss_is_the_mean_error_over_hidden_values():
-    x, _, hidden = example(config())
+    x, _, hidden = example(settings())
     y = torch.randn_like(x)
     inside = hidden[:, None].expand_as(x)
     loss = simmim.rec_loss(y, x, hidden)
@@ -83,7 +81,7 @@ def test_loss_is_the_mean_error_over_hidden_values():
 
 
 def test_gradient_is_a_sign_at_hidden_pixels_and_zero_elsewhere():
-    x, _, hidden = example(config())
+    x, _, hidden = example(settings())
     y = torch.randn_like(x).requires_grad_()
     simmim.rec_loss(y, x, hidden).backward()
     expected = (y - x).sign() * hidden[:, None] / (3 * hidden.sum())
@@ -94,7 +92,7 @@ def test_gradient_is_a_sign_at_hidden_pixels_and_zero_elsewhere():
 
 
 def test_parameter_counts_are_the_published_ones():
-    cfg = training.config(simmim.Config, ["--data", "imagenet"])
+    cfg = config.parse(simmim.Config, ["--data", "imagenet"])
     with torch.device("meta"):
         net = simmim.Network(cfg)
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in
@@ -106,7 +104,7 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_encoder_does_not_see_hidden_pixels():
-    net, (x, mask, hidden) = network(), example(config())
+    net, (x, mask, hidden) = network(), example(settings())
     noise = torch.randn_like(x)
     y = net(x, mask)
     assert torch.equal(y, net(torch.where(hidden[:, None], noise, x), mask))
@@ -114,7 +112,7 @@ def test_encoder_does_not_see_hidden_pixels():
 
 
 def test_head_lays_out_colours_then_rows_then_columns():
-    net, (x, mask, _) = network(), example(config())
+    net, (x, mask, _) = network(), example(settings())
     _, patches = net.backbone.split(net.backbone(x, mask=mask.flatten(1),
                                                  mask_token=net.mask_token))
     numbers = F.linear(patches, net.decoder[0].weight.flatten(1), net.decoder[0].bias)
@@ -145,7 +143,7 @@ def test_initial_weights_are_the_official_ones():
 
 
 def test_a_fresh_network_takes_patches_for_a_set_until_the_table_is_filled():
-    net, (x, mask, _) = network(), example(config())
+    net, (x, mask, _) = network(), example(settings())
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
 
     def shuffle(x):                                                  # patches of an image, by order
@@ -170,21 +168,21 @@ def test_full_checkpoint_is_read_as_the_official_one(tmp_path):
             "encoder.blocks.2.attn.v_bias", "encoder.norm.weight", "decoder.0.weight",
             "encoder.rel_pos_bias.relative_position_bias_table"} <= state.keys()
     torch.save({"model": state, "num_heads": 2}, tmp_path / "full.pt")
-    loaded = checkpoints.load(tmp_path / "full.pt", quiet=True)
+    loaded = checkpoints.load_encoder(tmp_path / "full.pt", quiet=True)
     x = torch.randn(2, 3, 32, 32)
     assert loaded.source.layout == "SimMIM"
     assert torch.equal(loaded(x), net.eval().backbone(x))
 
 
 def test_relative_positions_have_the_recorded_rows():
-    index = vit.relative_index((14, 14))
+    index = positions.relative_index((14, 14))
     recorded = {(0, 0): 731, (0, 1): 729, (1, 0): 730, (1, 1): 364, (1, 2): 363, (2, 1): 365,
                 (1, 15): 337}
     assert {at: index[at].item() for at in recorded} == recorded
 
 
 def test_a_key_bias_would_change_nothing():
-    net, (x, mask, _) = network(), example(config())
+    net, (x, mask, _) = network(), example(settings())
     fused = copy.deepcopy(net)
     for block in fused.backbone.blocks:
         attention, D = block.attn, 24
@@ -205,7 +203,7 @@ def test_a_key_bias_would_change_nothing():
 
 
 def test_every_parameter_gets_a_gradient():
-    net, (x, mask, hidden) = network("--drop-path", "0.1"), example(config())
+    net, (x, mask, hidden) = network("--drop-path", "0.1"), example(settings())
     simmim.rec_loss(net(x, mask), x, hidden).backward()
     assert all(p.grad is not None for p in net.parameters())
     assert net.backbone.cls_token.grad.any() and net.mask_token.grad.any()
@@ -214,7 +212,7 @@ def test_every_parameter_gets_a_gradient():
 
 def test_what_decays_is_what_the_official_optimiser_decays():
     net = network()
-    decayed, free = training.decay_groups(net, 0.05, spare=("cls_token",))
+    decayed, free = param_groups(net, 0.05, spare=("cls_token",))
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
     names = {p: name for name, p in net.named_parameters()}
     assert len(decayed["params"]) + len(free["params"]) == len(names)
@@ -227,7 +225,7 @@ def test_what_decays_is_what_the_official_optimiser_decays():
 
 
 def test_learning_rate_rises_stays_and_drops():
-    cfg = training.config(simmim.Config, ["--data", "imagenet"])
+    cfg = config.parse(simmim.Config, ["--data", "imagenet"])
 
     def at(epoch):
         return simmim.schedule(10 * epoch, 10 * cfg.epochs, 10 * cfg.warmup_epochs, cfg)
@@ -238,7 +236,7 @@ def test_learning_rate_rises_stays_and_drops():
 
 
 def test_view_and_defaults_are_the_published_ones():
-    cfg = training.config(simmim.Config, ["--data", "imagenet"])
+    cfg = config.parse(simmim.Config, ["--data", "imagenet"])
     view, = simmim.views(cfg)
     assert (view.size, view.scale, view.interpolation) == (224, (0.67, 1.0), "bilinear")
     assert (view.jitter_p, view.grey_p, view.blur_p, view.solarize_p) == (0, 0, 0, 0)
@@ -250,26 +248,26 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
     """Two steps written out: mask and drop path by seed, epoch and image; loss; clip; AdamW."""
     recipe = """--drop-path 0.5 --warmup-epochs 0 --lr 0.2 --drop-at 0.5 --clip 0.01
                 --weight-decay 5""".split()
-    parts, micro_batches = [], training.Run.micro_batches
+    parts, micro_batches = [], Run.micro_batches
 
     def spy(self, batch):
         for part in micro_batches(self, batch):
             parts.append(part)
             yield part
 
-    monkeypatch.setattr(training.Run, "micro_batches", spy)
-    monkeypatch.setattr(training.Run, "knn", lambda *_: {})
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(Run, "micro_batches", spy)
+    monkeypatch.setattr(Run, "knn", lambda *_: {})
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", [
         "", *TINY, *recipe, *"--data synthetic --steps 2 --evals 1 --precision fp32".split(),
         "--device", "cpu", "--out", str(tmp_path)])
     simmim.main()
     torch.manual_seed(0)
-    cfg = config(*recipe)
+    cfg = settings(*recipe)
     net = simmim.Network(cfg)
-    opt = torch.optim.AdamW(training.decay_groups(net, 5, spare=("cls_token",)))
+    opt = torch.optim.AdamW(param_groups(net, 5, spare=("cls_token",)))
     for part, share in zip(parts, (1, 0.1), strict=True):
-        training.set_lr(opt, share * 0.2 * 8 / 512)
+        set_lr(opt, share * 0.2 * 8 / 512)
         x, mask = part.views[0], simmim.draw_mask(part.index, cfg, 0, part.epoch)
         drop = rng.uniform(part.index, 6, 0, part.epoch, "drop")
         opt.zero_grad()
@@ -294,7 +292,7 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
     ("--mask-block 0", "must tile the image of 32"),
 ])
 def test_settings_that_cannot_be(flags, sentence, monkeypatch):
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["", *TINY, *flags.split()])
     with pytest.raises(ValueError, match=sentence):
         simmim.main()

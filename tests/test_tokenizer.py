@@ -17,9 +17,8 @@ from torch import nn
 
 import beit
 import data
-import rng
-import tokenizer
-import training
+from lib import augment, config, datasets, rng, tokenizer
+from lib.run import Run
 
 
 def seeded(seed=0):
@@ -30,7 +29,7 @@ def images(n=64, size=32, seed=0):
     """Smooth colour fields, which a small network learns fast."""
     coarse = torch.rand(n, 3, 5, 5, generator=seeded(seed))
     fine = F.interpolate(coarse, size, mode="bicubic").clamp(0, 1)
-    return data.Images("fields", "train", pixels=(255 * fine).to(torch.uint8))
+    return datasets.Images("fields", "train", pixels=(255 * fine).to(torch.uint8))
 
 
 VIEW = data.View(32, scale=(0.3, 1.0))
@@ -115,7 +114,7 @@ def test_map_keeps_pixels_from_the_ends_and_unmap_undoes_it():
 def test_ids_come_from_the_pixels_of_the_loaders_view_mapped_once():
     net, v = small(), torch.rand(4, 3, 32, 32, generator=seeded())
     v[0, :, 0, :2] = torch.tensor([0.0, 1.0])
-    view = data.normalize(v.clone())
+    view = augment.normalize(v.clone())
     assert torch.allclose(tokenizer.pixels(view), v, atol=1e-6)
     u = tokenizer.map_pixels(tokenizer.pixels(view))
     assert u.min() >= 0.1 - 1e-6 and u.max() <= 0.9 + 1e-6
@@ -282,7 +281,7 @@ def test_a_loss_that_is_not_finite_is_said_and_no_tokenizer_kept(tmp_path, monke
     monkeypatch.setattr(tokenizer, "dvae_loss", lambda *given: loss(*given) * math.nan)
     cfg = settings(tmp_path, tokenizer_kind="dvae")
     with pytest.raises(ValueError, match="not finite by its step 1: try --tokenizer-kind vq"):
-        tokenizer.get(cfg, a_run(), images(), images(8), VIEW)
+        tokenizer.get_tokenizer(cfg, a_run(), images(), images(8), VIEW)
     assert not list(tmp_path.iterdir())
 
 
@@ -326,7 +325,7 @@ def test_survey_counts_words_and_errors():
 @pytest.mark.parametrize("kind, steps, least", [("vq", 300, 64), ("dvae", 600, 10)])
 def test_a_trained_one_draws_what_it_sees_and_uses_its_words(kind, steps, least):
     """Soon: vq beats even the true mean colour of each cell, dvae that of the image."""
-    toy, test = (data.load("toy", split=split, size=16, limit=limit)
+    toy, test = (datasets.load_images("toy", split=split, size=16, limit=limit)
                  for split, limit in (("train", 1500), ("test", 500)))
     for images in toy, test:                                # less noise, which no word can tell
         images.pixels = F.avg_pool2d(images.pixels.float(), 5, 1, 2).round().to(torch.uint8)
@@ -344,7 +343,7 @@ def test_a_trained_one_draws_what_it_sees_and_uses_its_words(kind, steps, least)
 
 def test_a_tokenizer_is_trained_once_and_kept(tmp_path, monkeypatch):
     cfg, said = settings(tmp_path), []
-    net = tokenizer.get(cfg, a_run(say=said.append), images(), images(8), VIEW)
+    net = tokenizer.get_tokenizer(cfg, a_run(say=said.append), images(), images(8), VIEW)
     assert not any(p.requires_grad for p in net.parameters()) and not net.training
     assert len(said) > 1 and "16 words" in said[-1]
     assert net.report == tokenizer.survey(net, images(8), 32, a_run(), 0)     # of those held out
@@ -352,8 +351,8 @@ def test_a_tokenizer_is_trained_once_and_kept(tmp_path, monkeypatch):
     kept, = tmp_path.iterdir()
     before = kept.read_bytes()
     monkeypatch.setattr(tokenizer, "train", None)                             # not called again
-    again = tokenizer.get(cfg, a_run(rank=1), images(), images(8), VIEW)
-    named = tokenizer.get(settings(tmp_path, tokenizer=str(kept)), a_run(), images(), None, VIEW)
+    again = tokenizer.get_tokenizer(cfg, a_run(rank=1), images(), images(8), VIEW)
+    named = tokenizer.get_tokenizer(settings(tmp_path, tokenizer=str(kept)), a_run(), images(), None, VIEW)
     view = torch.randn(2, 3, 32, 32, generator=seeded())
     assert torch.equal(net.ids(view), again.ids(view)) and torch.equal(net.ids(view),
                                                                        named.ids(view))
@@ -368,7 +367,7 @@ def test_an_unreadable_held_out_image_does_not_cost_the_tokenizer(tmp_path, monk
 
     monkeypatch.setattr(tokenizer, "survey", unreadable)
     cfg, said = settings(tmp_path), []
-    net = tokenizer.get(cfg, a_run(say=said.append), images(), images(8), VIEW)
+    net = tokenizer.get_tokenizer(cfg, a_run(say=said.append), images(), images(8), VIEW)
     assert "left out: cannot read 7.png" in said and said[-1].endswith("16 words")
     assert net.report == "" and tokenizer.cache(cfg, images(), VIEW).exists()
 
@@ -383,7 +382,7 @@ def test_the_other_processes_wait_for_the_file_and_leave_when_told(tmp_path, mon
 
     monkeypatch.setattr(tokenizer.time, "sleep", sleep)
     monkeypatch.setattr(tokenizer, "train", None)
-    assert tokenizer.get(cfg, a_run(rank=1), images(), None, VIEW).vocabulary == 16
+    assert tokenizer.get_tokenizer(cfg, a_run(rank=1), images(), None, VIEW).vocabulary == 16
     assert len(waited) == 3
 
     def leave():
@@ -391,7 +390,7 @@ def test_the_other_processes_wait_for_the_file_and_leave_when_told(tmp_path, mon
 
     with pytest.raises(SystemExit):
         other = settings(tmp_path, seed=1)
-        tokenizer.get(other, a_run(rank=1, leave_if_told=leave), images(), None, VIEW)
+        tokenizer.get_tokenizer(other, a_run(rank=1, leave_if_told=leave), images(), None, VIEW)
 
 
 def test_other_data_sizes_or_seeds_have_another_cache(tmp_path, monkeypatch):
@@ -428,11 +427,11 @@ def test_a_killed_training_leaves_no_broken_cache(where, tmp_path, monkeypatch):
     else:
         monkeypatch.setattr(torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        tokenizer.get(cfg, a_run(), images(), images(8), VIEW)
+        tokenizer.get_tokenizer(cfg, a_run(), images(), images(8), VIEW)
     assert not tokenizer.cache(cfg, images(), VIEW).exists()
     monkeypatch.undo()
     assert torch.save is whole
-    assert tokenizer.get(cfg, a_run(), images(), images(8), VIEW).vocabulary == 16
+    assert tokenizer.get_tokenizer(cfg, a_run(), images(), images(8), VIEW).vocabulary == 16
 
 
 @pytest.mark.parametrize("wrong, words", [
@@ -442,13 +441,13 @@ def test_a_killed_training_leaves_no_broken_cache(where, tmp_path, monkeypatch):
     (dict(tokenizer="none.pt"), "no checkpoint file")])
 def test_settings_that_do_not_fit_get_one_sentence(wrong, words, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        tokenizer.get(settings(tmp_path, **wrong), a_run(), images(), images(8), VIEW)
+        tokenizer.get_tokenizer(settings(tmp_path, **wrong), a_run(), images(), images(8), VIEW)
 
 
 def test_a_file_with_other_cells_is_refused(tmp_path):
     tokenizer.save(tmp_path / "t.pt", small(cell=8), "")
     with pytest.raises(ValueError, match="--token-size 64"):
-        tokenizer.get(settings(tmp_path, tokenizer=str(tmp_path / "t.pt")), a_run(), None, None,
+        tokenizer.get_tokenizer(settings(tmp_path, tokenizer=str(tmp_path / "t.pt")), a_run(), None, None,
                       VIEW)
 
 
@@ -465,7 +464,7 @@ def test_files_that_are_no_tokenizer_get_one_sentence(content, words, tmp_path):
     path = tmp_path / "encoder.pkl"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=words) as caught:
-        tokenizer.load(path)
+        tokenizer.load_tokenizer(path)
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
@@ -516,7 +515,7 @@ def test_dalles_pickled_modules_load_without_running_them(tmp_path, monkeypatch)
     torch.manual_seed(0)
     encoder, decoder = tokenizer.dalle_encoder(), tokenizer.dalle_decoder()
     pickled(encoder, tmp_path / "encoder.pkl", vocab_size=8192)
-    net = tokenizer.load(tmp_path / "encoder.pkl")
+    net = tokenizer.load_tokenizer(tmp_path / "encoder.pkl")
     assert (net.vocabulary, net.cell, net.decoder) == (8192, 8, None)
     for name, value in encoder.state_dict().items():
         assert torch.equal(net.encoder.state_dict()[name], value), name
@@ -529,12 +528,12 @@ def test_dalles_pickled_modules_load_without_running_them(tmp_path, monkeypatch)
     assert (colours[:, :, :8, :8] == colours[:, :, :1, :1]).all()
 
     pickled(decoder, tmp_path / "decoder.pkl")
-    drawn = tokenizer.load(tmp_path / "encoder.pkl").decode(ids)
+    drawn = tokenizer.load_tokenizer(tmp_path / "encoder.pkl").decode(ids)
     onehot = F.one_hot(ids.view(1, 2, 2), 8192).permute(0, 3, 1, 2).float()
     assert torch.equal(drawn, tokenizer.unmap_pixels(decoder(onehot)[:, :3].sigmoid()))
 
     torch.save({"state_dict": encoder.state_dict()}, tmp_path / "converted.pth")
-    plain = tokenizer.load(tmp_path / "converted.pth")
+    plain = tokenizer.load_tokenizer(tmp_path / "converted.pth")
     assert torch.equal(plain.ids(view), ids)
 
 
@@ -543,7 +542,7 @@ def test_code_in_a_pickled_module_is_refused_and_not_run(tmp_path, monkeypatch):
     blocks = nn.Sequential(OrderedDict(input=tokenizer.Conv(3, 2, 1)))
     pickled(SimpleNamespace(blocks=blocks), tmp_path / "encoder.pkl", extra=Executed())
     with pytest.raises(ValueError, match="nothing was run"):
-        tokenizer.load(tmp_path / "encoder.pkl")
+        tokenizer.load_tokenizer(tmp_path / "encoder.pkl")
     assert not sys.executed
 
 
@@ -571,10 +570,10 @@ def test_a_fingerprint_tells_tokenizers_apart_and_refuses_another():
 
 def test_training_ends_when_the_process_is_told_to_stop(tmp_path):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    cfg = training.config(beit.Config, ["--tokenizer-steps", "5", "--codes", "16", "--workers", "0",
+    cfg = config.parse(beit.Config, ["--tokenizer-steps", "5", "--codes", "16", "--workers", "0",
                                         "--out", str(tmp_path / "run")])
     try:
-        run = training.start(cfg)
+        run = Run(cfg)
         tokenizer.train(cfg, run, images(16), VIEW, 4)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(SystemExit) as stop:

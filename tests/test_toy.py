@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-import toy
+from lib import toy
 
 INDEX = torch.arange(40)
 

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import checkpoints
 import data
 import mmc
-import training
+from lib import augment, checkpoints, config, datasets
+from lib import run as run_module
+from lib.run import Run, cosine, ema_update, param_groups
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--data synthetic --img-size 16 --patch-size 4 --embed-dim 16 --depth 2 --num-heads 2 "
@@ -59,65 +60,65 @@ def records(folder):
 def test_precedence_is_dataclass_then_section_then_file_then_flags(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("lr: 2e-3\ntau: 0.3\n")
-    cfg = training.config(mmc.Config, ["--config", str(file), "--tau", "0.4"])
+    cfg = config.parse(mmc.Config, ["--config", str(file), "--tau", "0.4"])
     assert (cfg.min_lr, cfg.img_size, cfg.lr, cfg.tau) == (1e-6, 64, 2e-3, 0.4)
     assert "min_lr" not in cfg.origin and cfg.origin["img_size"] == "section toy"
     assert cfg.origin["lr"] == str(file) and cfg.origin["tau"] == "flags"
-    assert training.config(mmc.Config, ["--data", "imagenet"]).img_size == 224
+    assert config.parse(mmc.Config, ["--data", "imagenet"]).img_size == 224
 
 
 def test_every_setting_has_a_comment_for_the_help():
-    assert all(text for _, _, text in training.fields(training.Settings).values())
+    assert all(text for _, _, text in config.fields(config.Settings).values())
 
 
 def test_unknown_keys_flags_and_wrong_types_are_one_sentence(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("momentun: 0.9\n")
     with pytest.raises(ValueError, match="did you mean momentum"):
-        training.config(mmc.Config, ["--config", str(file)])
+        config.parse(mmc.Config, ["--config", str(file)])
     (tmp_path / "config.yaml").write_text("former: 1\n")            # of an older version
     with pytest.raises(ValueError, match="unknown key 'former' in the run to resume"):
-        training.config(mmc.Config, ["--out", str(tmp_path), "--resume"])
+        config.parse(mmc.Config, ["--out", str(tmp_path), "--resume"])
     with pytest.raises(SystemExit):
-        training.config(mmc.Config, ["--bach-size", "8"])
+        config.parse(mmc.Config, ["--bach-size", "8"])
     assert "did you mean --batch-size?" in capsys.readouterr().err
     with pytest.raises(ValueError, match="depth is 'six', but should be of type int"):
-        training.config(mmc.Config, ["--depth", "six"])
+        config.parse(mmc.Config, ["--depth", "six"])
     with pytest.raises(ValueError, match="--batch-size must be 1 or more"):
-        training.config(mmc.Config, ["--batch-size", "0"])
+        config.parse(mmc.Config, ["--batch-size", "0"])
 
 
 # ---- schedules and averages ----------------------------------------------------------------------
 
 
 def test_cosine_against_the_closed_form():
-    assert training.cosine(0, 100, 1.0, 0.1, warmup=10) == 0
-    assert training.cosine(5, 100, 1.0, 0.1, warmup=10) == 0.5
-    assert training.cosine(10, 100, 1.0, 0.1, warmup=10) == 1.0
-    assert abs(training.cosine(55, 100, 1.0, 0.1, warmup=10) - 0.55) < 1e-12
-    assert abs(training.cosine(100, 100, 1.0, 0.1, warmup=10) - 0.1) < 1e-12
+    assert cosine(0, 100, 1.0, 0.1, warmup=10) == 0
+    assert cosine(5, 100, 1.0, 0.1, warmup=10) == 0.5
+    assert cosine(10, 100, 1.0, 0.1, warmup=10) == 1.0
+    assert abs(cosine(55, 100, 1.0, 0.1, warmup=10) - 0.55) < 1e-12
+    assert abs(cosine(100, 100, 1.0, 0.1, warmup=10) - 0.1) < 1e-12
     momentum = 1 - (1 - 0.996) * (1 + math.cos(math.pi * 30 / 100)) / 2  # the paper's
-    assert abs(training.cosine(30, 100, 0.996, 1.0) - momentum) < 1e-12
+    assert abs(cosine(30, 100, 0.996, 1.0) - momentum) < 1e-12
 
 
 def test_ema_averages_parameters_not_buffers_and_zero_copies():
     teacher, student = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     nn.init.normal_(student.weight), nn.init.normal_(student.running_mean)
     old = teacher.weight.detach().clone()
-    training.ema_(teacher, student, 0.9)
+    ema_update(teacher, student, 0.9)
     assert torch.allclose(teacher.weight, 0.9 * old + 0.1 * student.weight, atol=1e-7)
     assert torch.equal(teacher.running_mean, torch.zeros(3))
-    training.ema_(teacher, student, 0.0)
+    ema_update(teacher, student, 0.0)
     assert torch.equal(teacher.weight, student.weight)
 
 
 def test_decay_groups_leave_out_vectors_and_frozen_parameters():
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     net[2].weight.requires_grad_(False)
-    decay, keep = training.decay_groups(net, 0.04)
+    decay, keep = param_groups(net, 0.04)
     assert decay["weight_decay"] == 0.04 and decay["params"] == [net[0].weight]
     assert keep["weight_decay"] == 0 and len(keep["params"]) == 4
-    decay, keep = training.decay_groups(net, 0.04, spare=("0.weight",))
+    decay, keep = param_groups(net, 0.04, spare=("0.weight",))
     assert decay["params"] == [] and len(keep["params"]) == 5
 
 
@@ -133,7 +134,7 @@ class Looks(nn.Module):
 
     def forward(self, x):
         assert not self.training                                             # no drop path
-        return data.denormalize(x)[:, 0, 0, 0].long()
+        return augment.denormalize(x)[:, 0, 0, 0].long()
 
     def split(self, number):
         return self.cls[number], self.patches[number]
@@ -150,9 +151,9 @@ def test_knn_votes_between_two_splits_of_the_same_classes_and_not_else():
     cls[1:6, 2] = 0.3                           # a little apart from image 0 and from the queries
     net = Looks(cls, F.one_hot(torch.cat([look[:12], 1 - look[12:]]), 4)[:, None].expand(-1, 2, -1))
     pixels = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 3, 16, 16)
-    bank = data.Images("x", "train", ["a", "b"], labels[:12], pixels[:12])
+    bank = datasets.Images("x", "train", ["a", "b"], labels[:12], pixels[:12])
     tests = replace(bank, split="test", labels=labels[12:], pixels=pixels[12:])
-    found = training.Run.knn(run, net, bank, tests, 16)
+    found = Run.knn(run, net, bank, tests, 16)
     assert (found["knn"], found["knn_pat"]) == (100, 0)
     unit = cls[:12] / cls[:12].square().sum(1, keepdim=True).sqrt()
     variance = (unit - unit.mean(0)).square().sum(0) / 11
@@ -160,16 +161,16 @@ def test_knn_votes_between_two_splits_of_the_same_classes_and_not_else():
     for known, asked in ((bank, bank), (replace(bank, labels=None, classes=None), tests),
                          (bank, replace(tests, labels=None)),  # a flat val/
                          (bank, replace(tests, classes=["a", "c"]))):
-        assert set(training.Run.knn(run, net, known, asked, 16)) == {"spread"}
+        assert set(Run.knn(run, net, known, asked, 16)) == {"spread"}
     assert net.training
     run._mean = lambda x: x / 2                 # another process found nothing: it could not read
-    assert training.Run.knn(run, net, bank, tests, 16) == {}
+    assert Run.knn(run, net, bank, tests, 16) == {}
 
 
 def test_what_is_looked_at_is_due_at_the_end_of_each_part_of_a_run():
     def due(times):
         return [step for step in range(10)
-                if training.Run.due(SimpleNamespace(total=10, step=step), times)]
+                if Run.due(SimpleNamespace(total=10, step=step), times)]
 
     assert (due(0), due(1), due(2), due(3)) == ([], [9], [4, 9], [3, 6, 9])
 
@@ -182,7 +183,7 @@ def test_a_folder_without_splits_is_trained_on_whole_and_asked_in_two_parts(tmp_
     cfg = SimpleNamespace(data=str(tmp_path), data_root="", img_size=8, batch_size=2, seed=0,
                           workers=0)
     run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), rank=0, world=1)
-    loader, bank, queries = training.Run.data(run, [data.View(8)])
+    loader, bank, queries = Run.data(run, [data.View(8)])
     assert len(loader.images) == 10 and (len(bank), len(queries)) == (8, 2)
     assert not set(bank.paths) & set(queries.paths)
     assert bank.classes == queries.classes and bank.split != queries.split        # as knn asks
@@ -195,7 +196,7 @@ def test_compiled_networks_learn_the_same(method, monkeypatch, tmp_path):
     real = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda net: (
         found.update(compiled=True), real(net, backend="eager")))
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     for name, flag in (("plain", "false"), ("compiled", "true")):
         monkeypatch.setattr(sys, "argv", [
             "", *"--data synthetic --img-size 16 --patch-size 4 --embed-dim 16 --depth 2 "
@@ -216,7 +217,7 @@ def test_what_was_said_of_a_run_counts_only_if_it_is_resumed(tmp_path):
     for text, flags, seed in (("", ["--resume"], 7), ("", ["--resume", "false"], 0), ("", [], 0),
                               ("resume: true", [], 7), ("toy:\n  resume: true", [], 7)):
         file.write_text(text)
-        cfg = training.config(mmc.Config, ["--out", str(out), "--config", str(file), *flags])
+        cfg = config.parse(mmc.Config, ["--out", str(out), "--config", str(file), *flags])
         assert cfg.seed == seed, (text, flags)
 
 
@@ -227,18 +228,18 @@ def test_a_save_is_due_after_so_many_minutes(monkeypatch):
     run = SimpleNamespace(_last_save=1000.0, cfg=SimpleNamespace(save_every=5), world=1, step=0,
                           total=10, _signalled=False)
     for now, due in ((1299.0, False), (1301.0, True)):
-        monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda now=now: now))
-        assert training.Run.save_due(run) == due
+        monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda now=now: now))
+        assert Run.save_due(run) == due
 
 
 def test_speed_and_mfu_count_the_work_and_time_of_training_alone(monkeypatch, tmp_path):
     """Steps of 2 seconds by this clock, after each one 10 that do not count."""
     now = [0.0]
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
-    run = training.start(training.config(mmc.Config, [
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    run = Run(config.parse(mmc.Config, [
         *TINY, "--steps", "4", "--log-every", "2", "--out", str(tmp_path)]))
-    loader = data.Loader(data.Images("x", "train", pixels=torch.zeros(
+    loader = data.Loader(datasets.Images("x", "train", pixels=torch.zeros(
         16, 3, 16, 16, dtype=torch.uint8)), [data.View(16)], 16)
     net = run.place(nn.Linear(768, 10, bias=False))
     opt = torch.optim.SGD(net.parameters())
@@ -262,14 +263,14 @@ LONG = ["--log-every", 3, "--steps", 30, "--save-every", 0, "--warmup-epochs", 0
 
 FORKS = """
 import os, sys, torch._dynamo, mmc, training        # AdamW would import dynamo: two seconds
-training.measure_peak = lambda *_: 1e12
+distributed.measure_peak = lambda *_: 1e12
 print("ready", flush=True)
 for line in sys.stdin:                              # a run each, which is at once under way
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.argv = ["mmc.py", *line.split()]
-        training.main(mmc.main)
+        config.main(mmc.main)
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -329,7 +330,7 @@ def test_preemption_saves_and_exits_with_zero(tmp_path, number):
     process.send_signal(number)
     assert "told to stop" in finish(process, code=0)
     assert torch.load(tmp_path / "last.pt")["step"] == records(tmp_path)[-1]["step"] > 0
-    assert checkpoints.load(tmp_path / "encoder.pt", quiet=True).source.branch == "teacher"
+    assert checkpoints.load_encoder(tmp_path / "encoder.pt", quiet=True).source.branch == "teacher"
 
 
 # ---- bad input: a sentence, exit code not 0 ------------------------------------------------------
@@ -366,8 +367,8 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_not_called_bad(tmp_path, m
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(torch, "load", stale)
-    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
-    run = training.start(training.config(mmc.Config, [*TINY, "--resume", "--out", str(tmp_path)]))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    run = Run(config.parse(mmc.Config, [*TINY, "--resume", "--out", str(tmp_path)]))
     with pytest.raises(OSError, match="Stale file handle.*nothing is lost: try again"):
         run.restore()
 
@@ -401,7 +402,7 @@ def test_settings_that_cannot_be(tmp_path, flags, sentence, monkeypatch, capsys)
     argv = ["mmc.py", *TINY, "--steps", "1", "--out", str(tmp_path), *flags.split()]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stop:
-        training.main(mmc.main)
+        config.main(mmc.main)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     lines = capsys.readouterr().err.strip().splitlines()
@@ -446,12 +447,12 @@ def test_a_full_disk_during_save_leaves_the_last_good_checkpoint(tmp_path):
 @pytest.mark.parametrize("name, split", [("cifar10", "train"), ("stl10", "unlabeled")])
 def test_a_run_learns_from_its_images_and_asks_labelled_ones(monkeypatch, name, split):
     def load(name, root, split, size, limit, device, apart):
-        return data.Images(split, (size, limit), pixels=torch.zeros(9, 3, 8, 8, dtype=torch.uint8))
+        return datasets.Images(split, (size, limit), pixels=torch.zeros(9, 3, 8, 8, dtype=torch.uint8))
 
-    monkeypatch.setattr(data, "load", load)
-    cfg = training.config(mmc.Config, ["--data", name, "--batch-size", "8", "--group", "2"])
+    monkeypatch.setattr(datasets, "load_images", load)
+    cfg = config.parse(mmc.Config, ["--data", name, "--batch-size", "8", "--group", "2"])
     run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), rank=1, world=2)
-    loader, bank, queries = training.Run.data(run, mmc.views(cfg))
+    loader, bank, queries = Run.data(run, mmc.views(cfg))
     assert [(x.name, x.split[1]) for x in (loader.images, bank, queries)] == [
         (split, None), ("train", 2000), ("test", 500)]
     assert (loader.batch_size, loader.rank, loader.world) == (8, 1, 2)
@@ -464,7 +465,7 @@ def opened(folder, resume=True):
     """A run's folder as Run opens it, without the run."""
     bare = SimpleNamespace(out=folder, cfg=SimpleNamespace(resume=resume, tensorboard=False),
                            _write_config=lambda: None)
-    training.Run._open_folder(bare)
+    Run._open_folder(bare)
     return bare
 
 
@@ -510,7 +511,7 @@ def test_full_memory_and_dead_decoders_are_one_sentence_and_other_errors_are_not
     def failing(error):
         def function():
             raise error
-        training.main(function)
+        config.main(function)
 
     for error, said in ((torch.OutOfMemoryError("CUDA out of memory."), "smaller --batch-size"),
                         (RuntimeError("DataLoader worker (pid 7) is killed"), "fewer --workers")):
@@ -526,10 +527,10 @@ def test_an_error_in_a_decoder_is_one_sentence_and_ends_the_run(tmp_path):
     """Decoders ignore SIGTERM, by which Python would end them at exit, and would wait for ever."""
     for n in range(20):
         Image.new("RGB", (20, 20), (n, 0, 0)).save(tmp_path / f"{n}.png")
-    script = ("import data, mmc, training\n"
+    script = ("import mmc\nfrom lib import config, datasets\n"
               "def resize(*_): raise ValueError('odd view')\n"
-              "data.resize = resize\n"
-              "training.main(mmc.main)")
+              "datasets.resize = resize\n"
+              "config.main(mmc.main)")
     flags = [*TINY, "--data", tmp_path, "--workers", 2, "--steps", 3, "--out", tmp_path / "out"]
     said = finish(subprocess.Popen([sys.executable, "-c", script, *map(str, flags)], cwd=ROOT,
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import vit
+from lib import positions
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3)
 BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
@@ -62,7 +63,7 @@ def test_block_with_split_bias_and_layer_scale_gives_the_official_numbers():
 
 
 def golden_bias(transposed=False):
-    index = vit.relative_index((2, 2))
+    index = positions.relative_index((2, 2))
     return wave((12, 2), 50, 1.0)[index.T if transposed else index].permute(2, 0, 1)[None]
 
 
@@ -77,13 +78,13 @@ def test_block_with_relative_bias_gives_the_official_numbers_and_a_transposed_in
 
 
 def test_relative_index_has_the_published_entries():
-    index = vit.relative_index((14, 14))
+    index = positions.relative_index((14, 14))
     spots = {(0, 0): 731, (0, 1): 729, (1, 0): 730, (1, 1): 364, (1, 2): 363, (2, 1): 365,
              (1, 15): 337, (1, 196): 0, (196, 1): 728}
     assert {spot: index[spot].item() for spot in spots} == spots
     assert len(index.unique()) == 732
     close(index[1:, 1:] + index[1:, 1:].T, torch.full((196, 196), 728), 0)
-    assert torch.equal(vit.relative_index((14, 14), prefix=0), index[1:, 1:])
+    assert torch.equal(positions.relative_index((14, 14), prefix=0), index[1:, 1:])
 
 
 @pytest.mark.parametrize("rel_pos", [None, "shared", "block"])
@@ -147,7 +148,7 @@ def published_sincos(dim, side, row_first):
 
 
 def test_sincos_orders_are_the_published_ones_and_differ():
-    row, col = (vit.sincos(64, (14, 14), order) for order in ("sincos_row", "sincos_col"))
+    row, col = (positions.sincos(64, (14, 14), order) for order in ("sincos_row", "sincos_col"))
     close(row, published_sincos(64, 14, True), 1e-6)
     close(col, published_sincos(64, 14, False), 1e-6)
     close(torch.cat([col[:, 32:], col[:, :32]], 1), row, 1e-6)
@@ -158,7 +159,7 @@ def test_sincos_table_is_stored_and_never_trained():
     model = build(pos="sincos_col")
     assert not model.pos_embed.requires_grad and "pos_embed" in model.state_dict()
     assert (model.pos_embed[:, 0] == 0).all()
-    close(model.pos_embed[0, 1:], vit.sincos(192, (4, 4), "sincos_col"), 0)
+    close(model.pos_embed[0, 1:], positions.sincos(192, (4, 4), "sincos_col"), 0)
     assert build(pos="learned").pos_embed.requires_grad
 
 
@@ -171,7 +172,7 @@ def table14():
     ("size", (0.004034, 0.213890, 0.576619, 0.950761), (-0.412058, -0.035488, 0.184989), 0.510112),
     ("dino", (0.004029, 0.212362, 0.573516, 0.947406), (-0.441123, -0.062187, 0.182407), 0.472122)])
 def test_positions_at_480_px_have_the_official_values(rule, first, last, middle):
-    out = vit.resize_positions(table14(), (14, 14), (30, 30), rule=rule)
+    out = positions.resize_positions(table14(), (14, 14), (30, 30), rule=rule)
     grid = out[0, 1:].view(30, 30, 2)
     assert (out[0, 0] == 7).all()
     close(grid[0, :4, 0], torch.tensor(first), 2e-6)
@@ -181,14 +182,14 @@ def test_positions_at_480_px_have_the_official_values(rule, first, last, middle)
 
 def test_stored_positions_are_used_unchanged_at_their_size_and_resampled_for_another_shape():
     for rule in ("size", "dino"):
-        same = vit.resize_positions(table14(), (14, 14), (14, 14), rule=rule)
+        same = positions.resize_positions(table14(), (14, 14), (14, 14), rule=rule)
         assert torch.equal(same, table14())
-        assert not torch.equal(vit.resize_positions(table14(), (14, 14), (7, 28), rule=rule), same)
+        assert not torch.equal(positions.resize_positions(table14(), (14, 14), (7, 28), rule=rule), same)
 
 
 def test_rows_and_columns_are_not_exchanged_in_images_that_are_not_square():
     grid = torch.stack([torch.arange(14.0).repeat_interleave(14), torch.arange(14.0).repeat(14)], 1)
-    out = vit.resize_positions(grid[None], (14, 14), (7, 28), prefix=0, rule="size")[0]
+    out = positions.resize_positions(grid[None], (14, 14), (7, 28), prefix=0, rule="size")[0]
     out = out.view(7, 28, 2)
     close(out[:, 0, 0], out[:, 9, 0], 1e-5)                   # channel 0 is the row, constant in it
     close(out[0, :, 1], out[5, :, 1], 1e-5)
@@ -201,14 +202,14 @@ def test_relative_tables_grow_by_the_geometric_spline_rule():
     """Numbers from SciPy's RectBivariateSpline on BEiT's grid of coordinates."""
     offsets = torch.sin(0.37 * torch.arange(27 * 27 * 2)).view(729, 2)
     table = torch.cat([offsets, torch.tensor([[5.0, 6.0]] * 3)])
-    out = vit.resize_table(table, (14, 14), (30, 30))
+    out = positions.resize_table(table, (14, 14), (30, 30))
     assert out.shape == (59 * 59 + 3, 2) and torch.equal(out[-3:], table[-3:])
     grid, old = out[:-3].view(59, 59, 2), offsets.view(27, 27, 2)
     close(grid[28:31, 28:31], old[12:15, 12:15], 1e-5)        # 0 and +-1 stay where they are
     close(grid[0, 0], old[0, 0], 1e-3)                        # so do the ends
     close(grid[3, 5], torch.tensor(GOLDEN_TABLE[0]), 1e-5)
     close(grid[20, 50], torch.tensor(GOLDEN_TABLE[1]), 1e-5)
-    smaller = vit.resize_table(table, (14, 14), (6, 6))[:-3].view(11, 11, 2)
+    smaller = positions.resize_table(table, (14, 14), (6, 6))[:-3].view(11, 11, 2)
     close(smaller[2, 9], torch.tensor(GOLDEN_TABLE[2]), 1e-5)
 
 
@@ -222,7 +223,7 @@ def test_relative_bias_at_another_size_reaches_the_model():
     with torch.no_grad():
         native = build(**BEIT, depth=1, img_size=64)          # the same model made for that size
         native.load_state_dict({**model.state_dict(), "rel_pos_bias.relative_position_bias_table":
-                                vit.resize_table(table, (4, 4), (8, 8))})
+                                positions.resize_table(table, (4, 4), (8, 8))})
         close(model(large), native(large), 0)
         table[24] += 1                                        # the offset (0, 0)
     _, moved = model.layers(large, attention=[0])

@@ -1,7 +1,7 @@
 """How much faster is a step of mmc.py than the plain way of writing it? The plain way: fp32,
 attention written out, every view of every image cut by torchvision, one after the other.
 
-    python tests/throughput.py            # a minute on two CPU cores; other flags are mmc.py's
+    python -m benchmarks.throughput            # a minute on two CPU cores; other flags are mmc.py's
 """
 import json
 import math
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import mmc
+from lib import augment
 
 
 def written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
@@ -32,7 +32,7 @@ def transform(view):
         v2.RandomApply([v2.GaussianBlur(9, view.blur_sigma)], view.blur_p),
         v2.RandomSolarize(0.5, view.solarize_p),
     ]
-    normalise = v2.Normalize(data.MEAN, data.STD)
+    normalise = v2.Normalize(augment.MEAN, augment.STD)
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), *chosen, normalise])
 
 

@@ -24,7 +24,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-import rng
+from lib import rng
 
 # B images, K creatures of an image, J bones of a creature, P parts, T frames, S pixels a side
 
@@ -140,7 +140,7 @@ BESTIARY = {     # what tells the classes apart, all of it: the shapes of their 
 CLASSES = list(BESTIARY)
 PARTS = ["torso", "head", "ear", "snout", "leg", "wing", "tail", "fin", "shell"]   # id: 1, 2, ...
 KEYPOINTS = PARTS                                                                  # one for each
-SIZES = {"train": 20000, "test": 2000}
+NUM_IMAGES = {"train": 20000, "test": 2000}
 
 # The bones of any creature, parents before children: shape, row of it, number of the parent.
 SKELETON = [("torso", 0, 0), ("neck", 0, 0), ("head", 0, 1), ("eye", 0, 2), ("eye", 1, 2),
@@ -450,8 +450,8 @@ def pixels(index, split, size, seed, kind, annotate, time=None):
     if index.ndim != 1 or index.dtype != torch.int64:
         raise ValueError(f"toy: index must be a one-dimensional int64 tensor of image numbers, "
                          f"got {index.dtype} of shape {tuple(index.shape)}; try torch.arange(16)")
-    if split not in SIZES:
-        raise ValueError(f"toy: no split {split!r}; there are {' and '.join(SIZES)}")
+    if split not in NUM_IMAGES:
+        raise ValueError(f"toy: no split {split!r}; there are {' and '.join(NUM_IMAGES)}")
     w, cls, points = world(index, split, seed, kind, time)
     out = [torch.empty(len(index), *shape, size, size, dtype=torch.uint8, device=index.device)
            for shape in ((3,), (), ())]

@@ -25,11 +25,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoints
 import data
-import readers
-import rng
-import training
+from lib import checkpoints, datasets, distributed, rng
+from probes import annotations
 
 # B images, N tokens, D width, S pixels a side, C classes
 
@@ -133,7 +131,7 @@ def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled, 
     found, error = {}, None
     bar = tqdm(total=total, unit="img", desc=f"{model.name}: encoding", delay=5, leave=False,
                dynamic_ncols=True,                       # silent if fast, or not on a terminal
-               disable=training.rank() > 0 or None)
+               disable=distributed.rank() > 0 or None)
     try:
         for x, number in batches:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -141,7 +139,7 @@ def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled, 
             for name, value in (z if path else choose(model, z, names)).items():
                 found.setdefault(name, []).append(value if name == "tokens" else value.float())
             found.setdefault("numbers", []).append(number.to(x.device))
-            bar.update(len(x) * training.world_size())
+            bar.update(len(x) * distributed.world_size())
     except (ValueError, FileNotFoundError) as e:         # a damaged file in this share
         error = e
     bar.close()
@@ -154,21 +152,21 @@ def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled, 
     if not all(z.isfinite().all() for z in found.values()):
         raise ValueError(f"{model.name}: its features are not finite; try --precision fp32, or an "
                          f"earlier checkpoint")
-    if path and training.rank() == 0:
+    if path and distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = dict(features={name: z.cpu() for name, z in found.items()}, numbers=numbers.cpu())
-        checkpoints.replace_file(path, lambda file: torch.save(content, file))
+        checkpoints.write_atomic(path, lambda file: torch.save(content, file))
     return choose(model, found, names), numbers
 
 
 def share(items):
     """This process's part of things in order: every world-th, from the rank-th on."""
-    return islice(items, training.rank(), None, training.world_size())
+    return islice(items, distributed.rank(), None, distributed.world_size())
 
 
 def each(word):
     """What every process says, in the order of ranks."""
-    words = [word] * training.world_size()
+    words = [word] * distributed.world_size()
     if len(words) > 1:
         dist.all_gather_object(words, word)
     return words
@@ -184,7 +182,7 @@ def gather(found, device):
         z = torch.cat(found.pop(name, [torch.empty(0, *shape, dtype=dtype, device=device)]))
         if len(said) > 1:                                # what is gathered has to be of one length
             pad = z.new_zeros(max(map(sum, sizes)) - len(z), *shape)
-            parts = training.all_gather(torch.cat([z, pad])).chunk(len(said))
+            parts = distributed.all_gather(torch.cat([z, pad])).chunk(len(said))
             parts = [part[:sum(size)].split(size) for part, size in zip(parts, sizes)]
             z = torch.cat([z for turn in zip_longest(*parts) for z in turn if z is not None])
         rows[name] = z
@@ -207,7 +205,7 @@ def stored(model, args, tokens, key):
     """
     if not args.cache or key is None:
         return None
-    places = [str(Path(place).resolve()) for place in (args.data, data.root_of(args.data_root))]
+    places = [str(Path(place).resolve()) for place in (args.data, datasets.root_of(args.data_root))]
     what = (tokens.__name__, *places, args.limit, args.precision, key)
     name = f"{model.name}-{Path(args.data).name}-{code(model, args, what)}.pt"
     return Path(args.out) / "features" / name
@@ -248,27 +246,27 @@ class Progress:
         self.net, self.opt, self.step, self.curve = net, opt, 0, []
         if self.path.is_file():
             try:
-                state = checkpoints.read(self.path)
+                state = checkpoints.read_file(self.path)
                 net.load_state_dict(state["net"]), opt.load_state_dict(state["opt"])
                 self.step, self.curve = state["step"], state["curve"]
             except (ValueError, KeyError, RuntimeError):
                 raise ValueError(f"{self.path} is damaged or of another version: delete it, and "
                                  f"{args.task} starts anew") from None
-            if training.rank() == 0:
+            if distributed.rank() == 0:
                 print(f"{self.path}: goes on after step {self.step:,}", flush=True)
 
     def steps(self, batches, total):
         """Yields step, batch: a progress bar runs, and what is trained is kept."""
         self.first, self.total, self.begin = self.step, total, time.monotonic()
         self.bar = tqdm(total=total, initial=self.step, desc=self.name, delay=5, leave=False,
-                        dynamic_ncols=True, disable=training.rank() > 0 or None)
+                        dynamic_ncols=True, disable=distributed.rank() > 0 or None)
         saved = self.begin
         for step, batch in zip(range(self.step, total), batches):
             yield step, batch
             self.step = step + 1
             self.bar.update()
             due = time.monotonic() - (self.begin if self.step == total else saved)
-            if due > 60 * self.MINUTES and training.rank() == 0:
+            if due > 60 * self.MINUTES and distributed.rank() == 0:
                 self.save()
                 saved = time.monotonic()
         self.bar.close()
@@ -284,18 +282,18 @@ class Progress:
                      curve=self.curve)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoints.replace_file(self.path, lambda file: torch.save(state, file))
+            checkpoints.write_atomic(self.path, lambda file: torch.save(state, file))
         except OSError as error:
             print(error, file=sys.stderr)
 
     def done(self):
-        if training.rank() == 0:
+        if distributed.rank() == 0:
             self.path.unlink(missing_ok=True)
 
 
 @functools.lru_cache                                     # several models look at the same images
 def load(name, root, split, size, limit, device):
-    return data.load(name, root, split, size, limit, device, apart=True)
+    return datasets.load_images(name, root, split, size, limit, device, apart=True)
 
 
 def labelled(model, args, split):
@@ -304,9 +302,9 @@ def labelled(model, args, split):
     Labels count the classes of each split by itself: what is learned of train's says nothing of
     test's if these are others. few_shot, which learns nothing, never asks for train.
     """
-    if args.data in readers.LAYOUT and args.data not in data.NAMES:
+    if args.data in annotations.LAYOUT and args.data not in datasets.NAMES:
         raise ValueError(f"{args.task} needs pictures of one class each, and {args.data} has none: "
-                         f"choose --data {', '.join(data.NAMES)} or a folder")
+                         f"choose --data {', '.join(datasets.NAMES)} or a folder")
     images = load(args.data, args.data_root, split, model.size, args.limit, args.device)
     if images.labels is None:
         raise ValueError(f"this data set has no labels ({args.data}), and {args.task} needs them: "
@@ -330,8 +328,8 @@ def features(model, args, split, names=("cls", "pat", "hyber"), tokens=pooled, m
     images, classes = labelled(model, args, split)
     batches = data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
                            std=model.std, workers=args.workers, interpolation=model.interpolation,
-                           resize=model.size if whole else None, rank=training.rank(),
-                           world=training.world_size())
+                           resize=model.size if whole else None, rank=distributed.rank(),
+                           world=distributed.world_size())
     if mirror:
         batches = ((torch.cat([x, x.flip(-1)]), index.repeat(2)) for x, index in batches)
     if change:

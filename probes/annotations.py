@@ -32,8 +32,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tensor, resize
 
-import data
-import toy
+from lib import datasets, toy
 
 # K objects of an image, P key-points of an object, T frames of a film, H, W pixels
 
@@ -161,7 +160,7 @@ window-other wood""".split()                                        # COCO's 92 
 
 def find(name, root, *places):
     """The first of the places under root (none: $DATA_ROOT, else datasets) that exists."""
-    return data.find(name, data.root_of(root), *places, layouts=LAYOUT)
+    return datasets.find(name, datasets.root_of(root), *places, layouts=LAYOUT)
 
 
 @contextmanager
@@ -177,7 +176,7 @@ def reading(name, path):
 def picture(path):
     """-> (3, H, W) uint8 RGB."""
     try:
-        return pil_to_tensor(data.read_image(path))
+        return pil_to_tensor(datasets.read_image(path))
     except Exception as error:
         raise ValueError(f"Cannot read {path}: {error}. Restore the file") from None
 
@@ -221,7 +220,7 @@ def view(name, split, sets, what):
 
 def drawn(scenes, root, split, limit, size, order=None):
     """toy, toy-scenes: creatures of which nothing is seen are left out."""
-    numbers = spread(range(limit or toy.SIZES[split]), None, order)
+    numbers = spread(range(limit or toy.NUM_IMAGES[split]), None, order)
     for index in torch.tensor(numbers, dtype=torch.int64).split(64):
         out = toy.draw(index, split, size, scenes, annotate=True)
         creature = torch.arange(1, out["classes"].shape[1] + 1)[:, None, None]
@@ -269,7 +268,7 @@ def cub(root, split, limit, size):
 @functools.lru_cache(maxsize=2)             # hundreds of megabytes: parsed once
 def coco_json(path):
     """-> [(number of the image, file name, its annotations), ...] of instances or key-points, by
-    file name: as data.load has them, so that --limit takes the same images of both."""
+    file name: as datasets.load_images has them, so that --limit takes the same images of both."""
     with reading("coco", path), open(path, encoding="utf-8") as file:
         content = json.load(file)
         rows = {image["id"]: (image["id"], image["file_name"], []) for image in content["images"]}
@@ -338,7 +337,7 @@ def maps(name, files, level, root, split, limit, size):
     """Iterator of items of a set whose annotations are files, one an image."""
     items, read = files(level, root, split)
     if not items:
-        raise data.missing(name, data.root_of(root), LAYOUT)
+        raise datasets.missing(name, datasets.root_of(root), LAYOUT)
     for number, path, annotation in spread(items, limit):
         image = picture(path)
         with reading(name, annotation):
@@ -355,7 +354,7 @@ def maps(name, files, level, root, split, limit, size):
 
 def drawn_map(scenes, level, root, split, limit, size):
     """toy, toy-scenes. The parts are scored among themselves, so their background is ignored."""
-    for index in torch.arange(limit or toy.SIZES[split]).split(64):
+    for index in torch.arange(limit or toy.NUM_IMAGES[split]).split(64):
         out = toy.draw(index, split, size, scenes, annotate=True)
         labels = out["semantic"] if level == "object" else out["parts"] - 1     # uint8: 0 -> 255
         for number, image, label in zip(index.tolist(), out["image"], labels):
@@ -455,7 +454,7 @@ def ade20k_parts(root):
     if not os.path.exists(path):
         train, test = (ade20k_stems(root, split) for split in ("train", "test"))
         if not train or not test:
-            raise data.missing("ade20k-full", top, LAYOUT)
+            raise datasets.missing("ade20k-full", top, LAYOUT)
         if not os.access(top, os.W_OK):
             raise ValueError(f"{path} has to be written, once, and you may not: let somebody run "
                              f"this who may")
@@ -806,7 +805,7 @@ def landmarks(name, root=None):
     path = find(name, root, f"{name}/gnd_{name}.pkl", f"gnd_{name}.pkl")
     folder = find(name, root, f"{name}/jpg", "jpg")
     with reading(name, path), open(path, "rb") as file:
-        content = data.ArraysOnly(file, encoding="latin1").load()
+        content = datasets.ArraysOnly(file, encoding="latin1").load()
         truth = content["gnd"]
         database, queries = ([os.path.join(folder, f"{image}.jpg") for image in content[key]]
                              for key in ("imlist", "qimlist"))
@@ -831,7 +830,7 @@ def cue_conflict(root=None):
     paths = sorted(os.path.join(at, file) for at, _, files in os.walk(folder, followlinks=True)
                    for file in files if file.lower().endswith(".png") and file[0] != ".")
     if not paths:
-        raise data.missing("cue-conflict", folder, LAYOUT)
+        raise datasets.missing("cue-conflict", folder, LAYOUT)
     pairs = []
     for path in paths:                      # some copies put a number and more in front
         pair = re.search(r"(?:^|_)([a-z]+)\d+-([a-z]+)\d+\.png$", os.path.basename(path).lower())

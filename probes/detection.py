@@ -56,14 +56,10 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
 import data
-import dense
-import finetune
-import metrics
-import readers
-import rng
-import training
 import vit
-from features import Progress, settings_of
+from lib import distributed, metrics, rng
+from probes import annotations, dense, finetune
+from probes.common import Progress, settings_of
 
 # B images, N patches, h, w grid of patches, p pixels a side of a patch, D width, K objects
 
@@ -108,7 +104,7 @@ def detection(model, args):
     no pycocotools, a batch that the processes cannot share.
     """
     dense.needs_tokens(model, args)
-    readers.view(args.data, "train", readers.MASKS, "masks")
+    annotations.view(args.data, "train", annotations.MASKS, "masks")
     metrics.coco_ap([])                                  # says now if pycocotools is missing
     p = model.encoder.patch_size
     if p < 4 or p & (p - 1):
@@ -116,14 +112,14 @@ def detection(model, args):
     toy = dense.is_toy(args)
     recipe = FULL | settings_of(args, RECIPES) | (TOY if toy else {})
     side = (args.size or (model.size if toy else recipe["side"])) // p * p
-    names, rank, world = readers.box_classes(args.data), training.rank(), training.world_size()
+    names, rank, world = annotations.box_classes(args.data), distributed.rank(), distributed.world_size()
     if recipe["batch"] % world:                          # or the run would be longer or shorter
         raise ValueError(f"{world} processes cannot share {recipe['batch']} images: take a number "
                          f"that divides them")
 
     def read(split, order=None):
         limit = args.limit or (TOY_IMAGES[split] if toy else None)
-        return readers.masks(args.data, args.data_root, split, limit, side, order)
+        return annotations.masks(args.data, args.data_root, split, limit, side, order)
 
     views = Views(read, recipe, side, model.mean, args.seed, keep=toy)
     next(iter(views))                                    # what is wrong with the set is said now
@@ -337,7 +333,7 @@ class Views(IterableDataset):
 
     def __init__(self, read, recipe, side, mean, seed, keep):
         self.read, self.recipe, self.side, self.mean, self.seed = read, recipe, side, mean, seed
-        self.rank, self.world, self.images = training.rank(), training.world_size(), None
+        self.rank, self.world, self.images = distributed.rank(), distributed.world_size(), None
         self.kept, self.begin = list(read("train")) if keep else None, 0
 
     def __iter__(self):
@@ -442,10 +438,10 @@ def lr_factor(step, iters, recipe):
 def train(net, opt, progress, batches, recipe, iters, model, args):
     """All weights; a batch goes through in parts of --batch-size. The loss is torchvision's sum of
     five: object or not and box of the RPN, class, box and mask of the heads."""
-    parallel, losses = training.share_gradients(net, args.device), []
+    parallel, losses = distributed.wrap_ddp(net, args.device), []
     net.train()
     for step, batch in progress.steps(out_of_workers(batches), iters):
-        torch.manual_seed(rng.key(args.seed, "detection", step, training.rank()))  # what is sampled
+        torch.manual_seed(rng.key(args.seed, "detection", step, distributed.rank()))  # what is sampled
         factor = lr_factor(step, iters, recipe)
         for group in opt.param_groups:
             group["lr"] = recipe["lr"] * factor * group["factor"]
@@ -461,7 +457,7 @@ def train(net, opt, progress, batches, recipe, iters, model, args):
             losses.append(loss.detach() * len(parts))
         opt.step(), opt.zero_grad()
         if (step + 1) % max(1, iters // 10) == 0 or step % 50 == 0 or step + 1 == iters:
-            mean = training.all_mean(torch.stack(losses).mean()).item()
+            mean = distributed.all_mean(torch.stack(losses).mean()).item()
             if not math.isfinite(mean):
                 raise ValueError(f"{model.name}: the loss is not finite by iteration {step + 1} of "
                                  f"{iters} (lr {recipe['lr'] * factor:.1e}); try --precision fp32, "

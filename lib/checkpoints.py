@@ -1,9 +1,9 @@
 """Checkpoints of encoders: ours, and the official files of DeiT, MoCo v3, DINO, iBOT, MAE, BEiT,
 CAE, SimMIM and timm.
 
-    net = checkpoints.load("out/mmc-toy/encoder.pt")      # a vit.ViT; net.source says what it is
+    net = checkpoints.load_encoder("out/mmc-toy/encoder.pt")      # a vit.ViT; net.source says what it is
     head = checkpoints.projector(net)                     # the head that training had put on it
-    checkpoints.save("mine.pt", net, method="mine")       # in timm's names
+    checkpoints.save_encoder("mine.pt", net, method="mine")       # in timm's names
 
 The layout is told from the keys. A file is untrusted: nothing in it is run, and a key that is
 missing or left over is an error. The model comes back as it lies in the file: position tables are
@@ -79,7 +79,7 @@ LAYOUTS = {
 }
 
 
-def save(path, net, **info):
+def save_encoder(path, net, **info):
     """Write an encoder checkpoint ("encoder.pt"), atomically: plain data, equal bytes if equal.
 
     info: branch, method, data, step, mean, std, interpolation, heads ({name: state dict}), or more.
@@ -88,10 +88,10 @@ def save(path, net, **info):
                    branch="untrained", method=None, data=None, step=0, mean=MEAN, std=STD,
                    interpolation="bicubic", heads={})
     content = _plain({**content, **info}, "checkpoint")
-    replace_file(path, lambda file: torch.save(content, file))     # a name would get into the file
+    write_atomic(path, lambda file: torch.save(content, file))     # a name would get into the file
 
 
-def replace_file(path, write):
+def write_atomic(path, write):
     """write(file) into a temporary file beside `path`, then rename: the file is whole or as before.
 
     OSError with a sentence when it cannot be written, on a full disk for one.
@@ -144,7 +144,7 @@ STAND_INS = [(OrderedDict, "yacs.config.CfgNode"), (argparse.Namespace, "argpars
              (Inert, "numpy.core.multiarray.scalar"), (Inert, "numpy._core.multiarray.scalar")]
 
 
-def read(path):
+def read_file(path):
     """The raw content of a checkpoint: the dict that was saved, or the tensors of an .npz.
 
     FileNotFoundError if there is none; ValueError if it is damaged or holds more than plain data.
@@ -170,7 +170,7 @@ def read(path):
     return raw
 
 
-def load(path, branch=None, img_size=None, quiet=False):
+def load_encoder(path, branch=None, img_size=None, quiet=False):
     """The encoder in a checkpoint file, ours or an official one, as a ViT in eval mode.
 
     branch    "teacher", "student", "base" or "momentum", as the file has; default: to be evaluated
@@ -182,9 +182,9 @@ def load(path, branch=None, img_size=None, quiet=False):
     taken for timm's augreg (mean 0.5), one without for DINO's backbone. Of augreg two things are
     not timm's, our simplification: positions are stretched without antialiasing, and probes resize
     to 256, not 248, before they cut out 224.
-    Errors: as read(), and ValueError for a layout, keys or shapes that do not fit.
+    Errors: as read_file(), and ValueError for a layout, keys or shapes that do not fit.
     """
-    raw = read(path)
+    raw = read_file(path)
     form = str(raw.get("format", ""))
     if form.startswith("training/"):
         raise ValueError(f"{path}: that is a training state; use encoder.pt beside it")

@@ -1,8 +1,8 @@
 """Images a second, share of the arithmetic that the device can do, and memory of every method: its
 default network (toy), or what the flags say, on noise that costs nothing to load.
 
-    python tests/speed.py                                     # five minutes on two CPU cores
-    python tests/speed.py mae -- --img-size 224 --patch-size 16 --embed-dim 384 --depth 12 \\
+    python -m benchmarks.speed                                     # five minutes on two CPU cores
+    python -m benchmarks.speed mae -- --img-size 224 --patch-size 16 --embed-dim 384 --depth 12 \\
         --num-heads 6 --batch-size 4                          # what follows -- goes to the scripts
 """
 import json

@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-import rng
+from lib import rng
 
 
 def coordinates(grid, device=None):

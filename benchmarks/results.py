@@ -1,10 +1,10 @@
 """The table of results in README: every method trained on toy with several seeds, every model asked
 by the same probes, mean and deviation over seeds.
 
-    python tests/results.py --table                  # of what is known: tests/results.yaml
-    python tests/results.py                          # all of it anew: hours on two CPU cores
-    python tests/results.py --methods mae mmc --seeds 0
-    python tests/results.py --data toy-scenes        # trained on scenes; asked on toy as ever
+    python -m benchmarks.results --table                  # of what is known: benchmarks/results.yaml
+    python -m benchmarks.results                          # all of it anew: hours on two CPU cores
+    python -m benchmarks.results --methods mae mmc --seeds 0
+    python -m benchmarks.results --data toy-scenes        # trained on scenes; asked on toy as ever
 
 What is done is not done again: a run that was stopped goes on, and a probe whose line stands in the
 run's results.jsonl is not repeated. What a finished run was found to be is kept in results.yaml, so
@@ -25,9 +25,7 @@ from pathlib import Path
 import torch
 import yaml
 
-sys.path.append(str(Path(__file__).parent.parent))
-import checkpoints
-import training
+from lib import checkpoints, config, distributed
 
 ROOT = Path(__file__).parent.parent
 METHODS = "mae asl simmim beit cae moco_v3 dino ibot selfpatch hybrid mmc".split()
@@ -44,7 +42,7 @@ COLUMNS = [*(name for columns in PROBES.values() for name in columns),
            *(name for name, *_ in INSIDE.values())]
 RESULTS, KEEPING = Path(__file__).with_suffix(".yaml"), threading.Lock()
 HEAD = """\
-# What tests/results.py found: trained on, method, seed. kNN asks all 20,000 training images.
+# What benchmarks/results.py found: trained on, method, seed. kNN asks all 20,000 training images.
 """
 
 
@@ -98,7 +96,7 @@ def work(run):
         seeds = known.setdefault(trained_on, {}).setdefault(method, {})
         seeds[seed] = dict(**about(folder), **numbers(folder))
         text = HEAD + yaml.dump(known, default_flow_style=None, width=98, sort_keys=False)
-        checkpoints.replace_file(RESULTS, lambda file: file.write(text.encode()))
+        checkpoints.write_atomic(RESULTS, lambda file: file.write(text.encode()))
     print(f"{folder} done", flush=True)
 
 
@@ -131,15 +129,15 @@ def numbers(folder):
 
 def about(folder):
     """How a run was made: from when it is, its steps, its precision."""
-    settings = training.read_yaml(folder / "config.yaml")
+    settings = config.read_yaml(folder / "config.yaml")
     day = datetime.date.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return dict(day=str(day), torch=torch.__version__.split("+")[0], steps=last["step"],
-                precision=training.pick_precision(settings["precision"], training.pick_device()))
+                precision=distributed.pick_precision(settings["precision"], distributed.pick_device()))
 
 
 def results():
-    return training.read_yaml(RESULTS) if RESULTS.exists() else {}
+    return config.read_yaml(RESULTS) if RESULTS.exists() else {}
 
 
 def row(method, seeds):

@@ -2,19 +2,18 @@
 AdamW) of mae.py's network, and of the same network whose encoder runs on all patches, a mask token
 in place of each removed one (the paper's Table 1c: 3.3 times the FLOPs with ViT-L).
 
-    python tests/visible_only.py          # a minute on two CPU cores; exit code 1 below 1.8
+    python -m benchmarks.visible_only          # a minute on two CPU cores; exit code 1 below 1.8
 """
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import mae
-import training
+from lib import config, distributed
+from lib.run import param_groups
 
 
 class MaskTokens(mae.Network):
@@ -35,8 +34,8 @@ def seconds(cfg, batch_size, device, rounds=7):
     """Median seconds of a step of either network; they take turns, so that both meet the same
     machine. The first round warms up."""
     nets = [network(cfg).to(device) for network in (mae.Network, MaskTokens)]
-    opts = [torch.optim.AdamW(training.decay_groups(net, 0.05), fused=True) for net in nets]
-    bf16 = training.pick_precision("auto", device) == "bf16"
+    opts = [torch.optim.AdamW(param_groups(net, 0.05), fused=True) for net in nets]
+    bf16 = distributed.pick_precision("auto", device) == "bf16"
     x = torch.randn(batch_size, 3, cfg.img_size, cfg.img_size, device=device)
     noise = torch.rand(batch_size, (cfg.img_size // cfg.patch_size)**2, device=device)
     target, times = mae.targets(x, cfg.patch_size, cfg.norm_pix), ([], [])
@@ -54,10 +53,10 @@ def seconds(cfg, batch_size, device, rounds=7):
 
 
 if __name__ == "__main__":
-    training.keep_memory()
-    device, ratios = training.pick_device(), []
+    distributed.keep_memory()
+    device, ratios = distributed.pick_device(), []
     for name, batch_size in (("toy", 64), ("imagenet100", 8), ("imagenet", 4)):
-        cfg = training.config(mae.Config, ["--data", name])
+        cfg = config.parse(mae.Config, ["--data", name])
         visible, everything = seconds(cfg, batch_size, device)
         ratios.append(everything / visible)
         print(f"{name}: {cfg.embed_dim} x {cfg.depth}, decoder {cfg.decoder_embed_dim} x "

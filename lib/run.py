@@ -1,39 +1,15 @@
-"""Plumbing that every method shares. It offers values, context managers and two iterators; it never
-calls you, knows no method, and makes no decision that a paper argues about.
-
-    cfg = training.config(Config)                      # dataclass <- YAML section <- command line
-    run = training.start(cfg)                          # device, processes, signals
-    net, teacher = run.place(Net(cfg)), run.place(Teacher(cfg))
-    run.restore(net=net, teacher=teacher, opt=opt)     # these are saved; with --resume, loaded
-    for step, batch in run.steps(loader):              # goes on where the last checkpoint stopped
-        with run.autocast():
-            loss = ...
-        run.backward(loss, opt, clip=3.0)              # not finite: stops, with a report
-        opt.step(), opt.zero_grad()
-        run.log(loss=loss, lr=lr)                      # averaged until the next line is printed
-        if run.save_due():                             # interval, last step, or told to stop
-            run.save()                                 # out/METHOD-DATA/last.pt, atomically
-
-One process is the normal case; many (torchrun, CPU or GPU, one node or several) are the same code
-with run.world > 1. Only the *global* batch size is a setting.
-"""
-import argparse
+"""TODO run"""
 import contextlib
-import ctypes
 import dataclasses
-import difflib
 import errno
 import fcntl
-import inspect
 import json
 import math
 import os
 import re
-import resource
 import signal
 import sys
 import time
-import typing
 from pathlib import Path
 
 import torch
@@ -41,322 +17,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageDraw
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import checkpoints
 import data
-import metrics
-import rng
-
-# --------------------------------------------------------------------------------------------------
-# Settings
-
-
-@dataclasses.dataclass
-class Settings:
-    """What every run can be told, whatever the method; the method's own Config adds to it."""
-    data: str = "toy"            # a data set by name (data.py lists them), or a folder of images
-    data_root: str = ""          # where the data sets lie; default: $DATA_ROOT, else datasets/
-    out: str = ""                # folder of this run; default: out/METHOD-DATA
-    resume: bool = False         # go on from the last checkpoint in the run's folder
-    seed: int = 0                # everything random follows from it
-    steps: int = 0               # optimiser steps; 0: --epochs decides
-    accumulate: int = 1          # micro-batches a step, where the method allows it: less memory
-    workers: int = 2             # image decoders beside each training process
-    device: str = "auto"         # cuda or cpu; auto: cuda if there is one
-    precision: str = "auto"      # bf16 or fp32; auto: bf16 where the device computes in it
-    compile: bool = False        # torch.compile, from the second step on
-    config: str = ""             # a YAML file, laid over the method's own section
-    log_every: int = 10          # steps between log lines
-    save_every: float = 5.0      # minutes between checkpoints; 0: after every step
-    evals: int = 10              # kNN accuracy and picture, so many times a run
-    tensorboard: bool = False    # TensorBoard files, too (pip install tensorboard)
-
-
-# These take the section of their nearest kin; a folder of images takes imagenet100's.
-KIN = {"toy-scenes": "toy", "synthetic": "toy", "cifar100": "cifar10", "stl10": "cifar10"}
-
-
-def fields(cls):
-    """{name: (type, default, help)} of a dataclass: the help is the comment on the field's line."""
-    hints, lines = typing.get_type_hints(cls), inspect.getsource(cls).splitlines()
-    found = (re.match(r"\s+(\w+):[^#]*#\s*(.+)", line) for line in lines)
-    comments = {match[1]: match[2] for match in found if match}
-    return {f.name: (hints[f.name], f.default, comments.get(f.name, ""))
-            for f in dataclasses.fields(cls)}
-
-
-def nearest(name, known):
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint about an unknown flag names the nearest known one. Exit code 2."""
-
-    def error(self, message):
-        if found := re.search(r"unrecognized arguments: (--[\w-]+)", message):
-            known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
-            close = difflib.get_close_matches(found[1], known, n=1, cutoff=0)
-            message = f"unknown flag {found[1]}; did you mean {close[0]}?"
-        self.exit(2, f"error: {message} (--help lists all)\n")
-
-
-def convert(name, value, kind):
-    """A YAML or command-line value as the field's type: PyYAML takes 1e-6 for a string."""
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-        if kind is tuple:
-            return tuple(float(v) for v in value)
-        if kind is int and not re.fullmatch(r"-?\d+", str(value)):
-            if not float(value).is_integer():                        # 1e3 is
-                raise ValueError
-            return int(float(value))
-        if value is None:
-            raise ValueError
-        return kind(value)
-    except (ValueError, TypeError, KeyError, OverflowError):
-        raise ValueError(f"{name} is {value!r}, but should be of type {kind.__name__}") from None
-
-
-def read_yaml(path):
-    try:
-        found = yaml.safe_load(Path(path).read_text()) or {}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no config file {path}") from None
-    except yaml.YAMLError as e:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} should hold lines of the form name: value")
-    return found
-
-
-SIZES = {"batch_size", "accumulate", "log_every", "img_size", "patch_size", "local_size",
-         "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_num_heads", "hidden",
-         "bottleneck", "out_dim"}                        # 1 or more; all other numbers: 0 or more
-SHARES = {"momentum", "center_momentum", "min_scale", "split_scale", "mim_scale", "blur_p",
-          "paste_p", "drop_at", "drop_path", "beta2"}    # 1 at most
-
-
-def config(cls, argv=None):
-    """This run's settings: dataclass <- the data set's section of configs/METHOD.yaml <- with
-    --resume the run's own config.yaml <- --config FILE <- command line. cfg.origin says who set
-    what. Raises ValueError for unknown keys (naming the nearest) and values of a wrong type."""
-    method, known = Path(inspect.getfile(cls)).stem, {**fields(Settings), **fields(cls)}
-    parser = Parser(f"python {method}.py", description=sys.modules[cls.__module__].__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for name, (kind, default, text) in known.items():
-        flags = {f"--{name.replace('_', '-')}": None, f"--{name}": None}     # either spelling
-        many = {tuple: dict(nargs="+"), bool: dict(nargs="?", const=True)}.get(kind, {})
-        parser.add_argument(*flags, help=f"{text} [{default}]".replace("%", "%%"),
-                            metavar=kind.__name__, **many)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-
-    values, origin = {}, {}
-
-    def lay_over(found, who):
-        for name, value in found.items():
-            if name not in known:
-                raise ValueError(f"unknown key {name!r} in {who}{nearest(name, known)}")
-            values[name], origin[name] = convert(name, value, known[name][0]), who
-
-    sections = read_yaml(Path(__file__).parent / "configs" / f"{method}.yaml")
-    own = read_yaml(given["config"]) if "config" in given else {}
-    flat = not set(own) & set(sections)                              # or sections, as in configs/
-    top = {**(own if flat else {}), **given}
-    dataset = str(top.get("data", "toy"))
-    section = dataset if dataset in sections else KIN.get(dataset, "imagenet100")
-    out = Path(top.get("out") or f"out/{method}-{Path(dataset).resolve().name}").absolute()
-    if Path.cwd() in out.parents:
-        out = out.relative_to(Path.cwd())
-    lay_over(sections[section] or {}, f"section {section}")
-    resume = convert("resume", {**(own if flat else own.get(section) or {}), **given}.get(
-        "resume", False), bool)
-    if resume and (out / "config.yaml").exists():
-        lay_over({k: v for k, v in read_yaml(out / "config.yaml").items()
-                  if k != "method" and (k not in known or v != values.get(k, known[k][1]))},
-                 "the run to resume")
-    lay_over({k: v for k, v in (own if flat else own.get(section) or {}).items() if k != "method"},
-             given.get("config"))
-    lay_over(given, "flags")
-
-    both = dataclasses.make_dataclass("Config", [("method", str, method)], bases=(cls, Settings))
-    cfg = both(**{**values, "out": str(out)})
-    cfg.origin = origin
-    for name, (kind, *_) in known.items():
-        least, most = int(name in SIZES), 1 if name in SHARES else math.inf
-        if kind in (int, float) and not least <= getattr(cfg, name) <= most:             # nor NaN
-            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more" +
-                             " and at most 1" * (name in SHARES))
-    return cfg
-
-
-def main(function):
-    """Runs a script's main: what a user can mend becomes one sentence on stderr and exit code 2;
-    with TRACEBACK=1 in the environment the traceback comes instead."""
-    try:
-        function()
-    except (ValueError, OSError, RuntimeError) as e:
-        if isinstance(e, torch.OutOfMemoryError):
-            e = "the GPU's memory is full: a smaller --batch-size, or --accumulate where it may be"
-        elif re.search(r"DataLoader worker \(pid", str(e)):     # not: an error in a decoder
-            e = "an image decoder died (memory or /dev/shm full?): fewer --workers, then --resume"
-        elif isinstance(e, RuntimeError):
-            raise
-        if os.environ.get("TRACEBACK"):
-            raise
-        if str(e).startswith("Caught"):         # in a decoder, with its traceback
-            e = str(e).splitlines()[-1]
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(2)                         # nccl's clean-up would wait for the other processes
-        sys.exit(2)
-    leave()
-
-
-def leave():
-    """Of several processes, ends this one when all have come here; without the clean-up of
-    torch.distributed, whose threads now and then abort a process that has done its work."""
-    if dist.is_initialized():
-        dist.barrier()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(0)
-
-
-# --------------------------------------------------------------------------------------------------
-# Devices and processes
-
-
-def pick_device(name="auto"):
-    """auto: this process's GPU, else the CPU. Raises ValueError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", name)
-    if not found:
-        raise ValueError(f"--device {name!r}: cuda, cuda:1, cpu or auto")
-    if found[1] == "cpu":
-        return torch.device("cpu")
-    index = int(found[2] or os.environ.get("LOCAL_RANK", 0))
-    if index >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: there is no GPU {index} here, torch sees "
-                         f"{torch.cuda.device_count()}; try --device cpu or fewer processes")
-    return torch.device("cuda", index)
-
-
-def pick_precision(name, device):
-    """auto: bf16 on GPUs from Ampere on and on CPUs with bf16 instructions, else fp32."""
-    if name not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"--precision {name!r}: bf16, fp32 or auto")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
-
-
-def peak_memory(device):
-    """GiB that this process held at most: on a GPU, of its memory that tensors took."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20                  # bytes there, else KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def keep_memory():
-    """Tells glibc to keep what is freed instead of handing large tensors back to the kernel: their
-    page faults cost a small ViT on a CPU a fifth of its speed. Does nothing elsewhere."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)       # mmap and trim thresholds
-
-
-def join(device):
-    """Joins the processes that torchrun started, if it did: from here on rank() and world_size()
-    know."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif world > 1:                                                  # torchrun leaves one thread
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
-            os.cpu_count() or 1)
-        torch.set_num_threads(max(1, cores // processes))
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-
-
-def share_gradients(module, device):
-    """The module; of several processes, wrapped in DDP if there is something to train."""
-    if world_size() > 1 and any(p.requires_grad for p in module.parameters()):
-        return DistributedDataParallel(
-            module, device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True)
-    return module
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_gather(x):
-    """(B, ...) of each process -> (world*B, ...) in the order of ranks. No gradient: for keys."""
-    x = x.detach().contiguous()
-    if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
-
-
-def all_mean(x):
-    """Mean of a tensor over the processes. No gradient: for normalisers and logs."""
-    x = x.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(x)
-        x /= world_size()
-    return x
-
-
-class SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):                    # every process's loss depends on every input
-        return SumOverProcesses.forward(None, grad)
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows (..., D) of *all* processes, so that eight normalise as one would
-    (torch's SyncBatchNorm has no CPU path). Each process must bring the same number of rows."""
-
-    def forward(self, x):
-        rows = x.flatten(0, -2)
-        if world_size() == 1 or not self.training:
-            return super().forward(rows).view(x.shape)
-        n = rows.shape[0] * world_size()
-        wide = rows.float()
-        mean = SumOverProcesses.apply(wide.sum(0)) / n
-        var = SumOverProcesses.apply((wide - mean).square().sum(0)) / n     # two passes: exact
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
-            self.num_batches_tracked += 1
-        y = (wide - mean) * (var + self.eps).rsqrt()
-        return (y * self.weight + self.bias if self.affine else y).to(x.dtype).view(x.shape)
-
+from lib import checkpoints, datasets, distributed, metrics, rng
 
 # --------------------------------------------------------------------------------------------------
 # Schedules, parameter groups, averages
@@ -370,7 +35,7 @@ def cosine(step, total, start, end, warmup=0):
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def decay_groups(module, weight_decay, spare=()):
+def param_groups(module, weight_decay, spare=()):
     """Two groups for AdamW: vectors (biases, norms) and names that end in one of `spare` do not
     decay, all others do."""
     decayed, spared = dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)
@@ -385,25 +50,13 @@ def set_lr(opt, lr):
         group["lr"] = lr
 
 
-def unwrap(module):
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
 @torch.no_grad()
-def ema_(teacher, student, momentum):
+def ema_update(teacher, student, momentum):
     """teacher <- momentum * teacher + (1 - momentum) * student, for the parameters (not buffers)
     that the teacher has; fused, no host synchronisation. momentum 0 copies exactly."""
-    source = dict(unwrap(student).named_parameters())
-    names, target = zip(*unwrap(teacher).named_parameters())
+    source = dict(distributed.unwrap(student).named_parameters())
+    names, target = zip(*distributed.unwrap(teacher).named_parameters())
     torch._foreach_lerp_(target, [source[name] for name in names], 1 - momentum)
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
-
-# Dense bf16 peak in TFLOP/s by name of the GPU (data sheets); any other device is measured.
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125,
-         "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
 
 
 class Run:
@@ -413,8 +66,8 @@ class Run:
         self.cfg, self.out = cfg, Path(cfg.out)
         self.rank = int(os.environ.get("RANK", 0))                   # set by torchrun
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(cfg.device)
-        self.precision = pick_precision(cfg.precision, self.device)
+        self.device = distributed.pick_device(cfg.device)
+        self.precision = distributed.pick_precision(cfg.precision, self.device)
         self.step, self.saved, self.meter = 0, None, {}
         self._stopping = self._signalled = self._now = False
         self._micro, self._placed, self._flops, self._writer = (1, 1), [], None, None
@@ -424,9 +77,9 @@ class Run:
         if cfg.resume and not (self.out / "last.pt").exists():
             raise ValueError(f"nothing to resume: there is no {self.out / 'last.pt'}; leave out "
                              f"--resume to start, or name the run's folder with --out")
-        keep_memory()
+        distributed.keep_memory()
         torch.set_float32_matmul_precision("high")                   # TF32 for a GPU's fp32 parts
-        join(self.device)
+        distributed.init_distributed(self.device)
         torch.manual_seed(cfg.seed)                                  # equal weights everywhere
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(name, self._on_signal)
@@ -446,7 +99,7 @@ class Run:
 
     def place(self, module):
         """To the device; wrapped in DDP if there are several processes and something to train."""
-        module = share_gradients(module.to(self.device), self.device)
+        module = distributed.wrap_ddp(module.to(self.device), self.device)
         self._placed.append(module)
         return module
 
@@ -492,12 +145,12 @@ class Run:
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in
                  dataclasses.asdict(self.cfg).items() if k not in ("resume", "config")}
         text = yaml.safe_dump(plain, sort_keys=False).encode()
-        checkpoints.replace_file(self.out / "config.yaml", lambda f: f.write(text))
+        checkpoints.write_atomic(self.out / "config.yaml", lambda f: f.write(text))
 
     def restore(self, **state):
         """Opens the run's folder, registers what a checkpoint holds (modules, optimisers, by name)
         and, with --resume, loads it. Raises ValueError for a file of another method or shape."""
-        self.state, path = {name: unwrap(x) for name, x in state.items()}, self.out / "last.pt"
+        self.state, path = {name: distributed.unwrap(x) for name, x in state.items()}, self.out / "last.pt"
         problem = [None]
         try:
             if self.rank == 0:
@@ -544,7 +197,7 @@ class Run:
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= self.step]
             text = "".join(line + "\n" for line in kept).encode()
-            checkpoints.replace_file(log, lambda f: f.write(text))
+            checkpoints.write_atomic(log, lambda f: f.write(text))
         self.say(f"resumed from {path} after step {self.step}")
 
     def save_due(self):
@@ -573,26 +226,26 @@ class Run:
             meter = {name: (self._mean(total), n) for name, (total, n) in self.meter.items()}
             if self.rank == 0:
                 state = {name: x.state_dict() for name, x in self.state.items()}
-                checkpoints.replace_file(self.out / "last.pt", lambda f: torch.save(
+                checkpoints.write_atomic(self.out / "last.pt", lambda f: torch.save(
                     {"format": "training/1", "method": self.cfg.method, "step": self.step + 1,
                      "state": state, "meter": meter}, f))
             self.saved, self._last_save = self.step + 1, time.perf_counter()
 
     def save_encoder(self, backbone, full=None, **info):
-        """Writes encoder.pt, what a user takes away (checkpoints.load reads it). Call it before
+        """Writes encoder.pt, what a user takes away (checkpoints.load_encoder reads it). Call it before
         save(), so that a kill in between is mended by --resume. info: branch, heads (see
-        checkpoints.save). full: a state dict in the names of an official file, decoder and all, for
+        checkpoints.save_encoder). full: a state dict in the names of an official file, decoder and all, for
         full.pt beside."""
         self._check_finite()
         if self.rank > 0:
             return
         about = dict(method=self.cfg.method, data=self.cfg.data, step=self.step + 1)
         with self.pause():
-            checkpoints.save(self.out / "encoder.pt", backbone, **about, **info)
+            checkpoints.save_encoder(self.out / "encoder.pt", backbone, **about, **info)
             if full:
                 full = {name: x.cpu() for name, x in full.items()}
                 content = dict(model=full, num_heads=backbone.config["num_heads"], **about)
-                checkpoints.replace_file(self.out / "full.pt", lambda f: torch.save(content, f))
+                checkpoints.write_atomic(self.out / "full.pt", lambda f: torch.save(content, f))
 
     # ---- the loop ----
 
@@ -603,7 +256,7 @@ class Run:
         cfg = self.cfg
         which = "unlabeled" if cfg.data == "stl10" else "train"
         images, bank, queries = (
-            data.load(cfg.data, cfg.data_root, split, cfg.img_size, limit, self.device, apart)
+            datasets.load_images(cfg.data, cfg.data_root, split, cfg.img_size, limit, self.device, apart)
             for split, limit, apart in ((which, None, False), ("train", 2000, True),
                                         ("test", 500, True)))
         loader = data.Loader(images, views, cfg.batch_size, cfg.seed, self.device, cfg.workers,
@@ -645,7 +298,7 @@ class Run:
             if self._stopping and self.step < self.total:
                 bar.close()
                 self.say(f"told to stop: saved after step {self.step}; --resume goes on from there")
-                leave()
+                distributed.exit_together()
                 sys.exit(0)
         bar.close()
         if self.rank == 0:
@@ -702,7 +355,7 @@ class Run:
         self._now |= now
 
     def _mean(self, x):
-        return all_mean(torch.as_tensor(x, dtype=torch.float64, device=self.device)).item()
+        return distributed.all_mean(torch.as_tensor(x, dtype=torch.float64, device=self.device)).item()
 
     def _print_if_due(self):
         done = self.step + 1
@@ -716,7 +369,7 @@ class Run:
         mfu = self._flops * speed / (self._peak * self.world)
         record = dict(step=done, **means, grad_norm=self._health[1].item(), images_per_s=speed,
                       mfu=mfu, data_share=self._waited / seconds,
-                      memory_gib=peak_memory(self.device))
+                      memory_gib=distributed.peak_memory(self.device))
         text = f"step {done}/{self.total}"
         for name, value in record.items():
             if name in means and name != "lr":
@@ -760,7 +413,7 @@ class Run:
     @torch.no_grad()
     def knn(self, encoder, bank, queries, size, k=10):
         """{"knn", "knn_pat"}: percent right of the weighted k-nearest-neighbour vote (as in
-        evaluate.py) by class token and by mean patch token, of two sets of data.Images, if they
+        evaluate.py) by class token and by mean patch token, of two sets of datasets.Images, if they
         have the same classes and are not the same images; and {"spread"}: deviation of the
         normalised class tokens times sqrt(D), 0 if collapsed."""
         def embed(images):
@@ -797,17 +450,17 @@ class Run:
         page.paste(sheet.resize((page.width, page.height - 16), Image.NEAREST), (0, 16))
         for i, title in enumerate(columns):
             ImageDraw.Draw(page).text((i * page.width // len(columns), 2), title, fill="black")
-        checkpoints.replace_file(self.out / name, lambda f: page.save(f, "PNG"))
+        checkpoints.write_atomic(self.out / name, lambda f: page.save(f, "PNG"))
 
     def _announce(self, per_epoch):
         """The numbers that reproductions get wrong first, once."""
         cfg, name = self.cfg, "CPU"
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-        listed = PEAKS if self.precision == "bf16" else {}
+        listed = distributed.PEAKS if self.precision == "bf16" else {}
         self._peak = next((1e12 * peak for gpu, peak in listed.items()
                            if re.search(rf"\b{gpu}\b(?! (NVL|Ti|Laptop))", name)), None)
-        self._peak = self._peak or measure_peak(self.device, self.precision)
+        self._peak = self._peak or distributed.measure_peak(self.device, self.precision)
         for who in dict.fromkeys(cfg.origin.values()):
             values = (f"{k} {getattr(cfg, k)}" for k, by in cfg.origin.items() if by == who)
             self.say(f"{who}: {', '.join(values)}")
@@ -825,24 +478,3 @@ def start(cfg):
     cannot be had."""
     return Run(cfg)
 
-
-def measure_peak(device, precision):
-    """FLOP/s of a square matrix product, best of five: what MFU refers to without a data sheet."""
-    size = 8192 if device.type == "cuda" else 2048       # a GPU is through with less at once
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, times = torch.ones(size, size, device=device, dtype=dtype), []
-    for _ in range(5):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times)
-
-
-def heat(x):
-    """(n, H, W) in [0, 1] -> (n, 3, H, W) uint8, dark blue to yellow: safe for the colour-blind."""
-    ramp = torch.tensor([[25, 20, 80], [35, 95, 140], [40, 160, 135], [150, 210, 70],
-                         [253, 231, 37]])
-    at = x.cpu().float().clamp(0, 1) * (len(ramp) - 1)
-    low = at.long().clamp(max=len(ramp) - 2)
-    colour = ramp[low] + (ramp[low + 1] - ramp[low]) * (at - low)[..., None]
-    return colour.permute(0, 3, 1, 2).to(torch.uint8)

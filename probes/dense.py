@@ -30,11 +30,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
-import metrics
-import readers
-import rng
-import toy
-from features import Progress, settings_of
+from lib import augment, metrics, rng, toy
+from probes import annotations
+from probes.common import Progress, settings_of
 
 # B images, h, w grid of patches, p pixels a side of a patch, D width, C classes, L learning rates,
 # H, W pixels, M frames in memory, P key-points, K objects
@@ -50,7 +48,7 @@ TOY = dict(train=1000, test=300)         # images of toy's splits, unless --limi
 def normalised(model, images, args, std=None):
     """(..., 3, H, W) of 0 to 255 -> what the encoder takes, on the device."""
     x = images.to(args.device).float() / 255
-    return data.normalize(x, model.mean, std or model.std)
+    return augment.normalize(x, model.mean, std or model.std)
 
 
 @torch.no_grad()
@@ -230,7 +228,7 @@ def linear_segmentation(model, args):
     """
     needs_tokens(model, args)
     recipe, depth = settings_of(args, RECIPES), model.encoder.depth
-    names = readers.segmentation_classes(args.data, args.level, args.data_root)
+    names = annotations.segmentation_classes(args.data, args.level, args.data_root)
     blocks = sorted({max(1, round(block * depth / 12)) - 1 for block in recipe["blocks"]})
     sizes = sizes_of(args, side_of(model, args, 0))
     iters = args.iters or (TOY_ITERS if is_toy(args) else recipe["iters"])
@@ -293,13 +291,13 @@ def leave_size(args):
 
 
 def mapped(args, split, sizes):
-    """Items of a split with a class for every pixel, as readers.segmentation gives them."""
+    """Items of a split with a class for every pixel, as annotations.segmentation gives them."""
     limit = args.limit or (TOY[split] if is_toy(args) else None)
-    return readers.segmentation(args.data, args.data_root, split, limit, args.level, sizes[0])
+    return annotations.segmentation(args.data, args.data_root, split, limit, args.level, sizes[0])
 
 
 def picture_of(model, args):
-    level = args.level or next(iter(readers.SEGMENTATION[args.data][1]))
+    level = args.level or next(iter(annotations.SEGMENTATION[args.data][1]))
     return Path(args.out) / f"{args.task}-{args.data}-{level}-{model.name}.png"
 
 
@@ -414,7 +412,7 @@ def stacked(seed, sizes, mean, std, swap, own, step, items):
     crop = sizes[0]
     views = [training_crop(items[i], sizes, rng.generator(seed, "crop", step, i), swap)
              for i in own]
-    x = [data.normalize(image / 255, mean, std) for image, _ in views]
+    x = [augment.normalize(image / 255, mean, std) for image, _ in views]
     x = [F.pad(x, (0, crop - x.shape[2], 0, crop - x.shape[1])) for x in x]
     y = [F.pad(y, (0, crop - y.shape[1], 0, crop - y.shape[0]), value=255) for _, y in views]
     return torch.stack(x), torch.stack(y).long()
@@ -438,7 +436,7 @@ def distort(x, g):
         x = (value - (value - x) * wanted / saturation.clamp(min=1e-6)).clamp(0, 255)
     if maybe():
         turn = int(torch.randint(-18, 18, (), generator=g)) / 180
-        x = (data.adjust_hue(x[None] / 255, torch.tensor([turn]))[0] * 255).clamp(0, 255)
+        x = (augment.adjust_hue(x[None] / 255, torch.tensor([turn]))[0] * 255).clamp(0, 255)
     return x if first else (x * contrast).clamp(0, 255)
 
 
@@ -596,8 +594,8 @@ def squashed(image, side):
 def targets(args, side):
     """Yields image (3, H, W) uint8, [(category, mask (H, W) bool), ...], valid (H, W) bool."""
     limit = args.limit or (TOY["test"] if is_toy(args) else None)
-    if args.data in readers.MASKS and args.target != "stuff" and args.level in (None, "object"):
-        for item in readers.masks(args.data, args.data_root, "test", limit, side):
+    if args.data in annotations.MASKS and args.target != "stuff" and args.level in (None, "object"):
+        for item in annotations.masks(args.data, args.data_root, "test", limit, side):
             pairs = list(zip(item.labels[~item.crowd].tolist(), item.masks[~item.crowd]))
             if args.target == "category":
                 pairs = [(c, torch.stack([m for other, m in pairs if other == c]).any(0))
@@ -609,11 +607,11 @@ def targets(args, side):
         raise ValueError(f"{args.data} has no --target {args.target}"
                          f"{f' at --level {args.level}' if args.level else ''}; choose category")
     level = "scene" if args.target == "stuff" else args.level
-    names = readers.segmentation_classes(args.data, level, args.data_root)
+    names = annotations.segmentation_classes(args.data, level, args.data_root)
     outside = {names.index("background")} if "background" in names else set()
     if args.target == "stuff":
         outside = set(range(80))
-    for item in readers.segmentation(args.data, args.data_root, "test", limit, level, side):
+    for item in annotations.segmentation(args.data, args.data_root, "test", limit, level, side):
         classes = [c for c in item.labels.unique().tolist() if c != 255 and c not in outside]
         yield item.image, [(c, item.labels == c) for c in classes], item.labels != 255
 
@@ -686,9 +684,9 @@ def video(model, args):
     needs_tokens(model, args)
     side, p = side_of(model, args, 480), model.encoder.patch_size
     radius = max(1, round(RADIUS * (side // p) / 30)) if is_toy(args) else RADIUS
-    std = DAVIS_STD if args.data == "davis" and tuple(model.std) == tuple(data.STD) else None
+    std = DAVIS_STD if args.data == "davis" and tuple(model.std) == tuple(augment.STD) else None
     films, strips, count = [], [], 0
-    for film in bar(readers.videos(args.data, args.data_root, "test", args.limit or (
+    for film in bar(annotations.videos(args.data, args.data_root, "test", args.limit or (
             10 if is_toy(args) else None), side), model):
         def encode(image):
             x = normalised(model, resize(image, frame_shape(image.shape[1:], side, p)), args,
@@ -803,7 +801,7 @@ def pose(model, args):
         raise ValueError(f"pose reads no key-points of {args.data}; choose --data coco, toy or "
                          "toy-scenes")
     leave_size(args)
-    names = readers.part_names(args.data)
+    names = annotations.part_names(args.data)
     recipe = POSE["toy" if is_toy(args) else "coco"]
     side = side_of(model, args, 256)
     shape = recipe["shape"] or (side, side)
@@ -862,9 +860,9 @@ def pose(model, args):
 
 
 def with_points(args, split, side):
-    """Items of a split with key-points, as readers.keypoints gives them."""
+    """Items of a split with key-points, as annotations.keypoints gives them."""
     limit = args.limit or (TOY[split] if is_toy(args) else None)
-    return readers.keypoints(args.data, args.data_root, split, limit, side)
+    return annotations.keypoints(args.data, args.data_root, split, limit, side)
 
 
 def boxes_of(args, side):

@@ -21,15 +21,13 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import data
-import dense
-import metrics
-import readers
-import rng
-import training
 import vit
-from dense import BATCH, WARMUP
-from features import Progress, labelled, settings_of, view
-from metrics import report
+from lib import augment, distributed, metrics, positions, rng
+from lib.metrics import report
+from lib.run import cosine
+from probes import annotations, dense
+from probes.common import Progress, labelled, settings_of, view
+from probes.dense import BATCH, WARMUP
 
 # B images, S pixels a side, H, W of a picture, h, w of a map, C classes, D width
 
@@ -59,7 +57,7 @@ def finetune(model, args):
     With --reinit some blocks forget first: where does what was learned sit? (Park et al., F.3)
     Reported is the best epoch on the test images, as the released code of linear probes does (of
     fine-tuning the papers do not say), which flatters: the last one stands beside.
-    A run that is killed goes on, see features.Progress.
+    A run that is killed goes on, see common.Progress.
     """
     recipe, both = settings_of(args, FINETUNE), args.recipe == "mmc"
     if both and args.data != "imagenet":
@@ -73,7 +71,7 @@ def finetune(model, args):
 
     # Our choice for small sets: a batch of at most 1/64 of the images, so that they get enough
     # steps, and lr down with the root of it, as suits AdamW; in proportion, little would move.
-    rank, world = training.rank(), training.world_size()
+    rank, world = distributed.rank(), distributed.world_size()
     size = min(recipe["batch"], max(16, world, len(images) // 64)) // world * world
     if len(images) < size or len(tests) < world:
         raise ValueError(f"finetune needs {size} training and {world} test images at least, and "
@@ -86,26 +84,26 @@ def finetune(model, args):
     warmup = total * recipe["warmup"] // published["epochs"]
     peak = recipe["lr"] / recipe["per"] * math.sqrt(size * published["batch"])
     schedule, end = ((simmim_lr, 2.5e-7 / 1.25e-3 * peak) if args.recipe == "simmim" else
-                     (training.cosine, 1e-6))            # 1e-6 both, at the recipe's batch
+                     (cosine, 1e-6))            # 1e-6 both, at the recipe's batch
 
     torch.manual_seed(args.seed)
     net = Classifier(restart(model.encoder, anew, both, model.size), classes, both).to(args.device)
     opt = torch.optim.AdamW(layer_groups(net, LAYER_DECAY, WEIGHT_DECAY), betas=(0.9, 0.999),
                             fused=True)
     progress = Progress(model, args, net, opt)
-    parallel = training.share_gradients(net, args.device)
-    augment, mix = AUGMENT.get(recipe["augment"]), mixing(classes)
+    parallel = distributed.wrap_ddp(net, args.device)
+    transform, mix = AUGMENT.get(recipe["augment"]), mixing(classes)
     curve, losses = progress.curve, []                   # curve: (top-1, top-5) of every epoch
     for step, batch in progress.steps(loader.batches(progress.step), total):
         torch.manual_seed(rng.key(args.seed, "finetune", step, rank))        # what torchvision uses
         lr = schedule(step, total, peak, end, warmup)
         for group in opt.param_groups:
             group["lr"] = lr * group["factor"]
-        x, y = data.denormalize(batch.views[0]), batch.label                 # (B, 3, S, S), (B,)
-        if augment:
-            x, y = mix(erase(data.normalize(augment(x), model.mean, model.std)), y)
+        x, y = augment.denormalize(batch.views[0]), batch.label                 # (B, 3, S, S), (B,)
+        if transform:
+            x, y = mix(erase(augment.normalize(transform(x), model.mean, model.std)), y)
         else:
-            x, y = data.normalize(x / 255, model.mean, model.std), F.one_hot(y, classes).float()
+            x, y = augment.normalize(x / 255, model.mean, model.std), F.one_hot(y, classes).float()
         parts = range(0, len(x), args.batch_size)
         for i in parts:                                  # in parts, if --batch-size asks for it
             parallel.require_backward_grad_sync = i == parts[-1]             # DDP's no_sync
@@ -121,7 +119,7 @@ def finetune(model, args):
 
         ended = (step + 1) % len(loader) == 0
         if ended or step % 50 == 0:                      # now and then: a GPU has to be waited for
-            mean = training.all_mean(torch.stack(losses).mean()).item()
+            mean = distributed.all_mean(torch.stack(losses).mean()).item()
             if not math.isfinite(mean):
                 raise ValueError(f"{model.name}: the loss is not finite by step {step + 1} of "
                                  f"{total} (lr {lr:.1e}); try --precision fp32, or an earlier "
@@ -142,7 +140,7 @@ def finetune(model, args):
                   f"fine-tuned end to end, recipe {args.recipe}{start}: AdamW, batch {size}, lr "
                   f"{peak:.2g}{' (both our choice, for few images)' * few}, layer decay "
                   f"{LAYER_DECAY}, {epochs} epochs, {recipe['augment']}"
-                  f"{', mixup, cutmix, erasing' if augment else ''}, drop path {DROP_PATH}; top-1, "
+                  f"{', mixup, cutmix, erasing' if transform else ''}, drop path {DROP_PATH}; top-1, "
                   f"top-5 of the epoch that is best on the test images, and of the last; "
                   f"{view(model, args)}",
                   notes=[f"{model.name}: best epoch {curve.index(best) + 1} of {epochs}"],
@@ -204,9 +202,9 @@ def restart(encoder, anew=(), final_norm=False, size=None):
         grids = encoder.grid, (size // encoder.patch_size,) * 2
         for name, x in state.items():
             if name == "pos_embed":
-                state[name] = vit.resize_positions(x, *grids, encoder.num_prefix, config["resize"])
+                state[name] = positions.resize_positions(x, *grids, encoder.num_prefix, config["resize"])
             elif name.endswith(key):
-                state[name] = vit.resize_table(x, *grids)
+                state[name] = positions.resize_table(x, *grids)
     copy = vit.ViT(**config)                             # drawn as the backbone draws its weights
     drawn = tuple(f"blocks.{i}." for i in anew)
     copy.load_state_dict({name: x if name.startswith(drawn) else state[name]
@@ -241,7 +239,7 @@ def simmim_lr(step, total, start, end, warmup):
     lr steps down to where the cosine has got by then (from 5e-3 to 4.523e-3 in SimMIM's log)."""
     if step < warmup:
         return end + (start - end) * step / warmup
-    return training.cosine(step, total, start, end)
+    return cosine(step, total, start, end)
 
 
 def soft_cross_entropy(scores, targets, smoothing=0.1):
@@ -270,7 +268,7 @@ def rand_augment(x):
     every picture by itself; with their signs there are no more than 23 operations, anyway.
     """
     one = v2.RandAugment(1, magnitude=27, interpolation=TF.InterpolationMode.BILINEAR,
-                         fill=[round(255 * m) for m in data.MEAN])
+                         fill=[round(255 * m) for m in augment.MEAN])
     x = x.clone()
     for _ in range(2):
         hit = torch.randperm(len(x))[torch.rand(len(x)) < 0.5]
@@ -284,11 +282,11 @@ def three_augment(x):
     """ThreeAugment (DeiT III): grey, solarised or blurred, and jitter. uint8 -> in [0, 1]."""
     x, kind = x / 255, torch.randint(3, (len(x),))
     radius, threshold = 0.1 + 1.9 * torch.rand(len(x)), torch.full((len(x),), 128 / 255)
-    data.apply(lambda x, _: data.luma(x).expand_as(x), x, kind == 0, radius)
-    data.apply(data.solarize, x, kind == 1, threshold)
-    data.apply(data.blur, x, kind == 2, radius)
+    augment.apply(lambda x, _: augment.luma(x).expand_as(x), x, kind == 0, radius)
+    augment.apply(augment.solarize, x, kind == 1, threshold)
+    augment.apply(augment.blur, x, kind == 2, radius)
     order = torch.rand(len(x), 3).argsort(1)             # of brightness, contrast, saturation
-    return data.jitter(x, order, 0.7 + 0.6 * torch.rand(len(x), 3))
+    return augment.jitter(x, order, 0.7 + 0.6 * torch.rand(len(x), 3))
 
 
 AUGMENT = {"RandAugment": rand_augment, "ThreeAugment": three_augment}
@@ -298,7 +296,7 @@ def erase(x, p=0.25):
     """Random erasing: a box of 2 to 33 % of the picture becomes noise, in a share p of the images.
     x is normalised, and so is the noise of each pixel."""
     size, u = x.shape[-1], torch.rand(len(x), 22)
-    box = data.crop_boxes(u, size, size, torch.tensor([0.02, 1 / 3]), torch.tensor([0.3, 1 / 0.3]))
+    box = augment.crop_boxes(u, size, size, torch.tensor([0.02, 1 / 3]), torch.tensor([0.3, 1 / 0.3]))
     box[torch.rand(len(x)) >= p] = 0                     # of no height
     top, left, height, width = box.to(x.device)[:, :, None].unbind(1)        # (B, 1)
     at = torch.arange(size, device=x.device)
@@ -310,7 +308,7 @@ def erase(x, p=0.25):
 @torch.no_grad()
 def score(net, tests, model, args):
     """Top-1 and top-5 on the test images, in percent; each process looks at its share of them."""
-    own = slice(training.rank(), None, training.world_size())
+    own = slice(distributed.rank(), None, distributed.world_size())
     some = replace(tests, labels=tests.labels[own], paths=tests.paths and tests.paths[own],
                    pixels=None if tests.paths else tests.pixels[own])
     net.eval()
@@ -323,7 +321,7 @@ def score(net, tests, model, args):
     net.train()
     percent = metrics.accuracy(torch.cat(scores), some.labels.to(args.device))
     right = torch.tensor([*percent, 1.0], dtype=torch.float64, device=args.device) * len(some)
-    right = training.all_mean(right)
+    right = distributed.all_mean(right)
     return (right[:2] / right[2]).tolist()
 
 
@@ -363,7 +361,7 @@ def segmentation(model, args):
     head = args.head = args.head or "fpn"
     if head not in SEGMENT:
         raise ValueError(f"segmentation has no head {head}; choose --head {', '.join(SEGMENT)}")
-    toy, rank, world = dense.is_toy(args), training.rank(), training.world_size()
+    toy, rank, world = dense.is_toy(args), distributed.rank(), distributed.world_size()
     recipe = settings_of(args, SEGMENT[head])
     published, recipe = recipe["iters"], {**recipe, **(TOY_SEGMENT if toy else {})}
     if len(args.lr) > 1:
@@ -375,7 +373,7 @@ def segmentation(model, args):
     parts = -(-share // args.batch_size)                 # of a batch, if --batch-size asks for it
     if share // parts * world < 2:
         raise ValueError("batch norm needs crops to compare: --batch-size 2 or more")
-    names = readers.segmentation_classes(args.data, args.level, args.data_root)
+    names = annotations.segmentation_classes(args.data, args.level, args.data_root)
     sizes, depth = dense.sizes_of(args, args.size or model.size), model.encoder.depth
     blocks = [max(1, round(block * depth / 12)) - 1 for block in recipe["blocks"]]
     for split in ("test", "train"):                      # what is missing is said before all work
@@ -388,7 +386,7 @@ def segmentation(model, args):
     opt = torch.optim.AdamW(layer_groups(net, recipe["layer_decay"], recipe["decay"]),
                             betas=(0.9, 0.999), fused=True)
     progress = Progress(model, args, net, opt)
-    parallel = training.share_gradients(net, args.device)
+    parallel = distributed.wrap_ddp(net, args.device)
     warmup = max(1, WARMUP * iters // published)
     steps = range(progress.step, iters)
     batches = dense.crops(model, args, sizes, names, steps, rank=rank, world=world)
@@ -413,7 +411,7 @@ def segmentation(model, args):
 
         due = (step + 1) % say == 0 or step + 1 == iters
         if due or step % 50 == 0:                        # now and then: a GPU has to be waited for
-            mean = training.all_mean(torch.stack(losses).mean()).item()
+            mean = distributed.all_mean(torch.stack(losses).mean()).item()
             if not math.isfinite(mean):
                 raise ValueError(f"{model.name}: the loss is not finite by step {step + 1} of "
                                  f"{iters} (lr {lr:.1e}); try --precision fp32, a smaller --lr or "
@@ -433,7 +431,7 @@ def segmentation(model, args):
     own = islice(dense.mapped(args, "test", sizes), rank, None, world)
     [counts], rows, number = dense.score_segmentation(predict, own, names, model, args, view,
                                                       8 if args.show else 0)
-    counts, number = (training.all_mean(n) * world for n in (
+    counts, number = (distributed.all_mean(n) * world for n in (
         counts.double(), torch.tensor(number, dtype=torch.float64)))
     if rows and rank == 0:
         dense.contact_sheet(rows, dense.picture_of(model, args))
@@ -565,7 +563,7 @@ def pyramid(width, patch_size=16):
                           twice(), nn.Identity(), nn.MaxPool2d(2)])
 
 
-class BatchNorm2d(training.BatchNorm):
+class BatchNorm2d(distributed.BatchNorm):
     """Of maps (B, D, h, w): over the crops of all processes."""
 
     def forward(self, x):

@@ -34,10 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoints
 import data
-import rng
-import training
+from lib import augment, checkpoints, distributed, rng
+from lib.run import cosine, set_lr
 
 # B images, S pixels, K words, h x w = N cells of an image, d width of a code, W width of a network
 
@@ -56,7 +55,7 @@ def unmap_pixels(u):
 def pixels(view):
     """(B, 3, S, S) normalised, as the loader gives it -> in [0, 1]."""
     mean, std = (torch.tensor(v).view(3, 1, 1).to(view.device, non_blocking=True)
-                 for v in (data.MEAN, data.STD))
+                 for v in (augment.MEAN, augment.STD))
     return (view * std + mean).clamp(0, 1)
 
 
@@ -290,7 +289,7 @@ def train(cfg, run, images, view, cell):
     loader = data.Loader(images, [view], min(BATCH, len(images)), cfg.seed, run.device, cfg.workers)
     for step, batch in zip(range(total), loader.batches()):
         run.leave_if_told()
-        training.set_lr(opt, training.cosine(step + 1, total, LR, 0.0, WARMUP))
+        set_lr(opt, cosine(step + 1, total, LR, 0.0, WARMUP))
         u, key = map_pixels(pixels(batch.views[0])), (cfg.seed, "tokenizer", step)
         if vq:
             if step % 100 == 0 and step < 0.8 * total:      # the first time: all; last: they settle
@@ -300,7 +299,7 @@ def train(cfg, run, images, view, cell):
             loss, z, ids = vq_loss(net, u)
             rate.lerp_(move_codes(net.codes, flat(z.detach()), ids.flatten(), MOMENTUM), 0.05)
         else:
-            tau = training.cosine(step, round(0.75 * total), 1.0, 1 / 16)
+            tau = cosine(step, round(0.75 * total), 1.0, 1 / 16)
             shape = cfg.codes, u.shape[2] // cell, u.shape[3] // cell
             loss = dvae_loss(net, u, tau, rng.uniform(batch.index, shape, *key))
         opt.zero_grad()
@@ -344,7 +343,7 @@ class Count(nn.Module):
     def add(self, ids):
         ones = torch.ones(ids.numel(), dtype=torch.float64, device=ids.device)
         here = torch.zeros_like(self.hits).index_add_(0, ids.flatten(), ones)
-        self.hits += training.world_size() * training.all_mean(here)
+        self.hits += distributed.world_size() * distributed.all_mean(here)
 
     def facts(self):
         """The entropy of these words in nats, the share of the commonest."""
@@ -356,7 +355,7 @@ class Count(nn.Module):
 # Files
 
 
-def get(cfg, run, images, held_out, view):
+def get_tokenizer(cfg, run, images, held_out, view):
     """The frozen tokenizer of a run: from the file that --tokenizer names, or trained on the spot
     and kept beside the run's folder, for the next run with the same data, seed and sizes. view: of
     the tokenizer. Raises ValueError when its cells do not fit the patches."""
@@ -370,7 +369,7 @@ def get(cfg, run, images, held_out, view):
     if cfg.codes < 2 or cfg.tokenizer_steps < 1:
         raise ValueError("--codes must be 2 or more, and --tokenizer-steps 1 or more")
     if cfg.tokenizer:
-        net, path = load(cfg.tokenizer), cfg.tokenizer
+        net, path = load_tokenizer(cfg.tokenizer), cfg.tokenizer
     else:
         path = cache(cfg, images, view)
         if run.rank == 0 and not path.exists():
@@ -386,7 +385,7 @@ def get(cfg, run, images, held_out, view):
         while not path.exists():     # the others, maybe for longer than a collective would wait
             run.leave_if_told()
             time.sleep(1)
-        net = load(path)
+        net = load_tokenizer(path)
     if net.cell != cell:
         raise ValueError(f"{path} has cells of {net.cell} pixels: give --token-size "
                          f"{net.cell * side} for {side} x {side} words, one a patch")
@@ -411,7 +410,7 @@ def cache(cfg, images, view):
 def save(path, net, report):
     """The file is whole or not there; where two runs train at once, the first one's stays."""
     own = f"{path}.{os.getpid()}"
-    checkpoints.replace_file(own, lambda file: torch.save(
+    checkpoints.write_atomic(own, lambda file: torch.save(
         {"format": "tokenizer/1", "config": net.config, "report": report,
          "model": {name: x.cpu() for name, x in net.state_dict().items()}}, file))
     os.remove(own) if path.exists() else os.replace(own, path)
@@ -433,7 +432,7 @@ SHELLS = [(Shell, name) for name in (
     "torch.nn.modules.linear.Identity", "torch.nn.modules.upsampling.Upsample")]
 
 
-def load(path):
+def load_tokenizer(path):
     """A tokenizer from a file of ours, or DALL-E's encoder: the official encoder.pkl (a pickled
     module, read without running it) or its state dict. A decoder.pkl beside it draws pictures."""
     path, raw = Path(path), read(path)
@@ -458,7 +457,7 @@ def load(path):
 def read(path):
     with torch.serialization.safe_globals(SHELLS):
         try:
-            raw = checkpoints.read(path)
+            raw = checkpoints.read_file(path)
         except ValueError as error:
             raise ValueError(f"{error}. If it is a module pickled by PyTorch before 1.6: where "
                              f"dall_e is installed, save its state_dict() in a file") from None

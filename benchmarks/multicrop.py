@@ -2,20 +2,19 @@
 for each crop, fp32, a loop over pairs of crops, loops over tensors for clipping, AdamW and EMA.
 Third comes what was not kept: crops of both sizes in one packed sequence, split for attention.
 
-    python tests/multicrop.py             # two minutes on two CPU cores; exit code 1 below 1.2
+    python -m benchmarks.multicrop             # two minutes on two CPU cores; exit code 1 below 1.2
 """
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import dino
-import training
 import vit
+from lib import config, distributed
+from lib.run import ema_update, param_groups
 
 
 def ours(student, teacher, center, opt, global_crops, local_crops, autocast):
@@ -30,7 +29,7 @@ def ours(student, teacher, center, opt, global_crops, local_crops, autocast):
     norms = torch.stack(torch._foreach_norm(grads))
     torch._foreach_mul_(grads, list((3.0 / (norms + 1e-6)).clamp(max=1)))
     opt.step(), opt.zero_grad()
-    training.ema_(teacher, student, 0.99)
+    ema_update(teacher, student, 0.99)
     center.update([t.mean((0, 1))])
 
 
@@ -77,7 +76,7 @@ class Packed(dino.Network):
 
 def seconds(cfg, batch_size, device, rounds=5):
     """Median seconds of a step each way; they take turns, so that all meet the same machine."""
-    bf16 = training.pick_precision("auto", device) == "bf16"
+    bf16 = distributed.pick_precision("auto", device) == "bf16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     ways, times = [(ours, dino.Network), (plain, dino.Network), (ours, Packed)], ([], [], [])
     crops = [[torch.randn(batch_size, 3, size, size, device=device) for _ in range(n)]
@@ -86,8 +85,8 @@ def seconds(cfg, batch_size, device, rounds=5):
     for step, network in ways:
         torch.manual_seed(0)
         student, teacher = (network(cfg, teacher=True).to(device) for _ in range(2))
-        training.ema_(teacher.requires_grad_(False), student, 0.0)
-        opt = torch.optim.AdamW(training.decay_groups(student, 0.04), lr=1e-4,
+        ema_update(teacher.requires_grad_(False), student, 0.0)
+        opt = torch.optim.AdamW(param_groups(student, 0.04), lr=1e-4,
                                 **(dict(fused=True) if step is ours else dict(foreach=False)))
         states.append((student, teacher, dino.Center(cfg.out_dim, 0.9).to(device), opt))
     one, other = (state[0](*map(torch.cat, crops)) for state in states[::2])
@@ -102,10 +101,10 @@ def seconds(cfg, batch_size, device, rounds=5):
 
 
 if __name__ == "__main__":
-    training.keep_memory()
-    device, ratios = training.pick_device(), []
+    distributed.keep_memory()
+    device, ratios = distributed.pick_device(), []
     for name, batch_size in (("toy", 32), ("imagenet100", 2)):
-        cfg = training.config(dino.Config, ["--data", name, "--bn-in-head", "false"])
+        cfg = config.parse(dino.Config, ["--data", name, "--bn-in-head", "false"])
         fast, slow, packed = seconds(cfg, batch_size, device)
         ratios.append(slow / fast)
         print(f"{name}: {cfg.embed_dim} x {cfg.depth}, 2 + 8 crops, batch {batch_size}: "

@@ -1,30 +1,28 @@
 """Is the toy world fair? A supervised ViT of the default size should tell the creatures apart in
 the default job's time; a vote of the ten nearest neighbours in raw pixels should not.
 
-    python tests/supervised.py            # about five minutes on two CPU cores
+    python -m benchmarks.supervised            # about five minutes on two CPU cores
 """
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-import metrics
 import mmc
-import training
 import vit
+from lib import config, datasets, distributed, metrics
+from lib.run import cosine, set_lr
 
 
 def main(minutes=4.5, batch_size=64, peak=1e-3):
-    training.keep_memory()
+    distributed.keep_memory()
     torch.manual_seed(0)
-    cfg = training.config(mmc.Config, [])
-    device = training.pick_device()
-    bf16 = training.pick_precision("auto", device) == "bf16"
-    images, test = (data.load("toy", None, split, cfg.img_size) for split in ("train", "test"))
+    cfg = config.parse(mmc.Config, [])
+    device = distributed.pick_device()
+    bf16 = distributed.pick_precision("auto", device) == "bf16"
+    images, test = (datasets.load_images("toy", None, split, cfg.img_size) for split in ("train", "test"))
     x, y = (i.pixels.flatten(1).float() for i in (images, test))
     near = torch.cat([torch.cdist(q, x).topk(10, largest=False)[1] for q in y.split(250)])
     mean = x.mean(0)
@@ -44,7 +42,7 @@ def main(minutes=4.5, batch_size=64, peak=1e-3):
         done = (time.time() - begin) / (60 * minutes)
         if done >= 1:
             break
-        training.set_lr(opt, training.cosine(done, 1.0, peak, 0.0, warmup=0.05))
+        set_lr(opt, cosine(done, 1.0, peak, 0.0, warmup=0.05))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             scores = head(net.split(net(batch.views[0]))[1].mean(1))
         F.cross_entropy(scores.float(), batch.label).backward()

@@ -3,11 +3,10 @@
 usual way, torchvision's transforms of one Pillow image after the other, blurred by Pillow as in the
 official codes. The files are creatures of 500 x 375 pixels.
 
-    python tests/loading.py            # two minutes on a CPU
+    python -m benchmarks.loading            # two minutes on a CPU
 """
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,13 +15,11 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import dino
 import mae
 import moco_v3
-import toy
-import training
+from lib import augment, datasets, distributed, toy
 
 
 def files(folder, n=256):
@@ -49,7 +46,7 @@ def transform(view):
     if view.solarize_p:
         chosen.append(v2.RandomSolarize(128, view.solarize_p))
     return v2.Compose([*chosen, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-                       v2.Normalize(data.MEAN, data.STD)])
+                       v2.Normalize(augment.MEAN, augment.STD)])
 
 
 def usual(paths, views, batch_size):
@@ -78,10 +75,10 @@ def speeds(ways, batch_size, n=12):
 
 def main(batch_size=64):
     torch.set_num_threads(1)
-    training.keep_memory()
+    distributed.keep_memory()
     with tempfile.TemporaryDirectory() as folder:
         files(Path(folder))
-        images = data.load(folder)
+        images = datasets.load_images(folder)
         for name, method in (("one view (MAE)", mae), ("two views (MoCo v3)", moco_v3),
                              ("2 + 8 crops (DINO)", dino)):
             views = method.views(method.Config())

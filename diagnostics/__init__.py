@@ -1,0 +1,1 @@
+"""How do encoders differ inside? `analysis.py` is the command line."""

@@ -1,0 +1,1 @@
+"""Shared code that no paper argues about. It imports no method and nothing of probes/."""

@@ -1,0 +1,178 @@
+"""TODO distributed"""
+import contextlib
+import ctypes
+import os
+import re
+import resource
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def exit_together():
+    """Of several processes, ends this one when all have come here; without the clean-up of
+    torch.distributed, whose threads now and then abort a process that has done its work."""
+    if dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Devices and processes
+
+
+def pick_device(name="auto"):
+    """auto: this process's GPU, else the CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", name)
+    if not found:
+        raise ValueError(f"--device {name!r}: cuda, cuda:1, cpu or auto")
+    if found[1] == "cpu":
+        return torch.device("cpu")
+    index = int(found[2] or os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there is no GPU {index} here, torch sees "
+                         f"{torch.cuda.device_count()}; try --device cpu or fewer processes")
+    return torch.device("cuda", index)
+
+
+def pick_precision(name, device):
+    """auto: bf16 on GPUs from Ampere on and on CPUs with bf16 instructions, else fp32."""
+    if name not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"--precision {name!r}: bf16, fp32 or auto")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
+def peak_memory(device):
+    """GiB that this process held at most: on a GPU, of its memory that tensors took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20                  # bytes there, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def keep_memory():
+    """Tells glibc to keep what is freed instead of handing large tensors back to the kernel: their
+    page faults cost a small ViT on a CPU a fifth of its speed. Does nothing elsewhere."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)       # mmap and trim thresholds
+
+
+def init_distributed(device):
+    """Joins the processes that torchrun started, if it did: from here on rank() and world_size()
+    know."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif world > 1:                                                  # torchrun leaves one thread
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
+            os.cpu_count() or 1)
+        torch.set_num_threads(max(1, cores // processes))
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def wrap_ddp(module, device):
+    """The module; of several processes, wrapped in DDP if there is something to train."""
+    if world_size() > 1 and any(p.requires_grad for p in module.parameters()):
+        return DistributedDataParallel(
+            module, device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True)
+    return module
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_gather(x):
+    """(B, ...) of each process -> (world*B, ...) in the order of ranks. No gradient: for keys."""
+    x = x.detach().contiguous()
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def all_mean(x):
+    """Mean of a tensor over the processes. No gradient: for normalisers and logs."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+class SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):                    # every process's loss depends on every input
+        return SumOverProcesses.forward(None, grad)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the rows (..., D) of *all* processes, so that eight normalise as one would
+    (torch's SyncBatchNorm has no CPU path). Each process must bring the same number of rows."""
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        if world_size() == 1 or not self.training:
+            return super().forward(rows).view(x.shape)
+        n = rows.shape[0] * world_size()
+        wide = rows.float()
+        mean = SumOverProcesses.apply(wide.sum(0)) / n
+        var = SumOverProcesses.apply((wide - mean).square().sum(0)) / n     # two passes: exact
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        y = (wide - mean) * (var + self.eps).rsqrt()
+        return (y * self.weight + self.bias if self.affine else y).to(x.dtype).view(x.shape)
+
+
+def unwrap(module):
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+
+# Dense bf16 peak in TFLOP/s by name of the GPU (data sheets); any other device is measured.
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125,
+         "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
+
+
+def measure_peak(device, precision):
+    """FLOP/s of a square matrix product, best of five: what MFU refers to without a data sheet."""
+    size = 8192 if device.type == "cuda" else 2048       # a GPU is through with less at once
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, times = torch.ones(size, size, device=device, dtype=dtype), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times)
+
