@@ -1,38 +1,39 @@
 """BEiT: BERT pre-training of image Transformers (Bao et al., ICLR 2022, arXiv 2106.08254).
 
-BERT for images. A frozen tokenizer turns the image into a grid of visual words, one a patch, ids
-out of K. About 40 % of the patches are hidden, in blocks: a learned mask token takes their place.
-The whole sequence goes through a ViT, and a linear layer names the word at each hidden patch. To
-predict words, not pixels, spends nothing on the finest detail; to hide blocks, not single patches,
-leaves no neighbour to copy from.
+BERT for images. A frozen tokenizer turns the image into a grid of tokens, one for each patch, with
+ids below K. About 40 % of the patches are masked, in blocks: a learned mask token replaces them. A
+ViT runs on the whole sequence, and a linear layer predicts the id of the token at each masked
+patch. Predicting tokens instead of pixels spends no capacity on the finest detail; masking blocks
+instead of single patches leaves no neighbor to copy from.
 
-    crop -+- 224 px -- patches -- mask token for -- ViT over -- Linear -- logits of hidden patches
-          |                       hidden ones      all patches                  | cross-entropy
+    crop -+- 224 px -- patches -- mask token for -- ViT on -- Linear -- logits of masked patches
+          |                       masked ones       all patches                 | cross-entropy
           +- 112 px -- tokenizer (frozen, no gradient) -- ids ------------------+
 
-    L = - mean over hidden patches i of log softmax(W h_i + b)[y_i]             (section 2.3)
+    L = - mean over masked patches i of log softmax(W h_i + b)[y_i]             (section 2.3)
 
 h is the output of the last LayerNorm, y the ids; visible patches have no loss. At the start L is
-about ln K; a head that ignores its input reaches H, the entropy of the hidden words, and the share
-of the commonest one (logged as `entropy` and `commonest`): only beyond these has anything been
-learned.
+about ln K. A head that ignores its input reaches the entropy of the masked tokens and the accuracy
+of always predicting the most frequent one (logged as token_entropy and token_max_freq): the network
+has learned something only if `loss` is below the first and `mlm_acc` above the second.
 
-The paper: ViT-B/16, 800 epochs: 83.2 fine-tuned, 56.7 by linear probe of block 9 of 12 (others
-measure 41.8 at the last one, which predicts words). Block masks against single patches: 82.86
-against 82.77 on ImageNet, 44.65 against 42.93 on ADE20K; pixels for words: 81.04 (300 epochs).
+The paper: ViT-B/16, 800 epochs: 83.2 fine-tuned, 56.7 by a linear probe of block 9 of 12 (others
+measure 41.8 at the last block, which predicts tokens). 300 epochs: block masks 82.86 on ImageNet
+and 44.65 on ADE20K, random patches 82.77 and 42.93; pixels instead of tokens 81.04 on ImageNet.
 
-We follow the ImageNet-1K model: learned positions. The released 22K weights have, instead, a table
-of relative ones shared by all blocks, and layer scale: --pos none --rel-pos --layer-scale 0.1; they
-want images normalised by mean and deviation 0.5. Paper and official code differ in the mask: more
-than 40 % there, at most 75 of 196 here, as in the code. Ours: colours are jittered after the crop,
-not before it; the loss is a mean over the hidden patches of all processes, not of each; the rise
-of the learning rate ends a step later.
+We follow the ImageNet-1K model: learned positions. The released 22K weights have one table of
+relative positions shared by all blocks instead, and layer scale: --pos none --rel-pos-bias
+--layer-scale 0.1; they need images normalized by mean and standard deviation 0.5. Paper and
+official code differ in the mask: more than 40 % there, at most 75 of 196 in the code and here.
+Ours: colors are jittered after the crop, not before; the loss is a mean over the masked patches of
+all processes, not of each; the warm-up ends a step later.
 
     python beit.py                                         minutes on a laptop, offline
     torchrun --nproc_per_node=8 beit.py --data imagenet --tokenizer encoder.pkl    (not run by us)
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,45 +41,60 @@ from torch import nn
 
 import data
 import vit
-from lib import augment, config, distributed, rng, tokenizer
+from lib import config, rng, tokenizer, visualize
+from lib.config import Fraction, Several, Size
+from lib.distributed import all_mean, unwrap
 from lib.run import Run, cosine, param_groups, set_lr
 
-# B images of a process, N = n x n patches, T hidden patches of a batch, D width, K words, S pixels
+# B images of a process, N = side x side patches, n_masked masked patches of all images, D width,
+# K token ids, S image side
 
 
 @dataclass
-class Config:
+class Config(config.Settings):
     # the network (paper, section 3: ViT-B/16)
-    img_size: int = 224           # pixels (paper)
-    patch_size: int = 16          # pixels (paper)
-    embed_dim: int = 768          # width (paper)
-    depth: int = 12               # blocks (paper)
-    num_heads: int = 12           # attention heads (paper)
-    pos: str = "learned"          # positions: learned (paper), none (22K weights) or sincos_row
-    rel_pos: bool = False         # a table of relative ones, shared by all blocks (22K weights)
-    layer_scale: float = 0.0      # every branch begins so small; 0: as it is (22K weights: 0.1)
-    init: str = "beit"            # weights: beit (official code) or moco (Xavier): see vit.py
-    drop_path: float = 0.1        # stochastic depth (paper)
-    # the tokenizer, see tokenizer.py
-    tokenizer: str = ""           # its file, DALL-E's encoder.pkl (paper); none: trained, then kept
-    tokenizer_kind: str = "vq"    # of a trained one: vq, or dvae as DALL-E's (our choice)
-    tokenizer_steps: int = 10000  # of training it (our choice)
-    codes: int = 8192             # K, words of a trained one (paper; our choice on less data)
-    token_size: int = 112         # pixels, side of the tokenizer's view (paper)
+    img_size: Size = 224            # pixels (paper)
+    patch_size: Size = 16           # pixels (paper)
+    embed_dim: Size = 768           # D (paper)
+    depth: Size = 12                # blocks (paper)
+    num_heads: Size = 12            # attention heads (paper)
+    pos: Literal["learned", "none", "sincos_row"] = "learned"     # positions (paper; 22K: none)
+    rel_pos_bias: bool = False      # a table of relative positions for all blocks (22K weights)
+    layer_scale: float = 0.0        # initial scale of every branch (22K weights: 0.1); 0: off
+    init: Literal["beit", "moco"] = "beit"        # official code or Xavier, see vit.py
+    drop_path: Fraction = 0.1       # stochastic depth (paper)
+    # the tokenizer, see lib/tokenizer.py
+    tokenizer: str = ""             # file: DALL-E's encoder.pkl (paper); none: trained and kept
+    tokenizer_kind: Literal["vq", "dvae"] = "vq"   # of a trained one; dvae as DALL-E (our choice)
+    tokenizer_steps: Size = 10000   # of its training (our choice)
+    vocab_size: Several = 8192      # K of a trained one (paper; our choice on smaller data sets)
+    second_input_size: Size = 112   # pixels, side of the tokenizer's view (paper)
     # the mask
-    masked: int = 75              # patches hidden of an image, at most (paper: about 40 % of 196)
-    min_block: int = 16           # patches, least area of a block (paper)
+    num_mask_patches: Size = 75     # masked patches of an image, at most (paper: about 40 % of 196)
+    min_mask_patches_per_block: Size = 16  # smallest area of a block (paper)
     # the view
-    min_scale: float = 0.08       # least area of the crop (official code)
-    jitter: float = 0.4           # brightness, contrast, saturation (official code)
-    # the optimisation
-    epochs: float = 800           # (paper)
-    warmup_epochs: float = 10.0   # linear rise of the learning rate (paper)
-    batch_size: int = 2048        # global (paper: 2k)
-    lr: float = 1.5e-3            # peak, whatever the batch (paper)
-    min_lr: float = 1e-5          # end of the cosine (official code)
-    weight_decay: float = 0.05    # AdamW (paper); not of vectors, class token, positions (code)
-    clip: float = 3.0             # norm of the gradient (official code)
+    crop_min: Fraction = 0.08       # smallest area of the crop (official code)
+    color_jitter: tuple = (0.4, 0.4, 0.4, 0.0)   # brightness, contrast, saturation, hue (code)
+    # the optimization
+    epochs: float = 800             # (paper)
+    warmup_epochs: float = 10.0     # linear increase of the learning rate (paper)
+    batch_size: Size = 2048         # global (paper: 2k)
+    lr: float = 1.5e-3              # peak, not scaled by the batch (paper)
+    min_lr: float = 1e-5            # end of the cosine (official code)
+    weight_decay: float = 0.05      # AdamW (paper); not of vectors, class token, positions (code)
+    clip_grad: float = 3.0          # max norm of the gradient (official code); 0: off
+
+    def __post_init__(self):
+        config.check_bounds(self)
+        tokenizer.check_settings(self)
+        N = (self.img_size // self.patch_size)**2
+        if not self.min_mask_patches_per_block <= self.num_mask_patches < N:
+            raise ValueError(f"--num-mask-patches {self.num_mask_patches} must be at least "
+                             f"--min-mask-patches-per-block {self.min_mask_patches_per_block}, and "
+                             f"below the {N} patches of an image")
+        if self.pos == "none" and not self.rel_pos_bias:
+            raise ValueError("--pos none: add --rel-pos-bias, or the network cannot tell positions "
+                             "apart")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,42 +103,46 @@ class Config:
 
 
 def views(cfg):
-    """One crop in two sizes: for the network, and for the tokenizer."""
-    how = dict(scale=(cfg.min_scale, 1.0))
-    if cfg.jitter:
-        how |= dict(jitter=(cfg.jitter, cfg.jitter, cfg.jitter, 0.0), jitter_p=1.0)
-    return [data.View(cfg.img_size, **how),
-            data.View(cfg.token_size, **how, interpolation="lanczos", like=0)]
+    """The same crop in two sizes: for the network, and for the tokenizer."""
+    crop = dict(scale=(cfg.crop_min, 1.0))
+    if any(cfg.color_jitter):
+        crop |= dict(jitter=cfg.color_jitter, jitter_p=1.0)
+    return [data.View(cfg.img_size, **crop),
+            data.View(cfg.second_input_size, **crop, interpolation="lanczos", like=0)]
 
 
-def block_mask(u, n, count, least):
-    """Hides rectangles of a grid n x n, one after the other, until `count` patches are hidden or
-    ten attempts in a row failed (official code; but ours hides one at least). u: attempts x 4
-    uniform numbers for area, aspect ratio and place. An attempt fails when the rectangle spans a
-    side of the grid, hides nothing new, or too much. Returns (n, n) bool, True: hidden."""
-    mask, hidden, failed = torch.zeros(n, n, dtype=torch.bool).numpy(), 0, 0
+def block_mask(u, side, num_mask_patches, min_patches):
+    """Masks rectangles of a grid of side x side patches, one after the other, until
+    num_mask_patches are masked or ten attempts in a row failed (official code; ours masks at least
+    one rectangle). An attempt fails when the rectangle spans a side of the grid, or adds no patch,
+    or too many. u: attempts x 4 uniform numbers for area, aspect ratio, top and left. Returns
+    (side, side) bool, True: masked."""
+    mask = torch.zeros(side, side, dtype=torch.bool).numpy()
+    n_masked, failed = 0, 0
     for u_area, u_aspect, u_top, u_left in u:
-        if hidden == count or hidden and failed >= 10:
+        remaining = num_mask_patches - n_masked
+        if remaining == 0 or n_masked and failed >= 10:
             break
-        area = least + (count - hidden - least) * u_area         # from the least to what is missing
+        area = min_patches + (remaining - min_patches) * u_area
         aspect = 0.3 ** (1 - 2 * u_aspect)                       # log-uniform from 0.3 to 1/0.3
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         failed += 1
-        if 0 < h < n and 0 < w < n:
-            top, left = int(u_top * (n - h + 1)), int(u_left * (n - w + 1))
+        if 0 < h < side and 0 < w < side:
+            top, left = int(u_top * (side - h + 1)), int(u_left * (side - w + 1))
             block = mask[top:top + h, left:left + w]
-            new = h * w - int(block.sum())
-            if 0 < new <= count - hidden:
+            added = h * w - int(block.sum())                     # the rest is already masked
+            if 0 < added <= remaining:
                 block[:] = True
-                hidden, failed = hidden + new, 0
+                n_masked, failed = n_masked + added, 0
     return torch.from_numpy(mask)
 
 
 def draw_mask(index, cfg, *key):
-    """(B,) image numbers, on the CPU -> (B, N) bool."""
-    n = cfg.img_size // cfg.patch_size
-    u = rng.uniform(index, (100, 4), *key, "mask").tolist()      # of 1500 none took over 32
-    return torch.stack([block_mask(v, n, cfg.masked, cfg.min_block) for v in u]).flatten(1)
+    """The masks (B, N) bool of the images with numbers index (B,), on the CPU; key: seed, epoch."""
+    side = cfg.img_size // cfg.patch_size
+    u = rng.uniform(index, (100, 4), *key, "mask").tolist()      # 1500 masks took 32 at most
+    return torch.stack([block_mask(v, side, cfg.num_mask_patches, cfg.min_mask_patches_per_block)
+                        for v in u]).flatten(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,34 +151,33 @@ def draw_mask(index, cfg, *key):
 
 
 class Network(nn.Module):
-    """Backbone, mask token, and the linear layer that names words."""
+    """Backbone, mask token, and the linear layer that predicts tokens."""
 
-    def __init__(self, cfg, vocabulary):
+    def __init__(self, cfg, K):
         super().__init__()
         D = cfg.embed_dim
         self.backbone = vit.ViT(cfg.img_size, cfg.patch_size, D, cfg.depth, cfg.num_heads,
-                                pos=cfg.pos, rel_pos="shared" if cfg.rel_pos else None,
+                                pos=cfg.pos, rel_pos="shared" if cfg.rel_pos_bias else None,
                                 layer_scale=cfg.layer_scale or None, qkv_bias="split",
                                 drop_path=cfg.drop_path, resize="size", init=cfg.init)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.lm_head = nn.Linear(D, vocabulary)
+        self.lm_head = nn.Linear(D, K)
         for weight in (self.mask_token, self.lm_head.weight):
             nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
         nn.init.zeros_(self.lm_head.bias)
 
     def forward(self, x, mask, drop=None):
-        """x: (B, 3, S, S), mask: (B, N) bool, drop: noise of the drop path. Returns the logits
-        (T, K) of the hidden patches, image by image, row by row."""
+        """x: (B, 3, S, S), mask: (B, N) bool, drop: random numbers that decide the drop path.
+        Returns the logits (n_masked, K) of the masked patches, image by image, row by row."""
         tokens = self.backbone(x, mask=mask, mask_token=self.mask_token, drop=drop)
         _, patches = self.backbone.split(tokens)                             # (B, N, D)
         return self.lm_head(patches[mask])
 
 
-def token_loss(logits, ids, count=None):
-    """Cross-entropy, mean over hidden patches. logits: (T, K), ids: (T,). `count`: to divide by, if
-    these are not all of them."""
-    return F.cross_entropy(logits.float(), ids, reduction="sum") / (len(ids) if count is None
-                                                                    else count)
+def token_loss(logits, ids, count):
+    """Cross-entropy, summed over masked patches and divided by count. logits: (n_masked, K), ids:
+    (n_masked,)."""
+    return F.cross_entropy(logits.float(), ids, reduction="sum") / count
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,82 +188,71 @@ def token_loss(logits, ids, count=None):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    n = cfg.img_size // cfg.patch_size
-    if cfg.pos == "none" and not cfg.rel_pos:
-        raise ValueError("--pos none: add --rel-pos, or nothing tells one patch from another")
-    if not 0 < cfg.min_block <= cfg.masked < n * n:
-        raise ValueError(f"--masked {cfg.masked} of {n * n} patches in blocks of --min-block "
-                         f"{cfg.min_block} or more: some must be hidden, and some not")
-
-    loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
-    with torch.device("meta"):     # settings that cannot be are told before a tokenizer is trained
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
+    with torch.device("meta"):   # refuses impossible settings before a tokenizer is trained
         Network(cfg, 1)
-    dvae = tokenizer.get_tokenizer(cfg, run, loader.images, queries, views(cfg)[1])    # frozen words
+    dvae = tokenizer.get_tokenizer(cfg, run, loader.images, queries, views(cfg)[1])      # frozen
 
-    model = run.place(Network(cfg, dvae.vocabulary))
-    net = distributed.unwrap(model)
-    groups = param_groups(net, cfg.weight_decay, spare=("cls_token", "pos_embed"))
+    model = run.place(Network(cfg, dvae.vocab_size))
+    net = unwrap(model)
+    groups = param_groups(net, cfg.weight_decay, no_decay=("cls_token", "pos_embed"))
     opt = torch.optim.AdamW(groups, fused=True)
-    words = tokenizer.Count(dvae.vocabulary).to(run.device)                  # of hidden patches
-    run.restore(model=model, opt=opt, words=words, tokenizer=tokenizer.Fingerprint(dvae))
-    total, warmup = run.length(loader), round(cfg.warmup_epochs * len(loader))
+    counts = tokenizer.TokenCounts(dvae.vocab_size).to(run.device)           # of masked patches
+    run.restore(model=model, opt=opt, counts=counts, tokenizer=tokenizer.Fingerprint(dvae))
+    total, warmup = run.total_steps(loader), round(cfg.warmup_epochs * len(loader))
 
     for step, batch in run.steps(loader):
         lr = cosine(step, total, cfg.lr, cfg.min_lr, warmup)
         set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
-        when = cfg.seed, batch.epoch
-        masks = draw_mask(loader.locate(step)[1], cfg, *when)    # (B, N); batch.index, on the CPU
-        count = distributed.all_mean(masks.sum().float()) / cfg.accumulate      # mean of the parts
-        masks = masks.to(run.device, non_blocking=True).chunk(cfg.accumulate)
+        # Images differ in their number of masked patches, and the loss is a mean over those of all
+        # images of the step: all masks are drawn first, to know by what each part is divided.
+        masks = draw_mask(loader.locate(step)[1], cfg, cfg.seed, batch.epoch)    # (B, N), CPU
+        count = all_mean(masks.sum().float()) / cfg.accum_iter       # mean of the micro-batches
+        masks = masks.to(run.device, non_blocking=True).chunk(cfg.accum_iter)
         for part, mask in zip(run.micro_batches(batch), masks):
-            x, u = part.views
-            ids = dvae.ids(u)[mask]                                          # (T,), no gradient
-            drop = rng.uniform(part.index, 2 * cfg.depth, *when, "drop")
+            x, u = part.views                        # (B, 3, S, S); u: for the tokenizer
+            # The tokenizer sees the whole crop; the network has to infer the token of a masked
+            # patch from the visible ones.
+            ids = dvae.ids(u)[mask]                                  # (n_masked,), no gradient
+            drop = rng.uniform(part.index, 2 * cfg.depth, cfg.seed, part.epoch, "drop")
             with run.autocast():
-                logits = model(x, mask, drop)                                # (T, K)
-            loss = token_loss(logits, ids, count)
-            run.backward(loss, opt, clip=cfg.clip)
-            words.add(ids)
-            run.log(loss=loss, acc=(logits.argmax(1) == ids).sum() / count)
-        opt.step(), opt.zero_grad()
+                logits = model(x, mask, drop)                                # (n_masked, K)
+            loss = token_loss(logits, ids, count)                            # fp32 from here on
+            (loss / cfg.accum_iter).backward()
+            counts.add(ids)
+            run.log(loss=loss, mlm_acc=(logits.argmax(1) == ids).sum() / count)
+        # eps 1e-6; 0: no clipping
+        grad_norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad or math.inf)
+        run.log(lr=lr, grad_norm=grad_norm)
+        opt.step()
+        opt.zero_grad()
         # ---- bookkeeping ---------------------------------------------------------------------
 
-        run.log(lr=lr)
-        if run.due(cfg.evals):
-            found = words.facts() | run.knn(net.backbone, bank, queries, cfg.img_size)
-            run.log(now=True, **found)
-            with run.looking():
-                show(run, cfg, net, dvae, queries)
-            if loss > found["entropy"]:
-                run.say("knows no more of hidden words than how common they are (loss not below "
-                        "entropy): too early, or try another --lr")
-        if run.save_due():
+        if run.eval_due:
+            stats = counts.stats()
+            run.log(**stats, **visualize.knn(run, net.backbone, bank, queries))
+            with run.evaluation(net):
+                save_visualization(run, cfg, net, dvae, queries)
+            visualize.warn_of_token_frequencies(run, loss, stats["token_entropy"])
+        if run.save_due:
             run.save_encoder(net.backbone, branch="base")
             run.save()
 
 
-@torch.no_grad()
-def show(run, cfg, net, dvae, images, rows=8):
-    """picture.png: test images, what is left of them, and two pictures that the tokenizer's decoder
-    draws: of the true words, and of the words named at hidden patches among the true ones."""
-    x, index = next(data.batches(images, cfg.img_size, rows, run.device, workers=0))
-    u, _ = next(data.batches(images, cfg.token_size, rows, run.device, workers=0,
+def save_visualization(run, cfg, net, dvae, images, n=8):
+    """visualization.png: the image, its visible patches, and what the tokenizer decodes: the true
+    tokens, and the same with the predicted ones at masked patches."""
+    x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
+    u, _ = next(data.batches(images, cfg.second_input_size, n, run.device, workers=0,
                              interpolation="lanczos"))
     mask = draw_mask(index.cpu(), cfg, "picture").to(run.device)
     ids = dvae.ids(u)
-    net.eval()
     with run.autocast():
         logits = net(x, mask)
-    net.train()
-    named = ids.masked_scatter(mask, logits.argmax(1))
-    n = cfg.img_size // cfg.patch_size
-    hidden = F.interpolate(mask.view(-1, 1, n, n).float(), cfg.img_size) > 0
-    drawn = [F.interpolate(dvae.decode(words), cfg.img_size).mul(255).round().to(torch.uint8)
-             for words in (ids, named)]
-    run.picture({"image": augment.denormalize(x), "masked": augment.denormalize(x * ~hidden),
-                 "true words, drawn": drawn[0], "words named": drawn[1]})
+    predicted = ids.masked_scatter(mask, logits.argmax(1))
+    visualize.save_grid(run, visualize.token_columns(x, mask, ids, predicted, dvae))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""Images in, views out: data sets, the augmentations of self-supervision, and the loader.
+"""The input of training and evaluation: images in, batches of augmented views out.
 
-    images = datasets.load_images("cifar10", root="/data")                # or toy, imagenet, coco, a folder
+    images = datasets.load_images("cifar10", root="/data")            # or toy, imagenet, a folder
     views = [View(224, scale=(0.4, 1.0), copies=2), View(96, scale=(0.05, 0.4), copies=8)]
     loader = Loader(images, views, batch_size=256, seed=0, device="cuda")
-    for batch in loader.batches(start=0):                      # endless; batch.views: ten tensors
+    for batch in loader.batches(start=0):                             # endless; 10 tensors in views
 
-    small sets   uint8, whole on the device ── crop, resize, flip: two matrix products ──┐
-    trees        JPEG ── a worker decodes once, cuts the crops of all views ── uint8 ────┤
-                                                                                         ▼
-                 batched on the device: jitter, grey, blur, solarise, normalise ── float32
+    small sets    uint8, all on the device -- crop, resize, flip: two matrix products --+
+    files         JPEG -- a worker decodes it once and crops all views -- uint8 --------+
+                                                                                        v
+                  in batches on the device: color jitter, gray, blur, solarize, normalize -> float32
 
-Every random number is a function of (seed, epoch, view, purpose, image), see rng.py. So the number
-of workers or processes, a resume, the place of an image in its batch never change what is seen.
+This file describes views and makes batches. The data sets are in lib/datasets.py, the augmentations
+in lib/augment.py. `batches` gives each image once and without augmentation, for evaluation.
+
+Every random number is a function of (seed, epoch, view, purpose, image), see lib/rng.py. So a view
+does not depend on the number of workers or processes, on a resume, or on the image's place in its
+batch.
 """
 import atexit
 import itertools
@@ -29,15 +33,15 @@ from torch.utils.data import DataLoader
 from lib import augment, datasets, rng
 
 # --------------------------------------------------------------------------------------------------
-# What a view is
+# Views
 
 
 @dataclass
 class View:
     """How one view of an image is made, in this order. Probabilities are per image.
 
-    Without further arguments: random resized crop and flip, all that masked image modelling uses.
-    DINO and MoCo v3 add jitter_p 0.8, grey_p 0.2, and blur and solarise by view (BYOL, app. B).
+    By default random resized crop and flip, which is all that masked image modeling uses. DINO and
+    MoCo v3 add jitter_p 0.8, gray_p 0.2, and blur and solarize by view (BYOL, appendix B).
     """
     size: int                               # side of the output, pixels
     scale: tuple = (0.08, 1.0)              # area of the crop / of the image (Inception); MAE 0.2-1
@@ -45,34 +49,31 @@ class View:
     interpolation: str = "bicubic"          # or bilinear (SimMIM, MoCo v3), lanczos; antialiased
     flip: float = 0.5                       # probability of mirroring left and right
     jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (BYOL)
-    jitter_p: float = 0.0                   # probability of the four together, in random order
-    grey_p: float = 0.0                     # probability of dropping the colour
+    jitter_p: float = 0.0                   # probability of all four, in random order
+    gray_p: float = 0.0                     # probability of conversion to gray
     blur_p: float = 0.0                     # probability of a Gaussian blur
-    blur_sigma: tuple = (0.1, 2.0)          # PIL's radius, uniform, pixels of the view (SimCLR)
+    blur_sigma: tuple = (0.1, 2.0)          # Pillow's radius, uniform, pixels of the view (SimCLR)
     solarize_p: float = 0.0                 # probability of inverting all values >= 128 (BYOL)
-    copies: int = 1                         # so many such views, each with its own random numbers
-    like: int | None = None                 # take those of this view (from 0): the same crop at
-    #                                         another size, for a tokenizer (BEiT, CAE)
+    copies: int = 1                         # number of such views, with different random numbers
+    like: int | None = None                 # use the random numbers of this view (from 0): the same
+    #                                         crop at another size, for a tokenizer (BEiT, CAE)
 
     def __post_init__(self):
-        if not 0 <= self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"a crop's least and largest area, {self.scale[0]:g} and "
-                             f"{self.scale[1]:g}, are shares of the image, the smaller one first")
+        if len(self.scale) != 2 or not 0 <= self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"crop areas {self.scale}: give two fractions of the image, between 0 "
+                             "and 1, the smaller one first")
         if self.blur_sigma[1] > 2.4:
-            raise ValueError(f"blur_sigma {self.blur_sigma}: `blur` reaches 6 pixels, radius 2.4")
+            raise ValueError(f"blur_sigma {self.blur_sigma}: choose at most 2.4, as the kernel of "
+                             "`blur` ends at 6 pixels")
         if len(self.jitter) != 4:
-            raise ValueError(f"jitter {self.jitter}: four numbers, of brightness, contrast, "
-                             f"saturation, hue")
-
-
-# --------------------------------------------------------------------------------------------------
-# The loader
+            raise ValueError(f"jitter {self.jitter}: give four numbers, for brightness, contrast, "
+                             "saturation and hue")
 
 
 @dataclass
 class Batch:
-    views: list                             # V x (B, 3, S, S) float32, normalised, on the device
-    index: torch.Tensor                     # (B,) int64, numbers of the images in the set
+    views: list                             # of (B, 3, S, S) float32, normalized, on the device
+    index: torch.Tensor                     # (B,) int64, numbers of the images in the data set
     label: torch.Tensor | None              # (B,) int64
     epoch: int
     step: int                               # of the run, from 0
@@ -84,19 +85,23 @@ class Batch:
             yield Batch([v.chunk(n)[i] for v in self.views], index, label, self.epoch, self.step)
 
 
-class Loader:
-    """Batches of views without end. (seed, step) decides everything in them.
+# --------------------------------------------------------------------------------------------------
+# Training: endless batches of augmented views
 
-    batch_size is global: each of `world` processes gets an equal share, in the order of the ranks.
-    What is left of an epoch and fills no batch is dropped. A file that cannot be read is named once
-    on stderr, the next image of the set takes its place, and `skipped` counts it. ValueError: a
-    batch size that cannot be; more than half of a batch unreadable.
+
+class Loader:
+    """Endless batches of views. Their content is a function of seed and step.
+
+    batch_size is global: each of `world` processes gets an equal part, in the order of the ranks.
+    The last images of an epoch that do not fill a batch are dropped. A file that cannot be read is
+    reported once on stderr and replaced by the next image of the data set; `skipped` counts these.
+    ValueError: an impossible batch size; more than half of a batch unreadable.
     """
 
     def __init__(self, images, views, batch_size, seed=0, device="cpu", workers=2, rank=0, world=1):
         if not 0 < batch_size <= len(images):
-            raise ValueError(f"Batch size {batch_size} does not go with the {len(images)} images "
-                             f"of {images.name} ({images.split}): choose 1 to {len(images)}")
+            raise ValueError(f"Batch size {batch_size} is not possible with the {len(images)} "
+                             f"images of {images.name} ({images.split}): choose 1 to {len(images)}")
         if batch_size % world:
             raise ValueError(f"The global batch size {batch_size} is not divisible by the {world} "
                              f"processes: try {batch_size // world * world or world}")
@@ -104,14 +109,15 @@ class Loader:
         self.device, self.workers = torch.device(device), workers
         self.rank, self.world = rank, world
         self.views = [view for view in views for _ in range(view.copies)]
+        # The number in the random key of each view; a view with `like` has that of another view.
         self.streams = [v if view.like is None else view.like for v, view in enumerate(self.views)]
-        self.scale = torch.tensor([view.scale for view in self.views])           # (V, 2)
+        self.scale = torch.tensor([view.scale for view in self.views])         # (len(views), 2)
         self.ratio = torch.tensor([view.ratio for view in self.views])
-        self.order = None, None                                                  # epoch, numbers
-        self.skipped, self.named = 0, set()
+        self.order = None, None                                                # epoch, permutation
+        self.skipped, self.reported = 0, set()
 
     def __len__(self):
-        """Steps in an epoch."""
+        """Steps per epoch."""
         return len(self.images) // self.batch_size
 
     def locate(self, step):
@@ -120,41 +126,43 @@ class Loader:
         if self.order[0] != epoch:
             generator = rng.generator(self.seed, "order", epoch)
             self.order = epoch, torch.randperm(len(self.images), generator=generator)
-        share = self.batch_size // self.world
-        begin = place * self.batch_size + self.rank * share
-        return epoch, self.order[1][begin:begin + share]
-
-    def box_numbers(self, index, epoch):
-        """(B,) image numbers -> (B, V, 22) for crop_boxes."""
-        return torch.stack([rng.uniform(index, 22, self.seed, epoch, stream, "box")
-                            for stream in self.streams], 1)
+        local = self.batch_size // self.world
+        begin = place * self.batch_size + self.rank * local
+        return epoch, self.order[1][begin:begin + local]
 
     def batches(self, start=0):
-        """Batch after Batch from any step of the run; nothing of what lies before is computed."""
+        """Yields a Batch for each step from `start` on. Earlier steps are not computed."""
         if self.images.paths is None:
             height, width = self.images.pixels.shape[2:]
             for step in itertools.count(start):
                 epoch, index = self.locate(step)
-                u = self.box_numbers(index, epoch)
-                boxes = augment.crop_boxes(u, height, width, self.scale, self.ratio)     # (B, V, 4)
-                yield self.finish(step, index, boxes.to(self.device, non_blocking=True).unbind(1))
-        results = in_workers(self.cut, range(start, sys.maxsize), self.workers, self.device)
+                u = self.sample_box_numbers(index, epoch)
+                boxes = augment.crop_boxes(u, height, width, self.scale, self.ratio)
+                boxes = boxes.to(self.device, non_blocking=True)               # (B, len(views), 4)
+                yield self.augment_batch(step, index, boxes.unbind(1))
+        results = in_workers(self.read_crops, range(start, sys.maxsize), self.workers, self.device)
         for step, (index, crops, bad) in enumerate(results, start):
             self.skipped += len(bad)
-            for number in sorted(bad.keys() - self.named):
-                self.named.add(number)
+            for number in sorted(bad.keys() - self.reported):
+                self.reported.add(number)
                 print(f"skipped {self.images.paths[number]}: {bad[number]}", file=sys.stderr)
             if crops is None:
                 raise ValueError(f"More than half of a batch of {self.images.name} cannot be read, "
-                                 f"{self.images.paths[min(bad)]} for one: are these images?")
-            yield self.finish(step, index, crops)
+                                 f"for example {self.images.paths[min(bad)]}: are these images?")
+            yield self.augment_batch(step, index, crops)
 
-    def cut(self, step):
-        """In a worker: step -> image numbers, V x (B, 3, S, S) uint8 crops, {unreadable: why}."""
+    def sample_box_numbers(self, index, epoch):
+        """(B,) image numbers -> (B, len(views), 22) uniform numbers for `augment.crop_boxes`."""
+        return torch.stack([rng.uniform(index, 22, self.seed, epoch, stream, "box")
+                            for stream in self.streams], 1)
+
+    def read_crops(self, step):
+        """In a worker: step -> image numbers (B,), the uint8 crops (B, 3, S, S) of each view, and
+        {number: error} of the files that cannot be read."""
         epoch, index = self.locate(step)
-        u, index, bad = self.box_numbers(index, epoch), index.clone(), {}
+        u, index, bad = self.sample_box_numbers(index, epoch), index.clone(), {}
         crops = [torch.empty(len(index), 3, v.size, v.size, dtype=torch.uint8) for v in self.views]
-        for rows in torch.arange(len(index)).split(8):     # their boxes in one go, for speed
+        for rows in torch.arange(len(index)).split(8):     # 8 images at a time: faster boxes
             images = []
             for row in rows.tolist():
                 number, image = int(index[row]), None
@@ -167,33 +175,35 @@ class Loader:
                             return index, None, bad
                         number = (number + 1) % len(self.images)
                 index[row] = number
-                images.append(image)                                             # (H, W, 3)
+                images.append(image)                                           # (height, width, 3)
             sides = torch.tensor([image.shape[:2] for image in images])[:, :, None, None]
             boxes = augment.crop_boxes(u[rows], *sides.unbind(1), self.scale, self.ratio).tolist()
-            for row, image, of_views in zip(rows, images, boxes):
-                for view, out, (top, left, height, width) in zip(self.views, crops, of_views):
+            for row, image, boxes_of_views in zip(rows, images, boxes):
+                for view, out, box in zip(self.views, crops, boxes_of_views):
+                    top, left, height, width = box
                     piece = image[top:top + height, left:left + width]
                     out[row] = datasets.resize(piece, view.size, view.interpolation)
         return index, crops, bad
 
-    def finish(self, step, index, cuts):
-        """Image numbers and, of each view, boxes (resident pixels) or uint8 crops -> Batch."""
+    def augment_batch(self, step, index, cuts):
+        """Image numbers (B,), and for each view the boxes (if the pixels are on the device) or the
+        uint8 crops (if they come from files) -> Batch."""
         epoch, number = step // len(self), index.to(self.device, non_blocking=True)
-        # On a CPU a few images at a time stay in its cache from the first operation to the last.
+        # On a CPU, 16 images at a time stay in its cache from the first operation to the last.
         group = 16 if self.device.type == "cpu" else len(index)
         views = []
         for view, stream, cut in zip(self.views, self.streams, cuts):
-            dice = augment.sample_params(view, index, self.seed, epoch, stream)
+            params = augment.sample_params(view, index, self.seed, epoch, stream)
             out = torch.empty(len(index), 3, view.size, view.size, device=self.device)
             for begin in range(0, len(index), group):
                 rows = slice(begin, begin + group)
-                part = {what: of_image[rows] for what, of_image in dice.items()}
+                part = {name: values[rows] for name, values in params.items()}
                 if self.images.paths is None:
                     x = self.images.pixels.index_select(0, number[rows])   # [...] is 20 x slower
                     flip = part["flip"].to(self.device, non_blocking=True)
                     out[rows] = augment.crop(x, cut[rows], view.size, view.interpolation, flip)
                 else:
-                    x = cut[rows].to(self.device, non_blocking=True)       # bytes: fast to mirror
+                    x = cut[rows].to(self.device, non_blocking=True)       # uint8: fast to mirror
                     augment.apply(lambda x, _: x.flip(3), x, part["flip"], part["flip"])
                     out[rows].copy_(x).mul_(1 / 255)
                 augment.augment_colors(out[rows], part)
@@ -203,46 +213,40 @@ class Loader:
         return Batch(views, number, label, epoch, step)
 
 
-def in_workers(function, items, count, device):
-    """function(item) for item after item, computed ahead in `count` processes (0: in this one)."""
-    return DataLoader(items, batch_size=None, collate_fn=function, num_workers=count,
-                      worker_init_fn=start_worker, pin_memory=device.type == "cuda",
-                      generator=torch.Generator())         # or it moves the global one
-
-
-def start_worker(_):
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)              # the main process decides when to stop
-
-
-@atexit.register
-def end_workers():
-    """They ignore the SIGTERM by which Python would end them, and it would wait for ever."""
-    daemons = [child for child in multiprocessing.active_children() if child.daemon]
-    if daemons:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # or the DataLoader reports their end
-    for child in daemons:                                  # what else a caller started is his
-        child.kill()
+def training_sets(run, views):
+    """What a run trains on and is evaluated with: a Loader of views of the training images (of
+    STL-10 the unlabeled ones, of a folder without train/ and val/ all), and 2,000 training and 500
+    test images with their labels, for the kNN accuracy. run: a lib.run.Run."""
+    cfg = run.cfg
+    which = "unlabeled" if cfg.data == "stl10" else "train"
+    images, bank, queries = (
+        datasets.load_images(cfg.data, cfg.data_root, split, cfg.img_size, limit, run.device,
+                             hold_out)
+        for split, limit, hold_out in ((which, None, False), ("train", 2000, True),
+                                       ("test", 500, True)))
+    loader = Loader(images, views, cfg.batch_size, cfg.seed, run.device, cfg.workers, run.rank,
+                    run.world)
+    return loader, bank, queries
 
 
 # --------------------------------------------------------------------------------------------------
-# Every image once, as tests see it
+# Evaluation: each image once, center crop
 
 
-def batches(images, size, batch_size=256, device="cpu", resize=None, mean=augment.MEAN, std=augment.STD, workers=2,
-            interpolation="bicubic", rank=0, world=1):
-    """Iterator of ((B, 3, size, size) normalised, (B,) image numbers), in order, on the device.
+def batches(images, size, batch_size=256, device="cpu", resize=None, mean=augment.MEAN,
+            std=augment.STD, workers=2, interpolation="bicubic", rank=0, world=1):
+    """Yields ((B, 3, size, size) normalized, (B,) image numbers), in order, on the device.
 
-    Files: short side to `resize` (default 256/224 size), centre crop. Resident sets: whole image at
-    `size`, or resized to `resize` if that is given, centre crop. ValueError names an unreadable
-    file: to leave it out would move the rows against the labels. rank, world: only every world-th
-    batch, from the rank-th on; files of the others are not opened.
+    Files: the short side is resized to `resize` pixels (default 256/224 size), then center crop.
+    Sets in memory: the whole image at `size`; if `resize` is given, resized to it, then center
+    crop. rank, world: only every world-th batch, from batch number `rank` on; other files are not
+    opened. ValueError names a file that cannot be read: leaving it out would shift the rows against
+    the labels.
     """
     device, files = torch.device(device), images.paths is not None
     resize = resize or (size * 256 // 224 if files else size)
     if resize < size:
-        raise ValueError(f"resize {resize} is smaller than the centre crop {size}: give {size} up")
+        raise ValueError(f"resize {resize} is smaller than the center crop: choose at least {size}")
     numbers = torch.arange(len(images)).split(batch_size)[rank::world]
     read = partial(read_center_crops, images.paths, size, resize, interpolation)
     for index, x in zip(numbers, in_workers(read, numbers, workers, device) if files else numbers):
@@ -264,7 +268,7 @@ def batches(images, size, batch_size=256, device="cpu", resize=None, mean=augmen
 
 
 def read_center_crops(paths, size, resize, interpolation, index):
-    """In a worker: (B,) image numbers -> (B, size, size, 3) uint8, or which file is bad and why."""
+    """In a worker: (B,) image numbers -> (B, size, size, 3) uint8, or "path: error" as a string."""
     out = torch.empty(len(index), size, size, 3, dtype=torch.uint8)
     for row, number in enumerate(index.tolist()):
         try:
@@ -278,3 +282,30 @@ def read_center_crops(paths, size, resize, interpolation, index):
         out[row] = torch.from_numpy(np.array(image.crop((left, top, left + size, top + size))))
     return out
 
+
+# --------------------------------------------------------------------------------------------------
+# Worker processes
+
+
+def in_workers(function, items, count, device):
+    """Yields function(item) for each item, computed ahead in `count` processes (0: in this one)."""
+    return DataLoader(items, batch_size=None, collate_fn=function, num_workers=count,
+                      worker_init_fn=start_worker, pin_memory=device.type == "cuda",
+                      generator=torch.Generator())         # else it draws from the global one
+
+
+def start_worker(_):
+    """Settings of a worker process. Only the main process reacts to signals."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Kills the workers at exit. Python would send SIGTERM, which they ignore, and wait forever."""
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    if daemons:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # else the DataLoader reports their end
+    for child in daemons:                                  # other processes belong to the caller
+        child.kill()

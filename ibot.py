@@ -1,49 +1,52 @@
 """iBOT: image BERT pre-training with an online tokenizer (Zhou et al., 2022, arXiv 2111.07832).
 
-DINO, plus a second task on the patches. Some patches of the student's global crops are hidden
-behind a learned mask token; the teacher sees the crops whole. For each hidden patch the student
-must predict to which prototypes the teacher assigns it: BEiT's task, but the tokenizer is learned
-on the way ("online"), its tokens are soft, and they get their meaning from the other task, DINO's:
-to give all crops of an image the same class. One head serves both.
+DINO with a second task, on patches. Some patches of the student's global crops are masked, that is,
+replaced by a learned mask token; the teacher sees these crops unmasked. For each masked patch the
+student must predict the teacher's assignment of that patch to the prototypes. This is BEiT's task,
+but the tokenizer is the teacher, learned at the same time ("online"), and its tokens are soft. They
+get their semantics from the first task, DINO's: equal assignments for all crops of an image. Both
+tasks share one head.
 
     2 global crops -+-> teacher* -+> class ---> head* -> t -> softmax((t - c) / tau_t)   = P
                     |             +> patches -> head* -> u -> softmax((u - c2) / tau_p)  = Q
                     |                                                  | cross-entropy: P with s of
                     |                                                  | crops v != g; Q with w of
-                    |                                                  | the same patch, if hidden
-                    +-> masked -> student -+> class ---> head -> s -> softmax(s / tau_s)
-                                           +> patches -> head -> w -> softmax(w / tau_s)
-    L local crops, unmasked ----> student --> class ---> head -> s, too
+                    |                                                  | the same patch, if masked
+                    +-> mask --> student -+> class ---> head -> s -> softmax(s / tau_s)
+                                          +> patches -> head -> w -> softmax(w / tau_s)
+    local crops, unmasked -----> student --> class ---> head -> s -> softmax(s / tau_s)
               * exponential moving average of the student's weights; no gradient
 
-    L     = lambda_1 L_cls + lambda_2 L_pat,   both lambda = 1
-    L_cls = 1/n sum over global g, sum over all crops v != g of
-            - sum over k of P_g[k] log softmax(s_v / tau_s)[k],   n = 2 (1 + L)          (eq. 2)
-    L_pat = mean over global crops of: mean over their hidden patches i of
-            - sum over k of Q_i[k] log softmax(w_i / tau_s)[k],  0 if none is hidden     (eq. 3)
-    c, c2 <- m_c c + (1 - m_c) mean of t over global crops, of u over *all* their patches
+    L       = lambda1 L_cls + lambda2 L_patch,   lambda1 = lambda2 = 1
+    L_cls   = 1/n sum over global g, sum over all crops v != g of
+              - sum over k of P_g[k] log softmax(s_v / tau_s)[k],   n = 2 (1 + n_local)  (eq. 2)
+    L_patch = mean over global crops of: mean over their masked patches i of
+              - sum over k of Q_i[k] log softmax(w_i / tau_s)[k],   0 if none is masked  (eq. 3)
+    c, c2 <- m_c c + (1 - m_c) mean of t over the global crops, of u over *all* their patches
 
 The paper (Table 1; ImageNet, teacher, kNN / linear): ViT-S/16 75.2 / 77.9 after 800 epochs
 (DINO: 74.5 / 77.0), ViT-B/16 77.1 / 79.5 after 400. The defaults are the authors' command for the
 former; their script's own defaults are not the paper's (no local crops, unshared student head).
 
-Small data needs batch norms in the head, an option of the code (--bn-in-head): at first the logits
-of different images are nearly the same, the centre takes away what they share, and what is left is
-too little to sharpen, so that the loss stays at ln K.
+Small data needs batch norms in the head, an option of the code (--use-bn-in-head): at first the
+logits of different images are nearly the same, the center removes what they have in common, and
+what is left is too small to be sharpened, so that the loss stays at ln K, chance level.
 
-From the official code, not the paper: the mean over the hidden patches of a crop before that over
-crops, in which half of the crops, unmasked, count as 0; a centre for patches, c2, from all of them.
-Ours: logits of hidden patches only are computed; the mean of all, for c2, is the last layer
-(linear) of the mean; masks are made for the whole batch at once; batch norms see class tokens and
-patches apart, as DINO's see the former (the script's: together, and one norm serves two layers),
-and keep statistics of the former only. Left out: masking from a later epoch on, as for Swin.
+From the official code, not the paper: the mean over the masked patches of a crop before that over
+crops, in which half of the crops, unmasked, count as 0; a center for patches, c2, from all of them.
+Ours: only the logits of masked patches are computed; the mean logits of all patches, for c2, are
+the last layer (linear) applied to their mean; masks are made for the whole batch at once; batch
+norms normalize class tokens, as in DINO, and patches separately (the script's: together, and one
+norm serves two layers), and keep running statistics of class tokens only. Left out: masking from a
+later epoch on, as for Swin.
 
     python ibot.py                                         minutes on a laptop, offline
-    python ibot.py --mask-p 0                              DINO, exactly, with equal settings
+    python ibot.py --mask-prob 0                           DINO, exactly, with equal settings
     torchrun --nproc_per_node=16 ibot.py --data imagenet   the command above (not run by us)
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,66 +54,83 @@ from torch import nn
 
 import data
 import vit
-from lib import augment, config, distributed, rng, visualize
+from lib import augment, config, rng, visualize
+from lib.config import Fraction, Positive, Several, Size
+from lib.distributed import BatchNorm, all_mean
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
-# B images of a process, V = 2 + L crops of each, 2 global and L local, N patches, M of all hidden,
-# D width, K prototypes; class and patches: logits t, u of the teacher, s, w of the student,
-# assignments P, Q of the teacher
+# B images of a process, 2 + n_local crops of each, N patches, n_masked of all masked, D width, K
+# prototypes, S and s side of a global and a local crop; class tokens and patches: logits t, u of
+# the teacher, s, w of the student, assignments P, Q of the teacher
 
 
 @dataclass
-class Config:
+class Config(config.Settings):
     # the network (paper: ViT-S/16)
-    img_size: int = 224           # pixels, side of a global crop (paper)
-    patch_size: int = 16          # pixels (paper)
-    embed_dim: int = 384          # width of the backbone (paper)
-    depth: int = 12               # blocks (paper)
-    num_heads: int = 6            # attention heads (paper)
-    pos: str = "learned"          # positions: learned (paper) or sincos_row (our choice)
-    init: str = "trunc"           # weights: trunc (normal 0.02: code) or moco (Xavier: our choice)
-    drop_path: float = 0.1        # stochastic depth, student only (code)
-    hidden: int = 2048            # width inside the head (paper)
-    bottleneck: int = 256         # width before the prototypes, where length becomes 1 (paper)
-    out_dim: int = 8192           # K (paper); small data: 1024, or the loss stays at ln K
-    bn_in_head: bool = False      # batch norms in the head (code: an option); small data needs them
-    norm_last_layer: bool = False # prototypes stay at length 1 (code; ViT-B: True, for stability)
-    shared_head: bool = True      # class and patches share prototypes (paper); false: two sets
-                                  # in both networks (in the script the teacher keeps one)
+    img_size: Size = 224            # pixels, side of a global crop (paper)
+    patch_size: Size = 16           # pixels (paper)
+    embed_dim: Size = 384           # width of the backbone (paper)
+    depth: Size = 12                # blocks (paper)
+    num_heads: Size = 6             # attention heads (paper)
+    pos: Literal["learned", "sincos_row"] = "learned"     # positions (paper; sincos: our choice)
+    init: Literal["trunc", "moco"] = "trunc"      # normal 0.02 (code) or Xavier (our choice)
+    drop_path: Fraction = 0.1       # stochastic depth, student only (code)
+    head_hidden_dim: Size = 2048    # width inside the head (paper)
+    bottleneck_dim: Size = 256      # width before the prototypes, L2-normalized (paper)
+    out_dim: Several = 8192         # K (paper); small data: 1024, or the loss stays at ln K
+    use_bn_in_head: bool = False    # batch norms in the head (code: option); small data needs them
+    norm_last_layer: bool = False   # prototypes keep norm 1 (code; ViT-B: True, for stability)
+    shared_head: bool = True        # class and patches share prototypes (paper); false: two sets
+                                    # in both networks (in the script the teacher keeps one)
     # the objective
-    cls: float = 1.0              # lambda_1, weight of L_cls (paper)
-    pat: float = 1.0              # lambda_2, weight of L_pat (paper)
-    tau_student: float = 0.1      # temperature (paper)
-    tau_start: float = 0.04       # teacher's temperature at first (code); lower if stuck at ln K
-    tau_end: float = 0.07         # ... after its warm-up, of the class (code); higher is unstable
-    tau_pat_end: float = 0.07     # ... and of the patches (code)
-    tau_epochs: int = 30          # length of that warm-up, rising epoch by epoch (code; ViT-B: 50)
-    center_momentum: float = 0.9  # of the centre (paper)
-    freeze_epochs: float = 1.0    # the last layer stands still so long (code; ViT-B: 3)
+    lambda1: float = 1.0            # weight of L_cls (paper)
+    lambda2: float = 1.0            # weight of L_patch (paper)
+    student_temp: Positive = 0.1    # temperature (paper)
+    warmup_teacher_temp: Positive = 0.04   # teacher's at first (code); lower if stuck at ln K
+    teacher_temp: Positive = 0.07   # ... and after its warm-up, class (code); higher is unstable
+    teacher_patch_temp: Positive = 0.07    # ... and patches (code)
+    warmup_teacher_temp_epochs: int = 30   # its linear increase, epoch by epoch (code; ViT-B: 50)
+    center_momentum: Fraction = 0.9 # of the center (paper)
+    freeze_last_layer: float = 1.0  # epochs in which the last layer is frozen (code; ViT-B: 3)
     # the mask
-    mask_p: float = 0.5           # share of the global crops that are masked (code)
-    mask_min: float = 0.1         # ratio of hidden patches in these, uniform from this ... (code)
-    mask_max: float = 0.5         # ... to this (code; shape rand: 0.65 to 0.75)
-    mask_shape: str = "block"     # BEiT's rectangles; or rand: any (official ViT-B/L, too)
+    mask_prob: Fraction = 0.5       # fraction of the global crops that are masked (code)
+    pred_ratio: Fraction = 0.3      # mean fraction of masked patches in these (code; rand: 0.7)
+    pred_ratio_var: Fraction = 0.2  # half-width: uniform from pred_ratio - pred_ratio_var to
+                                    # pred_ratio + pred_ratio_var (code; rand: 0.05)
+    pred_shape: Literal["block", "rand"] = "block"    # BEiT's rectangles, or any patches (code:
+                                                      # block for ViT-S, both for ViT-B/L)
     # the views
-    min_scale: float = 0.05       # least area of a local crop (paper)
-    split_scale: float = 0.25     # its largest, and least of a global one (code; ViT-B: 0.32)
-    local_crops: int = 10         # L (paper); 0: with --split-scale 0.14 (code)
-    local_size: int = 96          # pixels, side of a local crop (paper)
-    jitter: tuple = (0.4, 0.4, 0.2, 0.1)   # brightness, contrast, saturation, hue (code: BYOL's)
-    blur_p: float = 1.0           # blur of global crop 1; crop 2 a tenth, local ones half (code)
-    # the optimisation
-    epochs: float = 800           # (paper; ViT-B: 400)
-    warmup_epochs: float = 10.0   # linear rise of the learning rate (paper)
-    batch_size: int = 1024        # global (paper)
-    lr: float = 5e-4              # peak, times batch/256 (paper)
-    min_lr: float = 1e-6          # end of its cosine (code)
-    weight_decay: float = 0.04    # AdamW, not of biases and norms (paper; code)
-    weight_decay_end: float = 0.4 # rising to this by a cosine (paper)
-    clip: float = 3.0             # gradient norm, each tensor for itself (code; ViT-B: 0.3); 0: off
-    momentum: float = 0.996       # of the teacher, rising to 1 by a cosine (paper)
-    overfit_one_batch: bool = False        # the first batch again and again, to see it learn;
-                                  # photos: with --warmup-epochs 0 --freeze-epochs 0
+    global_crops_scale: tuple = (0.25, 1.0)   # area of a global crop (code; ViT-B: 0.32 to 1;
+                                              # without local crops 0.14 to 1: code)
+    local_crops_scale: tuple = (0.05, 0.25)   # area of a local crop (paper; code; ViT-B: to 0.32)
+    local_crops_number: int = 10    # n_local (paper)
+    local_crops_size: Size = 96     # pixels, side of a local crop (paper)
+    color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (code)
+    blur_p: Fraction = 1.0          # blur of global crop 1; crop 2 a tenth, local ones half (code)
+    # the optimization
+    epochs: float = 800             # (paper; ViT-B: 400)
+    warmup_epochs: float = 10.0     # linear increase of the learning rate (paper)
+    batch_size: Size = 1024         # global (paper)
+    lr: float = 5e-4                # peak, times batch/256 (paper)
+    min_lr: float = 1e-6            # end of its cosine (code)
+    weight_decay: float = 0.04      # AdamW, not of biases and norms (paper; code)
+    weight_decay_end: float = 0.4   # increases to this by a cosine (paper)
+    clip_grad: float = 3.0          # max gradient norm of each tensor (code; ViT-B: 0.3); 0: off
+    momentum_teacher: Fraction = 0.996     # of the teacher, increasing to 1 by a cosine (paper)
+    overfit_one_batch: bool = False # the first batch at every step, to see that it learns;
+                                    # photos: with --warmup-epochs 0 --freeze-last-layer 0
+
+    def __post_init__(self):
+        config.check_bounds(self)
+        if self.pred_ratio < self.pred_ratio_var or self.pred_ratio + self.pred_ratio_var > 1:
+            raise ValueError("--pred-ratio minus and plus --pred-ratio-var must be fractions from "
+                             "0 to 1: the fraction of masked patches is uniform between them")
+        if self.local_crops_number and self.local_crops_size % self.patch_size:
+            raise ValueError("--local-crops-size must be a multiple of --patch-size")
+        if self.use_bn_in_head and self.accum_iter > 1:
+            raise ValueError("--use-bn-in-head normalizes over the batch: micro-batches would "
+                             "change the result; leave out --accum-iter, or add --use-bn-in-head "
+                             "false")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,51 +139,72 @@ class Config:
 
 
 def views(cfg):
-    """Two global crops, unequally blurred and solarised as in BYOL, and L local ones."""
-    colour = dict(jitter=cfg.jitter, jitter_p=0.8, grey_p=0.2)
-    crop = dict(size=cfg.img_size, scale=(cfg.split_scale, 1.0), **colour)
+    """Two global crops, blurred and solarized with unequal probabilities as in BYOL, and local
+    ones."""
+    color = dict(jitter=cfg.color_jitter, jitter_p=0.8, gray_p=0.2)
+    crop = dict(size=cfg.img_size, scale=cfg.global_crops_scale, **color)
     return [data.View(**crop, blur_p=cfg.blur_p),
             data.View(**crop, blur_p=0.1 * cfg.blur_p, solarize_p=0.2),
-            data.View(cfg.local_size, scale=(cfg.min_scale, cfg.split_scale), **colour,
-                      blur_p=0.5 * cfg.blur_p, copies=cfg.local_crops)]
+            data.View(cfg.local_crops_size, scale=cfg.local_crops_scale, **color,
+                      blur_p=0.5 * cfg.blur_p, copies=cfg.local_crops_number)]
 
 
-def masks(index, cfg, *key):
-    """Which patches of the two global crops of the images `index` (B,) the student does not see:
-    (2B, N) bool, first crops first. Every crop has a ratio and a mask of its own."""
+def sample_masks(index, cfg, *key):
+    """Masks of both global crops of the images `index` (B,): (2B, N) bool, True: masked. The first
+    crops of all images come first. Each crop has its own ratio and its own mask."""
     def uniform(shape, purpose):                                             # (2B, *shape)
         return rng.uniform(index, (2, *shape), *key, purpose).transpose(0, 1).flatten(0, 1)
 
     side, u = cfg.img_size // cfg.patch_size, uniform((2,), "ratio")
-    ratio = cfg.mask_min + u[:, 1] * (cfg.mask_max - cfg.mask_min)
-    target = torch.where(u[:, 0] < cfg.mask_p, ratio, 0) * side**2           # (2B,) patches
-    if cfg.mask_shape == "rand":
+    low, high = cfg.pred_ratio - cfg.pred_ratio_var, cfg.pred_ratio + cfg.pred_ratio_var
+    ratio = low + u[:, 1] * (high - low)
+    target = torch.where(u[:, 0] < cfg.mask_prob, ratio, 0) * side**2        # (2B,) patches
+    if cfg.pred_shape == "rand":
         rank = uniform((side**2,), "order").argsort(dim=1, stable=True).argsort(1)
         return rank < target.long()[:, None]
-    return blocks(uniform((48, 4), "blocks"), target, side).flatten(1)       # enough, up to 0.5
+    return block_masks(uniform((48, 4), "blocks"), target, side).flatten(1)  # 48: enough up to 0.5
 
 
-def blocks(u, target, side):
-    """BEiT's block-wise masks: rectangle after rectangle, each with something new and none beyond
-    target (B,) patches; ten in a row that do not fit end it. u: (B, M, 4) uniform numbers for M
-    rectangles. Returns (B, side, side) bool."""
+def block_mask(u, target, side):
+    """BEiT's block-wise mask of one crop: rectangle by rectangle, each must mask a new patch, all
+    together at most `target` patches; ten in a row that do not fit end it. u: (n_rectangles, 4)
+    uniform numbers. Returns (side, side) bool. The readable form of block_masks; not called."""
+    mask, smallest, misses = torch.zeros(side, side, dtype=torch.bool), (side // 3)**2, 0
+    for area, aspect, top, left in u.tolist():
+        room = target - int(mask.sum())                  # patches
+        area = smallest + area * (room - smallest)       # uniform between smallest and room
+        aspect = 0.3 ** (1 - 2 * aspect)                 # height / width: log-uniform, 0.3 to 1/0.3
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        top, left = int(top * (side - h + 1)), int(left * (side - w + 1))
+        grown = mask.clone()
+        grown[top:top + h, left:left + w] = True
+        fits = h < side and w < side and 0 < grown.sum() - mask.sum() <= room
+        mask, misses = (grown, 0) if fits else (mask, misses + 1)
+        if misses == 10:
+            break
+    return mask
+
+
+def block_masks(u, target, side):
+    """block_mask of B crops at once. u: (B, n_rectangles, 4), target: (B,). Returns (B, side, side)
+    bool."""
     mask = torch.zeros(len(u), side, side, dtype=torch.bool, device=u.device)
     room, misses, place = target, torch.zeros_like(target), torch.arange(side, device=u.device)
-    least, widest = (side // 3) ** 2, math.log(1 / 0.3)           # patches, log of height / width
+    smallest, widest = (side // 3)**2, math.log(1 / 0.3)
 
-    def span(length, at):                                                    # (B,) -> (B, side)
+    def span(length, at):                                # rows or columns of rectangles: (B, side)
         start = (at * (side - length + 1)).floor()[:, None]
         return (place >= start) & (place < start + length[:, None])
 
     for area, aspect, top, left in u.permute(1, 2, 0):                       # each (B,)
-        area, aspect = least + area * (room - least), ((2 * aspect - 1) * widest).exp()
+        area, aspect = smallest + area * (room - smallest), ((2 * aspect - 1) * widest).exp()
         h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        new = span(h, top)[:, :, None] & span(w, left)[:, None] & ~mask
+        new = span(h, top)[:, :, None] & span(w, left)[:, None] & ~mask      # (B, side, side)
         count = new.sum((1, 2))
         fits = (h < side) & (w < side) & (count > 0) & (count <= room) & (misses < 10)
         mask |= new & fits[:, None, None]
         room = room - count * fits
-        misses = torch.where(fits, 0, misses + 1)
+        misses = torch.where(fits, 0, misses + 1)        # from 10 on, nothing fits
     return mask
 
 
@@ -173,7 +214,7 @@ def blocks(u, target, side):
 
 
 class Prototypes(nn.Module):
-    """A Linear whose K rows have length g (weight norm): logits are cosines, times g."""
+    """A Linear whose K rows have norm g (weight norm): logits are cosines, times g."""
 
     def __init__(self, dim, K, frozen):
         super().__init__()
@@ -185,37 +226,38 @@ class Prototypes(nn.Module):
 
 
 class Head(nn.Module):
-    """MLP, length 1, prototypes; for patches the same ones or their own."""
+    """MLP, L2 normalization, prototypes; for patches the same ones or their own."""
 
     def __init__(self, cfg, K):
         super().__init__()
 
         def layer(width):
-            norm = [distributed.BatchNorm(cfg.hidden)] if cfg.bn_in_head else []
-            return nn.Linear(width, cfg.hidden), *norm, nn.GELU()
+            norm = [BatchNorm(cfg.head_hidden_dim)] if cfg.use_bn_in_head else []
+            return nn.Linear(width, cfg.head_hidden_dim), *norm, nn.GELU()
 
-        self.mlp = nn.Sequential(*layer(cfg.embed_dim), *layer(cfg.hidden),
-                                 nn.Linear(cfg.hidden, cfg.bottleneck))
-        self.last_layer = Prototypes(cfg.bottleneck, K, cfg.norm_last_layer)
+        self.mlp = nn.Sequential(*layer(cfg.embed_dim), *layer(cfg.head_hidden_dim),
+                                 nn.Linear(cfg.head_hidden_dim, cfg.bottleneck_dim))
+        self.last_layer = Prototypes(cfg.bottleneck_dim, K, cfg.norm_last_layer)
         self.last_layer2 = (None if cfg.shared_head else
-                            Prototypes(cfg.bottleneck, K, cfg.norm_last_layer))
+                            Prototypes(cfg.bottleneck_dim, K, cfg.norm_last_layer))
         vit.init_linear(self.mlp, cfg.init)
+
+    def forward(self, x):
+        return self.last_layer(self.project(x))
 
     def project(self, x):
         return F.normalize(self.mlp(x), dim=-1)
 
     def project_patches(self, x):
-        """Batch norms see patches by themselves, always by their batch, and keep nothing of them:
-        what they keep is of class tokens, which are what is projected after training."""
+        """project() with batch norms that use the statistics of x, after training, too, and leave
+        the running statistics as they are: those are of class tokens, which are what is projected
+        after training."""
         copies = {name: buffer.clone() for name, buffer in self.mlp.named_buffers()}
         z = torch.func.functional_call(self.mlp.train(), copies, x)
         self.mlp.train(self.training)
         return F.normalize(z, dim=-1)
 
-    def forward(self, x):
-        return self.last_layer(self.project(x))
-
-    def patches(self, z):
+    def patch_logits(self, z):
         return (self.last_layer2 or self.last_layer)(z)
 
 
@@ -228,49 +270,50 @@ class Network(nn.Module):
                                 cfg.num_heads, pos=cfg.pos, init=cfg.init,
                                 drop_path=0.0 if teacher else cfg.drop_path)
         self.head = Head(cfg, cfg.out_dim)
-        self.norm_all = cfg.bn_in_head
+        self.use_bn = cfg.use_bn_in_head
         self.masked_embed = None if teacher else nn.Parameter(torch.zeros(1, cfg.embed_dim))
 
     def forward(self, x, mask, crops=None, drop=None, drop_crops=None):
-        """x: (2B, 3, S, S), mask: (2B, N) bool, crops: (L*B, 3, s, s) or None, drop: noise of the
-        drop path. Returns logits of classes ((2+L)*B, K) and of hidden patches (M, K), and from a
-        teacher the mean logits of all patches (K,). Crops of one size go through the backbone
-        together."""
+        """x: (2B, 3, S, S); mask: (2B, N) bool; crops: (n_local*B, 3, s, s) or None; drop: random
+        numbers that decide the drop path. Returns logits of class tokens ((2+n_local)*B, K) and of
+        masked patches (n_masked, K), from a teacher also the mean logits of all patches (K,). Crops
+        of one size go through the backbone together."""
         student = self.masked_embed is not None
         tokens = self.backbone(x, mask=mask if student else None, mask_token=self.masked_embed,
                                drop=drop)
         cls, patches = self.backbone.split(tokens)                           # (2B, D), (2B, N, D)
         if crops is not None:
             local, _ = self.backbone.split(self.backbone(crops, drop=drop_crops))
-            cls = torch.cat([cls, local])                                    # ((2+L)*B, D)
+            cls = torch.cat([cls, local])                                    # ((2+n_local)*B, D)
         if student:
-            # A batch norm sees all patches: as many in every process. Without, the hidden ones do.
-            z = (self.head.project_patches(patches)[mask] if self.norm_all
+            # Batch norms get all patches: the number of masked ones differs between processes.
+            z = (self.head.project_patches(patches)[mask] if self.use_bn
                  else self.head.project(patches[mask]))
-            return self.head(cls), self.head.patches(z)
+            return self.head(cls), self.head.patch_logits(z)
         z = self.head.project_patches(patches)                               # (2B, N, 256)
-        mean = self.head.patches(z.mean((0, 1)))                             # the layer is linear
-        return self.head(cls), self.head.patches(z[mask]), mean
+        mean = self.head.patch_logits(z.mean((0, 1)))                        # the layer is linear
+        return self.head(cls), self.head.patch_logits(z[mask]), mean
 
 
 def assign(t, center, tau):
-    """The teacher's logits (..., K), centred and sharpened: assignments to the prototypes."""
+    """The teacher's logits (..., K), centered and sharpened: assignments to the prototypes."""
     return ((t - center) / tau).softmax(-1)
 
 
 def cls_loss(s, P, tau):
-    """Cross-entropy across crops (eq. 2). s: (V, B, K) logits of the student, global crops first;
-    P: (2, B, K) of the teacher. Mean over images and the 2(V-1) pairs v != g."""
+    """Cross-entropy across crops (eq. 2). s: (n_crops, B, K) logits of the student, global crops
+    first; P: (2, B, K) of the teacher. Mean over images and the 2(n_crops-1) pairs v != g."""
     log_S = (s / tau).log_softmax(-1)
     others = log_S.sum(0) - log_S[:2]                                        # (2, B, K): v != g
     return -(P * others).sum(-1).mean() / (len(s) - 1)
 
 
-def pat_loss(w, Q, mask, tau):
-    """Cross-entropy of hidden patches (eq. 3). w, Q: (M, K) logits of the student and assignments
-    of the teacher; mask: (2B, N). Mean over the hidden patches of a crop, then over all crops."""
-    share = mask / mask.sum(1, keepdim=True).clamp(min=1)                    # of its crop's loss
-    return -((Q * (w / tau).log_softmax(-1)).sum(-1) * share[mask]).sum() / len(mask)
+def patch_loss(w, Q, mask, tau):
+    """Cross-entropy of masked patches (eq. 3). w, Q: (n_masked, K) logits of the student and
+    assignments of the teacher; mask: (2B, N). Mean over the masked patches of a crop, then over
+    all crops."""
+    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)                   # of a patch in a crop
+    return -((Q * (w / tau).log_softmax(-1)).sum(-1) * weight[mask]).sum() / len(mask)
 
 
 class Center(nn.Module):
@@ -282,33 +325,9 @@ class Center(nn.Module):
         self.register_buffer("center", torch.zeros(1, K))
 
     def update(self, means):
-        """means: (K,) for each micro-batch. Once a step, after the loss: it uses the old one."""
-        mean = distributed.all_mean(torch.stack(means).mean(0))
+        """means: (K,) for each micro-batch. Once a step, after the loss, which uses the old one."""
+        mean = all_mean(torch.stack(means).mean(0))
         self.center.lerp_(mean, 1 - self.momentum)
-
-
-def tally(P):
-    """Of assignments P (..., K): how many there are, the sum of their entropies, their sum (K,)."""
-    P = P.flatten(0, -2)
-    return P.new_full((), len(P)), torch.special.entr(P).sum(), P.sum(0)
-
-
-def health(tallies):
-    """From those of a step's micro-batches, of all processes: the entropy of the assignments, and
-    the information in them about image or patch: entropy of their mean less that. In nats."""
-    rows, entropy, mean = (distributed.all_mean(torch.stack(x).sum(0)) for x in zip(*tallies))
-    entropy, mean = entropy / rows.clamp(min=1), mean / rows.clamp(min=1)
-    return entropy, torch.special.entr(mean).sum() - entropy
-
-
-def collapse(what, entropy, told, K):
-    """In words, what is wrong with the numbers of health(); nothing if all is well."""
-    if told > 0.05:
-        return []
-    kind, cure = (("uniform", "lower temperatures of the teacher (--tau-...), or --bn-in-head")
-                  if entropy > math.log(K) / 2 else ("one-hot", "a lower --center-momentum"))
-    return [f"collapsed: all {what} get the same assignment, {kind} (entropy {entropy:.2f}, "
-            f"ln K {math.log(K):.2f}); try {cure}"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,147 +338,137 @@ def collapse(what, entropy, told, K):
 def schedules(step, total, per_epoch, cfg):
     """Of this step: learning rate, weight decay, momentum and temperatures of the teacher."""
     warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
-    if step < warmup:                      # the peak comes in its last step and the next (code)
+    if step < warmup:            # the peak is reached in its last step and again in the next (code)
         lr = peak * step / max(1, warmup - 1)
     else:
         lr = cosine(step - warmup, total - warmup, peak, cfg.min_lr)
     weight_decay = cosine(step, total, cfg.weight_decay, cfg.weight_decay_end)
-    momentum = cosine(step, total, cfg.momentum, 1.0)
-    epoch = step // per_epoch
-    warm = epoch / max(1, cfg.tau_epochs - 1) if epoch < cfg.tau_epochs else 1.0
-    tau, tau_pat = (cfg.tau_start + warm * (end - cfg.tau_start)
-                    for end in (cfg.tau_end, cfg.tau_pat_end))
-    return lr, weight_decay, momentum, tau, tau_pat
+    momentum = cosine(step, total, cfg.momentum_teacher, 1.0)
+    epoch, last = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1
+    done = epoch / max(1, last) if epoch <= last else 1.0
+    temp = cfg.warmup_teacher_temp + done * (cfg.teacher_temp - cfg.warmup_teacher_temp)
+    patch_temp = cfg.warmup_teacher_temp + done * (cfg.teacher_patch_temp - cfg.warmup_teacher_temp)
+    return lr, weight_decay, momentum, temp, patch_temp
+
+
+def clip_per_tensor(parameters, max_norm):
+    """Scales the gradient of each tensor to norm max_norm at most (official code; 0: no clipping).
+    Returns the norm of all gradients together, before clipping."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    if max_norm:
+        torch._foreach_mul_(grads, list((max_norm / (norms + 1e-6)).clamp(max=1)))
+    return norms.norm()
 
 
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    if not min(cfg.tau_student, cfg.tau_start, cfg.tau_end, cfg.tau_pat_end) > 0:
-        raise ValueError("--tau-student, --tau-start, --tau-end and --tau-pat-end are "
-                         "temperatures: above 0")
-    if cfg.out_dim < 2:
-        raise ValueError("--out-dim must be 2 or more")
-    if not 0 <= cfg.mask_min <= cfg.mask_max <= 1 or not 0 <= cfg.mask_p <= 1:
-        raise ValueError("--mask-p, --mask-min and --mask-max are shares from 0 to 1, min <= max")
-    if cfg.mask_shape not in ("block", "rand"):
-        raise ValueError("--mask-shape is block or rand")
-    if cfg.local_crops and cfg.local_size % cfg.patch_size:
-        raise ValueError("--local-size must be a multiple of --patch-size")
-    if cfg.bn_in_head and cfg.accumulate > 1:
-        raise ValueError("--bn-in-head normalises over the batch: micro-batches would change the "
-                         "result; leave out --accumulate, or add --bn-in-head false")
-
-    loader, bank, queries = run.data(views(cfg))         # the last two: for the kNN accuracy only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
-    ema_update(teacher, student, 0.0)                                     # they begin equal
+    ema_update(teacher, student, 0.0)                                        # equal at the start
     center = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
-    center2 = Center(cfg.out_dim, cfg.center_momentum).to(run.device)        # of the patches
+    center2 = Center(cfg.out_dim, cfg.center_momentum).to(run.device)        # of patches
     opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay), fused=True)
     run.restore(student=student, teacher=teacher, center=center, center2=center2, opt=opt)
-    total, freeze = run.length(loader), round(cfg.freeze_epochs * len(loader))
-    same = next(loader.batches()) if cfg.overfit_one_batch else None
+    total, freeze = run.total_steps(loader), round(cfg.freeze_last_layer * len(loader))
+    fixed_batch = next(loader.batches()) if cfg.overfit_one_batch else None
     chance = math.log(cfg.out_dim)
-    run.say(f"knowing nothing costs: cls ln K = {chance:.3f}, pat {cfg.mask_p * chance:.3f}, as "
-            f"crops without a mask count as 0")
+    run.print0(f"loss at chance level: loss_cls ln K = {chance:.3f}, loss_patch "
+               f"{cfg.mask_prob * chance:.3f}, as unmasked crops count as 0")
 
     for step, batch in run.steps(loader):
-        lr, weight_decay, momentum, tau, tau_pat = schedules(step, total, len(loader), cfg)
+        lr, weight_decay, momentum, temp, patch_temp = schedules(step, total, len(loader), cfg)
         set_lr(opt, lr)
         opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases, norms
 
         # ---- the method ----------------------------------------------------------------------
-        means, means2, tallies, tallies_pat = [], [], [], []
-        for part in run.micro_batches(same or batch):
+        means, stats = [], visualize.AssignmentStats()
+        means2, stats_patch = [], visualize.AssignmentStats()
+        for part in run.micro_batches(fixed_batch or batch):
             x = torch.cat(part.views[:2])                                    # (2B, 3, S, S)
-            crops = torch.cat(part.views[2:]) if part.views[2:] else None    # (L*B, 3, s, s)
-            drop = rng.uniform(part.index, (2 + cfg.local_crops, 2 * cfg.depth),
+            crops = torch.cat(part.views[2:]) if part.views[2:] else None    # (n_local*B, 3, s, s)
+            drop = rng.uniform(part.index, (2 + cfg.local_crops_number, 2 * cfg.depth),
                                cfg.seed, part.epoch, "drop")
-            drop = drop.transpose(0, 1).flatten(0, 1)                        # ((2+L)*B, 2*depth)
-            mask = masks(part.index, cfg, cfg.seed, part.epoch)              # (2B, N)
+            drop = drop.transpose(0, 1).flatten(0, 1)                # ((2+n_local)*B, 2*depth)
+            mask = sample_masks(part.index, cfg, cfg.seed, part.epoch)       # (2B, N)
 
             with run.autocast():
+                # The teacher, an average of past students, is better than each of them, so its
+                # output is a useful target. It sees no local crop: targets describe wholes.
+                # It sees no mask either: its target for a patch is made from the patch's content,
+                # which the student must infer from the rest of the crop.
                 with torch.no_grad():
-                    t, u, mean = teacher(x, mask)                            # (2B, K), (M, K), (K,)
-                s, w = student(x, mask, crops, drop[:len(x)], drop[len(x):])  # ((2+L)*B, K), (M, K)
+                    t, u, mean = teacher(x, mask)            # (2B, K), (n_masked, K), (K,)
+                s, w = student(x, mask, crops, drop[:len(x)], drop[len(x):])
             t = t.float().unflatten(0, (2, -1))                              # fp32 from here on
-            P, Q = assign(t, center.center, tau), assign(u.float(), center2.center, tau_pat)
-            cls = cls_loss(s.float().unflatten(0, (2 + cfg.local_crops, -1)), P, cfg.tau_student)
-            pat = pat_loss(w.float(), Q, mask, cfg.tau_student)
-            loss = cfg.cls * cls + cfg.pat * pat
-            run.backward(loss, opt, clip=cfg.clip, per_tensor=True)
+            s = s.float().unflatten(0, (2 + cfg.local_crops_number, -1))
+            u, w = u.float(), w.float()                                      # (n_masked, K)
+            P = assign(t, center.center, temp)
+            Q = assign(u, center2.center, patch_temp)
+            # Only L_cls compares different crops of an image: from it the prototypes, which the
+            # patches share, get their semantics.
+            loss_cls = cls_loss(s, P, cfg.student_temp)
+            loss_patch = patch_loss(w, Q, mask, cfg.student_temp)
+            loss = cfg.lambda1 * loss_cls + cfg.lambda2 * loss_patch
+            (loss / cfg.accum_iter).backward()
 
-            means.append(t.mean((0, 1))), means2.append(mean.float())
-            tallies.append(tally(P)), tallies_pat.append(tally(Q))
+            means.append(t.mean((0, 1)))
+            stats.add(P)
+            means2.append(mean.float())
+            stats_patch.add(Q)
             entropy = torch.special.entr(P).sum(-1).mean()
-            run.log(loss=loss, cls=cls, pat=pat, entropy=entropy, kl=cls - entropy, lr=lr)
+            run.log(loss=loss, loss_cls=loss_cls, loss_patch=loss_patch, entropy=entropy,
+                    kl=loss_cls - entropy)
 
-        if step < freeze:            # None, not 0: AdamW would still decay and move what has zeros
+        grad_norm = clip_per_tensor(student.parameters(), cfg.clip_grad)
+        if step < freeze:         # None, not 0: with gradient 0 AdamW still applies weight decay
             for name, p in student.named_parameters():
                 if "last_layer" in name:
                     p.grad = None
-        opt.step(), opt.zero_grad()
-        ema_update(teacher, student, momentum)                            # with the new weights
-        center.update(means), center2.update(means2)
+        opt.step()
+        opt.zero_grad()
+        ema_update(teacher, student, momentum)                               # with the new weights
+        center.update(means)
+        center2.update(means2)
         # ---- bookkeeping ---------------------------------------------------------------------
 
-        (entropy, told), (entropy_pat, told_pat) = health(tallies), health(tallies_pat)
-        run.log(told=told, entropy_pat=entropy_pat, told_pat=told_pat)
-        if run.due(cfg.evals):
-            run.log(now=True, **run.knn(teacher.backbone, bank, queries, cfg.img_size))
-            with run.looking():
-                show(run, cfg, distributed.unwrap(student), teacher, part.views, mask, center, tau,
-                     center2)
-            for words in (collapse("images", entropy, told, cfg.out_dim) +
-                          collapse("patches", entropy_pat, told_pat, cfg.out_dim) * (len(Q) > 0)):
-                run.say(words)
-        if run.save_due():
+        entropy, mi = stats.compute()
+        entropy_patch, mi_patch = stats_patch.compute()
+        run.log(mi=mi, entropy_patch=entropy_patch, mi_patch=mi_patch, lr=lr, grad_norm=grad_norm)
+        if run.eval_due:
+            run.log(**visualize.knn(run, teacher.backbone, bank, queries))
+            with run.evaluation(teacher):
+                attention = visualize.last_attention(run, teacher.backbone, part.views[0][:8])
+                visualize.save_self_distillation(
+                    run, part.views, attention, P[0], (s[1] / cfg.student_temp).softmax(-1),
+                    patch_columns(run, teacher, part.views[0][:8], mask[:8], w, center2))
+            visualize.warn_of_equal_assignments(run, "images", entropy, mi, cfg.out_dim)
+            if len(Q):                                               # no masks, no assignments
+                visualize.warn_of_equal_assignments(run, "patches", entropy_patch, mi_patch,
+                                                    cfg.out_dim)
+        if run.save_due:
             run.save_encoder(teacher.backbone, branch="teacher",
                              heads={"head": teacher.head.state_dict()})
             run.save()
 
 
-@torch.no_grad()
-def show(run, cfg, student, teacher, crops, mask, center, tau, center2, n=8):
-    """picture.png: crops as the network sees them, what the teacher's class token attends to in
-    the first (last block, mean of the heads), and assignments to the 16 prototypes used most here:
-    of the first crop by the teacher (upper bars), of the second by the student (lower bars). Then
-    the first crop as the student sees it, and the prototype (a colour) that the teacher finds
-    likeliest for each patch, the student for each hidden one."""
-    last, (g1, g2, *local) = cfg.depth - 1, (view[:n] for view in crops)
-    student.eval(), teacher.eval()
+def patch_columns(run, teacher, x, mask, w, center):
+    """Columns of visualization.png: crops x (n, 3, S, S) as the student sees them; the prototype (a
+    color) with the largest logit, of each patch by the teacher, of each masked one by the student.
+    mask: (n, N); w: the student's logits of their masked patches, then of others; center: c2."""
     with run.autocast():
-        t, u, _ = teacher(g1, torch.ones_like(mask[:n]))
-        s, _ = student(g2, mask[len(crops[0]):][:n])
-        _, w = student(g1, mask[:n])
-        _, maps = teacher.backbone.layers(g1, [last], attention=[last])
-    student.train(), teacher.train()
-    columns = {"global 1": g1, "global 2": g2}
-    if local:
-        columns["local"] = F.interpolate(local[0], cfg.img_size)
-    columns = {title: augment.denormalize(z) for title, z in columns.items()}
-
-    def panel(x):                               # (n, h, w) -> heat maps, the largest value yellow
-        x = x / x.amax((1, 2), keepdim=True).clamp(min=1e-9)
-        return visualize.heat_map(F.interpolate(x[:, None], cfg.img_size)[:, 0])
-
-    side = cfg.img_size // cfg.patch_size
-    columns["attention"] = panel(maps[last][:, :, 0, 1:].float().mean(1).unflatten(1, (side, side)))
-    P, S = assign(t.float(), center.center, tau), (s.float() / cfg.tau_student).softmax(-1)
-    most = P.sum(0).topk(min(16, cfg.out_dim)).indices
-    columns["assignment"] = panel(torch.stack([P, S], 1)[:, :, most])        # (n, 2, 16)
-
-    hidden = mask[:n].unflatten(1, (side, side))
-    columns["masked"] = augment.denormalize(
-        g1 * (1 - F.interpolate(hidden[:, None].float(), cfg.img_size)))
-    best = (u.float() - center2.center).argmax(-1).view_as(hidden)           # (n, side, side)
-    found = torch.full_like(best, -1).masked_scatter(hidden, w.argmax(-1))   # -1: not hidden
-    for title, z in {"teacher": best, "student": found}.items():
-        colours = torch.where(z < 0, 0, 0.2 + z * 0.618 % 0.8)
-        columns[title] = visualize.heat_map(F.interpolate(colours[:, None], cfg.img_size)[:, 0])
-    run.picture(columns)
+        _, u, _ = teacher(x, torch.ones_like(mask))                          # of all patches
+    size, side = x.shape[3], math.isqrt(mask.shape[1])
+    masked = mask.unflatten(1, (side, side))                                 # (n, side, side)
+    pixel_mask = F.interpolate(masked[:, None].float(), size).bool()
+    ids = (u.float() - center.center).argmax(-1).view_as(masked)
+    found = torch.full_like(ids, -1).masked_scatter(masked, w.argmax(-1))    # -1: not masked
+    return {"masked": augment.denormalize(x * ~pixel_mask),
+            "teacher": visualize.prototype_map(ids, size),
+            "student": visualize.prototype_map(found, size)}
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
     images (B, 3, H, W)
       | cut into patches, Linear                      patch_embed        (B, N, D)
-      | mask tokens put in, positions added           mask, pos_embed
-      | some patches only, class token in front       keep, cls_token    (B, P+N, D)
+      | mask tokens inserted, positions added         mask, pos_embed
+      | some patches only, class token prepended      keep, cls_token    (B, L, D)
       | depth x { x + ls1 * attn(norm1(x))            drop path on both branches
       |           x + ls2 * mlp(norm2(x)) }
       | LayerNorm                                     norm
-    tokens (B, P+N, D)          split() -> class token (B, D), patches (B, N, D)
+    tokens (B, L, D)            split() -> class token (B, D), patches (B, N, D)
 
-    B images, N patches row by row, P class tokens (1 or 0), L = P+N, D width, H heads
+Shapes in all files of this repository:
+    B batch, N patches (row by row), L tokens (class token, if any, and patches), D width, H heads,
+    S image side, p patch side, K prototypes or codes, V global views, C classes
 
-Which arguments make which published backbone, ViT(**SIZES["base"], ...):
+Arguments of the published backbones, ViT(**SIZES["base"], ...):
 
     DeiT, DINO, iBOT      the defaults
     MoCo v3               pos="sincos_row", init="moco"               (12 heads in ViT-S, too)
@@ -26,7 +28,8 @@ Which arguments make which published backbone, ViT(**SIZES["base"], ...):
 
 BEiT, SimMIM, CAE and the students of DINO, iBOT and SelfPatch train with drop_path=0.1. Parameter
 names are timm's: a state dict goes to create_model("vit_base_patch16_224", num_classes=0) and back
-unchanged. checkpoints.py reads and writes them, ours and the official ones.
+unchanged. lib/checkpoints.py reads and writes files, ours and the official ones; lib/positions.py
+has the position tables.
 """
 import math
 from collections import OrderedDict
@@ -49,7 +52,8 @@ SIZES = {
 # Model
 
 class PatchEmbed(nn.Module):
-    """A convolution with stride = kernel: a Linear on each patch's pixels (4x faster so on CPU)."""
+    """A convolution with stride = kernel size, computed as a Linear on each patch's pixels, which
+    is 4x faster on a CPU."""
 
     def __init__(self, patch_size, in_chans, dim):
         super().__init__()
@@ -63,14 +67,15 @@ class PatchEmbed(nn.Module):
 
 
 def attend(q, k, v, bias=None, weights=None):
-    """softmax(q k^T / sqrt(d) + bias) v: (B, H, M, d). q: (B, H, M, d); k, v: (B, H, L, d); bias:
-    added to the logits (B, H, M, L). weights: a list, gets the softmax."""
+    """softmax(q k^T / sqrt(d) + bias) v: (B, H, queries, d). q: (B, H, queries, d); k, v:
+    (B, H, L, d); bias: added to the logits (B, H, queries, L). weights: a list; the softmax is
+    appended to it."""
     bias = None if bias is None else bias.to(q.dtype)
     # bf16 on CPU: for short sequences the explicit form is over twice as fast as the fused
     short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256
     if weights is None and not short:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    logits = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)                    # (B, H, M, L)
+    logits = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)                    # (B, H, queries, L)
     a = (logits if bias is None else logits + bias).softmax(-1)
     if weights is not None:
         weights.append(a)
@@ -78,10 +83,8 @@ def attend(q, k, v, bias=None, weights=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. qkv_bias: "fused", "none", or "split": without one for the key.
-
-    BEiT's split changes nothing but the parameters: a key bias cancels in the softmax.
-    """
+    """Multi-head self-attention. qkv_bias: "fused", "none", or "split" (BEiT): none for the key.
+    The split form computes the same function: a key bias cancels in the softmax."""
 
     def __init__(self, dim, num_heads, qkv_bias="fused"):
         super().__init__()
@@ -116,7 +119,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; decoders are made of it, too."""
+    """Pre-norm transformer block, of encoders and decoders."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0, qkv_bias="fused", layer_scale=None,
                  norm_eps=1e-6):
@@ -139,12 +142,14 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """All arguments stand in `vit.config`, and ViT(**vit.config) builds it again.
+    """net.config holds all arguments: ViT(**net.config) builds the same architecture.
 
-    img_size   pixels a side that positions are made for; other sizes, square or not, interpolate
-    drop_path  share of branches dropped in the last block, growing linearly from 0 in the first
-    resize     "dino" or "size", see resize_positions; relative tables go by BEiT's rule instead
-    init       see initialise
+    img_size   side in pixels for which positions are made; for other sizes, square or not, they are
+               interpolated
+    drop_path  fraction of branches dropped in the last block, increasing linearly from 0 in the
+               first
+    resize     "dino" or "size", see positions.resize_positions; relative tables follow BEiT's rule
+    init       see init_weights
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
@@ -162,7 +167,7 @@ class ViT(nn.Module):
         if img_size % patch_size:
             raise ValueError(f"image size {img_size} is not a multiple of patch size {patch_size}")
         if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path is a share in [0, 1), not {drop_path}")
+            raise ValueError(f"drop_path is a fraction in [0, 1), not {drop_path}")
         self.config, self.embed_dim, self.depth, self.patch_size = (
             config, embed_dim, depth, patch_size)
         self.grid, self.num_prefix = (img_size // patch_size,) * 2, int(class_token)
@@ -187,14 +192,14 @@ class ViT(nn.Module):
         self.register_buffer("index", index, persistent=False)
         rates = torch.linspace(0, drop_path, depth).repeat_interleave(2)
         self.register_buffer("drop_rates", rates, persistent=False)
-        self.initialise(init)
+        self.init_weights(init)
 
     @torch.no_grad()
-    def initialise(self, init):
-        """Weights as the official code draws them, from torch's global generator.
+    def init_weights(self, init):
+        """Initial weights as in the official code, from torch's global generator.
 
-        trunc  normal 0.02, the convolution as PyTorch does (DINO, iBOT; cut at 100 sigma: not cut)
-        beit   normal 0.02 cut at one sigma; attn.proj, mlp.fc2 of block l = 1.. over sqrt(2l)
+        trunc  normal 0.02 (the code truncates at 100 sigma), convolution as PyTorch (DINO, iBOT)
+        beit   normal 0.02 truncated at one sigma; attn.proj, mlp.fc2 of block i = 1.. / sqrt(2i)
         mae    Xavier, q, k, v as one matrix; class token normal 0.02; convolution bias as PyTorch
         cae    Linear layers as mae, the rest as beit
         moco   Xavier, q, k, v as three matrices; class token normal 1e-6; convolution bias 0
@@ -217,7 +222,7 @@ class ViT(nn.Module):
             small(self.cls_token, std=1e-6 if init == "moco" else 0.02)
         if self.config["pos"] == "learned":
             small(self.pos_embed)
-        elif self.pos_embed is not None:                         # the class token's row stays zero
+        elif self.pos_embed is not None:                         # the class token's row stays 0
             table = positions.sincos(self.embed_dim, self.grid, self.config["pos"])
             self.pos_embed[0, self.num_prefix:] = table
         if init == "beit":
@@ -226,33 +231,33 @@ class ViT(nn.Module):
                 block.mlp.fc2.weight.div_(math.sqrt(2 * number))
 
     def forward(self, x, keep=None, mask=None, mask_token=None, drop=None, attn_mask=None):
-        """Images (B, 3, H, W) -> tokens (B, P+N, D) after the final norm.
+        """Images (B, 3, height, width) -> tokens (B, L, D) after the final norm.
 
-        keep       (B, K) patch numbers: only these are run, in this order (MAE); N is then K
+        keep       (B, n) patch numbers: the encoder gets only these n patches, in this order (MAE)
         mask       (B, N) bool: patches replaced by mask_token (1, 1, D) before positions are added
         drop       (B, 2*depth) numbers in [0, 1) that decide drop path: attention and MLP of block
-                   0, 1, ...; None draws them. For training mode only
-        attn_mask  (L, L) bool, True = may attend; for example local_mask()
+                   0, 1, ...; None: random. In training mode only
+        attn_mask  (L, L) bool, True where attention is allowed; for example local_mask()
         """
         same = dict(keep=keep, mask=mask, mask_token=mask_token, drop=drop, attn_mask=attn_mask)
         return self.layers(x, [self.depth - 1], **same)[0][0]
 
     def layers(self, x, blocks=None, norm=True, attention=(), *, keep=None, mask=None,
                mask_token=None, drop=None, attn_mask=None):
-        """Tokens after the blocks asked for (from 0; default all), attention weights of others.
+        """Tokens after `blocks` (from 0; default: all) and attention weights of `attention`.
 
-        -> list of (B, P+N, D), through the final norm if `norm`; {block: (B, H, L, L)}.
-        Blocks after the last one asked for are not run.
+        -> list of (B, L, D), after the final norm if `norm`; {block: (B, H, L, L)}. Later blocks
+        are not computed.
         """
         blocks = range(self.depth) if blocks is None else blocks
         wanted = {*blocks, *attention}
         if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
-            raise ValueError(f"blocks are 0 to {self.depth - 1}, asked for: {sorted(wanted)}")
+            raise ValueError(f"blocks are 0 to {self.depth - 1}, not {sorted(wanted)}")
         x, grid = self.embed(x, keep, mask, mask_token)
         factors = self.drop_factors(len(x), drop)
         outputs, maps = {}, {}
         for i, block in enumerate(self.blocks[:max(wanted) + 1]):
-            if i == 0 or self.config["rel_pos"] == "block":           # else the same for all blocks
+            if i == 0 or self.config["rel_pos"] == "block":           # else all blocks share it
                 bias = self.attention_bias(block, grid, keep, attn_mask)
             weights = [] if i in attention else None
             x = block(x, bias, None if factors is None else factors[:, 2 * i:2 * i + 2], weights)
@@ -263,25 +268,25 @@ class ViT(nn.Module):
         return [outputs[i] for i in blocks], maps
 
     def split(self, tokens):
-        """(B, P+N, D) -> class token (B, D), None in a model without; patches (B, N, D)."""
+        """(B, L, D) -> class token (B, D), or None in a model without; patches (B, N, D)."""
         return (tokens[:, 0] if self.num_prefix else None), tokens[:, self.num_prefix:]
 
     def local_mask(self, window, grid=None):
-        """An attn_mask (L, L): patches see window x window patches (Park et al., appendix D).
+        """An attn_mask (L, L): patches attend to window x window patches (Park et al., appendix D).
 
-        window is odd; the class token sees all and is seen by all (the paper leaves it open).
-        grid (h, w) of the input, if it is not img_size.
+        window is odd; attention from and to the class token is not restricted (our choice: the
+        paper leaves it open). grid (h, w) of the input, if it is not img_size.
         """
         if window < 1 or window % 2 == 0:
-            raise ValueError(f"the window is an odd number of patches, not {window}")
+            raise ValueError(f"the window must be an odd number of patches, not {window}")
         row, col = positions.coordinates(grid or self.grid, self.drop_rates.device)
         steps = torch.maximum((row[:, None] - row).abs(), (col[:, None] - col).abs())    # (N, N)
         return F.pad(steps <= window // 2, (self.num_prefix, 0, self.num_prefix, 0), value=True)
 
-    # what layers() is made of
+    # parts of layers()
 
     def embed(self, images, keep=None, mask=None, mask_token=None):
-        """Images -> tokens (B, P+N, D) that enter the first block, and the grid (h, w)."""
+        """Images -> input tokens (B, L, D) of the first block, and the grid (h, w)."""
         p, (h, w) = self.patch_size, images.shape[2:]
         if h % p or w % p:
             raise ValueError(f"image size {h}x{w} is not a multiple of patch size {p}")
@@ -297,10 +302,10 @@ class ViT(nn.Module):
                                    self.config["resize"])
             x = x + pos[:, self.num_prefix:]
         if keep is not None:
-            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))                 # (B, K, D)
+            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))                 # (B, n, D)
         if self.cls_token is not None:
             cls = self.cls_token if pos is None else self.cls_token + pos[:, :1]
-            x = torch.cat([cls.expand(len(x), -1, -1), x], 1)                          # (B, P+N, D)
+            x = torch.cat([cls.expand(len(x), -1, -1), x], 1)                          # (B, L, D)
         return x, grid
 
     def drop_factors(self, batch, drop=None):
@@ -312,9 +317,9 @@ class ViT(nn.Module):
         return (drop >= self.drop_rates) / (1 - self.drop_rates)
 
     def attention_bias(self, block, grid, keep=None, attn_mask=None):
-        """Added to the logits: relative positions, -inf where attn_mask forbids. None if neither.
+        """Sum of relative position bias and -inf where attn_mask is False; None without both.
 
-        (1, H or 1, L, L), with `keep` (B, H or 1, P+K, P+K).
+        (1, H or 1, L, L), with `keep` (B, H or 1, L, L).
         """
         bias = None
         if self.config["rel_pos"]:
@@ -325,17 +330,17 @@ class ViT(nn.Module):
                 index = positions.relative_index(grid, self.num_prefix, table.device)
             bias = table[index].permute(2, 0, 1)                                         # (H, L, L)
         if attn_mask is not None:
-            wall = torch.zeros(attn_mask.shape, device=attn_mask.device)
-            wall = wall.masked_fill(~attn_mask, -math.inf)[None]                         # (1, L, L)
-            bias = wall if bias is None else bias + wall
+            closed = torch.zeros(attn_mask.shape, device=attn_mask.device)
+            closed = closed.masked_fill(~attn_mask, -math.inf)[None]                     # (1, L, L)
+            bias = closed if bias is None else bias + closed
         if bias is None or keep is None:
             return None if bias is None else bias[None]
-        rows = F.pad(keep + self.num_prefix, (self.num_prefix, 0))          # (B, P+K) token numbers
+        rows = F.pad(keep + self.num_prefix, (self.num_prefix, 0))          # (B, L) token numbers
         return bias[:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
 
 
 def init_linear(module, init):
-    """Weights of all nn.Linear inside by the rules of ViT.initialise, biases 0 (decoders, too)."""
+    """Initial weights of all nn.Linear in a module, by the rules of ViT.init_weights; biases 0."""
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue

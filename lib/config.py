@@ -1,4 +1,14 @@
-"""TODO config"""
+"""Settings of a run: dataclass <- section of configs/METHOD.yaml <- --config FILE <- command line.
+
+    @dataclass
+    class Config(config.Settings):
+        img_size: Size = 224           # pixels (paper): this comment is the help of --img-size
+        mask_ratio: Fraction = 0.75    # fraction of the patches that are masked (paper)
+        pos: Literal["learned", "none"] = "learned"      # positions (paper: learned)
+
+    cfg = config.parse(Config)         # cfg.img_size, ...; cfg.origin: which source set what
+    config.main(main)                  # runs a script; a user error is one sentence, exit code 2
+"""
 import argparse
 import dataclasses
 import difflib
@@ -16,62 +26,88 @@ import yaml
 
 from lib import distributed
 
-# --------------------------------------------------------------------------------------------------
-# Settings
+# Types of settings with their bounds; any other int or float is 0 or more.
+Size = typing.Annotated[int, (1, math.inf)]
+Several = typing.Annotated[int, (2, math.inf)]
+Fraction = typing.Annotated[float, (0, 1)]
+Positive = typing.Annotated[float, (math.ulp(0), math.inf)]
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+# Data sets without a section of their own; a folder of images takes imagenet100's.
+FALLBACK_SECTIONS = {"toy-scenes": "toy", "synthetic": "toy", "cifar100": "cifar10",
+                     "stl10": "cifar10"}
 
 
 @dataclasses.dataclass
 class Settings:
-    """What every run can be told, whatever the method; the method's own Config adds to it."""
-    data: str = "toy"            # a data set by name (data.py lists them), or a folder of images
-    data_root: str = ""          # where the data sets lie; default: $DATA_ROOT, else datasets/
+    """The settings that every method has; its own Config adds to them."""
+    data: str = "toy"            # a data set (docs/datasets.md lists them), or a folder of images
+    data_root: str = ""          # folder with the data sets; default: $DATA_ROOT, else datasets/
     out: str = ""                # folder of this run; default: out/METHOD-DATA
-    resume: bool = False         # go on from the last checkpoint in the run's folder
-    seed: int = 0                # everything random follows from it
-    steps: int = 0               # optimiser steps; 0: --epochs decides
-    accumulate: int = 1          # micro-batches a step, where the method allows it: less memory
-    workers: int = 2             # image decoders beside each training process
-    device: str = "auto"         # cuda or cpu; auto: cuda if there is one
-    precision: str = "auto"      # bf16 or fp32; auto: bf16 where the device computes in it
+    resume: bool = False         # continue from the last checkpoint in the run's folder
+    seed: int = 0                # seed of all random numbers
+    steps: int = 0               # optimizer steps; 0: given by --epochs
+    accum_iter: Size = 1         # micro-batches a step, where the method allows it: less memory
+    workers: int = 2             # processes that decode images, for each training process
+    device: str = "auto"         # cuda or cpu; auto: cuda if available
+    precision: str = "auto"      # bf16 or fp32; auto: bf16 where the hardware has it
     compile: bool = False        # torch.compile, from the second step on
-    config: str = ""             # a YAML file, laid over the method's own section
-    log_every: int = 10          # steps between log lines
+    config: str = ""             # a YAML file that overrides the method's own section
+    log_every: Size = 10         # steps between log lines
     save_every: float = 5.0      # minutes between checkpoints; 0: after every step
-    evals: int = 10              # kNN accuracy and picture, so many times a run
-    tensorboard: bool = False    # TensorBoard files, too (pip install tensorboard)
+    evals: int = 10              # evaluations (kNN accuracy, visualization) during the run
+    tensorboard: bool = False    # also write TensorBoard files (pip install tensorboard)
+
+    paper_data: typing.ClassVar[str] = "imagenet"        # section with the paper's settings
 
 
-# These take the section of their nearest kin; a folder of images takes imagenet100's.
-FALLBACK_SECTIONS = {"toy-scenes": "toy", "synthetic": "toy", "cifar100": "cifar10", "stl10": "cifar10"}
+# --------------------------------------------------------------------------------------------------
+# Fields and values
 
 
 def fields(cls):
-    """{name: (type, default, help)} of a dataclass: the help is the comment on the field's line."""
-    hints, lines = typing.get_type_hints(cls), inspect.getsource(cls).splitlines()
-    found = (re.match(r"\s+(\w+):[^#]*#\s*(.+)", line) for line in lines)
-    comments = {match[1]: match[2] for match in found if match}
-    return {f.name: (hints[f.name], f.default, comments.get(f.name, ""))
-            for f in dataclasses.fields(cls)}
+    """{name: (type, default, help)} of a Config: the help is the comment on the field's line and
+    on the lines below it that are only a comment, far to the right."""
+    hints, comments = typing.get_type_hints(cls), {}
+    for owner in [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]:
+        for line in inspect.getsource(owner).splitlines():
+            if match := re.match(r"    (\w+):[^#]*#\s*(.+)", line):
+                name, comments[match[1]] = match[1], match[2]
+            elif match := re.match(r"\s{20,}#\s*(.+)", line):
+                comments[name] += f" {match[1]}"
+    own = sorted(dataclasses.fields(cls), key=lambda f: f.name in Settings.__annotations__)
+    return {f.name: (hints[f.name], f.default, comments.get(f.name, "")) for f in own}
 
 
-def nearest(name, known):
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+def flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint about an unknown flag names the nearest known one. Exit code 2."""
+def metavar(kind):
+    """What --help shows for a value of this type."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(typing.get_args(kind))
+    return "float" if kind is tuple else kind.__name__
 
-    def error(self, message):
-        if found := re.search(r"unrecognized arguments: (--[\w-]+)", message):
-            known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
-            close = difflib.get_close_matches(found[1], known, n=1, cutoff=0)
-            message = f"unknown flag {found[1]}; did you mean {close[0]}?"
-        self.exit(2, f"error: {message} (--help lists all)\n")
+
+def check_bounds(cfg):
+    """Raises ValueError for a number outside of the bounds of its type (NaN is outside), and for
+    what is not one of the choices of a Literal."""
+    for name, hint in typing.get_type_hints(type(cfg), include_extras=True).items():
+        low, high = getattr(hint, "__metadata__", [(0, math.inf)])[0]
+        value = getattr(cfg, name)
+        if type(value) in (int, float) and not low <= value <= high:
+            lower = "above 0" if low == math.ulp(0) else f"{low} or more"
+            upper = f" and at most {high}" if high < math.inf else ""
+            raise ValueError(f"{flag(name)} must be {lower}{upper}, not {value}")
+        if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+            raise ValueError(f"{flag(name)} must be {' or '.join(typing.get_args(hint))}, not "
+                             f"{value}")
 
 
 def convert(name, value, kind):
-    """A YAML or command-line value as the field's type: PyYAML takes 1e-6 for a string."""
+    """A YAML or command-line value as the field's type: PyYAML reads 1e-6 as a string."""
+    kind = str if typing.get_origin(kind) is typing.Literal else kind
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
@@ -100,74 +136,92 @@ def read_yaml(path):
     return found
 
 
-SIZES = {"batch_size", "accumulate", "log_every", "img_size", "patch_size", "local_size",
-         "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_num_heads", "hidden",
-         "bottleneck", "out_dim"}                        # 1 or more; all other numbers: 0 or more
-SHARES = {"momentum", "center_momentum", "min_scale", "split_scale", "mim_scale", "blur_p",
-          "paste_p", "drop_at", "drop_path", "beta2"}    # 1 at most
+def nearest(name, known):
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with two spellings of a flag (--img-size, --img_size), and whose message about an
+    unknown flag names the nearest known one. Exit code 2."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        def hyphens(arg):
+            name, equals, value = arg.partition("=")
+            return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
+
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([hyphens(str(arg)) for arg in args], namespace)
+
+    def error(self, message):
+        if found := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
+            close = difflib.get_close_matches(found[1], known, n=1, cutoff=0)
+            message = f"unknown flag {found[1]}; did you mean {close[0]}?"
+        self.exit(2, f"error: {message} (--help lists all)\n")
 
 
 def parse(cls, argv=None):
-    """This run's settings: dataclass <- the data set's section of configs/METHOD.yaml <- with
-    --resume the run's own config.yaml <- --config FILE <- command line. cfg.origin says who set
-    what. Raises ValueError for unknown keys (naming the nearest) and values of a wrong type."""
-    method, known = Path(inspect.getfile(cls)).stem, {**fields(Settings), **fields(cls)}
+    """The settings of this run, an instance of `cls` (a Config).
+
+    Later sources override earlier ones: the dataclass, the data set's section of
+    configs/METHOD.yaml, with --resume the run's own config.yaml, --config FILE, the command line.
+    The result also has method, section, and origin {name: source}. Raises ValueError for unknown
+    keys (with the nearest known one), values of a wrong type or out of bounds."""
+    method, known = Path(inspect.getfile(cls)).stem, fields(cls)
     parser = Parser(f"python {method}.py", description=sys.modules[cls.__module__].__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for name, (kind, default, text) in known.items():
-        flags = {f"--{name.replace('_', '-')}": None, f"--{name}": None}     # either spelling
         many = {tuple: dict(nargs="+"), bool: dict(nargs="?", const=True)}.get(kind, {})
-        parser.add_argument(*flags, help=f"{text} [{default}]".replace("%", "%%"),
-                            metavar=kind.__name__, **many)
+        parser.add_argument(flag(name), help=f"{text} [{default}]".replace("%", "%%"),
+                            metavar=metavar(kind), **many)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
 
-    values, origin = {}, {}
-
-    def lay_over(found, who):
-        for name, value in found.items():
-            if name not in known:
-                raise ValueError(f"unknown key {name!r} in {who}{nearest(name, known)}")
-            values[name], origin[name] = convert(name, value, known[name][0]), who
-
-    sections = read_yaml(Path(__file__).parent.parent / "configs" / f"{method}.yaml")
+    sections = read_yaml(CONFIGS / f"{method}.yaml")
     own = read_yaml(given["config"]) if "config" in given else {}
     flat = not set(own) & set(sections)                              # or sections, as in configs/
     top = {**(own if flat else {}), **given}
     dataset = str(top.get("data", "toy"))
     section = dataset if dataset in sections else FALLBACK_SECTIONS.get(dataset, "imagenet100")
+    own = own if flat else own.get(section) or {}
     out = Path(top.get("out") or f"out/{method}-{Path(dataset).resolve().name}").absolute()
     if Path.cwd() in out.parents:
         out = out.relative_to(Path.cwd())
-    lay_over(sections[section] or {}, f"section {section}")
-    resume = convert("resume", {**(own if flat else own.get(section) or {}), **given}.get(
-        "resume", False), bool)
+
+    values, origin = {}, {}
+
+    def override(found, source):
+        for name, value in found.items():
+            if name not in known:
+                raise ValueError(f"unknown key {name!r} in {source}{nearest(name, known)}")
+            values[name], origin[name] = convert(name, value, known[name][0]), source
+
+    override(sections[section] or {}, f"configs/{method}.yaml [{section}]")
+    resume = convert("resume", {**own, **given}.get("resume", False), bool)
     if resume and (out / "config.yaml").exists():
-        lay_over({k: v for k, v in read_yaml(out / "config.yaml").items()
+        override({k: v for k, v in read_yaml(out / "config.yaml").items()
                   if k != "method" and (k not in known or v != values.get(k, known[k][1]))},
                  "the run to resume")
-    lay_over({k: v for k, v in (own if flat else own.get(section) or {}).items() if k != "method"},
-             given.get("config"))
-    lay_over(given, "flags")
-
-    both = dataclasses.make_dataclass("Config", [("method", str, method)], bases=(cls, Settings))
-    cfg = both(**{**values, "out": str(out)})
-    cfg.origin = origin
-    for name, (kind, *_) in known.items():
-        least, most = int(name in SIZES), 1 if name in SHARES else math.inf
-        if kind in (int, float) and not least <= getattr(cfg, name) <= most:             # nor NaN
-            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more" +
-                             " and at most 1" * (name in SHARES))
+    override({k: v for k, v in own.items() if k != "method"}, given.get("config"))
+    override(given, "flags")
+    cfg = cls(**{**values, "out": str(out)})
+    cfg.method, cfg.section, cfg.origin = method, section, origin
     return cfg
 
 
 def main(function):
-    """Runs a script's main: what a user can mend becomes one sentence on stderr and exit code 2;
-    with TRACEBACK=1 in the environment the traceback comes instead."""
+    """Runs a script's main. A user error becomes one sentence on stderr and exit code 2; with
+    TRACEBACK=1 in the environment the traceback is printed instead."""
     try:
         function()
     except (ValueError, OSError, RuntimeError) as e:
         if isinstance(e, torch.OutOfMemoryError):
-            e = "the GPU's memory is full: a smaller --batch-size, or --accumulate where it may be"
+            e = "the GPU's memory is full: use a smaller --batch-size, or --accum-iter"
         elif re.search(r"DataLoader worker \(pid", str(e)):     # not: an error in a decoder
             e = "an image decoder died (memory or /dev/shm full?): fewer --workers, then --resume"
         elif isinstance(e, RuntimeError):
@@ -181,4 +235,3 @@ def main(function):
             os._exit(2)                         # nccl's clean-up would wait for the other processes
         sys.exit(2)
     distributed.exit_together()
-

@@ -1,4 +1,17 @@
-"""TODO lib/datasets"""
+"""Image data sets on disk: find the files, read the labels, decode the images.
+
+    images = load_images("cifar10", root="/data", split="train")      # or toy, imagenet, coco, ...
+    images = load_images("/data/my_photos")                           # or any folder of images
+    images.pixels, images.paths, images.labels, images.classes        # see `Images`
+    read_pixels(images.paths[17])                                     # (height, width, 3) uint8
+
+    small sets (toy, CIFAR, STL-10)   -> pixels: one uint8 tensor, whole on the device
+    all others (folders of files)     -> paths: decoded when needed, by the workers of data.py
+
+Data sets are read in their official layout (LAYOUT). Nothing is downloaded; if a data set is not
+there, the error shows the layout and where to get it. probes/annotations.py reads data sets that
+have more than one class per image, such as boxes or masks.
+"""
 import codecs
 import csv
 import difflib
@@ -20,10 +33,9 @@ from PIL.Image import Resampling
 from lib import rng, toy
 
 # --------------------------------------------------------------------------------------------------
-# Data sets
+# The known data sets
 
-
-LAYOUT = {                                  # what is looked for under the root, and where to get it
+LAYOUT = {                                  # files expected under the root, and where to get them
     "cifar10": ("cifar-10-batches-py/{data_batch_1 .. data_batch_5, test_batch, batches.meta}",
                 "'CIFAR-10 python version' from cs.toronto.edu/~kriz/cifar.html"),
     "cifar100": ("cifar-100-python/{train, test, meta}",
@@ -50,7 +62,7 @@ LAYOUT = {                                  # what is looked for under the root,
     "miniimagenet": ("miniimagenet/{images/*.jpg, train.csv, val.csv, test.csv}",
                      "a copy of 'miniImageNet' with the lists of Ravi and Larochelle"),
 }
-LISTS = {      # sets whose official lists say which image is where: folders, list of train, of test
+LISTS = {      # sets with official lists of their images: folders, list of train, list of test
     "pets": (("oxford-iiit-pet", "pets/oxford-iiit-pet"),
              "annotations/trainval.txt", "annotations/test.txt"),
     "flowers": (("flowers-102", "flowers/flowers-102"), "setid.mat", "setid.mat"),
@@ -62,7 +74,7 @@ LISTS = {      # sets whose official lists say which image is where: folders, li
 NAMES = ("toy", "toy-scenes", "synthetic", *LAYOUT)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
-# The usual ImageNet-100, of contrastive multiview coding (Tian et al., 2020); others differ.
+# The usual ImageNet-100, of Contrastive Multiview Coding (Tian et al., 2020). There are others.
 IMAGENET100 = sorted("n" + digits for digits in """
 02869837 01749939 02488291 02107142 13037406 02091831 04517823 04589890 03062245 01773797 01735189
 07831146 07753275 03085013 04485082 02105505 01983481 02788148 03530642 04435653 02086910 02859443
@@ -74,44 +86,46 @@ IMAGENET100 = sorted("n" + digits for digits in """
 03032252 02138441 02104029 03837869 03494278 04136333 03794056 03492542 02018207 04067472 03930630
 03584829 02123045 04229816 02100583 03642806 04336792 03259280 02116738 02108089 03424325 01855672
 02090622""".split())
-SUBSETS = {"imagenet100": IMAGENET100,         # and the ten of SelfPatch's Table 5 (its supplement)
+SUBSETS = {"imagenet100": IMAGENET100,         # imagenet10: SelfPatch, supplement, table 5
            "imagenet10": ["n02056570", "n02085936", "n02128757", "n02690373", "n02692877",
                           "n03095699", "n04254680", "n04285008", "n04467665", "n07747607"]}
+
+# --------------------------------------------------------------------------------------------------
+# Loading a data set
 
 
 @dataclass
 class Images:
-    """A data set: pixels (a small one, whole on the device) or paths (a tree of files)."""
+    """A split of a data set, with either pixels (small sets, on the device) or paths (files)."""
     name: str
     split: str
     classes: list | None = None             # names, in the order of the labels
     labels: torch.Tensor | None = None      # (n,) int64, on the CPU
-    pixels: torch.Tensor | None = None      # (n, 3, H, W) uint8
+    pixels: torch.Tensor | None = None      # (n, 3, height, width) uint8
     paths: list | None = None
 
     def __len__(self):
         return len(self.paths if self.pixels is None else self.pixels)
 
-    def some(self, rows, split):
-        """Of a tree of files those with these numbers (m,), as a split of that name."""
+    def select(self, rows, split):
+        """The images with numbers rows (m,), as a split of that name. Only for sets with paths."""
         return replace(self, split=split, paths=[self.paths[i] for i in rows.tolist()],
                        labels=None if self.labels is None else self.labels[rows])
 
 
-def root_of(given):
-    return given or os.environ.get("DATA_ROOT", "datasets")
+def load_images(name, root=None, split="train", size=64, limit=None, device="cpu", hold_out=False):
+    """Images of a data set by its name, or of any folder of images by its path.
 
-
-def load_images(name, root=None, split="train", size=64, limit=None, device="cpu", apart=False):
-    """A data set by its name, or any tree of images by its path. Nothing is downloaded.
-
-    root: folder that holds the official layout (default: $DATA_ROOT, else "datasets").
-    split: train or test (= val), stl10 also unlabeled; a folder without them serves all for either.
-    miniimagenet has 64 classes to train on, 16 others as val and 20 others as test.
-    size: pixels of toy and synthetic images. limit: use so many images: the first ones, or of
-    files, which are sorted by class, evenly spread ones; toy draws any number. apart: of a folder
-    without splits every fifth image is for the test, the others are to train on.
-    Raises FileNotFoundError that shows the layout expected, ValueError for what is unknown.
+    root: folder that contains the official layout (default: $DATA_ROOT, else "datasets").
+    split: train or test (val is the same), for stl10 also unlabeled. A folder without train/ and
+    val/ gives all its images for either. miniimagenet has three splits of different classes: train
+    (64), val (16) and test (20).
+    size: side of toy and synthetic images, in pixels.
+    limit: number of images. Of a small set the first ones are taken; of files, which are sorted by
+    class, evenly spaced ones; toy generates any number.
+    hold_out: of a folder without train/ and val/, every fifth image is test, the others train.
+    Raises FileNotFoundError that shows the expected layout; ValueError for an unknown name or
+    split and for damaged labels.
     """
     root = root_of(root)
     splits = ["train", "test", *{"stl10": ["unlabeled"], "miniimagenet": ["val"]}.get(name, [])]
@@ -119,13 +133,13 @@ def load_images(name, root=None, split="train", size=64, limit=None, device="cpu
     if split not in splits:
         raise ValueError(f"No split {split!r} of {name}: choose {' or '.join(splits)}")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}: give a number of images from 1, or nothing for all")
+        raise ValueError(f"limit is {limit}: give at least 1, or leave it out for all images")
     if name in ("toy", "toy-scenes"):
         parts = [toy.draw(index, split, size, scenes=name == "toy-scenes")
                  for index in torch.arange(limit or toy.NUM_IMAGES[split]).split(256)]
         pixels, labels = (torch.cat([part[key] for part in parts]) for key in ("image", "label"))
         images = Images(name, split, list(toy.CLASSES), labels, pixels)
-    elif name == "synthetic":               # noise: how fast a step is when its input is for free
+    elif name == "synthetic":               # noise, to measure a training step without its input
         noise = torch.randint(256, (limit or 2048, 3, size, size), dtype=torch.uint8,
                               generator=rng.generator("synthetic", split))
         images = Images(name, split, pixels=noise)
@@ -136,80 +150,103 @@ def load_images(name, root=None, split="train", size=64, limit=None, device="cpu
     else:
         images = (Images(name, split, *read_list(name, root, split)) if name in LISTS else
                   load_tree(name, root, split))
-        if apart and images.split == "all" and len(images) > 1:
+        if hold_out and images.split == "all" and len(images) > 1:
             tests = torch.arange(len(images)) % 5 == 0
-            images = images.some((tests == (split == "test")).nonzero()[:, 0], split)
-            print(f"note: {name} has no train/ and val/: for probes {len(images)} of its "
-                  f"{len(tests)} images are {split}", file=sys.stderr)
+            images = images.select((tests == (split == "test")).nonzero()[:, 0], split)
+            print(f"note: {name} has no train/ and val/: for probes, {len(images)} of its "
+                  f"{len(tests)} images are used as {split}", file=sys.stderr)
         if limit and limit < len(images):
-            images = images.some(torch.arange(limit) * len(images) // limit, images.split)
+            images = images.select(torch.arange(limit) * len(images) // limit, images.split)
         return images
     images.pixels = images.pixels[:limit].to(device)
     images.labels = None if images.labels is None else images.labels[:limit]
     return images
 
 
+def root_of(given):
+    """The folder that contains the data sets: as given, else $DATA_ROOT, else "datasets"."""
+    return given or os.environ.get("DATA_ROOT", "datasets")
+
+
+def find(name, root, *places, layouts=LAYOUT):
+    """The first of the places under root that exists. FileNotFoundError, if none does."""
+    for place in places:
+        if os.path.exists(path := os.path.normpath(os.path.join(root, place))):
+            return path
+    raise missing_error(name, root, layouts)
+
+
+def missing_error(name, root, layouts=LAYOUT):
+    layout, source = layouts[name]
+    return FileNotFoundError(
+        f"No {name} under {root}: expected {layout}. Get {source}, unpack it, and give the folder "
+        "that contains it as data root (or in $DATA_ROOT); nothing is downloaded")
+
+
+# --------------------------------------------------------------------------------------------------
+# Readers of the layouts
+
+
 def load_tree(name, root, split):
-    """ImageNet, COCO or a path -> Images with paths; the class is the first folder on the way."""
-    only = SUBSETS.get(name, [""])
+    """ImageNet, COCO or a path -> Images with paths.
+
+    The class of an image is the first folder of its path below the split. There are no labels if
+    an image has no such folder, or all have the same.
+    """
+    folder, split = find_tree(name, root, split)
+    subset = SUBSETS.get(name, [""])
+    paths = sorted(os.path.join(at, file) for wnid in subset
+                   for at, _, files in os.walk(os.path.join(folder, wnid), followlinks=True)
+                   for file in files if file.lower().endswith(SUFFIXES) and file[0] != ".")
+    if not paths:
+        hint = f". Expected {LAYOUT[name][0]}" if name in LAYOUT else "; labels are not needed"
+        raise FileNotFoundError(f"No images under {folder}: looked for {' '.join(SUFFIXES)} in it "
+                                f"and its sub-folders{hint}")
+
+    def first_folder(path):
+        first, separator, _ = path[len(folder):].lstrip(os.sep).partition(os.sep)
+        return first if separator else ""
+
+    class_of = [first_folder(path) for path in paths]
+    found = sorted(set(class_of) - {""})
+    if name in SUBSETS and len(found) < len(subset):
+        print(f"note: only {len(found)} of the {len(subset)} classes are in {folder}",
+              file=sys.stderr)
+    classes = list(SUBSETS.get(name, found))
+    if len(classes) < 2 or "" in class_of:
+        if name == "imagenet":
+            raise missing_error(name, folder)              # the official val archive is flat
+        return Images(name, split, paths=paths)
+    number = {c: i for i, c in enumerate(classes)}
+    return Images(name, split, classes, torch.tensor([number[c] for c in class_of]), paths=paths)
+
+
+def find_tree(name, root, split):
+    """-> the folder of a split and the name of the split, which is "all" for a folder of images
+    that has not both train/ and val/ (or test/)."""
     if name in LAYOUT:
         folder = {"train": "train", "test": "val"}[split] + ("2017" if name == "coco" else "")
         places = (["coco", "", "coco/images", "images"] if name == "coco" else
                   ["imagenet", "", "imagenet1k", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"])
         places = [name] * (name in SUBSETS) + places
-        folder = find(name, root, *(os.path.join(place, folder) for place in places))
-    elif os.path.isdir(name):
-        have = {"train": ["train"], "test": ["val", "test"]}
-        have = {s: [f for f in have[s] if os.path.isdir(os.path.join(name, f))] for s in have}
-        split = split if all(have.values()) else "all"
-        folder = name if split == "all" else os.path.join(name, have[split][0])
-    elif os.sep in name or name.startswith("."):
-        raise FileNotFoundError(f"No folder {name}: give the path of a tree of images, or one of "
+        return find(name, root, *(os.path.join(place, folder) for place in places)), split
+    if os.path.isdir(name):
+        def existing(*places):
+            return list(filter(os.path.isdir, (os.path.join(name, place) for place in places)))
+
+        folders = {"train": existing("train"), "test": existing("val", "test")}
+        return (folders[split][0], split) if all(folders.values()) else (name, "all")
+    if os.sep in name or name.startswith("."):
+        raise FileNotFoundError(f"No folder {name}: give the path of a folder of images, or one of "
                                 f"{', '.join(NAMES)}")
-    else:
-        near = difflib.get_close_matches(name, NAMES, 1, 0)[0]
-        raise ValueError(f"Unknown data set {name!r}, did you mean {near!r}? Known are "
-                         f"{', '.join(NAMES)}; the path of a folder of images will do too")
-    paths = sorted(os.path.join(at, file) for wnid in only
-                   for at, _, files in os.walk(os.path.join(folder, wnid), followlinks=True)
-                   for file in files if file.lower().endswith(SUFFIXES) and file[0] != ".")
-    if not paths:
-        raise FileNotFoundError(f"No images under {folder}: looked for {' '.join(SUFFIXES)} in it "
-                                "and its sub-folders" + (
-                                    "; labels are not needed" if name not in LAYOUT else
-                                    f". Expected {LAYOUT[name][0]}"))
-    tops = [path[len(folder):].lstrip(os.sep).split(os.sep)[:-1][:1] for path in paths]
-    found = sorted({top[0] for top in tops if top})
-    if name in SUBSETS and len(found) < len(only):
-        print(f"note: only {len(found)} of the {len(only)} classes are in {folder}",
-              file=sys.stderr)
-    classes = SUBSETS.get(name, found)
-    if len(classes) < 2 or not all(tops):
-        if name == "imagenet":
-            raise missing(name, folder)                    # the official val archive is flat
-        return Images(name, split, paths=paths)
-    number = {c: i for i, c in enumerate(classes)}
-    labels = torch.tensor([number[top] for top, in tops])
-    return Images(name, split, list(classes), labels, paths=paths)
-
-
-def missing(name, root, layouts=LAYOUT):
-    layout, source = layouts[name]
-    return FileNotFoundError(
-        f"No {name} under {root}: expected {layout}. Get {source}, unpack it, and give the folder "
-        "that holds it as data root (or in $DATA_ROOT); nothing is downloaded")
-
-
-def find(name, root, *places, layouts=LAYOUT):
-    """The first of the places under root that exists."""
-    for place in places:
-        if os.path.exists(path := os.path.normpath(os.path.join(root, place))):
-            return path
-    raise missing(name, root, layouts)
+    close = difflib.get_close_matches(name, NAMES, 1, 0)[0]
+    raise ValueError(f"Unknown data set {name!r}, did you mean {close!r}? Known are "
+                     f"{', '.join(NAMES)}, or give the path of a folder of images")
 
 
 class ArraysOnly(pickle.Unpickler):
-    """A pickle can name any function to be called; here only those that rebuild numpy arrays."""
+    """Unpickles numpy arrays and nothing else: a pickle file can call any function by name, so all
+    others are refused."""
     allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode, "bytes": bytes,
                "_reconstruct": np.zeros(1).__reduce__()[0],
                "_frombuffer": np.zeros(1).__reduce_ex__(5)[0]}
@@ -217,8 +254,8 @@ class ArraysOnly(pickle.Unpickler):
     def find_class(self, module, name):
         modules = "numpy", "_codecs", "builtins", "__builtin__"
         if module.split(".")[0] not in modules or name not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
-        return self.allowed[name]           # ours, under whatever module this numpy keeps it
+            raise pickle.UnpicklingError(f"it calls {module}.{name}, which is refused")
+        return self.allowed[name]           # numpy's versions keep it in different modules
 
 
 def read_cifar(name, root, split):
@@ -234,7 +271,7 @@ def read_cifar(name, root, split):
     def read(file):
         path = find(name, root, f"{folder}/{file}", f"{name}/{folder}/{file}")
         try:
-            with open(path, "rb") as f:     # latin1: what arrays pickled by Python 2 need
+            with open(path, "rb") as f:     # latin1: for arrays pickled by Python 2
                 content = ArraysOnly(io.BytesIO(f.read()), encoding="latin1").load()
             return {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
         except Exception as error:          # a damaged pickle raises nearly anything
@@ -247,11 +284,12 @@ def read_cifar(name, root, split):
         classes = [c.decode() if isinstance(c, bytes) else c for c in names]
         return classes, labels, pixels.view(-1, 3, 32, 32)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} under {root} is not as expected: {error}") from None
+        raise ValueError(f"{folder} under {root} does not have the format of {name}: "
+                         f"{error}") from None
 
 
 def read_stl10(root, split):
-    """-> classes, labels, pixels (n, 3, 96, 96); the files store columns first."""
+    """-> classes, labels, pixels (n, 3, 96, 96). The files store each image column by column."""
     path = find("stl10", root, f"stl10_binary/{split}_X.bin", f"stl10/stl10_binary/{split}_X.bin")
     pixels, labels, each = np.fromfile(path, np.uint8), None, 3 * 96 * 96
     if split != "unlabeled":
@@ -260,16 +298,17 @@ def read_stl10(root, split):
         with open(find("stl10", folder, "class_names.txt")) as file:
             classes = file.read().split()
     if len(pixels) % each or labels is not None and len(pixels) != each * len(labels):
-        raise ValueError(f"{path} is cut off, or does not go with its labels: load it anew")
+        raise ValueError(f"{path} is truncated, or does not match its labels: download it again")
     pixels = torch.from_numpy(pixels.reshape(-1, 3, 96, 96)).mT.contiguous()
     return (None, None, pixels) if labels is None else (classes, torch.from_numpy(labels), pixels)
 
 
 def read_list(name, root, split):
-    """-> classes, labels, None, paths of a set of LISTS.
+    """-> classes, labels, None, paths of a data set in LISTS.
 
-    Of Flowers-102, train is its train and val, 2,040 images, as for transfer (the papers do not
-    say; our choice). iNaturalist 2018: its val is test, as the labels of its test are not public.
+    Flowers-102: train is its train and val, 2,040 images, as is usual for transfer (the papers do
+    not specify it; our choice). iNaturalist 2018: test is its val, as the labels of its test are
+    not public.
     """
     folders, *lists = LISTS[name]
     file = f"{split}.csv" if name == "miniimagenet" else lists[split == "test"]
@@ -280,76 +319,96 @@ def read_list(name, root, split):
                          "pip install scipy")
     try:
         if name == "inat18":
-            with open(path, encoding="utf-8") as text:
-                content = json.load(text)
-            categories = sorted(content["categories"], key=lambda c: c["id"])    # 0 ... 8141
-            classes = [category["name"] for category in categories]
-            number = {category["id"]: i for i, category in enumerate(categories)}
-            label = {a["image_id"]: number[a["category_id"]] for a in content["annotations"]}
-            labels = [label[image["id"]] for image in content["images"]]
-            paths = [os.path.join(folder, image["file_name"]) for image in content["images"]]
+            paths, labels, classes = read_inaturalist(path, folder)
         elif name == "miniimagenet":
-            with open(path, encoding="utf-8", newline="") as text:
-                rows = [(row["filename"], row["label"]) for row in csv.DictReader(text)]
-            classes = sorted({label for _, label in rows})
-            labels = [classes.index(label) for _, label in rows]
-            paths = [os.path.join(folder, "images", image) for image, _ in rows]
+            paths, labels, classes = read_miniimagenet(path, folder)
         else:
-            from torchvision import datasets  # here: it is slow to import
-            above = os.path.dirname(folder)
-            if name == "pets":
-                read = datasets.OxfordIIITPet(above, "trainval" if split == "train" else "test")
-                paths, labels, classes = read._images, read._labels, read.classes
-            elif name == "flowers":
-                parts = [datasets.Flowers102(above, s)
-                         for s in (["train", "val"] if split == "train" else ["test"])]
-                paths = sum((part._image_files for part in parts), [])
-                labels = sum((part._labels for part in parts), [])
-                classes = datasets.Flowers102.classes
-            else:
-                read = datasets.StanfordCars(above, split)
-                paths, labels = zip(*read._samples)
-                classes = read.classes
+            paths, labels, classes = read_with_torchvision(name, os.path.dirname(folder), split)
         labels = torch.tensor([int(label) for label in labels])
         if not 0 <= labels.min() <= labels.max() < len(classes):
             raise ValueError(f"labels {labels.min()} to {labels.max()}, {len(classes)} classes")
         return list(classes), labels, None, [str(path) for path in paths]
     except Exception as error:              # damaged lists raise nearly anything
         what = f"{type(error).__name__}: {error}".split(". ")[0]     # without 'use download=True'
-        raise ValueError(f"{path} or a file beside it is not as {name} has it ({what}): expected "
-                         f"{LAYOUT[name][0]}") from None
+        raise ValueError(f"{path} or a file next to it does not have the format of {name} "
+                         f"({what}): expected {LAYOUT[name][0]}") from None
+
+
+def read_inaturalist(path, folder):
+    """-> paths, labels, classes."""
+    with open(path, encoding="utf-8") as text:
+        content = json.load(text)
+    categories = sorted(content["categories"], key=lambda c: c["id"])            # 0 ... 8141
+    number = {category["id"]: i for i, category in enumerate(categories)}
+    label = {a["image_id"]: number[a["category_id"]] for a in content["annotations"]}
+    return ([os.path.join(folder, image["file_name"]) for image in content["images"]],
+            [label[image["id"]] for image in content["images"]],
+            [category["name"] for category in categories])
+
+
+def read_miniimagenet(path, folder):
+    """-> paths, labels, classes."""
+    with open(path, encoding="utf-8", newline="") as text:
+        rows = [(row["filename"], row["label"]) for row in csv.DictReader(text)]
+    classes = sorted({label for _, label in rows})
+    return ([os.path.join(folder, "images", image) for image, _ in rows],
+            [classes.index(label) for _, label in rows], classes)
+
+
+def read_with_torchvision(name, root, split):
+    """-> paths, labels, classes of pets, flowers or cars."""
+    from torchvision import datasets  # here: it is slow to import
+    if name == "pets":
+        pets = datasets.OxfordIIITPet(root, "trainval" if split == "train" else "test")
+        return pets._images, pets._labels, pets.classes
+    if name == "flowers":
+        parts = [datasets.Flowers102(root, part)
+                 for part in (["train", "val"] if split == "train" else ["test"])]
+        return (sum((part._image_files for part in parts), []),
+                sum((part._labels for part in parts), []), datasets.Flowers102.classes)
+    cars = datasets.StanfordCars(root, split)
+    return *zip(*cars._samples), cars.classes
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding and resizing one image
 
 
 def read_image(path):
-    """-> RGB, whatever is in the file (grey, CMYK, palette); EXIF orientation is left alone.
+    """-> Pillow image in RGB, also of gray, CMYK and palette files. EXIF orientation is ignored.
     ValueError for 16-bit and float images."""
     with Image.open(path) as image:
-        if image.mode[0] in "IF":              # Pillow would cut them off at 255
-            raise ValueError(f"more than 8 bits a colour (mode {image.mode}): convert it")
+        if image.mode[0] in "IF":              # Pillow would clip them at 255
+            raise ValueError(f"more than 8 bits per color (mode {image.mode}): convert it")
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_pixels(path):
-    """-> (H, W, 3) uint8, those of read_image, and its errors. JPEG is decoded by torchvision where
-    it still can (from 0.29 on it says that it will not for ever): the same pixels, one copy less,
-    a loader a quarter to a third faster (10 crops, one)."""
+    """-> (height, width, 3) uint8, with the pixels and the errors of `read_image`.
+
+    JPEG is decoded by torchvision where it still can (since 0.29 it warns that this will be
+    removed): the pixels are the same, there is one copy less, and the loader is a quarter to a
+    third faster (10 crops, 1 crop).
+    """
     try:
         from torchvision.io import decode_jpeg, read_file  # here: they are slow to import
         x = decode_jpeg(read_file(path))
-        if len(x) == 3:                                    # grey and CMYK are Pillow's
+        if len(x) == 3:                                    # Pillow converts gray and CMYK
             return x.permute(1, 2, 0)
-    except Exception:                                      # no JPEG, or damaged: Pillow says how
+    except Exception:                                      # no JPEG, or damaged: Pillow's error
         pass
     return torch.from_numpy(np.array(read_image(path)))
 
 
 def resize(x, size, kernel):
-    """(H, W, 3) uint8 -> (3, size, size): torch's antialiased kernel is Pillow's to one level of
-    256, in a third of the time; Lanczos only Pillow has."""
+    """(height, width, 3) uint8 -> (3, size, size) uint8, antialiased.
+
+    torch's bilinear and bicubic equal Pillow's up to one of 256 levels, in a third of the time.
+    Only Pillow has Lanczos.
+    """
     if kernel == "lanczos":
         image = Image.fromarray(x.numpy()).resize((size, size), Resampling.LANCZOS)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    x = x.permute(2, 0, 1)[None]                         # still (H, W, 3) in memory: the fast path
+    x = x.permute(2, 0, 1)[None]               # still (height, width, 3) in memory: the fast path
     return F.interpolate(x, (size, size), mode=kernel, antialias=True)[0]
-

@@ -1,4 +1,11 @@
-"""TODO distributed"""
+"""Processes and devices. torchrun starts the processes (CPU or GPU, one node or several); one
+process without torchrun is the normal case, and every function here works for it, too.
+
+    device = pick_device("auto")
+    init_distributed(device)            # from here on rank() and world_size() are right
+    model = wrap_ddp(model, device)     # DDP if there are several processes
+    keys = all_gather(keys)             # (B, ...) of each process -> (world*B, ...)
+"""
 import contextlib
 import ctypes
 import os
@@ -12,18 +19,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-
-def exit_together():
-    """Of several processes, ends this one when all have come here; without the clean-up of
-    torch.distributed, whose threads now and then abort a process that has done its work."""
-    if dist.is_initialized():
-        dist.barrier()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(0)
-
-
 # --------------------------------------------------------------------------------------------------
-# Devices and processes
+# Devices
+
+# Dense bf16 peak in TFLOP/s by name of the GPU (data sheets); any other device is measured.
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125,
+         "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
 
 
 def pick_device(name="auto"):
@@ -54,8 +55,33 @@ def pick_precision(name, device):
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
 
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def peak_flops(device, precision):
+    """FLOP/s that MFU refers to: the data sheet's, if it is known here, else measured."""
+    listed = PEAKS if precision == "bf16" else {}
+    for gpu, peak in listed.items():
+        if re.search(rf"\b{gpu}\b(?! (NVL|Ti|Laptop))", device_name(device)):
+            return 1e12 * peak
+    return measure_peak(device, precision)
+
+
+def measure_peak(device, precision):
+    """FLOP/s of a square matrix product, best of five."""
+    size = 8192 if device.type == "cuda" else 2048       # a smaller one does not fill a GPU
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, times = torch.ones(size, size, device=device, dtype=dtype), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times)
+
+
 def peak_memory(device):
-    """GiB that this process held at most: on a GPU, of its memory that tensors took."""
+    """Peak memory of this process in GiB; on a GPU, of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20                  # bytes there, else KiB
@@ -63,20 +89,24 @@ def peak_memory(device):
 
 
 def keep_memory():
-    """Tells glibc to keep what is freed instead of handing large tensors back to the kernel: their
-    page faults cost a small ViT on a CPU a fifth of its speed. Does nothing elsewhere."""
+    """Makes glibc keep freed memory instead of returning large tensors to the kernel: the page
+    faults cost a small ViT on a CPU a fifth of its speed. Does nothing elsewhere."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)       # mmap and trim thresholds
+        libc.mallopt(-3, 1 << 30)                                        # mmap threshold
+        libc.mallopt(-1, 2**31 - 1)                                      # trim threshold
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes
 
 
 def init_distributed(device):
-    """Joins the processes that torchrun started, if it did: from here on rank() and world_size()
-    know."""
+    """Joins the process group, if torchrun started several processes."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif world > 1:                                                  # torchrun leaves one thread
+    elif world > 1:                                            # torchrun sets one thread a process
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
             os.cpu_count() or 1)
@@ -85,13 +115,14 @@ def init_distributed(device):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
-def wrap_ddp(module, device):
-    """The module; of several processes, wrapped in DDP if there is something to train."""
-    if world_size() > 1 and any(p.requires_grad for p in module.parameters()):
-        return DistributedDataParallel(
-            module, device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True)
-    return module
+def exit_together():
+    """Ends this process when all processes have arrived here. Skips the clean-up of
+    torch.distributed, whose threads sometimes abort a process that has finished."""
+    if dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def rank():
@@ -102,8 +133,21 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def wrap_ddp(module, device):
+    """The module, in DDP if there are several processes and parameters to train."""
+    if world_size() > 1 and any(p.requires_grad for p in module.parameters()):
+        return DistributedDataParallel(
+            module, device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True)
+    return module
+
+
+def unwrap(module):
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
 def all_gather(x):
-    """(B, ...) of each process -> (world*B, ...) in the order of ranks. No gradient: for keys."""
+    """(B, ...) of each process -> (world*B, ...) in the order of ranks. No gradient."""
     x = x.detach().contiguous()
     if world_size() == 1:
         return x
@@ -113,12 +157,16 @@ def all_gather(x):
 
 
 def all_mean(x):
-    """Mean of a tensor over the processes. No gradient: for normalisers and logs."""
+    """Mean of a tensor over the processes. No gradient."""
     x = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(x)
         x /= world_size()
     return x
+
+
+# --------------------------------------------------------------------------------------------------
+# Batch norm
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -134,8 +182,8 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows (..., D) of *all* processes, so that eight normalise as one would
-    (torch's SyncBatchNorm has no CPU path). Each process must bring the same number of rows."""
+    """BatchNorm over the rows (..., D) of *all* processes, so that eight normalize as one would
+    (torch's SyncBatchNorm has no CPU path). Each process must have the same number of rows."""
 
     def forward(self, x):
         rows = x.flatten(0, -2)
@@ -151,28 +199,3 @@ class BatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked += 1
         y = (wide - mean) * (var + self.eps).rsqrt()
         return (y * self.weight + self.bias if self.affine else y).to(x.dtype).view(x.shape)
-
-
-def unwrap(module):
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
-
-# Dense bf16 peak in TFLOP/s by name of the GPU (data sheets); any other device is measured.
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125,
-         "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
-
-
-def measure_peak(device, precision):
-    """FLOP/s of a square matrix product, best of five: what MFU refers to without a data sheet."""
-    size = 8192 if device.type == "cuda" else 2048       # a GPU is through with less at once
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, times = torch.ones(size, size, device=device, dtype=dtype), []
-    for _ in range(5):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times)
-

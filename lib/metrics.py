@@ -1,29 +1,25 @@
-"""Metrics: pure functions of tensors, features in, numbers out. They know no model and no data set.
+"""Metrics: pure functions of tensors, independent of model and data set.
 
-Letters: Q queries, M items they are compared with, D width, C classes; T frames, K objects, P
-key-points, H, W pixels.
+    predicted = metrics.knn(bank, bank_labels, queries, k=(20,))[20]      # (queries,) class labels
+    ap = metrics.retrieval(features, labels)                              # (items,), nan: no match
+
+Shapes: D width of a feature, C classes; other dimensions are written as words.
 """
 import contextlib
 import io
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 
-def report(rows, protocol, notes=(), **images):
-    """What a probe returns. rows: {feature: {column: percent}}; images: their number, by role."""
-    return SimpleNamespace(rows=rows, protocol=protocol, notes=list(notes), images=images)
+def sum_votes(similarity, labels, classes, tau=0.07):
+    """Class scores from the k nearest neighbors: each adds exp(similarity / tau) to its class.
 
-
-def votes(similarity, labels, classes, tau=0.07):
-    """Class scores of weighted nearest neighbours: each neighbour adds exp(s / tau) to its class.
-
-    It is not a majority vote: one close neighbour outweighs several a little farther away.
-    similarity, labels: (Q, k) of the k neighbours -> (Q, classes). A row is given in units of its
-    nearest neighbour's weight, which changes no decision and lets tau be as small as one likes.
+    This is not a majority vote: one close neighbor outweighs several that are a little farther.
+    similarity, labels: (queries, k) -> (queries, C). Each row is divided by the largest weight,
+    which changes no decision and prevents overflow at a small tau.
     Source: Wu et al. 2018, section 3.4; DINO's kNN evaluation uses the same rule.
     """
     weights = ((similarity - similarity.amax(1, keepdim=True)) / tau).exp()
@@ -31,24 +27,28 @@ def votes(similarity, labels, classes, tau=0.07):
 
 
 def knn(bank, bank_labels, queries, k=(10, 20), tau=0.07, classes=None, chunk=256):
-    """Weighted k-nearest-neighbour classification by cosine similarity.
+    """Weighted k-nearest-neighbor classification by cosine similarity.
 
-    bank: (M, D), bank_labels: (M,) int64, queries: (Q, D) -> {k: predicted labels (Q,)}.
-    A k above M is clipped to M. Memory grows with chunk * M, not with Q * M.
+    bank: (items, D), bank_labels: (items,) int64, queries: (queries, D) -> {k: predicted labels
+    (queries,)}. A k above the number of items is clipped to it. classes: their number; default:
+    largest label + 1. Memory is proportional to chunk * items, not to queries * items.
     """
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     classes = classes or int(bank_labels.max()) + 1
     predicted = {n: [] for n in k}
-    for q in queries.split(chunk):                                # by size: 7 queries work, too
+    for q in queries.split(chunk):
         similarity, nearest = (q @ bank.T).topk(min(max(k), len(bank)), dim=1)    # best first
         for n in k:
-            score = votes(similarity[:, :n], bank_labels[nearest[:, :n]], classes, tau)
+            score = sum_votes(similarity[:, :n], bank_labels[nearest[:, :n]], classes, tau)
             predicted[n].append(score.argmax(1))
     return {n: torch.cat(p) for n, p in predicted.items()}
 
 
 def accuracy(scores, labels, top=(1, 5)):
-    """scores: (Q, C), labels: (Q,) -> [top-1, top-5] in percent. If C < 5, top-5 is top-C."""
+    """Top-n accuracies in percent, one for each n in `top`. If C < n, top-n is top-C.
+
+    scores: (queries, C), labels: (queries,).
+    """
     best = scores.topk(min(max(top), scores.shape[1]), dim=1).indices == labels[:, None]
     return [100 * best[:, :n].any(1).double().mean().item() for n in top]
 
@@ -56,93 +56,100 @@ def accuracy(scores, labels, top=(1, 5)):
 def average_precision(scores, relevant):
     """AP of ranked lists: the mean, over a query's relevant items, of the precision at their rank.
 
-    scores: (Q, M), higher is better; relevant: (Q, M) bool -> (Q,) float64, nan where nothing is
-    relevant. Items of equal score form one step, with the precision taken after the whole group, so
-    the result depends on the scores alone and never on the order in which the items were given.
+    scores: (queries, items), higher is better; relevant: same shape, bool -> (queries,) float64,
+    nan for a query without a relevant item. Items of equal score form one group, and the precision
+    is taken after the whole group: the result does not depend on the order of the items.
     """
     scores, order = scores.sort(dim=1)                            # ascending: a group begins where
     relevant = relevant.gather(1, order)                          # searchsorted finds its score
-    first = torch.searchsorted(scores, scores)                    # (Q, M)
-    hits = relevant.flip(1).cumsum(1).flip(1).gather(1, first)    # relevant items as good or better
-    precision = hits / (scores.shape[1] - first).double()         # ... out of all as good or better
+    first = torch.searchsorted(scores, scores)                    # (queries, items)
+    hits = relevant.flip(1).cumsum(1).flip(1).gather(1, first)    # relevant items, equal or higher
+    precision = hits / (scores.shape[1] - first).double()         # ... over all, equal or higher
     return (precision * relevant).sum(1) / relevant.sum(1)
 
 
 def retrieval(features, labels, block=1024):
-    """Every item asks for the others of its class, by cosine similarity -> AP of each, (M,).
+    """Average precision of each item as a query for the other items of its class, by cosine.
 
-    features: (M, D), labels: (M,). The query is not in its own list. nan: nobody shares its class.
-    At most `block` of them ask at a time, with about a gigabyte of working memory.
+    features: (items, D), labels: (items,) -> (items,) float64. A query is not in its own ranking.
+    nan: no other item of its class. `block` queries are processed at a time, or fewer, so that the
+    working memory stays near one gigabyte.
     """
     features = F.normalize(features, dim=1)
     block = max(1, min(block, 2**24 // len(features)))
     aps = []
     for index in torch.arange(len(features), device=features.device).split(block):
-        scores = features[index] @ features.T                     # (block, M)
+        scores = features[index] @ features.T                     # (block, items)
         relevant = labels[index, None] == labels
         row = torch.arange(len(index), device=index.device)
-        scores[row, index] = -torch.inf                           # last and not relevant:
-        relevant[row, index] = False                              # as if it were not there
+        scores[row, index] = -torch.inf                           # the query itself: ranked last
+        relevant[row, index] = False                              # and not relevant, so no effect
         aps.append(average_precision(scores, relevant))
     return torch.cat(aps)
 
 
 def class_means(values, labels):
-    """Mean of values (M,) over each class, nan left out -> (number of classes present,)."""
+    """Mean of values (items,) over each class, without nan -> (number of classes present,)."""
     return torch.stack([values[labels == c].nanmean() for c in labels.unique()])
 
 
 def chance(labels):
-    """What `retrieval` gives on average when the ranking is random: (M,) float64.
+    """Expected value of `retrieval` for a random ranking: (items,) float64.
 
-    P of the n = M - 1 others are relevant. Up to a relevant item of rank r there are, it included,
-    1 + (r - 1) p of them on average, with p = (P - 1)/(n - 1); over r its precision has the mean
-    p + (1 - p) H_n / n, H_n being the harmonic number.
+    Let R of the n = items - 1 others be relevant. The first r ranks, up to and with a relevant
+    item, hold 1 + (r - 1) p relevant items on average, with p = (R - 1)/(n - 1). Averaged over r,
+    the precision is p + (1 - p) h_n / n, where h_n is the n-th harmonic number.
     """
     n = len(labels) - 1
     harmonic = (1 / torch.arange(1, n + 1, dtype=torch.float64)).sum().item()
     _, inverse, count = labels.unique(return_inverse=True, return_counts=True)
-    relevant = count[inverse].double() - 1                        # P of each item
+    relevant = count[inverse].double() - 1                        # R of each item
     p = (relevant - 1) / max(n - 1, 1)
     return torch.where(relevant > 0, p + (1 - p) * harmonic / max(n, 1), torch.nan)
 
 
 def f1_sweep(similarity, same, thresholds):
-    """F1 of the decision "same, if more similar than T", for each T, over all pairs together.
+    """F1 of the classifier "same class if similarity > t", for each threshold t, over all pairs.
 
-    similarity, same (bool): of one shape -> (number of thresholds,) float64. F1 = 2 TP / (2 TP +
-    FP + FN); to say "same" to every pair gives 2 p / (1 + p), p being the share of equal pairs.
+    similarity, same (bool): any one shape -> (number of thresholds,) float64. F1 = 2 TP / (2 TP +
+    FP + FN). Predicting "same" for every pair gives 2 p / (1 + p), p being the fraction of pairs
+    that are the same.
     """
     scores = []
     for t in thresholds:
-        said = similarity > t
-        hit, wrong = (said & same).sum().double(), (said != same).sum().double()    # FP + FN
-        scores.append(2 * hit / (2 * hit + wrong).clamp(min=1))
+        positive = similarity > t
+        hits = (positive & same).sum().double()                   # TP
+        errors = (positive != same).sum().double()                # FP + FN
+        scores.append(2 * hits / (2 * hits + errors).clamp(min=1))
     return torch.stack(scores)
 
 
 def revisited(ranking, positives, junk, ks=(1, 5, 10)):
-    """AP and precision at k of one query, as the revisited Oxford and Paris benchmarks count them.
+    """AP and precision at k of one query, as in the revisited Oxford and Paris benchmarks.
 
-    ranking: (M,) item numbers, the most similar first; positives, junk: (any,) item numbers. Junk
-    is taken out of the ranking. AP is the area under the curve of precision over recall, by the
-    trapezoid rule; positives that are not in the ranking count as not found. Precision at k: k is
-    at most the rank of the last positive. -> AP, [precision at k]; nan without a positive.
+    ranking: (items,) item numbers, the most similar first; positives, junk: 1-d item numbers. Junk
+    is removed from the ranking. AP is the area under the precision-recall curve by the trapezoid
+    rule; positives that are not in the ranking count as not found. In precision at k, k is at most
+    the rank of the last positive. Returns AP, [precision at k]; nan without a positive.
     """
     ranking = ranking[~torch.isin(ranking, junk)]
     ranks = torch.isin(ranking, positives).nonzero()[:, 0].double()     # from 0
     if not len(positives) or not len(ranks):
         return (0.0, [0.0] * len(ks)) if len(positives) else (torch.nan, [torch.nan] * len(ks))
     found = torch.arange(len(ranks), dtype=torch.float64, device=ranks.device)
-    before = torch.where(ranks == 0, 1.0, found / ranks)                # precision left of each hit
+    before = torch.where(ranks == 0, 1.0, found / ranks)           # precision just before each hit
     ap = ((before + (found + 1) / (ranks + 1)) / 2).sum() / len(positives)
-    reach = [min(k, int(ranks[-1]) + 1) for k in ks]
-    return ap.item(), [(ranks < k).sum().item() / k for k in reach]
+    clipped = [min(k, int(ranks[-1]) + 1) for k in ks]
+    return ap.item(), [(ranks < k).sum().item() / k for k in clipped]
 
 
 def shape_bias(decided, shapes, textures):
-    """decided, shapes, textures: (n,) categories -> {shape: share of its decisions for the shape
-    among those for shape or texture (nan: no such)}, share of decisions that are either."""
+    """Shape bias of the predictions for cue-conflict images, by shape category.
+
+    decided (predictions), shapes, textures: (images,) categories -> {shape: fraction of its
+    predictions that are the shape, among those that are shape or texture (nan: there are none)},
+    and the fraction of all predictions that are shape or texture.
+    """
     shape, texture = decided == shapes, decided == textures
     bias = {}
     for c in shapes.unique().tolist():
@@ -155,10 +162,11 @@ def shape_bias(decided, shapes, textures):
 
 
 def confusion(predicted, labels, classes):
-    """Pixels by label (row) and prediction (column): (C, C) int64. Where the label is 255, none.
+    """Confusion matrix: pixels by label (row) and prediction (column), (C, C) int64.
 
-    predicted, labels: integer tensors of one shape, the image's own. Over a data set, add them up:
-    the scores are ratios of sums. ValueError: other shapes, a number that is no class.
+    predicted, labels: integer tensors of one shape, the size of the image. Pixels of label 255 are
+    ignored. Sum the matrices over a data set: the scores are ratios of sums. ValueError: shapes
+    differ, or a value is not a class.
     """
     if predicted.shape != labels.shape:
         raise ValueError(f"Predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)}: "
@@ -167,16 +175,16 @@ def confusion(predicted, labels, classes):
     labels, predicted = labels[counted].long(), predicted[counted].long()
     for what, x in (("label", labels), ("prediction", predicted)):
         if len(x) and not 0 <= x.min() <= x.max() < classes:
-            raise ValueError(f"There are {classes} classes, 0 to {classes - 1}, but {what}s from "
-                             f"{x.min()} to {x.max()}")
+            raise ValueError(f"There are {classes} classes, 0 to {classes - 1}, but {what}s are "
+                             f"from {x.min()} to {x.max()}")
     return (labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
 
 
 def segmentation_scores(counts):
     """Sum of `confusion` over all images -> dict of fractions: miou, macc, aacc (all pixels).
 
-    Also iou, acc: (C,) float64, nan where 0/0: such a class is left out of the mean. One that never
-    occurs but is predicted has IoU 0, which counts, and no accuracy. Source: Long et al., 2015.
+    Also iou, acc: (C,) float64, nan where 0/0; the means ignore nan. A class that is predicted but
+    never occurs has IoU 0, which enters the mean, and accuracy nan. Source: Long et al., 2015.
     """
     hit, label, predicted = counts.diag().double(), counts.sum(1).double(), counts.sum(0).double()
     iou, acc = hit / (label + predicted - hit), hit / label
@@ -184,20 +192,21 @@ def segmentation_scores(counts):
             "aacc": (hit.sum() / label.sum()).item(), "iou": iou, "acc": acc}
 
 
-# ---- masks of objects, in films ------------------------------------------------------------------
+# ---- masks of objects in videos ------------------------------------------------------------------
 
 
 def jaccard(a, b):
-    """J, region similarity: IoU of masks (..., H, W) bool -> (...) float64; two empty ones: 1."""
+    """J, region similarity: IoU of masks (..., height, width) bool -> (...) float64.
+
+    Two empty masks have IoU 1.
+    """
     union = (a | b).sum((-2, -1)).double()
     return torch.where(union > 0, (a & b).sum((-2, -1)) / union, 1.0)
 
 
-def boundary(mask):
-    """Where a mask (..., H, W) bool differs from its right, lower or lower-right neighbour.
-
-    Neighbours outside of the image do not count: a full mask has no boundary.
-    """
+def find_boundary(mask):
+    """Pixels where a mask (..., height, width) bool differs from its right, lower or lower-right
+    neighbor. Neighbors outside of the image are ignored: a full mask has no boundary."""
     out = torch.zeros_like(mask)
     out[..., :-1] |= mask[..., :-1] ^ mask[..., 1:]
     out[..., :-1, :] |= mask[..., :-1, :] ^ mask[..., 1:, :]
@@ -206,23 +215,24 @@ def boundary(mask):
 
 
 def dilate(mask, radius):
-    """(H, W) bool -> what is at most `radius` pixels from it."""
+    """(height, width) bool -> the pixels at most `radius` pixels from the mask."""
     wide = F.pad(mask, (radius,) * 4)
     dy, dx = torch.cartesian_prod(*[torch.arange(-radius, radius + 1, device=mask.device)] * 2).T
     disk = (dy * wide.shape[1] + dx)[dy**2 + dx**2 <= radius**2]
     out = torch.zeros_like(wide).flatten()
-    out[(wide.flatten().nonzero() + disk).flatten()] = True         # (points, pixels of the disk)
+    out[(wide.flatten().nonzero() + disk).flatten()] = True       # (pixels of mask, pixels of disk)
     return out.view_as(wide)[radius:-radius, radius:-radius]
 
 
-def contour(predicted, truth, tolerance=0.008):
-    """F, the contour accuracy of a mask (H, W) bool: a float; tolerance: of the image's diagonal.
+def contour_accuracy(predicted, truth, tolerance=0.008):
+    """F, the contour accuracy of a mask (height, width) bool, as a float.
 
-    A boundary pixel is right if the other boundary is within ceil(tolerance * diagonal) pixels; F
-    is the harmonic mean of the shares of right ones. No boundary in both: 1. In one: 0.
+    A boundary pixel is correct if the other boundary is at most ceil(tolerance * diagonal of the
+    image) pixels away. F is the harmonic mean of the fractions of correct pixels (precision and
+    recall). F is 1 if neither mask has a boundary, 0 if only one has.
     """
     radius = math.ceil(tolerance * math.hypot(*truth.shape))
-    edges = [boundary(predicted), boundary(truth)]
+    edges = [find_boundary(predicted), find_boundary(truth)]
     sizes = [edge.sum().item() for edge in edges]
     if not all(sizes):
         return float(not any(sizes))
@@ -231,85 +241,93 @@ def contour(predicted, truth, tolerance=0.008):
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def film_scores(predicted, truth):
-    """J and F of the objects of a film, each (K, T - 2) float64: all frames but the first and last.
+def score_video(predicted, truth):
+    """J and F of each object and frame of a video, two (objects, frames - 2) float64 tensors.
 
-    predicted, truth: (T, H, W) integers, 0 = background. The objects are 1 ... the largest number
-    in truth[0]; void, 255, is background. ValueError: fewer than three frames, other shapes, an
-    object predicted that is not there. Source: the DAVIS-2017 semi-supervised evaluation.
+    predicted, truth: (frames, height, width) integers, 0 = background. The first and the last frame
+    are not scored. The objects are 1 ... the largest number in truth[0]; 255 (void) counts as
+    background. ValueError: fewer than three frames, shapes that differ, a predicted object that
+    does not exist. Source: the DAVIS-2017 semi-supervised evaluation.
     """
     truth = truth.where(truth != 255, 0)
-    K = int(truth[0].max())
+    n_objects = int(truth[0].max())
     if predicted.shape != truth.shape or len(truth) < 3:
         raise ValueError(f"Predictions {tuple(predicted.shape)} and truth {tuple(truth.shape)}: "
-                         "give both as (T, H, W), with T of 3 or more")
-    if predicted.max() > K:
-        raise ValueError(f"Object {predicted.max()} is predicted, but there are only {K}")
-    pairs = [(predicted[1:-1] == k, truth[1:-1] == k) for k in range(1, K + 1)]
+                         "both must be (frames, height, width), with 3 or more frames")
+    if predicted.max() > n_objects:
+        raise ValueError(f"Object {predicted.max()} is predicted, but there are only {n_objects}")
+    pairs = [(predicted[1:-1] == k, truth[1:-1] == k) for k in range(1, n_objects + 1)]
     j = [jaccard(*pair).cpu() for pair in pairs]
-    f = [torch.tensor([contour(*frame) for frame in zip(*pair)], dtype=torch.float64)
+    f = [torch.tensor([contour_accuracy(*frame) for frame in zip(*pair)], dtype=torch.float64)
          for pair in pairs]
     none = torch.zeros(0, len(truth) - 2, dtype=torch.float64)
-    return (torch.stack(j), torch.stack(f)) if K else (none, none)
+    return (torch.stack(j), torch.stack(f)) if n_objects else (none, none)
 
 
-def quarters(n):
-    """Borders of the quarters of n frames: linspace(1, n, 5) rounded half up, less 1."""
+def quarter_bounds(n):
+    """The five bounds of the quarters of n frames: linspace(1, n, 5), rounded half up, minus 1."""
     return [(i * (n - 1) + 2) // 4 for i in range(5)]
 
 
-def video_scores(films):
-    """[(J, F) of each film] -> dict of fractions: means over the objects of all films.
+def decay(values):
+    """Mean over the first quarter of the frames minus mean over the last; quarters share bounds."""
+    bounds = quarter_bounds(len(values))
+    return values[:bounds[1] + 1].mean() - values[bounds[3]:].mean()
 
-    j, f: mean over frames; j&f: of both. j_recall, f_recall: frames above 0.5. j_decay, f_decay:
-    mean of the first quarter less mean of the last; borders belong to both of their quarters.
+
+def video_scores(videos):
+    """[(J, F) of each video] -> dict of fractions: means over the objects of all videos.
+
+    j, f: mean over frames; j&f: mean of the two. j_recall, f_recall: fraction of frames above 0.5.
+    j_decay, f_decay: see `decay`.
     """
+    statistics = {"": torch.mean, "_recall": lambda x: (x > 0.5).double().mean(), "_decay": decay}
     scores = {}
-    for what, sequences in zip("jf", zip(*films)):
-        objects = [values for sequence in sequences for values in sequence]     # (T - 2,) each
-        for key, of_object in (
-                (what, lambda x: x.mean()), (f"{what}_recall", lambda x: (x > 0.5).double().mean()),
-                (f"{what}_decay", lambda x: x[:quarters(len(x))[1] + 1].mean()
-                 - x[quarters(len(x))[3]:].mean())):
-            scores[key] = torch.stack([of_object(x) for x in objects]).mean().item()
+    for name, of_videos in zip("jf", zip(*videos)):
+        objects = [values for video in of_videos for values in video]           # (frames - 2,) each
+        for suffix, statistic in statistics.items():
+            scores[name + suffix] = torch.stack([statistic(x) for x in objects]).mean().item()
     return {"j&f": (scores["j"] + scores["f"]) / 2} | scores
 
 
 # ---- COCO's average precision --------------------------------------------------------------------
 
 SIGMAS = [sigma / 1000 for sigma in (26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87,
-                                     89, 89)]                       # how far annotators disagree
+                                     89, 89)]    # of COCO's 17 joints: how far annotators disagree
 
 
 def oks(points, truth, boxes, areas, sigmas=SIGMAS):
-    """Object key-point similarity: mean of exp(-d^2 / (2 area (2 sigma)^2)) over labelled joints.
+    """Object keypoint similarity: mean of exp(-d^2 / (2 area (2 sigma)^2)) over labeled keypoints.
 
-    points (..., P, 2 or 3), truth (..., P, 3) with v > 0 where labelled, boxes (..., 4) x0 y0 x1
-    y1, areas (...) of the truth; they broadcast -> (...). Where nothing is labelled, d is how far
-    a point lies outside of the box widened by its own size on all sides, over all points.
+    points (..., keypoints, 2 or 3), truth (..., keypoints, 3) with v > 0 where labeled; boxes
+    (..., 4) x0 y0 x1 y1 and areas (...) of the truth. They broadcast -> (...). Without a labeled
+    keypoint the mean is over all keypoints, and d is the distance of a point to the box enlarged by
+    its own size on all sides (0 inside).
     """
-    labelled = truth[..., 2] > 0
+    labeled = truth[..., 2] > 0
     size = boxes[..., 2:] - boxes[..., :2]
     low, high = (boxes[..., :2] - size)[..., None, :], (boxes[..., 2:] + size)[..., None, :]
     outside = (low - points[..., :2]).clamp(min=0) + (points[..., :2] - high).clamp(min=0)
-    none = ~labelled.any(-1, keepdim=True)
+    none = ~labeled.any(-1, keepdim=True)
     d = torch.where(none[..., None], outside, points[..., :2] - truth[..., :2])
     variance = (2 * torch.tensor(sigmas, dtype=d.dtype, device=d.device)) ** 2
     similarity = (-d.square().sum(-1) / (2 * variance * areas[..., None])).exp()
-    counted = labelled | none
+    counted = labeled | none
     return (similarity * counted).sum(-1) / counted.sum(-1)
 
 
 def coco_ap(images, kind="bbox", sigmas=SIGMAS):
-    """COCO's AP and AR as pycocotools has them: dict of fractions, -1 where there is no truth.
+    """COCO's AP and AR, computed by pycocotools: dict of fractions, -1 where there is no truth.
 
-    images: iterable of (truth, found), a pair an image; each an object or item of readers with
-      truth  boxes (K, 4) x0 y0 x1 y1, areas (K,) of the masks, crowd (K,) bool
-      found  scores (M,); boxes (M, 4) if kind is "bbox"
-      both   labels (K,), (M,) int64, without them all are of one class; of kind "segm" masks
-             (n, H, W) bool, or a list of n run lengths as pycocotools encodes them; of kind
-             "keypoints" points (n, P, 3), v of the found ones is not used
-    Images are taken one at a time and kept as run lengths: a generator saves memory.
+    images: iterable of pairs (truth, found), one for each image; both have attributes, for n
+    objects or detections:
+      truth  boxes (n, 4) x0 y0 x1 y1, areas (n,) of the masks, crowd (n,) bool
+      found  scores (n,); boxes (n, 4) if kind is "bbox"
+      both   labels (n,) int64 (optional: without, there is one class); if kind is "segm", masks
+             (n, height, width) bool or a list of n run-length encodings of pycocotools; if kind is
+             "keypoints", points (n, keypoints, 3), where v of a detection is ignored
+    Masks are run-length encoded one image at a time, so a generator saves memory. ValueError if
+    pycocotools is not installed.
     """
     try:
         from pycocotools import mask
@@ -318,42 +336,42 @@ def coco_ap(images, kind="bbox", sigmas=SIGMAS):
     except ImportError:
         raise ValueError("COCO's AP is computed by pycocotools: pip install pycocotools") from None
 
-    def shape(of, k):
-        if kind == "segm" and isinstance(of.masks, list):
-            return {"segmentation": of.masks[k]}
-        if kind == "segm":                  # uint8, columns first, is what the encoder reads
-            return {"segmentation": mask.encode(np.asfortranarray(of.masks[k].cpu().byte()))}
+    def annotation(item, k):
+        if kind == "segm" and isinstance(item.masks, list):
+            return {"segmentation": item.masks[k]}
+        if kind == "segm":                  # the encoder reads uint8 in column-major order
+            return {"segmentation": mask.encode(np.asfortranarray(item.masks[k].cpu().byte()))}
         if kind == "keypoints":
-            return {"keypoints": of.points[k].flatten().tolist()}
-        return {"bbox": corner_and_size(of.boxes[k])}
+            return {"keypoints": item.points[k].flatten().tolist()}
+        return {"bbox": corner_and_size(item.boxes[k])}
 
     def corner_and_size(box):
         x0, y0, x1, y1 = box.double().tolist()
         return [x0, y0, x1 - x0, y1 - y0]
 
-    def label(of, k):
-        return int(of.labels[k]) if hasattr(of, "labels") else 0
+    def label(item, k):
+        return int(item.labels[k]) if hasattr(item, "labels") else 0
 
     truths, results, sizes = [], [], []
     for number, (truth, found) in enumerate(images):
-        sizes.append({"id": number, "height": 0, "width": 0})       # not looked at, but asked for
-        for k in range(len(truth.boxes)):   # an id of 0 would mean: matched to nobody
+        sizes.append({"id": number, "height": 0, "width": 0})       # required, but not used
+        for k in range(len(truth.boxes)):   # ids start at 1: 0 means "not matched"
             truths.append({
                 "id": len(truths) + 1, "image_id": number, "category_id": label(truth, k),
                 "bbox": corner_and_size(truth.boxes[k]), "area": float(truth.areas[k]),
-                "iscrowd": int(truth.crowd[k]), **shape(truth, k)})
+                "iscrowd": int(truth.crowd[k]), **annotation(truth, k)})
             if kind == "keypoints":
                 truths[-1]["num_keypoints"] = int((truth.points[k][:, 2] > 0).sum())
         results += [{"image_id": number, "category_id": label(found, k),
-                     "score": float(found.scores[k]), **shape(found, k)}
+                     "score": float(found.scores[k]), **annotation(found, k)}
                     for k in range(len(found.scores))]
-    with contextlib.redirect_stdout(io.StringIO()):                 # it tells of every step
+    with contextlib.redirect_stdout(io.StringIO()):                 # pycocotools prints each step
         truth, found = COCO(), COCO()
         truth.dataset = {"images": sizes, "annotations": truths, "categories": [
             {"id": c} for c in sorted({a["category_id"] for a in truths + results})]}
         truth.createIndex()
         found.dataset = truth.dataset | {"annotations": []}
-        found.createIndex()                 # loadRes takes no empty list
+        found.createIndex()                 # loadRes fails for an empty list
         evaluation = COCOeval(truth, truth.loadRes(results) if results else found, kind)
         evaluation.params.kpt_oks_sigmas = np.array(sigmas)
         evaluation.evaluate()

@@ -1,28 +1,36 @@
-"""TODO lib/positions"""
+"""Positions of patches: sine-cosine tables, relative position indices, and resizing of both.
+
+    table = positions.sincos(768, (14, 14))                           # (N, D), fixed
+    pos = positions.resize_positions(pos, (14, 14), (16, 16))         # (1, L, D), learned or fixed
+    index = positions.relative_index((14, 14))                        # (L, L), rows of a table
+    table = positions.resize_table(table, (14, 14), (16, 16))         # a row for each offset
+
+A grid is (rows, columns) of patches; N patches are numbered row by row. L tokens are `prefix` class
+tokens (0 or 1) and the patches; D width, H heads. Each rule follows the code of the method that it
+is named after, because trained weights work with their own rule only.
+"""
 import functools
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# --------------------------------------------------------------------------------------------------
-# Positions: what tells one patch from another
 
 def coordinates(grid, device=None):
-    """Row and column of every patch of a grid (h, w): two (h*w,) int64 tensors."""
+    """Row and column of every patch of a grid: two (N,) int64 tensors."""
     h, w = grid
     row, col = torch.arange(h, device=device), torch.arange(w, device=device)
     return row.repeat_interleave(w), col.repeat(h)
 
 
 def sincos(dim, grid, order="sincos_row"):
-    """Fixed 2-D sine-cosine table (h*w, D) float32, for integer coordinates.
+    """Fixed 2-D sine-cosine table (N, D) float32, for integer coordinates.
 
-    Its quarters are sin(row), cos(row), sin(column), cos(column) in "sincos_row" (MoCo v3, CAE);
-    in "sincos_col" (MAE) the columns come first. Trained weights work with their own order only.
+    The four quarters of D are sin(row), cos(row), sin(column), cos(column) for "sincos_row"
+    (MoCo v3, CAE); for "sincos_col" (MAE) the column comes first. ValueError: 4 does not divide D.
     """
     if dim % 4:
-        raise ValueError(f"sin-cos positions need a width that 4 divides, not {dim}")
+        raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))         # (D/4,)
     row, col = (axis[:, None] * omega for axis in coordinates(grid))                     # (N, D/4)
     first, second = (row, col) if order == "sincos_row" else (col, row)
@@ -30,10 +38,11 @@ def sincos(dim, grid, order="sincos_row"):
 
 
 def resize_positions(pos, old, new, prefix=1, rule="dino"):
-    """Positions (1, P+h*w, D) from grid `old` to grid `new`, bicubic; the class token's row stays.
+    """Positions (1, L, D) from grid `old` to grid `new`, bicubic; the class token's row is kept.
 
-    "size" asks for the new size (DeiT, MAE, BEiT). "dino" (DINO, iBOT) gives a scale factor with
-    0.1 added against rounding down; that also moves the sampling points, so their features need it.
+    Rule "size" gives interpolate() the new size (DeiT, MAE, BEiT). Rule "dino" (DINO, iBOT) gives
+    it a scale factor, with 0.1 added to the new side against rounding down. That also shifts the
+    sampling points, so features of these models need this rule.
     """
     if new == old:
         return pos
@@ -46,10 +55,10 @@ def resize_positions(pos, old, new, prefix=1, rule="dino"):
 
 
 def relative_index(grid, prefix=1, device=None):
-    """(L, L) int64: which row of the relative position table a (query, key) pair uses (BEiT).
+    """(L, L) int64: the row of the relative position table for each (query, key) pair (BEiT).
 
-    The first (2h-1)(2w-1) rows are the offsets, query minus key; three more are for class token to
-    patch, patch to class token, and class token to itself.
+    The first (2h-1)(2w-1) rows are the offsets, query minus key, of a grid (h, w). Three more rows
+    are for class token to patch, patch to class token, and class token to itself.
     """
     h, w = grid
     row, col = coordinates(grid, device)
@@ -62,23 +71,24 @@ def relative_index(grid, prefix=1, device=None):
 
 
 @functools.lru_cache(maxsize=32)
-def _spline(old, new, dtype, device):
-    """(new, old) matrix from values at `old` offsets to values at `new` ones, by BEiT's rule.
+def _spline_matrix(old, new, dtype, device):
+    """(new, old) matrix from values at `old` offsets to values at `new` offsets, by BEiT's rule.
 
-    The old offsets move to 0, +-1, +-(1+q), +-(1+q+q^2), ... with q such that they reach the new
-    ends: near neighbours keep their bias, far ones are stretched. Between them runs a not-a-knot
-    cubic spline; that is linear in the values, so all of it is one matrix.
+    The old offsets are placed at 0, +-1, +-(1+q), +-(1+q+q^2), ... where q is such that the last
+    one is the largest new offset: near neighbors keep their bias, the biases of far ones are
+    stretched. A not-a-knot cubic spline interpolates between them. It is linear in the values, so
+    the result is one matrix.
     """
-    n, reach, low, high = old // 2, new // 2, 1.01, 1.5
+    n, reach, low, high = old // 2, new // 2, 1.01, 1.5                     # q by bisection
     while high - low > 1e-6:
         q = (low + high) / 2
         low, high = (low, q) if (1 - q**n) / (1 - q) > reach else (q, high)
     x = np.cumsum(q ** np.arange(n))
     x = np.concatenate([-x[::-1], [0], x])
     y = np.arange(-reach, reach + 1).clip(x[0], x[-1])
-    x, y, knots = x / x[-1], y / x[-1], x[2:-2] / x[-1]        # to [-1, 1], or cubes lose digits
+    x, y, knots = x / x[-1], y / x[-1], x[2:-2] / x[-1]    # to [-1, 1]: cubes keep their precision
 
-    def basis(at):                                     # 1, x, x^2, x^3 and max(x - knot, 0)^3
+    def basis(at):                                         # 1, x, x^2, x^3, max(x - knot, 0)^3
         return np.hstack([at[:, None] ** np.arange(4), np.maximum(at[:, None] - knots, 0) ** 3])
 
     weights = np.linalg.solve(basis(x).T, basis(y).T).T
@@ -86,11 +96,13 @@ def _spline(old, new, dtype, device):
 
 
 def resize_table(table, old, new):
-    """Relative position table ((2h-1)(2w-1) [+3], H) from grid `old` to `new`; the last 3 stay."""
+    """Relative position table ((2h-1)(2w-1) [+3], H) from grid `old` to grid `new`.
+
+    The three rows of the class token, if any, are kept. ValueError: a side of `old` below 3.
+    """
     if min(old) < 3:
         raise ValueError(f"relative positions of a {old[0]}x{old[1]} grid are too few to resize")
     (a, b), (c, d) = [(2 * h - 1, 2 * w - 1) for h, w in (old, new)]
-    rows, cols = (_spline(*n, table.dtype, table.device) for n in ((a, c), (b, d)))
+    rows, cols = (_spline_matrix(*n, table.dtype, table.device) for n in ((a, c), (b, d)))
     offsets = torch.einsum("ca,db,abh->cdh", rows, cols, table[:a * b].unflatten(0, (a, b)))
     return torch.cat([offsets.flatten(0, 1), table[a * b:]])
-

@@ -1,14 +1,16 @@
-"""Derived randomness: every random number is a function of what it is for and of which image.
+"""Derived randomness: a random number is a function of a key and of the number of the image.
 
     u = rng.uniform(index, 4, seed, epoch, "crop")     # (B, 4): four numbers for each image
 
-The numbers of image 17 are the same wherever it stands in the batch, on one process or on eight,
-with 0 or 16 workers, in a run that was killed and resumed or in one that was not. So a checkpoint
-holds no random state, and the picture of sample 17 is the same tomorrow.
+The numbers of image 17 do not depend on its place in the batch, on the number of processes or
+workers, or on whether the run was resumed. So a checkpoint holds no random state, and a
+visualization of image 17 can be reproduced later.
 
-It is a counter-based generator: hash (key, image, position) with the finaliser of SplitMix64
-(Steele, Lea and Flood, 2014) and read the top bits. Integer arithmetic on int64 tensors wraps, so
-it runs in batches on any device: about 100 million numbers a second on two cores.
+The strings name purposes and are part of the key: renaming one changes the results of a run.
+
+It is a counter-based generator: hash (key, image, position) with the finalizer of SplitMix64
+(Steele, Lea and Flood, 2014) and read the top bits. Integer arithmetic on int64 tensors wraps
+around, so it runs in batches on any device: about 100 million numbers a second on two cores.
 """
 import hashlib
 import math
@@ -19,7 +21,7 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64       # 2^64 / golden ratio, odd: the increm
 
 
 def key(*parts):
-    """A stable 64-bit number (as a signed int) from any ints and strings; the order matters."""
+    """Hash any ints and strings to a stable signed 64-bit int. Their order matters."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -30,12 +32,12 @@ def generator(*parts):
 
 
 def _shift(x, bits):
-    """Logical right shift: torch's own copies the sign bit."""
+    """Logical right shift: the >> of torch copies the sign bit."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x):
-    """The finaliser, in place: the arrays are large and memory traffic is all it costs."""
+    """The finalizer of SplitMix64, in place: memory traffic decides its speed."""
     x.bitwise_xor_(_shift(x, 30)).mul_(0xBF58476D1CE4E5B9 - 2**64)
     x.bitwise_xor_(_shift(x, 27)).mul_(0x94D049BB133111EB - 2**64)
     return x.bitwise_xor_(_shift(x, 31))
@@ -44,7 +46,7 @@ def _mix(x):
 def _bits(index, shape, parts):
     """(B,) image numbers -> (B, *shape) int64 with 64 random bits each."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    start = _mix(index.long() * GOLDEN + key(*parts))        # (B,) one stream for each image
+    start = _mix(index.long() * GOLDEN + key(*parts))        # (B,), one stream per image
     counter = torch.arange(1, math.prod(shape) + 1, device=index.device) * GOLDEN
     return _mix(start[:, None] + counter).view(len(index), *shape)
 
@@ -55,8 +57,10 @@ def uniform(index, shape, *parts):
 
 
 def normal(index, shape, *parts):
-    """(B,) image numbers -> (B, *shape) float32, standard normal: Box and Muller's transform of two
-    uniform numbers from the top and the low end of 64 bits."""
+    """(B,) image numbers -> (B, *shape) float32, standard normal.
+
+    Box-Muller transform of two uniform numbers, taken from the top and the low end of 64 bits.
+    """
     bits = _bits(index, shape, parts)
     u = _shift(bits, 40).float().add_(0.5).mul_(2.0**-24)    # half a step up: never log(0)
     radius = u.log_().mul_(-2).sqrt_()

@@ -1,27 +1,28 @@
-"""Discrete tokenizers: an image becomes a grid of visual words, whose ids BEiT and CAE predict.
+"""Discrete tokenizers: an image becomes a grid of tokens, whose ids BEiT and CAE predict.
 
-A tokenizer is an autoencoder with a discrete bottleneck, trained once and then frozen:
+A tokenizer is an autoencoder with a discrete bottleneck. It is trained once and then frozen:
 
-    view -> u in [0.1, 0.9] -> encoder -> scores of K words for each cell -> argmax -> ids
-                                                                             |
-                               u' <- decoder <- vector of the word <---------+
+    view -> u in [0.1, 0.9] -> encoder -> scores of K codes for each cell -> argmax -> ids
+                                                                              |
+                               u' <- decoder <- codebook entry of each id <---+
 
-Pretraining needs encoder and argmax only; the decoder turns ids into pictures. Three kinds:
+Pretraining needs encoder and argmax only; the decoder is for visualizations. Three kinds:
 
-dalle  the published encoder of DALL-E (Ramesh et al., 2021), which BEiT and CAE use: 8192 words,
-       cells of 8 pixels. Its weights come from a file that the user names; nothing in it is run.
-vq     vector quantisation (van den Oord et al., 2017), on toy trained in about a minute. With unit
-       vectors (as in BEiT v2) z of the encoder and c of the K codes, ids = argmax z.c, and the
-       gradient goes straight through: the decoder sees z + stop(c - z). Codes are moving averages
-       of their z, those that are hardly hit begin anew; all this and the network: our choice.
+dalle  the published encoder of DALL-E (Ramesh et al., 2021), used by BEiT and CAE: 8192 codes,
+       cells of 8 pixels. The user gives a file with its weights; no code in the file is run.
+vq     vector quantization (van den Oord et al., 2017); takes about a minute on toy. The encoder's
+       output z and the codes c are unit vectors (as in BEiT v2) and ids = argmax z.c. The gradient
+       is straight-through: the decoder gets z + stop(c - z). Codes are moving averages of their z,
+       and rarely used codes are re-initialized. Network and updates of the codes are our choice.
            L = mean (u' - u)^2 + 0.25 mean (z - stop(c))^2
-dvae   DALL-E's own algorithm in small: the decoder sees a mixture of codes, drawn by the
-       Gumbel-softmax (Jang et al., 2017) at a temperature tau that falls from 1 to 1/16
+dvae   DALL-E's algorithm with a small network: the decoder gets a mixture of codes, drawn by the
+       Gumbel-softmax (Jang et al., 2017) at a temperature tau that decreases from 1 to 1/16
            L = -ln f(u | mu, b) + 0.1 (ln K - H(mean q))
-       with the logit-Laplace density f and the posterior q over words. The last term keeps the
-       words in use (without, most never are), where DALL-E has KL(q || uniform): our choice.
+       with the logit-Laplace density f and the posterior q over codes. The last term keeps the
+       codes in use (without it most never are); it is our choice, DALL-E has KL(q || uniform).
 
-BEiT's appendix finds that a tokenizer of one's own, trained on ImageNet-1K, costs 0.2 points.
+BEiT's appendix reports that a tokenizer trained on ImageNet-1K instead of DALL-E's costs 0.2 points
+of accuracy.
 """
 import hashlib
 import math
@@ -38,42 +39,45 @@ import data
 from lib import augment, checkpoints, distributed, rng
 from lib.run import cosine, set_lr
 
-# B images, S pixels, K words, h x w = N cells of an image, d width of a code, W width of a network
+# B images, S image side, K codes, N = h x w cells of an image, dim width of a code
 
-EPS = 0.1                    # pixels stay so far from 0 and 1, where the logit is infinite (DALL-E)
+EPS = 0.1                    # distance of pixels from 0 and 1, where the logit is infinite (DALL-E)
 
 
 def map_pixels(v):
-    """[0, 1] -> [0.1, 0.9]: what encoders take, never mean and standard deviation."""
+    """[0, 1] -> [0.1, 0.9], the input of encoders instead of normalized images."""
     return (1 - 2 * EPS) * v + EPS
 
 
 def unmap_pixels(u):
+    """The inverse of `map_pixels`, clipped to [0, 1]."""
     return ((u - EPS) / (1 - 2 * EPS)).clamp(0, 1)
 
 
-def pixels(view):
-    """(B, 3, S, S) normalised, as the loader gives it -> in [0, 1]."""
+def unnormalize(view):
+    """View (B, 3, S, S), normalized by the loader -> pixels in [0, 1]."""
     mean, std = (torch.tensor(v).view(3, 1, 1).to(view.device, non_blocking=True)
                  for v in (augment.MEAN, augment.STD))
     return (view * std + mean).clamp(0, 1)
 
 
 class Tokenizer(nn.Module):
-    """What all kinds share: ids of a view, pictures of ids. Has vocabulary (K) and cell (pixels).
-    A kind brings scores(u): (B, 3, S, S) -> (B, K, h, w), and draw(ids): (B, h, w) -> pixels."""
+    """Base class: ids of a view, pixels of ids. Attributes: vocab_size (K), cell (side in pixels).
 
-    report = ""                               # what survey() found, for one trained here
+    A subclass defines scores(u): (B, 3, S, S) -> (B, K, h, w), and decode_grid(ids): (B, h, w) ->
+    pixels (B, 3, S, S) in [0, 1]."""
+
+    report = ""                               # of evaluate_tokenizer(), for one trained here
 
     @torch.no_grad()
     def ids(self, view):
-        """(B, 3, S, S) normalised, as the loader gives it -> (B, N) int64, row by row."""
-        return self.scores(map_pixels(pixels(view))).argmax(1).flatten(1)
+        """View (B, 3, S, S), normalized by the loader -> ids (B, N) int64, row by row."""
+        return self.scores(map_pixels(unnormalize(view))).argmax(1).flatten(1)
 
     @torch.no_grad()
     def decode(self, ids):
-        """(B, N) -> (B, 3, S, S) in [0, 1]."""
-        return self.draw(ids.unflatten(1, (math.isqrt(ids.shape[1]), -1)))
+        """Ids (B, N) of a square grid -> pixels (B, 3, S, S) in [0, 1]."""
+        return self.decode_grid(ids.unflatten(1, (math.isqrt(ids.shape[1]), -1)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -81,7 +85,7 @@ class Tokenizer(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution that keeps the size; its weights are called w and b, as in DALL-E's files."""
+    """A convolution that keeps the size. Its parameters have the names of DALL-E's files."""
 
     def __init__(self, n_in, n_out, k):
         super().__init__()
@@ -93,6 +97,8 @@ class Conv(nn.Module):
 
 
 class DalleBlock(nn.Module):
+    """A residual block of four convolutions, a quarter as wide as its output inside."""
+
     def __init__(self, n_in, n_out, kernels):
         super().__init__()
         self.id_path = nn.Identity() if n_in == n_out else Conv(n_in, n_out, 1)
@@ -103,12 +109,12 @@ class DalleBlock(nn.Module):
         self.res_path = nn.Sequential(path)
 
     def forward(self, x):
-        return self.id_path(x) + self.res_path(x) / 64                   # 8 blocks, squared
+        return self.id_path(x) + self.res_path(x) / 64          # the number of blocks, squared
 
 
-def dalle(n_in, k, first, widths, kernels, resize, n_out):
-    """Encoder and decoder are built alike: a convolution, 4 groups of 2 blocks with a change of
-    size after the first three, a convolution. No normalisation anywhere."""
+def build_dalle(n_in, k, first, widths, kernels, resize, n_out):
+    """DALL-E's encoder or decoder: a convolution, 4 groups of 2 blocks, of which the first three
+    end in `resize`, and a convolution. There is no normalization layer."""
     blocks, width = OrderedDict(input=Conv(n_in, first, k)), first
     for g, n in enumerate(widths, 1):
         group = OrderedDict(block_1=DalleBlock(width, n, kernels),
@@ -122,19 +128,21 @@ def dalle(n_in, k, first, widths, kernels, resize, n_out):
 
 def dalle_encoder():
     """(B, 3, S, S) -> scores (B, 8192, S/8, S/8)."""
-    return dalle(3, 7, 256, (256, 512, 1024, 2048), (3, 3, 3, 1), nn.MaxPool2d(2), 8192)
+    return build_dalle(3, 7, 256, (256, 512, 1024, 2048), (3, 3, 3, 1), nn.MaxPool2d(2), 8192)
 
 
 def dalle_decoder():
     """(B, 8192, h, w) one-hot -> (B, 6, 8h, 8w): mu and ln b of the logit-Laplace density."""
-    return dalle(8192, 1, 128, (2048, 1024, 512, 256), (1, 3, 3, 3), nn.Upsample(scale_factor=2), 6)
+    return build_dalle(8192, 1, 128, (2048, 1024, 512, 256), (1, 3, 3, 3),
+                       nn.Upsample(scale_factor=2), 6)
 
 
 class Dalle(Tokenizer):
-    """DALL-E's tokenizer; without its decoder, pictures show each word in a colour of its own. In
-    fp32, on a GPU with products in TF32, where the official module takes fp16: the ids of close
-    calls may differ from its."""
-    vocabulary, cell = 8192, 8
+    """DALL-E's tokenizer. Without its decoder, decode() gives each code a color of its own.
+
+    It computes in fp32 (matrix products on a GPU in TF32), the official module in fp16: where two
+    scores are nearly equal, ids may differ."""
+    vocab_size, cell = 8192, 8
 
     def __init__(self, with_decoder=False):
         super().__init__()
@@ -144,19 +152,21 @@ class Dalle(Tokenizer):
     def scores(self, u):
         return self.encoder(u)
 
-    def draw(self, ids):
+    def decode_grid(self, ids):
         if self.decoder is None:
-            colours = rng.uniform(torch.arange(self.vocabulary, device=ids.device), 3, "colour")
-            return F.interpolate(colours[ids].permute(0, 3, 1, 2), scale_factor=self.cell)
-        onehot = F.one_hot(ids, self.vocabulary).permute(0, 3, 1, 2).float()
+            colors = rng.uniform(torch.arange(self.vocab_size, device=ids.device), 3, "colour")
+            return F.interpolate(colors[ids].permute(0, 3, 1, 2), scale_factor=self.cell)
+        onehot = F.one_hot(ids, self.vocab_size).permute(0, 3, 1, 2).float()
         return unmap_pixels(self.decoder(onehot)[:, :3].sigmoid())
 
 
 # --------------------------------------------------------------------------------------------------
-# The small one
+# The small tokenizer: vq or dvae
 
 
 class Residual(nn.Sequential):
+    """x + convolutions of x."""
+
     def __init__(self, width):
         super().__init__(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
                          nn.ReLU(), nn.Conv2d(width, width, 1))
@@ -166,81 +176,91 @@ class Residual(nn.Sequential):
 
 
 class Small(Tokenizer):
-    """Each way a linear map of a cell, which learns within seconds, plus what convolutions see in
-    and around it: halvings down to a cell, two residual blocks, and back."""
+    """A small convolutional encoder and decoder, of kind "vq" or "dvae".
 
-    def __init__(self, kind, vocabulary, cell, width=64, dim=32):
+    The encoder is the sum of a linear map of each cell, which learns within seconds, and a
+    convolutional network that also sees the neighborhood: stride-2 convolutions down to one
+    position per cell, then two residual blocks. The decoder mirrors it."""
+
+    def __init__(self, kind, vocab_size, cell, width=64, dim=32):
         super().__init__()
-        self.config = dict(kind=kind, vocabulary=vocabulary, cell=cell, width=width, dim=dim)
-        self.kind, self.vocabulary, self.cell = kind, vocabulary, cell
-        n_in, n_out = (vocabulary, 6) if kind == "dvae" else (dim, 3)    # of encoder, of decoder
-        widths = [width] * (cell.bit_length() - 2)                       # between the halvings
+        self.config = dict(kind=kind, vocab_size=vocab_size, cell=cell, width=width, dim=dim)
+        self.kind, self.vocab_size, self.cell = kind, vocab_size, cell
+        n_encoded, n_decoded = (vocab_size, 6) if kind == "dvae" else (dim, 3)
+        widths = [width] * (cell.bit_length() - 2)                # between the stride-2 layers
         down = [layer for a, b in zip([3, *widths], [*widths, width])
                 for layer in (nn.Conv2d(a, b, 4, 2, padding=1), nn.ReLU())]
-        up = [layer for a, b in zip([width, *widths], [*widths, n_out])
+        up = [layer for a, b in zip([width, *widths], [*widths, n_decoded])
               for layer in (nn.ReLU(), nn.ConvTranspose2d(a, b, 4, 2, padding=1))]
         self.encoder = nn.Sequential(*down[:-1], Residual(width), Residual(width), nn.ReLU(),
-                                     nn.Conv2d(width, n_in, 1))
+                                     nn.Conv2d(width, n_encoded, 1))
         self.decoder = nn.Sequential(nn.Conv2d(dim, width, 1), Residual(width), Residual(width),
                                      *up)
-        self.linear_in = nn.Conv2d(3, n_in, cell, cell)
-        self.linear_out = nn.ConvTranspose2d(dim, n_out, cell, cell)
-        self.codes = nn.Parameter(F.normalize(torch.randn(vocabulary, dim), dim=1),
-                                  requires_grad=kind == "dvae")          # vq averages instead
+        self.linear_in = nn.Conv2d(3, n_encoded, cell, cell)
+        self.linear_out = nn.ConvTranspose2d(dim, n_decoded, cell, cell)
+        self.codes = nn.Parameter(F.normalize(torch.randn(vocab_size, dim), dim=1),
+                                  requires_grad=kind == "dvae")   # of vq: moving averages
 
     def encode(self, u):
-        """-> (B, d, h, w) of length 1 (vq), or logits (B, K, h, w) (dvae)."""
+        """(B, 3, S, S) -> unit vectors (B, dim, h, w) (vq), or logits (B, K, h, w) (dvae)."""
         e = self.linear_in(u) + self.encoder(u)
         return F.normalize(e, dim=1) if self.kind == "vq" else e
 
-    def paint(self, z):
-        """(B, d, h, w) -> (B, 3, S, S) before the sigmoid; dvae: (B, 6, S, S), mu and ln b."""
+    def decode_features(self, z):
+        """(B, dim, h, w) -> (B, 3, S, S) before the sigmoid; dvae: (B, 6, S, S), mu and ln b."""
         return self.linear_out(z) + self.decoder(z)
 
     def scores(self, u):
         return similarity(self.encode(u), self.codes) if self.kind == "vq" else self.encode(u)
 
-    def draw(self, ids):
-        return unmap_pixels(self.paint(self.codes[ids].permute(0, 3, 1, 2))[:, :3].sigmoid())
+    def decode_grid(self, ids):
+        decoded = self.decode_features(self.codes[ids].permute(0, 3, 1, 2))
+        return unmap_pixels(decoded[:, :3].sigmoid())
 
 
 def similarity(z, codes):
-    """(B, d, h, w), (K, d) -> (B, K, h, w) inner products."""
+    """(B, dim, h, w), (K, dim) -> (B, K, h, w) inner products."""
     return torch.einsum("bdhw,kd->bkhw", z, codes)
 
 
-def quantise(z, codes):
-    """z: (B, d, h, w) of length 1 -> the nearest codes (B, d, h, w), with the gradient that goes
-    straight through to z, and their ids (B, h, w)."""
+def quantize(z, codes):
+    """Unit vectors z (B, dim, h, w) -> nearest codes (B, dim, h, w), with the straight-through
+    gradient to z, and their ids (B, h, w)."""
     ids = similarity(z, codes).argmax(1)
     return z + (codes[ids].permute(0, 3, 1, 2) - z).detach(), ids
 
 
 def vq_loss(net, u):
-    """-> loss, its z (B, d, h, w) and ids (B, h, w), from which the codes learn."""
+    """u (B, 3, S, S) -> loss, z (B, dim, h, w) and ids (B, h, w); the last two are for
+    `update_codes`."""
     z = net.encode(u)
-    q, ids = quantise(z, net.codes)
-    return F.mse_loss(net.paint(q).sigmoid(), u) + 0.25 * F.mse_loss(z, q.detach()), z, ids
+    q, ids = quantize(z, net.codes)
+    loss = F.mse_loss(net.decode_features(q).sigmoid(), u) + 0.25 * F.mse_loss(z, q.detach())
+    return loss, z, ids
 
 
 @torch.no_grad()
-def move_codes(codes, z, ids, momentum):
-    """Each code that was hit moves towards the mean of its vectors and back to length 1; the
-    others stay. codes (K, d), in place; z (n, d), ids (n,). Returns the hits (K,)."""
-    hits = torch.bincount(ids, minlength=len(codes)).to(z.dtype)
+def update_codes(codes, z, ids, momentum):
+    """Replaces each used code by the L2-normalized average of the code (weight `momentum`) and the
+    mean direction of its z. codes (K, dim), in place; z (n, dim), ids (n,). Returns the number of
+    uses of each code (K,)."""
+    uses = torch.bincount(ids, minlength=len(codes)).to(z.dtype)
     mean = F.normalize(torch.zeros_like(codes).index_add_(0, ids, z), dim=1)
-    moved = F.normalize(torch.lerp(mean, codes, momentum), dim=1)
-    codes.copy_(torch.where(hits[:, None] > 0, moved, codes))
-    return hits
+    average = F.normalize(torch.lerp(mean, codes, momentum), dim=1)
+    codes.copy_(torch.where(uses[:, None] > 0, average, codes))
+    return uses
 
 
 @torch.no_grad()
 def restart_codes(codes, rate, z, generator):
-    """Codes hit less than 0.05 times a batch (rate: (K,), running mean) become vectors of z."""
+    """Replaces codes that are used less than 0.05 times per batch by random vectors of z (n, dim).
+
+    rate: (K,) running mean of the uses per batch; 1 for replaced codes, so that they are not
+    replaced again before they can be used. Both are changed in place."""
     cells = torch.randint(len(z), (len(codes),), generator=generator).to(z.device)
     dead = rate < 0.05
     codes.copy_(torch.where(dead[:, None], z[cells], codes))
-    rate.masked_fill_(dead, 1.0)                                     # a chance until next time
+    rate.masked_fill_(dead, 1.0)
 
 
 def laplace_nll(u, mu, ln_b):
@@ -248,176 +268,206 @@ def laplace_nll(u, mu, ln_b):
     return (u.logit() - mu).abs() / ln_b.exp() + ln_b + math.log(2) + (u * (1 - u)).log()
 
 
-def unused(logits):
-    """(B, K, h, w) -> ln K - H(mean posterior of the batch): 0 if all words are used alike, ln K if
-    only one is."""
+def usage_penalty(logits):
+    """Logits (B, K, h, w) -> ln K - H(mean posterior of the batch): 0 if all codes are equally
+    frequent, ln K if only one is used."""
     q = logits.softmax(1).mean((0, 2, 3))
     return math.log(len(q)) + torch.xlogy(q, q).sum()
 
 
 def dvae_loss(net, u, tau, noise):
-    """noise: uniform in [0, 1), (B, K, h, w), for the Gumbel-softmax."""
+    """Loss of u (B, 3, S, S). noise: uniform in [0, 1), (B, K, h, w), for the Gumbel-softmax."""
     logits = net.encode(u)
     mix = gumbel_softmax(logits, tau, noise)                         # soft: no straight-through
-    mu, ln_b = net.paint(torch.einsum("bkhw,kd->bdhw", mix, net.codes)).chunk(2, 1)
-    return laplace_nll(u, mu, ln_b).mean() + 0.1 * unused(logits)
+    mu, ln_b = net.decode_features(torch.einsum("bkhw,kd->bdhw", mix, net.codes)).chunk(2, 1)
+    return laplace_nll(u, mu, ln_b).mean() + 0.1 * usage_penalty(logits)
 
 
 def gumbel_softmax(logits, tau, noise):
-    """Softmax over dimension 1 at temperature tau of logits plus Gumbel noise: as tau falls, rows
-    become one-hot draws from softmax(logits)."""
+    """Softmax over dimension 1 of (logits + Gumbel noise) / tau. As tau decreases to 0, it becomes
+    a one-hot sample from softmax(logits)."""
     gumbel = -(-(noise.clamp(min=1e-7)).log()).log()
     return ((logits + gumbel) / tau).softmax(1)
 
 
 # --------------------------------------------------------------------------------------------------
-# Training the small one on the spot
+# Training of the small tokenizer
 
 BATCH, LR, WARMUP, WEIGHT_DECAY = 32, 1e-3, 50, 1e-4        # AdamW, cosine to 0 (our choice)
-MOMENTUM = 0.9                                         # of vq's codes (our choice)
+MOMENTUM = 0.9                                              # of vq's codes (our choice)
 
 
-def train(cfg, run, images, view, cell):
-    """A Small tokenizer of the images, seen in `view`: it must have seen the method's crops."""
-    with torch.random.fork_rng([]):       # the method's weights do not depend on whether we trained
+def train_tokenizer(cfg, run, images, view, cell):
+    """A Small tokenizer, trained on `view` of the images: the same crops as in pretraining.
+
+    Raises ValueError when the loss is not finite."""
+    with torch.random.fork_rng([]):       # does not change the method's initial weights
         torch.manual_seed(cfg.seed)
-        net = Small(cfg.tokenizer_kind, cfg.codes, cell).to(run.device)
+        net = Small(cfg.tokenizer_kind, cfg.vocab_size, cell).to(run.device)
     total, vq = cfg.tokenizer_steps, cfg.tokenizer_kind == "vq"
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.0,
                             weight_decay=WEIGHT_DECAY)
-    rate = torch.zeros(cfg.codes, device=run.device)        # hits of each code in a batch, averaged
+    rate = torch.zeros(cfg.vocab_size, device=run.device)   # running mean of the uses per batch
     loader = data.Loader(images, [view], min(BATCH, len(images)), cfg.seed, run.device, cfg.workers)
     for step, batch in zip(range(total), loader.batches()):
-        run.leave_if_told()
+        run.check_stop()
         set_lr(opt, cosine(step + 1, total, LR, 0.0, WARMUP))
-        u, key = map_pixels(pixels(batch.views[0])), (cfg.seed, "tokenizer", step)
+        u, key = map_pixels(unnormalize(batch.views[0])), (cfg.seed, "tokenizer", step)
         if vq:
-            if step % 100 == 0 and step < 0.8 * total:      # the first time: all; last: they settle
+            if step % 100 == 0 and step < 0.8 * total:      # step 0: all codes; none at the end
                 with torch.no_grad():
-                    z = flat(net.encode(u))
+                    z = flatten_cells(net.encode(u))
                 restart_codes(net.codes, rate, z, rng.generator(*key))
             loss, z, ids = vq_loss(net, u)
-            rate.lerp_(move_codes(net.codes, flat(z.detach()), ids.flatten(), MOMENTUM), 0.05)
+            uses = update_codes(net.codes, flatten_cells(z.detach()), ids.flatten(), MOMENTUM)
+            rate.lerp_(uses, 0.05)
         else:
             tau = cosine(step, round(0.75 * total), 1.0, 1 / 16)
-            shape = cfg.codes, u.shape[2] // cell, u.shape[3] // cell
+            shape = cfg.vocab_size, u.shape[2] // cell, u.shape[3] // cell
             loss = dvae_loss(net, u, tau, rng.uniform(batch.index, shape, *key))
         opt.zero_grad()
         loss.backward()
         opt.step()
         if (step + 1) % (total // 5 or 1) == 0 or step + 1 == total:
             if not loss.isfinite():
-                raise ValueError(f"the tokenizer's loss is not finite by its step {step + 1}: try "
-                                 f"--tokenizer-kind vq, or name a trained one with --tokenizer")
-            run.say(f"tokenizer: step {step + 1}/{total}  loss {loss.item():.4f}")
+                raise ValueError(f"the tokenizer's loss is not finite at its step {step + 1}: try "
+                                 f"--tokenizer-kind vq, or give a trained one with --tokenizer")
+            run.print0(f"tokenizer: step {step + 1}/{total}  loss {loss.item():.4f}")
     return net.eval()
 
 
-def flat(z):
-    """(B, d, h, w) -> (B*h*w, d)."""
+def flatten_cells(z):
+    """(B, dim, h, w) -> (B*h*w, dim)."""
     return z.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def survey(net, images, size, run, workers):
-    """What the words of held-out images are worth: {name: number}."""
-    counts, errors, n = torch.zeros(net.vocabulary, device=run.device), torch.zeros(2), 0
+def evaluate_tokenizer(net, images, size, run, workers):
+    """Statistics of held-out images, resized to `size` pixels: {name: number}.
+
+    used_codes: number of codes that occur. perplexity: exp of the entropy of the codes.
+    token_max_freq: frequency of the most frequent code. mse: mean squared error of the
+    reconstruction. mse_mean_color: of the mean color of each cell, as a baseline."""
+    counts, errors, n = torch.zeros(net.vocab_size, device=run.device), torch.zeros(2), 0
     for x, _ in data.batches(images, size, device=run.device, workers=workers):
-        ids, v = net.ids(x), pixels(x)
+        ids, v = net.ids(x), unnormalize(x)
         mean = F.interpolate(F.avg_pool2d(v, net.cell), scale_factor=net.cell)
         errors += torch.stack([F.mse_loss(y, v) for y in (net.decode(ids), mean)]).cpu() * len(x)
-        counts += torch.bincount(ids.flatten(), minlength=net.vocabulary)
+        counts += torch.bincount(ids.flatten(), minlength=net.vocab_size)
         n += len(x)
     p = counts / counts.sum()
-    return dict(used=int((p > 0).sum()), perplexity=torch.special.entr(p).sum().exp().item(),
-                commonest=p.max().item(), mse=errors[0].item() / n, baseline=errors[1].item() / n)
+    return dict(used_codes=int((p > 0).sum()), perplexity=torch.special.entr(p).sum().exp().item(),
+                token_max_freq=p.max().item(), mse=errors[0].item() / n,
+                mse_mean_color=errors[1].item() / n)
 
 
-class Count(nn.Module):
-    """How often which of K words was to be named, by all processes: what a head can know that
-    ignores its input."""
+class TokenCounts(nn.Module):
+    """Frequencies of the K target tokens during training, over all processes.
 
-    def __init__(self, vocabulary):
+    They bound the loss and accuracy of a head that ignores its input. The counts are part of the
+    run's checkpoint."""
+
+    def __init__(self, vocab_size):
         super().__init__()
-        self.register_buffer("hits", torch.zeros(vocabulary, dtype=torch.float64))
+        self.register_buffer("hits", torch.zeros(vocab_size, dtype=torch.float64))
 
     def add(self, ids):
+        """Counts ids (any shape) of this and, in the same call, of all other processes."""
         ones = torch.ones(ids.numel(), dtype=torch.float64, device=ids.device)
         here = torch.zeros_like(self.hits).index_add_(0, ids.flatten(), ones)
         self.hits += distributed.world_size() * distributed.all_mean(here)
 
-    def facts(self):
-        """The entropy of these words in nats, the share of the commonest."""
+    def stats(self):
+        """Entropy of the target tokens in nats, and frequency of the most frequent one."""
         p = self.hits / self.hits.sum()
-        return dict(entropy=torch.special.entr(p).sum(), commonest=p.max())
+        return dict(token_entropy=torch.special.entr(p).sum(), token_max_freq=p.max())
 
 
 # --------------------------------------------------------------------------------------------------
 # Files
 
 
-def get_tokenizer(cfg, run, images, held_out, view):
-    """The frozen tokenizer of a run: from the file that --tokenizer names, or trained on the spot
-    and kept beside the run's folder, for the next run with the same data, seed and sizes. view: of
-    the tokenizer. Raises ValueError when its cells do not fit the patches."""
+def check_settings(cfg):
+    """Raises ValueError for settings of the tokenizer that are out of bounds or do not match the
+    patches. For Config.__post_init__ of BEiT and CAE, after config.check_bounds(cfg)."""
+    if cfg.img_size % cfg.patch_size:
+        raise ValueError(f"image size {cfg.img_size} is not a multiple of patch size "
+                         f"{cfg.patch_size}")
     side = cfg.img_size // cfg.patch_size
-    cell = cfg.token_size // side
-    if cfg.token_size % side or cell < 2 or cell & (cell - 1):
-        raise ValueError(f"--token-size {cfg.token_size} does not cut into {side} x {side} cells, "
-                         f"one a patch, of 2, 4, 8, ... pixels: try {8 * side} or {4 * side}")
+    cell = cfg.second_input_size // side
+    if cfg.second_input_size % side or cell < 2 or cell & (cell - 1):
+        raise ValueError(f"--second-input-size must be {side} (patches a side) times 2, 4, 8, ... "
+                         f"pixels, not {cfg.second_input_size}: try {8 * side} or {4 * side}")
     if cfg.tokenizer_kind not in ("vq", "dvae"):
-        raise ValueError(f"--tokenizer-kind {cfg.tokenizer_kind}: vq or dvae")
-    if cfg.codes < 2 or cfg.tokenizer_steps < 1:
-        raise ValueError("--codes must be 2 or more, and --tokenizer-steps 1 or more")
+        raise ValueError(f"--tokenizer-kind must be vq or dvae, not {cfg.tokenizer_kind}")
+    if cfg.vocab_size < 2:
+        raise ValueError(f"--vocab-size must be 2 or more, not {cfg.vocab_size}")
+    if cfg.tokenizer_steps < 1:
+        raise ValueError(f"--tokenizer-steps must be 1 or more, not {cfg.tokenizer_steps}")
+
+
+def get_tokenizer(cfg, run, images, held_out, view):
+    """The frozen tokenizer of a run, on its device.
+
+    It is loaded from the file given by --tokenizer. Without, it is trained on `view` of the images,
+    evaluated on the images `held_out`, and saved in the parent of the run's folder, where the next
+    run with the same data, seed and sizes finds it. Raises ValueError when the cells of a loaded
+    tokenizer do not match the patches."""
+    side = cfg.img_size // cfg.patch_size
+    cell = cfg.second_input_size // side
     if cfg.tokenizer:
         net, path = load_tokenizer(cfg.tokenizer), cfg.tokenizer
     else:
-        path = cache(cfg, images, view)
+        path = cache_path(cfg, images, view)
         if run.rank == 0 and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            run.say(f"training a tokenizer ({cfg.tokenizer_kind}, {cfg.codes} words), once; "
-                    f"--tokenizer names a trained one")
-            net, report = train(cfg, run, images, view, cell), ""
+            run.print0(f"training a tokenizer ({cfg.tokenizer_kind}, {cfg.vocab_size} codes) once; "
+                       f"--tokenizer gives a trained one")
+            net, report = train_tokenizer(cfg, run, images, view, cell), ""
             try:
-                report = survey(net, held_out, cfg.token_size, run, cfg.workers)
-            except ValueError as error:                              # an image that is unreadable
-                run.say(f"left out: {error}")
-            save(path, net, report)
-        while not path.exists():     # the others, maybe for longer than a collective would wait
-            run.leave_if_told()
+                report = evaluate_tokenizer(net, held_out, cfg.second_input_size, run, cfg.workers)
+            except ValueError as error:                              # an unreadable image
+                run.print0(f"the tokenizer is not evaluated: {error}")
+            save_tokenizer(path, net, report)
+        while not path.exists():     # the other processes: a collective could time out
+            run.check_stop()
             time.sleep(1)
         net = load_tokenizer(path)
     if net.cell != cell:
-        raise ValueError(f"{path} has cells of {net.cell} pixels: give --token-size "
-                         f"{net.cell * side} for {side} x {side} words, one a patch")
-    run.say(f"tokenizer {path}: {net.vocabulary} words" + (net.report and (
-        "; on test images {used} used, perplexity {perplexity:.0f}, the commonest in "
-        "{commonest:.1%} of cells; squared error {mse:.4f} (mean colour of a cell: {baseline:.4f})"
-        ).format(**net.report)))
+        raise ValueError(f"{path} has cells of {net.cell} pixels: use --second-input-size "
+                         f"{net.cell * side} for {side} x {side} tokens, one for each patch")
+    run.print0(f"tokenizer {path}: {net.vocab_size} codes" + (net.report and (
+        "; on test images {used_codes} used, perplexity {perplexity:.0f}, most frequent code "
+        "{token_max_freq:.1%}; mean squared error {mse:.4f} (mean color of a cell: "
+        "{mse_mean_color:.4f})").format(**net.report)))
     return net.to(run.device).eval().requires_grad_(False)
 
 
-def cache(cfg, images, view):
-    """Where the tokenizer of these settings is kept: all that it depends on is in the name."""
+def cache_path(cfg, images, view):
+    """File of the tokenizer of these settings. Its name has a hash of all that it depends on."""
     folder = os.path.isdir(cfg.data)
     what = (os.path.abspath(cfg.data) if folder else cfg.data,
             cfg.data_root and os.path.abspath(cfg.data_root), len(images), view, cfg.img_size,
-            cfg.patch_size, cfg.token_size, cfg.tokenizer_kind, cfg.codes, cfg.tokenizer_steps,
-            cfg.seed)
+            cfg.patch_size, cfg.second_input_size, cfg.tokenizer_kind, cfg.vocab_size,
+            cfg.tokenizer_steps, cfg.seed)
     name = f"tokenizer-{os.path.basename(what[0])}-{rng.key(*what) % 2**32:08x}.pt"
     return Path(cfg.out).parent / name
 
 
-def save(path, net, report):
-    """The file is whole or not there; where two runs train at once, the first one's stays."""
+def save_tokenizer(path, net, report):
+    """Writes the file atomically. If two runs train at the same time, the first file is kept."""
     own = f"{path}.{os.getpid()}"
     checkpoints.write_atomic(own, lambda file: torch.save(
         {"format": "tokenizer/1", "config": net.config, "report": report,
          "model": {name: x.cpu() for name, x in net.state_dict().items()}}, file))
-    os.remove(own) if path.exists() else os.replace(own, path)
+    if path.exists():
+        os.remove(own)
+    else:
+        os.replace(own, path)
 
 
-class Shell(dict):
-    """Stands in for the modules of a pickled DALL-E: becomes their state dict, and runs nothing."""
+class StateDictOnly(dict):
+    """Replaces the classes of modules in a pickled DALL-E. It becomes their state dict, and no code
+    of the file is run."""
 
     def __setstate__(self, state):
         self.update(state["_parameters"])
@@ -425,7 +475,7 @@ class Shell(dict):
             self.update({f"{name}.{key}": x for key, x in child.items()})
 
 
-SHELLS = [(Shell, name) for name in (
+ALLOWED = [(StateDictOnly, name) for name in (
     "dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.decoder.Decoder",
     "dall_e.decoder.DecoderBlock", "dall_e.utils.Conv2d", "torch.nn.modules.container.Sequential",
     "torch.nn.modules.activation.ReLU", "torch.nn.modules.pooling.MaxPool2d",
@@ -433,44 +483,47 @@ SHELLS = [(Shell, name) for name in (
 
 
 def load_tokenizer(path):
-    """A tokenizer from a file of ours, or DALL-E's encoder: the official encoder.pkl (a pickled
-    module, read without running it) or its state dict. A decoder.pkl beside it draws pictures."""
-    path, raw = Path(path), read(path)
+    """The tokenizer of a file of ours, or DALL-E's.
+
+    DALL-E's is the official encoder.pkl (a pickled module, of which no code is run) or its state
+    dict; a decoder.pkl in the same folder is used for decode(). ValueError for other files."""
+    path, raw = Path(path), read_state(path)
     try:
         if raw.get("format") == "tokenizer/1":
             net = Small(**raw["config"])
             net.load_state_dict(raw["model"])
             net.report = raw["report"]
             return net
-        beside = path.with_name(path.name.replace("encoder", "decoder"))
-        net = Dalle(with_decoder=beside != path and beside.exists())
+        decoder = path.with_name(path.name.replace("encoder", "decoder"))
+        net = Dalle(with_decoder=decoder != path and decoder.exists())
         net.encoder.load_state_dict(raw)
         if net.decoder is not None:
-            net.decoder.load_state_dict(read(beside))
+            net.decoder.load_state_dict(read_state(decoder))
         return net
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{path} is no tokenizer, neither one of ours nor DALL-E's ({reason} ...)"
-                         ) from None
+        raise ValueError(f"{path} is not a tokenizer, neither one of ours nor DALL-E's "
+                         f"({reason} ...): give another file with --tokenizer") from None
 
 
-def read(path):
-    with torch.serialization.safe_globals(SHELLS):
+def read_state(path):
+    """Content of a checkpoint file; of a pickled module its state dict."""
+    with torch.serialization.safe_globals(ALLOWED):
         try:
             raw = checkpoints.read_file(path)
         except ValueError as error:
-            raise ValueError(f"{error}. If it is a module pickled by PyTorch before 1.6: where "
-                             f"dall_e is installed, save its state_dict() in a file") from None
+            raise ValueError(f"{error}. If it is a module pickled by PyTorch before 1.6: save its "
+                             f"state_dict() in a file on a machine with dall_e") from None
     return raw.get("state_dict", raw)
 
 
 class Fingerprint:
-    """Goes into a run's checkpoint: with another tokenizer ids mean something else, so a run goes
-    on with its own or not at all."""
+    """Hash of a tokenizer's weights, for a run's checkpoint: ids of another tokenizer have other
+    meanings, so a run must be resumed with its own. ValueError on loading another one's."""
 
     def __init__(self, net):
         content = b"".join(x.cpu().numpy().tobytes() for name, x in net.state_dict().items()
-                           if not name.startswith(("decoder.", "linear_out.")))   # draw pictures
+                           if not name.startswith(("decoder.", "linear_out.")))   # no effect on ids
         self.value = hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def state_dict(self):
@@ -478,5 +531,5 @@ class Fingerprint:
 
     def load_state_dict(self, saved):
         if saved != self.state_dict():
-            raise ValueError("its words are others: name the file it learned with by --tokenizer, "
-                             "out/tokenizer-*.pt")
+            raise ValueError("it is another tokenizer: give the file of the original one with "
+                             "--tokenizer, for example out/tokenizer-*.pt")

@@ -1,14 +1,210 @@
-"""TODO visualize"""
+"""What a run shows of itself: kNN accuracy, statistics that reveal collapse, the warnings about it,
+and visualization.png, a grid of images and heat maps.
+
+Nothing here changes a weight. Methods call these functions at the steps where `run.eval_due`.
+"""
+import math
 
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import data
+from lib import augment, checkpoints, distributed, metrics
+
+# B images, N = h x w patches, H heads, K prototypes, S image side
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation during training
+
+
+def knn(run, encoder, bank, queries, k=10):
+    """Weighted k-nearest-neighbor accuracy in percent, as in evaluate.py, and feat_std.
+
+    bank, queries: datasets.Images. Returns {"knn": by class token, "knn_patch": by mean patch
+    token}, if the two sets have the same classes and are not the same images; and {"feat_std":
+    standard deviation of the L2-normalized class tokens times sqrt(D): 1 if they are spread over
+    the sphere, 0 if they are all equal}. In a model without class token the mean patch token takes
+    its place."""
+    def embed(images):
+        parts = []
+        for x, _ in data.batches(images, run.cfg.img_size, device=run.device,
+                                 workers=run.cfg.workers):
+            with run.autocast():
+                cls, patches = encoder.split(encoder(x))
+            pat = patches.float().mean(1)
+            parts.append(torch.stack([pat if cls is None else cls.float(), pat]))
+        return torch.cat(parts, 1)                                       # (2, images, D)
+
+    found = {}
+    with run.evaluation(encoder):
+        known = embed(bank)
+        found["feat_std"] = F.normalize(known[0], dim=-1).std(0).mean() * known.shape[2]**0.5
+        labeled = bank.labels is not None and queries.labels is not None
+        if labeled and bank.classes == queries.classes and bank.split != queries.split:
+            labels, truth = bank.labels.to(run.device), queries.labels.to(run.device)
+            for name, b, q in zip(("knn", "knn_patch"), known, embed(queries)):
+                right = metrics.knn(b, labels, q, k=(k,))[k] == truth
+                found[name] = 100 * right.float().mean()
+    # An image that only one process cannot read: then no process logs, or all wait for ever.
+    n = distributed.all_mean(torch.tensor([len(found), len(found)**2.0], device=run.device))
+    return found if n[1] == n[0]**2 else {}
+
+
+class AssignmentStats:
+    """Two numbers in nats that reveal a collapse of assignments to K prototypes, over everything
+    added and all processes: entropy, the mean entropy of an assignment; and mi, the mutual
+    information of image (or patch) and prototype: the entropy of the mean assignment less that."""
+
+    def __init__(self):
+        self.rows, self.entropy, self.total = 0, 0, 0
+
+    def add(self, P):
+        """P: (..., K), each row a distribution."""
+        P = P.flatten(0, -2)
+        self.rows += P.new_full((), len(P))
+        self.entropy += torch.special.entr(P).sum()
+        self.total += P.sum(0)
+
+    def compute(self):
+        rows = distributed.all_mean(self.rows).clamp(min=1)
+        entropy = distributed.all_mean(self.entropy) / rows
+        mean = distributed.all_mean(self.total) / rows                   # (K,)
+        return entropy, torch.special.entr(mean).sum() - entropy
+
+
+def warn_of_equal_assignments(run, what, entropy, mi, K):
+    """Prints a warning when all images (or patches) get the same assignment to K prototypes."""
+    if mi > 0.05:
+        return
+    kind, cure = (("uniform", "lower teacher temperatures (--warmup-teacher-temp, --teacher-temp), "
+                   "or --use-bn-in-head") if entropy > math.log(K) / 2 else
+                  ("one-hot", "a lower --center-momentum"))
+    run.print0(f"collapsed: all {what} get the same assignment, {kind} (entropy {entropy:.2f}, "
+               f"ln K {math.log(K):.2f}); try {cure}")
+
+
+def warn_of_equal_tokens(run, feat_std, name, loss, chance):
+    """Prints a warning when all class tokens are equal and the contrastive loss, logged as `name`,
+    is at chance level. (Batch norms can tell tokens of a small standard deviation apart: as long as
+    the loss falls, that is no collapse.)"""
+    if feat_std < 0.05 and loss > 0.98 * chance:
+        run.print0(f"collapsed: all class tokens are nearly equal (feat_std near 0), and {name} is "
+                   f"at chance level, {chance:.2f}; try a lower --lr or more --warmup-epochs")
+
+
+def warn_of_flat_reconstruction(run, loss, flat, name="loss"):
+    """Prints a warning when the reconstruction is hardly better than the mean of each patch, whose
+    loss is `flat` (MAE, ASL)."""
+    if loss > 0.98 * flat:
+        run.print0(f"the reconstruction is still flat in every patch ({name} near {flat:.2f}): "
+                   f"train longer, or try another --lr or a lower --mask-ratio")
+
+
+def warn_of_mean_color(run, loss, mean_color, name, cure):
+    """Prints a warning when the reconstruction is no better than one color for all masked pixels,
+    the mean of what is visible (SimMIM, hybrid)."""
+    if loss > mean_color:
+        run.print0(f"the reconstruction is no better than the mean color of what is visible "
+                   f"({name} above loss_mean_color): too early, or try {cure}")
+
+
+def warn_of_token_frequencies(run, loss, token_entropy, name="loss"):
+    """Prints a warning when masked tokens are predicted no better than by their frequencies, whose
+    loss is token_entropy (BEiT, CAE)."""
+    if loss > token_entropy:
+        run.print0(f"masked tokens are predicted no better than by their frequencies ({name} not "
+                   f"below token_entropy): too early, or try another --lr")
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
 
 
 def heat_map(x):
-    """(n, H, W) in [0, 1] -> (n, 3, H, W) uint8, dark blue to yellow: safe for the colour-blind."""
+    """(n, h, w) in [0, 1] -> (n, 3, h, w) uint8, dark blue to yellow (safe for color blindness)."""
     ramp = torch.tensor([[25, 20, 80], [35, 95, 140], [40, 160, 135], [150, 210, 70],
                          [253, 231, 37]])
     at = x.cpu().float().clamp(0, 1) * (len(ramp) - 1)
     low = at.long().clamp(max=len(ramp) - 2)
-    colour = ramp[low] + (ramp[low + 1] - ramp[low]) * (at - low)[..., None]
-    return colour.permute(0, 3, 1, 2).to(torch.uint8)
+    color = ramp[low] + (ramp[low + 1] - ramp[low]) * (at - low)[..., None]
+    return color.permute(0, 3, 1, 2).to(torch.uint8)
 
+
+def scaled_heat_map(x, size):
+    """(n, h, w), 0 or more -> heat maps (n, 3, size, size), the maximum of each in yellow."""
+    x = x / x.amax((1, 2), keepdim=True).clamp(min=1e-9)
+    return heat_map(F.interpolate(x[:, None], size)[:, 0])
+
+
+def last_attention(run, backbone, x):
+    """Attention weights (B, H, L, L) of a ViT's last block."""
+    last = backbone.depth - 1
+    with run.autocast():
+        _, maps = backbone.layers(x, [last], attention=[last])
+    return maps[last]
+
+
+def attention_map(weights, size):
+    """Attention of the class token to the patches, mean of the heads, as heat maps.
+    weights: (n, H, N+1, N+1) of a block, or (n, H, N). Returns (n, 3, size, size) uint8."""
+    weights = weights[:, :, 0, 1:] if weights.ndim == 4 else weights
+    weights = weights.float().mean(1)                                    # (n, N)
+    side = math.isqrt(weights.shape[1])
+    return scaled_heat_map(weights.unflatten(1, (side, side)), size)
+
+
+def assignment_map(P, Q, size):
+    """Bars: assignments (n, K) to the 16 prototypes that P uses most; P above, Q below."""
+    top = P.sum(0).topk(min(16, P.shape[1])).indices
+    return scaled_heat_map(torch.stack([P, Q], 1)[:, :, top], size)
+
+
+def save_self_distillation(run, crops, attention, P, Q, extra=None, n=8):
+    """visualization.png of DINO, iBOT, SelfPatch: crops as the network sees them; what the teacher
+    attends to in the first one; assignments to the 16 most used prototypes, of the first crop by
+    the teacher (upper bars) and of the second by the student (lower bars).
+
+    crops: views (B, 3, S, S), global ones first; attention: see attention_map; P, Q: (B, K);
+    extra: more columns {title: (n, 3, S, S) uint8}."""
+    size = run.cfg.img_size
+    g1, g2, *local = (view[:n] for view in crops)
+    columns = {"global 1": g1, "global 2": g2}
+    if local:
+        columns["local"] = F.interpolate(local[0], size)
+    columns = {title: augment.denormalize(x) for title, x in columns.items()}
+    columns["attention"] = attention_map(attention[:n], size)
+    columns["assignment"] = assignment_map(P[:n], Q[:n], size)
+    save_grid(run, columns | (extra or {}))
+
+
+def token_columns(x, mask, ids, predicted, tokenizer):
+    """Columns of save_grid for BEiT and CAE: images x (n, 3, S, S), their visible patches, and what
+    the tokenizer decodes from the true tokens ids (n, N) and from the predicted ones (n, N).
+    mask: (n, N) bool, True: masked."""
+    size, side = x.shape[3], math.isqrt(mask.shape[1])
+    pixel_mask = F.interpolate(mask.view(-1, 1, side, side).float(), size) > 0
+    columns = {"image": augment.denormalize(x), "visible": augment.denormalize(x * ~pixel_mask)}
+    for title, tokens in (("true tokens", ids), ("predicted tokens", predicted)):
+        decoded = F.interpolate(tokenizer.decode(tokens), size)
+        columns[title] = decoded.mul(255).round().to(torch.uint8)
+    return columns
+
+
+def prototype_map(ids, size):
+    """(n, h, w) numbers of prototypes -> (n, 3, size, size), a color each; -1 is dark."""
+    values = torch.where(ids < 0, 0, 0.2 + ids * 0.618 % 0.8)
+    return heat_map(F.interpolate(values[:, None], size)[:, 0])
+
+
+def save_grid(run, columns, scale=2):
+    """Writes visualization.png: {title: (n, 3, S, S) uint8}, a column each, an image a row."""
+    if run.rank > 0:
+        return
+    rows = torch.cat([F.pad(x.cpu(), (0, 4, 0, 4), value=255) for x in columns.values()], 3)
+    grid = Image.fromarray(torch.cat(list(rows), 1).permute(1, 2, 0).numpy())
+    page = Image.new("RGB", (grid.width * scale, grid.height * scale + 16), "white")
+    page.paste(grid.resize((page.width, page.height - 16), Image.NEAREST), (0, 16))
+    for i, title in enumerate(columns):
+        ImageDraw.Draw(page).text((i * page.width // len(columns), 2), title, fill="black")
+    checkpoints.write_atomic(run.out / "visualization.png", lambda f: page.save(f, "PNG"))

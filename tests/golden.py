@@ -2,16 +2,10 @@
 one thread, drawn creatures) lie in golden.yaml, and test_golden.py holds the code to them.
 
     python tests/golden.py                       # writes golden.yaml anew
-    python tests/golden.py --curves out/*-toy    # writes the curves of these default runs to
-                                                 # curves.yaml; other methods' there are kept
 
 Regenerate golden.yaml only when a change of numerics is meant, and say so in the commit: which
-methods move, how far, and why. A method that moves unasked has a bug, or had one. The curves are
-what `python analysis.py --what loss` lays under a user's own; when a default run's settings change,
-run it again first.
+methods move, how far, and why. A method that moves unasked has a bug, or had one.
 """
-import argparse
-import datetime
 import importlib
 import json
 import signal
@@ -24,21 +18,18 @@ import torch
 import yaml
 
 sys.path.append(str(Path(__file__).parent.parent))
-from test_methods import METHODS, ROOT, flags
+from test_methods import METHODS, flags
 
 from lib import config, datasets, distributed
 
-TRACES, CURVES = Path(__file__).with_suffix(".yaml"), ROOT / "diagnostics" / "curves.yaml"
-CURVES_HEAD = """\
-# The logs of the default runs, `python METHOD.py` on toy; written by tests/golden.py --curves.
-# loss: mean since the line before; knn: percent right by class token (500 images, 10 neighbours).
-"""
+TRACES = Path(__file__).with_suffix(".yaml")
 STEPS = 1, 2, 5, 10, 20
-PARTS = "loss rec cls pat mae sem mim cl tokens align entropy".split()
+PARTS = """loss loss_rec loss_cls loss_patch loss_mae loss_sem loss_mim loss_cl loss_token
+           loss_align entropy""".split()
 ROUNDING = 5e-5      # relative; between threads and instruction sets 8e-6, of the hybrid 1.3e-5
 DECAY = 0.5          # ten times the usual, or twenty steps would hardly show what decays
 OWN = dict(hybrid=dict(lr=1e-3),      # at the lr of toy rounding grows to 5e-2 in twenty steps
-           beit=dict(masked=8, min_block=2))              # of test_methods, as most others have it
+           beit=dict(num_mask_patches=8, min_mask_patches_per_block=2))   # as most others
 
 
 def truncated(x, mean=0.0, std=1.0, a=-2.0, b=2.0):
@@ -69,24 +60,6 @@ def log(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-def curve(out):
-    """The log of a default run, thinned to what is drawn. Raises ValueError for another run."""
-    settings = config.read_yaml(Path(out) / "config.yaml")
-    default = vars(config.parse(importlib.import_module(settings["method"]).Config, []))
-    for name in settings.keys() - {"out", "seed", "workers", "device", "precision", "save_every"}:
-        value = list(default[name]) if isinstance(default[name], tuple) else default[name]
-        if settings[name] != value:
-            raise ValueError(f"{out} is no default run: {name} is {settings[name]}, not {value}")
-    lines = log(out)
-    votes = [line for line in lines if "knn" in line]
-    day = datetime.date.fromtimestamp((Path(out) / "metrics.jsonl").stat().st_mtime)
-    return settings["method"], dict(
-        run=dict(day=day, torch=torch.__version__.split("+")[0], seed=settings["seed"],
-                 precision=distributed.pick_precision(settings["precision"], distributed.pick_device())),
-        step=[line["step"] for line in lines], loss=[digits(line["loss"], 4) for line in lines],
-        knn_step=[line["step"] for line in votes], knn=[digits(line["knn"], 3) for line in votes])
-
-
 def digits(x, n):
     return float(f"{x:.{n}g}")
 
@@ -96,14 +69,6 @@ def write(path, head, content):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curves", nargs="+", metavar="RUN", help="folders of default runs")
-    if runs := parser.parse_args().curves:
-        found = config.read_yaml(CURVES) if CURVES.exists() else {}
-        found |= dict(curve(out) for out in runs)
-        write(CURVES, CURVES_HEAD, dict(sorted(found.items())))
-        return
     found = {}
     for method in METHODS:
         with tempfile.TemporaryDirectory() as out:
