@@ -1,364 +1,575 @@
-"""Features of a frozen encoder, in one pass over a data set: what evaluate.py starts from.
+"""What the probes share: options, models, reports, features of a frozen encoder.
 
-    found, labels, classes = features(model, args, "train", ["cls", "pat"])    # {"cls": (n, D), ..}
+A probe is a function task(model: Model, opt: Options) -> Report. It starts from one of these two,
+or from patch tokens (probes/patches.py):
 
-model: a row of the table, with name, encoder (a ViT; None: raw pixels), size, mean, std and
-interpolation. args: the flags of evaluate.py.
+    features, labels, num_classes = extract_features(model, opt, "train", ["cls", "patch"])
+    features, numbers = encode_batches(model, opt, batches, ["cls"])        # {"cls": (n, D)}
 
-Of several processes each encodes its share of the batches, and all get the features of all images,
-in the order and with the bits of one process:
+Under torchrun each process encodes its own batches, and all processes receive the features of all
+images, in the order and with the bits of a single process:
 
-    batches  0 1 2 3 4 ..   process 0: 0 2 4 ..  ──┐
-                            process 1: 1 3 ..    ──┴─ all_gather ── 0 1 2 3 4 ..  in both
+    batches  0 1 2 3 4 ..   process 0: 0 2 4 ..  --+
+                            process 1: 1 3 ..    --+- all_gather -- 0 1 2 3 4 ..  in both
 
-What follows, a vote, a ranking or a head, they all compute alike: to wait for one would take as
-long, and nothing has to be sent around.
+All of them then compute the same vote, ranking or head: waiting for one process would take as long,
+and nothing has to be sent.
 """
 import functools
-import sys
-import time
+from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
-from lib import checkpoints, datasets, distributed, rng
-from probes import annotations
+import vit
+from lib import augment, checkpoints, datasets, distributed, rng
+from lib.flags import flag
+from probes.annotation_files import LAYOUT
 
-# B images, N tokens, D width, S pixels a side, C classes
+# B images, L tokens, D width, S image side; n images of a data set
 
-# ---- of a batch ----------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------
+
+LINEAR = ("linear", "shape_bias", "frequency_noise")           # tasks with a linear classifier
+PARTS = ("part_retrieval", "part_classification")
+VECTORS = ("knn", "few_shot", "object_retrieval", *PARTS, "landmark_retrieval")
+DENSE = ("linear_segmentation", "zero_shot_segmentation", "video", "pose")     # frozen, per patch
 
 
-def pooled(encoder, x):
-    """(B, 3, S, S) -> three features of a picture, after the final norm: {name: (B, D or 2D)}.
+@dataclass(frozen=True)
+class CommonOptions:
+    """The flags that evaluate.py and analysis.py share."""
+    checkpoint: tuple[str, ...] = flag(
+        (), "checkpoint files, or folders of runs; default: the newest run in --out",
+        group="models")
+    baseline: tuple[str, ...] = flag(
+        (), "models to compare with: raw pixels, a ViT with random weights",
+        choices=("pixels", "untrained"), group="models")
+    branch: str | None = flag(
+        None, "which weights to load from a checkpoint that holds several",
+        choices=("teacher", "student", "base", "momentum"), group="models")
+    img_size: int | None = flag(
+        None, "side of the input images in pixels; default: as in pre-training, but the protocol's "
+        "for detection, zero_shot_segmentation and video, and 224 (longer side) for "
+        "landmark_retrieval. segmentation, linear_segmentation and pose have a fixed size on all "
+        "data sets but toy", at_least=1, group="models")
+    precision: str = flag("auto", "of the encoder; auto: bf16 where the device supports it",
+                          choices=("auto", "bf16", "fp32"), group="models")
+    device: str = flag("auto", "cuda, cuda:1, cpu or auto", group="models")
+    data: str | None = flag(
+        None, "data set by name, or a folder; default: that of the first checkpoint that names one "
+        "(official files do not), else toy", group="data")
+    data_root: str | None = flag(
+        None, "folder of the data sets; default: $DATA_ROOT, else datasets/", group="data")
+    limit: int | None = flag(
+        None, "number of images to use of each split; default: all, on toy a fixed number in some "
+        "tasks", at_least=1, group="data")
+    batch_size: int = flag(256, "images per forward pass", at_least=1, group="data")
+    workers: int = flag(2, "processes that decode images", group="data")
+    out: str = flag("out", "folder of the runs, and for images that are written", group="output")
+    seed: int = flag(0, "of random choices in a probe, and of untrained weights", group="models")
 
-    cls: class token. pat: mean of the patch tokens. hyber: both, each brought to length 1 first, as
-    the shorter one would hardly count otherwise (the name is MMC's, the scaling our choice; for
-    iBOT's see `joint`).
+
+@dataclass(frozen=True)
+class Options(CommonOptions):
+    """The flags of evaluate.py. Never changed: `dataclasses.replace` makes another one."""
+    task: str = flag("knn", "what to measure, see the list below")
+    json: str | None = flag(
+        None, "file to append results to; default: results.jsonl next to the checkpoint",
+        group="output")
+    cache: bool = flag(False, "store features in --out/features and reuse them", group="output")
+    reference: bool = flag(False, "also print the numbers of the papers", group="output")
+    show: bool = flag(False, "write example images to --out", group="output",
+                      only_for=("part_retrieval", "segmentation", "detection", *DENSE))
+
+    feature: str | None = flag(
+        None, "use only this feature; default: those of the protocol",
+        choices=("cls", "patch", "hyber", "projected"), group="features",
+        only_for=(*LINEAR, *VECTORS, "layerwise"))
+    hyber_norm: str = flag(
+        "separate", "feature hyber = cls and patch, L2-normalized separately, or jointly after "
+        "concatenation (iBOT)", choices=("separate", "joint"), group="features",
+        only_for=(*LINEAR, *VECTORS))
+
+    recipe: str | None = flag(
+        None, "training settings of a paper, the first by default. linear: mae, dino, park; "
+        "shape_bias, frequency_noise: park, mae, dino; finetune: mae, simmim, mmc; "
+        "linear_segmentation: parts, mmc; segmentation: selfpatch (fpn), mae or selfpatch "
+        "(upernet); detection: 1x, 100ep, vitdet",
+        choices=("mae", "dino", "park", "simmim", "mmc", "parts", "selfpatch", "1x", "100ep",
+                 "vitdet"),
+        group="training", only_for=(*LINEAR, "finetune", "segmentation", "linear_segmentation",
+                                    "detection"))
+    paper_lr: bool = flag(
+        False, "use the learning rate and weight decay of recipe park as printed in the paper",
+        group="training", only_for=(*LINEAR, "layerwise"))
+    epochs: int | None = flag(
+        None, "training epochs; default: the recipe's, 5 for finetune on toy", at_least=1,
+        group="training", only_for=(*LINEAR, "layerwise", "attentive", "part_classification",
+                                    "finetune", "detection"))
+    iters: int | None = flag(
+        None, "training iterations; default: the protocol's, 200 to 600 on toy", at_least=1,
+        group="training", only_for=("segmentation", "linear_segmentation", "pose", "detection"))
+    lr: tuple[float, ...] = flag(
+        (), "learning rate; linear_segmentation takes several and trains a layer with each; "
+        "default: the recipe's, three on toy", group="training",
+        only_for=("segmentation", "linear_segmentation"))
+    head: str | None = flag(
+        None, "type of head. part_classification: linear (default), attentive; segmentation: fpn "
+        "(default), upernet", choices=("linear", "attentive", "fpn", "upernet"), group="training",
+        only_for=("part_classification", "segmentation"))
+    bn: str = flag(
+        "running", "statistics of the attentive head's batch norm at test time: running averages, "
+        "or those of the test batch (as in the published code)", choices=("running", "batch"),
+        group="training", only_for=("attentive", "part_classification"))
+    reinit: str | None = flag(
+        None, "re-initialize blocks before training: first:N or last:N", group="training",
+        only_for=("finetune",))
+    swap_sides: bool = flag(
+        False, "swap the labels left and right in mirrored training images", group="training",
+        only_for=("segmentation", "linear_segmentation"))
+
+    k: tuple[int, ...] = flag((10, 20), "numbers of neighbors", at_least=1, group="protocol",
+                              only_for=("knn",))
+    episodes: int = flag(600, "number of episodes", at_least=1, group="protocol",
+                         only_for=("few_shot",))
+    max_aspect: float = flag(1.2, "largest ratio of the longer to the shorter side of a box",
+                             group="protocol", only_for=("object_retrieval",))
+    min_side: int = flag(64, "smallest shorter side of a box in pixels", at_least=1,
+                         group="protocol", only_for=("object_retrieval",))
+    max_items: int | None = flag(
+        None, "number of items, drawn at random; default: all", at_least=1, group="protocol",
+        only_for=("object_retrieval", "part_retrieval"))
+    crop: str = flag("code", "geometry of the part crops: that of the released code, or of the "
+                     "paper's text", choices=("code", "paper"), group="protocol", only_for=PARTS)
+    parts: tuple[str, ...] = flag((), "names of keypoints, or all; default: those of the study",
+                                  group="protocol", only_for=PARTS)
+    multiscale: bool = flag(False, "average the features of 3 image sizes", group="protocol",
+                            only_for=("landmark_retrieval",))
+    crop_queries: bool = flag(False, "crop query images to their boxes", group="protocol",
+                              only_for=("landmark_retrieval",))
+    no_crop: bool = flag(False, "use the whole image, without the center crop", group="protocol",
+                         only_for=("shape_bias",))
+    eps: float = flag(0.7, "strength of the noise, in units of the normalized input",
+                      group="protocol", only_for=("frequency_noise",))
+    equal_energy: bool = flag(
+        False, "noise of equal energy in all bands; default: of equal density", group="protocol",
+        only_for=("frequency_noise",))
+    level: str | None = flag(
+        None, "which classes to segment; default: the first level that the data set has",
+        choices=("object", "part", "scene"), group="protocol",
+        only_for=("segmentation", "linear_segmentation", "zero_shot_segmentation"))
+    prompt: str = flag(
+        "deepest", "which patch of the target is the query", choices=("deepest", "random"),
+        group="protocol", only_for=("zero_shot_segmentation",))
+    target: str = flag(
+        "category", "what is segmented: all masks of a category, one mask, or a stuff class",
+        choices=("category", "instance", "stuff"), group="protocol",
+        only_for=("zero_shot_segmentation",))
+
+
+# ---- models and reports --------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """A model to evaluate: a frozen encoder and its input, or raw pixels (encoder None)."""
+    name: str
+    encoder: vit.ViT | None
+    img_size: int                        # side of the input in pixels
+    mean: tuple[float, ...]              # of the input normalization
+    std: tuple[float, ...]
+    interpolation: str                   # of the resize of images
+    source: SimpleNamespace              # path, method, branch, step, data ...: see lib/checkpoints
+    device: torch.device
+    precision: str                       # bf16 or fp32
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+@dataclass
+class Report:
+    """What a probe returns. rows: {feature: {column: percent}}; images: their number, by role."""
+    rows: dict[str, dict[str, float]]
+    protocol: str
+    images: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+# The untrained ViT without a checkpoint: as mmc.py on toy.
+UNTRAINED = dict(img_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4, pos="sincos_row",
+                 init="moco")
+NO_SOURCE = SimpleNamespace(path=None, method=None, branch=None, step=None, data=None,
+                            mean=augment.MEAN, std=augment.STD, interpolation="bicubic")
+
+
+def load_models(opt: CommonOptions) -> list[Model]:
+    """The given checkpoints, or the newest run in --out; then the baselines, on the device.
+
+    Baselines have the architecture of the first checkpoint. Without any checkpoint and baseline the
+    model is an untrained ViT. ValueError: an image size that is no multiple of the patch size; else
+    the errors of checkpoints.load_encoder.
     """
-    return pool(encoder, encoder(x))
+    device = distributed.pick_device(opt.device)
+    precision = distributed.pick_precision(opt.precision, device)
+    newest = sorted(Path(opt.out).glob("*/encoder.pt"), key=lambda path: path.stat().st_mtime)[-1:]
+    paths, baselines = [Path(path) for path in opt.checkpoint] or newest, opt.baseline
+    paths = [path / "encoder.pt" if path.is_dir() else path for path in paths]
+    if not paths and not baselines:
+        print(f"no run in {opt.out}/ yet: evaluating an untrained ViT. To train one: python mmc.py")
+        baselines = ("untrained",)
+    encoders = [checkpoints.load_encoder(path, opt.branch, opt.img_size) for path in paths]
+    names = [path.parent.name if path.name == "encoder.pt" else path.stem for path in paths]
+    names = [name if names.index(name) == i else f"{name} ({i + 1})"     # a column for each
+             for i, name in enumerate(names)]
+    config = encoders[0].config if encoders else UNTRAINED
+    for baseline in baselines:
+        torch.manual_seed(opt.seed)
+        encoders.append(vit.ViT(**config).eval() if baseline == "untrained" else None)
+    models = []
+    for name, encoder in zip([*names, *baselines], encoders):
+        source = getattr(encoder, "source", NO_SOURCE)
+        img_size = opt.img_size or (encoder.config if encoder else config)["img_size"]
+        if encoder and img_size % encoder.patch_size:
+            raise ValueError(f"image size {img_size} is not a multiple of patch size "
+                             f"{encoder.patch_size} of {name}")
+        models.append(Model(name, encoder and encoder.to(device), img_size, source.mean, source.std,
+                            source.interpolation, source, device, precision))
+    return models
 
 
-def pool(encoder, tokens):
+def default_data(models):
+    """The data set of the first checkpoint that names one, else toy."""
+    return next((model.source.data for model in models if model.source.data), "toy")
+
+
+def choose_recipe(opt, recipes):
+    """Name and settings of --recipe, by default of the first. ValueError: an unknown recipe."""
+    name = opt.recipe or next(iter(recipes))
+    if name not in recipes:
+        raise ValueError(f"{opt.task} has no recipe {name}; choose --recipe {', '.join(recipes)}")
+    return name, recipes[name]
+
+
+def is_toy(name):
+    """True for the synthetic data sets of lib/toy.py."""
+    return name in ("toy", "toy-scenes")
+
+
+def require_tokens(model, task):
+    if not model.encoder:
+        raise ValueError(f"{task} needs tokens, and pixels have none: leave out that --baseline")
+
+
+# ---- features of a batch -------------------------------------------------------------------------
+
+
+def pooled_features(encoder, x):
+    """x (B, 3, S, S) -> three features of an image, after the final norm: {name: (B, D or 2D)}.
+
+    cls: class token. patch: mean of the patch tokens. hyber: both, each L2-normalized first, as the
+    shorter one would hardly count otherwise (the name is MMC's, the scaling our choice; iBOT's is
+    in `jointly_normalized`).
+    """
+    return pool_tokens(encoder, encoder(x))
+
+
+def pool_tokens(encoder, tokens):
     cls, patches = encoder.split(tokens)
-    pat = patches.float().mean(1)
-    cls = pat if cls is None else cls.float()            # no class token: the mean stands in for it
-    return {"cls": cls, "pat": pat, "hyber": torch.cat([F.normalize(cls), F.normalize(pat)], 1)}
+    patch = patches.float().mean(1)
+    cls = patch if cls is None else cls.float()          # without a class token: the patch mean
+    return {"cls": cls, "patch": patch,
+            "hyber": torch.cat([F.normalize(cls), F.normalize(patch)], 1)}
 
 
-def joint(encoder, x):
-    """`pooled` with iBOT's hyber: both as they are, brought to length 1 together."""
-    found = pooled(encoder, x)
-    return found | {"hyber": F.normalize(torch.cat([found["cls"], found["pat"]], 1))}
+def jointly_normalized(encoder, x):
+    """`pooled_features` with iBOT's hyber: concatenated first, then L2-normalized."""
+    found = pooled_features(encoder, x)
+    return found | {"hyber": F.normalize(torch.cat([found["cls"], found["patch"]], 1))}
 
 
-projector = functools.lru_cache(maxsize=1)(checkpoints.projector)  # of the model at hand: once
+load_projector = functools.lru_cache(maxsize=1)(checkpoints.projector)      # once for each model
 
 
-def projected(encoder, x):
-    """`pooled`, and what the projection head in the checkpoint, if any, makes of the class token.
+def projected_features(encoder, x):
+    """`pooled_features` and "projected": the class token after the checkpoint's projection head.
 
-    The part-aware study compares the two: encoded features know parts, projected ones objects.
+    "projected" is missing if the checkpoint has no such head. The part-aware study compares the
+    two: encoded features represent parts, projected ones objects.
     """
-    tokens, head = encoder(x), projector(encoder)
-    found = pool(encoder, tokens)
+    tokens, head = encoder(x), load_projector(encoder)
+    found = pool_tokens(encoder, tokens)
     if head:
         with torch.autocast(x.device.type, enabled=False):
             found["projected"] = head(tokens.float())
     return found
 
 
-def block_means(encoder, x):
+def block_features(encoder, x):
     """Class token and patch mean of every block's output, without the final norm."""
     outputs, _ = encoder.layers(x, norm=False)
     found = {}
     for number, tokens in enumerate(outputs, 1):
-        z = pool(encoder, tokens)
-        found |= {f"block {number} {name}": z[name] for name in ("cls", "pat")}
+        z = pool_tokens(encoder, tokens)
+        found |= {f"block {number} {name}": z[name] for name in ("cls", "patch")}
     return found
 
 
 def all_tokens(encoder, x):
-    """All tokens after the final norm (B, N, D), in 16 bits: there are many."""
+    """All tokens (B, L, D) after the final norm, in 16 bits to save memory."""
     return {"tokens": encoder(x).half()}
 
 
-def last_blocks(encoder, x):
-    """What DINO's linear probe sees, after the final norm. Narrow models (ViT-S): class tokens of
+def dino_features(encoder, x):
+    """Input of DINO's linear probe, after the final norm. Narrow models (ViT-S): class tokens of
     the last four blocks. Wide ones (ViT-B): class token and patch mean of the last block."""
     if encoder.embed_dim >= 768:
-        z = pooled(encoder, x)
-        return {"cls+pat": torch.cat([z["cls"], z["pat"]], 1)}
+        z = pooled_features(encoder, x)
+        return {"cls+patch": torch.cat([z["cls"], z["patch"]], 1)}
     outputs, _ = encoder.layers(x, range(max(0, encoder.depth - 4), encoder.depth))
     split = [encoder.split(tokens) for tokens in outputs]
-    return {"4 x cls": torch.cat([pat.mean(1) if cls is None else cls for cls, pat in split], 1)}
+    return {"4 x cls": torch.cat([patches.mean(1) if cls is None else cls
+                                  for cls, patches in split], 1)}
 
 
-def pixels(_, x):
-    """The floor below every encoder: the picture itself, as means over a 32 x 32 grid at most."""
+def pixel_features(_, x):
+    """The baseline without an encoder: the image, averaged to a grid of at most 32 x 32."""
     x = F.interpolate(x, (32, 32), mode="area") if x.shape[-1] > 32 else x
     return {"pixels": x.flatten(1)}
 
 
-def wanted(args, *protocol):
-    """The features that a probe looks at, and the function that makes them."""
-    names = [args.feature] if args.feature else list(protocol)
-    if args.hyber_norm == "joint" and "hyber" in names:
-        return names, joint
-    return names, projected if "projected" in names else pooled
+def select_features(opt, *protocol):
+    """Names of the features of a probe (--feature, or the protocol's), and the function that makes
+    them."""
+    names = [opt.feature] if opt.feature else list(protocol)
+    if opt.hyber_norm == "joint" and "hyber" in names:
+        return names, jointly_normalized
+    return names, projected_features if "projected" in names else pooled_features
+
+
+# ---- features of a data set ----------------------------------------------------------------------
 
 
 @torch.no_grad()
-def extract(model, batches, args, names=("cls", "pat", "hyber"), tokens=pooled, total=None,
-            key=None):
+def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=pooled_features,
+                   total=None, key=None):
     """One pass over (x (B, 3, S, S), numbers (B,)) -> {name: (n, ...)}, numbers (n,).
 
-    batches: of several processes this one's share, see `share`; what comes back is of all. numbers:
-    what goes with the images, such as labels or their place in the data set. names: the features to
-    keep; of a model that has none of them (pixels have no class token) all it has. total: number of
-    images, for the progress bar. key: what the images are, in words; with --cache they are encoded
-    only once.
+    batches: those of this process, see `own_items`; the result holds all of them. numbers: anything
+    that belongs to the images, such as labels or indices. names: the features to keep; a model
+    without any of them (pixels have no class token) gives all that it has. encode: encoder, x ->
+    features. total: number of images, for the progress bar. key: describes the images; with --cache
+    they are encoded only once.
+    ValueError: no images, features that are not finite, an image that cannot be read.
     """
-    tokens, path = tokens if model.encoder else pixels, stored(model, args, tokens, key)
-    if all(each(bool(path) and path.is_file())):
-        content = torch.load(path, map_location=args.device, weights_only=True)
-        return choose(model, content["features"], names), content["numbers"]
+    encode = encode if model.encoder else pixel_features
+    path = cache_path(model, opt, encode, key)
+    if all(gather_objects(bool(path) and path.is_file())):
+        content = torch.load(path, map_location=model.device, weights_only=True)
+        return keep_features(model, content["features"], names), content["numbers"]
     found, error = {}, None
     bar = tqdm(total=total, unit="img", desc=f"{model.name}: encoding", delay=5, leave=False,
-               dynamic_ncols=True,                       # silent if fast, or not on a terminal
-               disable=distributed.rank() > 0 or None)
+               dynamic_ncols=True, disable=distributed.rank() > 0 or None)   # None: not a terminal
     try:
         for x, number in batches:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z = tokens(model.encoder, x)
-            for name, value in (z if path else choose(model, z, names)).items():
+            with model.autocast():
+                z = encode(model.encoder, x)
+            for name, value in (z if path else keep_features(model, z, names)).items():
                 found.setdefault(name, []).append(value if name == "tokens" else value.float())
             found.setdefault("numbers", []).append(number.to(x.device))
             bar.update(len(x) * distributed.world_size())
-    except (ValueError, FileNotFoundError) as e:         # a damaged file in this share
+    except (ValueError, FileNotFoundError) as e:         # an image that cannot be read
         error = e
     bar.close()
-    for problem in filter(None, each(error)):            # or the others would wait for this one
+    for problem in filter(None, gather_objects(error)):  # in all processes, or some would wait
         raise problem
-    found = gather(found, args.device)
+    found = gather_batches(found, model.device)
     if not found:
-        raise ValueError(f"{args.task}: nothing to look at; raise --limit or change --data")
+        raise ValueError(f"{opt.task}: no images to evaluate; raise --limit or change --data")
     numbers = found.pop("numbers")
     if not all(z.isfinite().all() for z in found.values()):
-        raise ValueError(f"{model.name}: its features are not finite; try --precision fp32, or an "
-                         f"earlier checkpoint")
+        raise not_finite(model)
     if path and distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = dict(features={name: z.cpu() for name, z in found.items()}, numbers=numbers.cpu())
         checkpoints.write_atomic(path, lambda file: torch.save(content, file))
-    return choose(model, found, names), numbers
+    return keep_features(model, found, names), numbers
 
 
-def share(items):
-    """This process's part of things in order: every world-th, from the rank-th on."""
+def not_finite(model):
+    return ValueError(f"{model.name}: its features are not finite; try --precision fp32, or an "
+                      f"earlier checkpoint")
+
+
+def own_items(items):
+    """This process's items: every world_size-th one, starting at its rank."""
     return islice(items, distributed.rank(), None, distributed.world_size())
 
 
-def each(word):
-    """What every process says, in the order of ranks."""
-    words = [word] * distributed.world_size()
-    if len(words) > 1:
-        dist.all_gather_object(words, word)
-    return words
+def gather_objects(value):
+    """The values of all processes, in the order of ranks."""
+    values = [value] * distributed.world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
-def gather(found, device):
-    """{name: [(b, ...), ..] batches of this process} -> {name: (n, ...)} of all, in turn."""
-    like = {name: ([len(z) for z in batches], batches[0].shape[1:], batches[0].dtype)
-            for name, batches in found.items()}
-    said, rows = each(like), {}
-    for name, (_, shape, dtype) in {k: v for some in said for k, v in some.items()}.items():
-        sizes = [some[name][0] if name in some else [] for some in said]
+def gather_batches(found, device):
+    """{name: [(B, ...), ...] batches of this process} -> {name: (n, ...)} of all, interleaved."""
+    own = {name: ([len(z) for z in batches], batches[0].shape[1:], batches[0].dtype)
+           for name, batches in found.items()}
+    layouts, rows = gather_objects(own), {}
+    for name, (_, shape, dtype) in {k: v for layout in layouts for k, v in layout.items()}.items():
+        sizes = [layout[name][0] if name in layout else [] for layout in layouts]
         z = torch.cat(found.pop(name, [torch.empty(0, *shape, dtype=dtype, device=device)]))
-        if len(said) > 1:                                # what is gathered has to be of one length
-            pad = z.new_zeros(max(map(sum, sizes)) - len(z), *shape)
-            parts = distributed.all_gather(torch.cat([z, pad])).chunk(len(said))
+        if len(layouts) > 1:                             # all_gather needs equal lengths
+            padding = z.new_zeros(max(map(sum, sizes)) - len(z), *shape)
+            parts = distributed.all_gather(torch.cat([z, padding])).chunk(len(layouts))
             parts = [part[:sum(size)].split(size) for part, size in zip(parts, sizes)]
             z = torch.cat([z for turn in zip_longest(*parts) for z in turn if z is not None])
         rows[name] = z
     return rows
 
 
-def choose(model, found, names):
-    """Those of the features that are asked for, or all if there is none of these."""
+def keep_features(model, found, names):
+    """The features with these names, or all if there is none of them."""
     if list(names) == ["projected"] and "projected" not in found and model.encoder:
         raise ValueError(f"{model.name} has no projection head in its checkpoint; take a file with "
                          f"one (MoCo v3; DINO and iBOT: the full checkpoint), or another --feature")
     return {name: z for name, z in found.items() if name in names} or found
 
 
-def stored(model, args, tokens, key):
-    """Where --cache keeps these features; None: nowhere.
+def cache_path(model, opt, encode, key):
+    """File in which --cache keeps these features; None: they are not cached.
 
-    The name holds a hash of all that they depend on. The data are taken to stay as they are: if
-    not, delete the folder.
+    The name holds a hash of everything that they depend on. The data set is assumed not to change:
+    if it does, delete the folder.
     """
-    if not args.cache or key is None:
+    if not opt.cache or key is None:
         return None
-    places = [str(Path(place).resolve()) for place in (args.data, datasets.root_of(args.data_root))]
-    what = (tokens.__name__, *places, args.limit, args.precision, key)
-    name = f"{model.name}-{Path(args.data).name}-{code(model, args, what)}.pt"
-    return Path(args.out) / "features" / name
+    places = [str(Path(place).resolve()) for place in (opt.data, datasets.root_of(opt.data_root))]
+    what = (encode.__name__, *places, opt.limit, key)
+    name = f"{model.name}-{Path(opt.data).name}-{hash_settings(model, opt, what)}.pt"
+    return Path(opt.out) / "features" / name
 
 
-def code(model, args, what):
-    """16 hexadecimal digits of a model and what is asked of it. A checkpoint counts as the same as
-    long as its size and time are."""
+def hash_settings(model, opt, what):
+    """16 hexadecimal digits of a model and of what is computed with it. A checkpoint counts as the
+    same as long as its size and time of modification are."""
     path = model.source.path
-    who = (path and (str(Path(path).resolve()), *(getattr(Path(path).stat(), of)
-                     for of in ("st_size", "st_mtime_ns"))), model.source.branch,
-           path or (model.name, args.seed, model.encoder and sorted(model.encoder.config.items())),
-           model.size, model.mean, model.std, model.interpolation)
-    return f"{rng.key(str((who, what))) % 2**64:016x}"
+    if path:
+        stat = Path(path).stat()
+        weights = str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, model.source.branch
+    else:
+        weights = model.name, opt.seed, model.encoder and sorted(model.encoder.config.items())
+    identity = (weights, model.img_size, model.mean, model.std, model.interpolation,
+                model.precision)
+    return f"{rng.key(str((identity, what))) % 2**64:016x}"
 
 
-class Progress:
-    """The steps of a probe that trains, and how far it has come: killed, the same command goes on.
+@functools.lru_cache                                     # several models use the same images
+def load_split(name, root, split, img_size, limit, device):
+    return datasets.load_images(name, root, split, img_size, limit, device, hold_out=True)
 
-        progress = Progress(model, args, net, opt)
-        for step, batch in progress.steps(batches_from(progress.step), total):
-            ...
-        progress.done()                                  # nothing is left to be lost
 
-    step: how many lie behind, 0 in a new run. curve: a list, for what else is to be kept. Every
-    five minutes the first process writes all of it to a file in --out/progress, whose name holds a
-    hash of what decides the result. ValueError: a file that does not fit.
+def load_labeled(model, opt, split):
+    """A split whose images have labels (datasets.Images), and its number of classes.
+
+    Each split numbers its classes by itself, so training and test images must have the same
+    classes. few_shot trains nothing and does not load the training split.
+    ValueError: no labels; other classes in train than in test.
     """
-
-    MINUTES = 5
-    NO_MATTER = {"checkpoint", "baseline", "json", "out", "device", "workers", "cache", "reference",
-                 "show"}
-
-    def __init__(self, model, args, net, opt):
-        what = sorted((k, v) for k, v in vars(args).items() if k not in self.NO_MATTER)
-        name = f"{args.task}-{model.name}-{Path(args.data).name}-{code(model, args, what)}.pt"
-        self.path, self.name = Path(args.out) / "progress" / name, model.name
-        self.net, self.opt, self.step, self.curve = net, opt, 0, []
-        if self.path.is_file():
-            try:
-                state = checkpoints.read_file(self.path)
-                net.load_state_dict(state["net"]), opt.load_state_dict(state["opt"])
-                self.step, self.curve = state["step"], state["curve"]
-            except (ValueError, KeyError, RuntimeError):
-                raise ValueError(f"{self.path} is damaged or of another version: delete it, and "
-                                 f"{args.task} starts anew") from None
-            if distributed.rank() == 0:
-                print(f"{self.path}: goes on after step {self.step:,}", flush=True)
-
-    def steps(self, batches, total):
-        """Yields step, batch: a progress bar runs, and what is trained is kept."""
-        self.first, self.total, self.begin = self.step, total, time.monotonic()
-        self.bar = tqdm(total=total, initial=self.step, desc=self.name, delay=5, leave=False,
-                        dynamic_ncols=True, disable=distributed.rank() > 0 or None)
-        saved = self.begin
-        for step, batch in zip(range(self.step, total), batches):
-            yield step, batch
-            self.step = step + 1
-            self.bar.update()
-            due = time.monotonic() - (self.begin if self.step == total else saved)
-            if due > 60 * self.MINUTES and distributed.rank() == 0:
-                self.save()
-                saved = time.monotonic()
-        self.bar.close()
-
-    def eta(self, step):
-        """Of the end of the last step, in words, at the end of this one."""
-        took = (time.monotonic() - self.begin) / (step + 1 - self.first)
-        return tqdm.format_interval(took * (self.total - step - 1))
-
-    def save(self):
-        """A disk that is full is told, and no reason to stop."""
-        state = dict(net=self.net.state_dict(), opt=self.opt.state_dict(), step=self.step,
-                     curve=self.curve)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoints.write_atomic(self.path, lambda file: torch.save(state, file))
-        except OSError as error:
-            print(error, file=sys.stderr)
-
-    def done(self):
-        if distributed.rank() == 0:
-            self.path.unlink(missing_ok=True)
-
-
-@functools.lru_cache                                     # several models look at the same images
-def load(name, root, split, size, limit, device):
-    return datasets.load_images(name, root, split, size, limit, device, apart=True)
-
-
-def labelled(model, args, split):
-    """A split whose images have labels, and the number of classes.
-
-    Labels count the classes of each split by itself: what is learned of train's says nothing of
-    test's if these are others. few_shot, which learns nothing, never asks for train.
-    """
-    if args.data in annotations.LAYOUT and args.data not in datasets.NAMES:
-        raise ValueError(f"{args.task} needs pictures of one class each, and {args.data} has none: "
+    if opt.data in LAYOUT and opt.data not in datasets.NAMES:
+        raise ValueError(f"{opt.task} needs images with one class each, and {opt.data} has none: "
                          f"choose --data {', '.join(datasets.NAMES)} or a folder")
-    images = load(args.data, args.data_root, split, model.size, args.limit, args.device)
+    where = opt.data, opt.data_root
+    images = load_split(*where, split, model.img_size, opt.limit, model.device)
     if images.labels is None:
-        raise ValueError(f"this data set has no labels ({args.data}), and {args.task} needs them: "
-                         f"choose another --data, or give each class a sub-folder of its own")
+        raise ValueError(f"{opt.data} has no labels, and {opt.task} needs them: choose another "
+                         f"--data, or give each class a sub-folder of its own")
     if split == "train":
-        tests = load(args.data, args.data_root, "test", model.size, args.limit, args.device)
+        tests = load_split(*where, "test", model.img_size, opt.limit, model.device)
         if tests.labels is not None and tests.classes != images.classes:
             n, m = (len(some.classes or []) for some in (images, tests))
-            raise ValueError(f"the training and the test images of {args.data} have other classes "
-                             f"({n} and {m}), and {args.task} needs the same ones in both")
+            raise ValueError(f"the training and test images of {opt.data} have different classes "
+                             f"({n} and {m}), and {opt.task} needs the same ones in both")
     return images, len(images.classes or range(int(images.labels.max()) + 1))
 
 
-def features(model, args, split, names=("cls", "pat", "hyber"), tokens=pooled, mirror=False,
-             change=None, whole=False):
-    """One pass over a split in the standard test view -> {name: (n, D)}, labels (n,), classes C.
+def extract_features(model, opt, split, names=("cls", "patch", "hyber"), encode=pooled_features,
+                     mirror=False, change=None, whole=False):
+    """One pass over a split in the standard test view -> {name: (n, D)}, labels (n,), number of
+    classes.
 
-    mirror: encode the mirror image of every picture, too -> {name: (n, 2, D)}. change: what is done
-    to each batch first, a function of x and the numbers of the images. whole: nothing is cut off.
+    mirror: encode the mirror image of every image as well -> {name: (n, 2, D)}. change: a function
+    of a batch x and the indices of its images, applied before encoding. whole: no center crop.
     """
-    images, classes = labelled(model, args, split)
-    batches = data.batches(images, model.size, args.batch_size, args.device, mean=model.mean,
-                           std=model.std, workers=args.workers, interpolation=model.interpolation,
-                           resize=model.size if whole else None, rank=distributed.rank(),
+    images, num_classes = load_labeled(model, opt, split)
+    batches = data.batches(images, model.img_size, opt.batch_size, model.device, mean=model.mean,
+                           std=model.std, workers=opt.workers, interpolation=model.interpolation,
+                           resize=model.img_size if whole else None, rank=distributed.rank(),
                            world=distributed.world_size())
     if mirror:
         batches = ((torch.cat([x, x.flip(-1)]), index.repeat(2)) for x, index in batches)
     if change:
         batches = ((change(x, index), index) for x, index in batches)
-    found, index = extract(model, batches, args, names, tokens, len(images) * (1 + mirror),
-                           None if change else (split, mirror, whole))
-    if mirror:                                           # an image's two rows become neighbours
+    found, index = encode_batches(model, opt, batches, names, encode, len(images) * (1 + mirror),
+                                  None if change else (split, mirror, whole))
+    if mirror:                                           # both rows of an image next to each other
         order = index.argsort(stable=True)
         found = {name: z[order].unflatten(0, (-1, 2)) for name, z in found.items()}
         index = index[order][::2]
-    return found, images.labels.to(index.device)[index], classes
+    return found, images.labels.to(index.device)[index], num_classes
 
 
-def view(model, args, whole=False):
-    """The standard test view in words: files lose their rim, small resident sets are seen whole.
+def describe_view(model, opt, whole=False):
+    """The standard test view in words: center crop of files, small data sets in memory whole.
 
-    The latter is our choice: CIFAR might as well go the way of files, 32 -> 256 -> 224 px, and lose
-    a rim. whole: of files nothing is cut off either.
+    The latter is our choice: CIFAR could be resized and cropped like files, 32 -> 256 -> 224 px,
+    and lose its border. whole: files are not cropped either.
     """
-    files = not whole and load(args.data, args.data_root, "test", model.size, args.limit,
-                               args.device).paths
-    rim = f"centre of short side {model.size * 256 // 224}" if files else "whole picture"
-    return f"{rim} at {model.size} px"
+    images = load_split(opt.data, opt.data_root, "test", model.img_size, opt.limit, model.device)
+    if images.paths and not whole:
+        return (f"short side {model.img_size * 256 // 224} px, center crop of {model.img_size} px")
+    return f"whole image at {model.img_size} px"
 
 
-def settings_of(args, recipes):
-    """The settings of --recipe, or the first. ValueError if the task has none of that name."""
-    args.recipe = args.recipe or next(iter(recipes))
-    if args.recipe not in recipes:
-        raise ValueError(f"{args.task} has no recipe {args.recipe}; choose --recipe "
-                         f"{', '.join(recipes)}")
-    return recipes[args.recipe]
+# ---- input and output ----------------------------------------------------------------------------
+
+def input_side(model, opt, default):
+    """Side of the input of a dense task in pixels: --img-size, else on toy twice the size of
+    pre-training, else the protocol's `default`; rounded down to a multiple of the patch."""
+    side = opt.img_size or (2 * model.img_size if is_toy(opt.data) else default)
+    return side // model.encoder.patch_size * model.encoder.patch_size
+
+
+def refuse_img_size(opt):
+    if opt.img_size and not is_toy(opt.data):
+        raise ValueError(f"{opt.task} on {opt.data} has the protocol's sizes: leave out --img-size")
+
+
+def progress_bar(items, model, total=None):
+    return tqdm(items, desc=model.name, total=total, delay=5, leave=False, dynamic_ncols=True,
+                disable=None)
+
+
+def save_image_grid(rows, path, height=128):
+    """Writes rows of images (3, H, W) uint8, each resized to `height` pixels, as one PNG."""
+    gap, lines = 2, []
+    for row in rows:
+        cells = [F.interpolate(x[None].float(), (height, round(height * x.shape[2] / x.shape[1])),
+                               mode="bilinear")[0] for x in row]
+        lines.append(torch.cat([F.pad(cell, (0, gap, 0, gap), value=255) for cell in cells], 2))
+    width = max(line.shape[2] for line in lines)
+    grid = torch.cat([F.pad(line, (0, width - line.shape[2]), value=255) for line in lines], 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(grid.clamp(0, 255) / 255, path)
+    print(f"wrote {path}")

@@ -1,5 +1,5 @@
-"""Fine-tuned segmentation: heads against their functional form, groups and schedule against the
-published numbers, processes and workers against one, and a small run with shuffled labels as
+"""End-to-end segmentation: heads against their functional form, groups and schedule against the
+published numbers, processes and workers against one, and a small run with shuffled labels as a
 control."""
 import functools
 import json
@@ -11,38 +11,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import make_encoder, make_model, make_options
 from torch import nn
 
 import evaluate
-import vit
-from lib import augment, config, rng
-from probes import annotations, dense, finetune
+from lib import config, rng
+from probes import annotations, segmentation, training
+from probes.segmentation import Sizes
 
-SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
-BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
 ROOT = Path(__file__).parent.parent
+SMALL_VOC = Sizes(32, 24, (64, 32), (64, 32))
 
 
-def encoder(**config):
-    torch.manual_seed(0)
-    return scrambled(vit.ViT(**{**SMALL, **config}).eval())
+def small_model(**config):
+    return make_model(make_encoder(0.1, **config))
 
 
-def model(**config):
-    return SimpleNamespace(name="small", encoder=encoder(**config), size=32, mean=augment.MEAN,
-                           std=augment.STD, interpolation="bicubic",
-                           source=SimpleNamespace(path=None, branch=None))
+def segmentation_options(*argv):
+    return make_options("segmentation", *argv)
 
 
-def settings(*flags):
-    args = evaluate.parse(["--task", "segmentation", "--device", "cpu", "--precision", "fp32",
-                           "--workers", "0", *flags])
-    args.data = args.data or "toy"
-    return args
-
-
-def scrambled(net):
-    """As if trained: no zeros, no ones, in running statistics neither."""
+def scramble(net):
+    """Noise on parameters and running statistics, as if trained: no zeros, no ones."""
     for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)
     for name, x in net.named_buffers():
@@ -53,9 +43,9 @@ def scrambled(net):
     return net
 
 
-def two_classes(monkeypatch, shuffled=False):
-    """Reddish and bluish squares under the name of toy; or with the labels of another picture."""
-    def segmentation(name, root, split, limit, level, size):
+def plant_two_classes(monkeypatch, shuffled=False):
+    """Reddish and bluish squares instead of data; shuffled: with the labels of another image."""
+    def read_items(name, root, split, limit, level, size):
         for number in range(32 if split == "train" else 8):
             side = torch.randint(2, (2, 2), generator=rng.generator(split, number))
             other = torch.randint(2, (2, 2), generator=rng.generator(split, number, "other"))
@@ -67,15 +57,16 @@ def two_classes(monkeypatch, shuffled=False):
             yield SimpleNamespace(image=image.to(torch.uint8),
                                   labels=(other if shuffled else side).to(torch.uint8))
 
-    monkeypatch.setattr(annotations, "segmentation", segmentation)
+    monkeypatch.setattr(annotations, "segmentation", read_items)
     monkeypatch.setattr(annotations, "segmentation_classes", lambda *_: ["red", "blue"])
+    monkeypatch.setitem(segmentation.SEGMENTATION_SIZES, "voc", SMALL_VOC)
 
 
 # ---- heads ---------------------------------------------------------------------------------------
 
 
 def conv_norm_relu(x, state, name):
-    """Convolution without bias, batch norm by its running statistics, ReLU, written out."""
+    """Convolution without bias, batch norm by its running statistics, ReLU, step by step."""
     weight = state[f"{name}.0.weight"]
     x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
     mean, var, gain, shift = (state[f"{name}.1.{of}"][:, None, None] for of in (
@@ -84,7 +75,7 @@ def conv_norm_relu(x, state, name):
 
 
 def bilinear(x, shape):
-    """Half-pixel bilinear resizing by two matrices; no call to interpolate."""
+    """Half-pixel bilinear resizing by two matrices, without F.interpolate."""
     def matrix(old, new):
         at = ((torch.arange(new) + 0.5) * old / new - 0.5).clamp(0, old - 1)
         return (1 - (at[:, None] - torch.arange(old)).abs()).clamp(min=0)            # (new, old)
@@ -96,19 +87,19 @@ def double(x):
     return bilinear(x, [2 * n for n in x.shape[2:]])
 
 
-def last(x, state, name="classify"):
+def classify(x, state, name="classify"):
     return torch.einsum("kd,bdhw->bkhw", state[f"{name}.1.weight"][..., 0, 0], x) + (
         state[f"{name}.1.bias"][:, None, None])
 
 
 @torch.no_grad()
-def test_semantic_fpn_is_what_is_published():
+def test_semantic_fpn_is_the_published_head():
     torch.manual_seed(0)
-    head = scrambled(finetune.SemanticFPN(12, 5, neck=8, channels=6)).eval()
+    head = scramble(segmentation.SemanticFPN(12, 5, neck=8, channels=6)).eval()
     maps, state = [torch.randn(2, 12, 5, 7) for _ in range(4)], head.state_dict()
     x = [F.conv2d(m, state[f"laterals.{i}.weight"], state[f"laterals.{i}.bias"])
          for i, m in enumerate(maps)]
-    x = [x[0] + x[1] + x[2] + x[3], x[1] + x[2] + x[3], x[2] + x[3], x[3]]   # top down
+    x = [x[0] + x[1] + x[2] + x[3], x[1] + x[2] + x[3], x[2] + x[3], x[3]]   # top-down
     x = [F.conv2d(m, state[f"smooth.{i}.weight"], state[f"smooth.{i}.bias"], padding=1)
          for i, m in enumerate(x)]
     total = conv_norm_relu(x[0], state, "levels.0")      # nominal stride 4: 1 block, no upsampling
@@ -118,35 +109,35 @@ def test_semantic_fpn_is_what_is_published():
             z = double(conv_norm_relu(z, state, f"levels.{level}.{2 * i}"))
         total = total + bilinear(z, (5, 7))
     [found] = head(maps)
-    torch.testing.assert_close(found, last(total, state), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, classify(total, state), rtol=1e-4, atol=1e-4)
     assert head.classify[0].p == 0.1 and isinstance(head.classify[0], nn.Dropout2d)
 
 
-def enlarged(x, state, name):
-    """A transposed convolution of 2 x 2 and stride 2: each pixel becomes four, independently."""
+def upsampled(x, state, name):
+    """Transposed convolution of 2 x 2 with stride 2: each pixel becomes four, independently."""
     out = torch.einsum("bdhw,dkij->bkhiwj", x, state[f"{name}.weight"])
     return out.flatten(4, 5).flatten(2, 3) + state[f"{name}.bias"][:, None, None]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("patch", [16, 8])
-def test_upernet_is_what_is_published(patch):
+def test_upernet_is_the_published_head(patch):
     torch.manual_seed(0)
-    head = scrambled(finetune.UPerNet(12, 5, patch, channels=6, aux=4)).eval()
+    head = scramble(segmentation.UPerNet(12, 5, patch, channels=6, aux=4)).eval()
     head.training = True                                 # the auxiliary head, but no dropout
     maps, s = [torch.randn(2, 12, 8, 12) for _ in range(4)], head.state_dict()
     if patch == 16:
-        z = enlarged(maps[0], s, "pyramid.0.0")
+        z = upsampled(maps[0], s, "pyramid.0.0")
         mean, var, gain, shift = (s[f"pyramid.0.1.{of}"][:, None, None] for of in (
             "running_mean", "running_var", "weight", "bias"))
         z = F.gelu((z - mean) / (var + 1e-5).sqrt() * gain + shift)
-        x = [enlarged(z, s, "pyramid.0.3"), enlarged(maps[1], s, "pyramid.1"), maps[2],
+        x = [upsampled(z, s, "pyramid.0.3"), upsampled(maps[1], s, "pyramid.1"), maps[2],
              maps[3].unflatten(3, (6, 2)).unflatten(2, (4, 2)).amax((3, 5))]
     else:
-        x = [enlarged(maps[0], s, "pyramid.0"), maps[1],
+        x = [upsampled(maps[0], s, "pyramid.0"), maps[1],
              maps[2].unflatten(3, (6, 2)).unflatten(2, (4, 2)).amax((3, 5)),
              maps[3].unflatten(3, (3, 4)).unflatten(2, (2, 4)).amax((3, 5))]
-    for level, stride in zip(x, (4, 8, 16, 32)):         # of a picture of 8 p x 12 p pixels
+    for level, stride in zip(x, (4, 8, 16, 32)):         # of an image of 8 p x 12 p pixels
         assert level.shape == (2, 12, 8 * patch // stride, 12 * patch // stride)
 
     def pooled(x, n):                                    # cells may overlap
@@ -166,51 +157,39 @@ def test_upernet_is_what_is_published(patch):
     second = conv_norm_relu(x[2], s, "auxiliary.0")
     found = head(maps)
     assert len(found) == 2
-    torch.testing.assert_close(found[0], last(y, s), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[1], last(second, s, "auxiliary.1"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0], classify(y, s), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], classify(second, s, "auxiliary.1"), rtol=1e-4, atol=1e-4)
     assert len(head.eval()(maps)) == 1
 
 
 def test_heads_have_the_published_widths():
     with torch.device("meta"):
-        fpn, uper = finetune.SemanticFPN(384, 150), finetune.UPerNet(768, 150)
+        fpn, uper = segmentation.SemanticFPN(384, 150), segmentation.UPerNet(768, 150)
     assert [x.out_channels for x in (*fpn.laterals, *fpn.smooth)] == [256] * 8
     assert fpn.classify[1].weight.shape == (150, 128, 1, 1)
     assert uper.context[0].weight.shape == (512, 768 + 4 * 512, 3, 3)
     assert uper.fuse[0].weight.shape == (512, 2048, 3, 3)
     assert uper.auxiliary[0][0].weight.shape == (256, 768, 3, 3)
     assert uper.classify[1].weight.shape == (150, 512, 1, 1)
-    last = finetune.classifier(512, 150)[1]
-    assert last.weight.std().item() == pytest.approx(0.01, rel=0.05) and not last.bias.any()
+    layer = segmentation.make_classifier(512, 150)[1]
+    assert layer.weight.std().item() == pytest.approx(0.01, rel=0.05) and not layer.bias.any()
 
 
 @torch.no_grad()
-def test_the_head_gets_raw_blocks_as_maps_and_logits_have_the_size_of_the_picture():
-    net = encoder()
-    whole, seen = finetune.Segmenter(net, [0, 1, 1, 2], "fpn", 5, 32, True).eval(), []
+def test_the_head_gets_raw_blocks_as_maps_and_logits_have_the_size_of_the_image():
+    encoder = make_encoder(0.1)
+    net, maps = segmentation.Segmenter(encoder, [0, 1, 1, 2], "fpn", 5, 32, True).eval(), []
     logits = torch.randn(2, 5, 5, 3)
-    whole.head.forward = lambda maps: seen.extend(maps) or [logits]
+    net.head.forward = lambda x: maps.extend(x) or [logits]
     x = torch.randn(2, 3, 35, 22)
-    [found] = whole(x)
-    outputs, _ = net.layers(F.pad(x, (0, 2, 0, 5)), [0, 1, 2], norm=False)
-    for at, number in zip(seen, (0, 1, 1, 2)):
+    [found] = net(x)
+    outputs, _ = encoder.layers(F.pad(x, (0, 2, 0, 5)), [0, 1, 2], norm=False)
+    for tokens, number in zip(maps, (0, 1, 1, 2)):
         expected = outputs[number][:, 1:].unflatten(1, (5, 3)).permute(0, 3, 1, 2)
-        torch.testing.assert_close(at, expected)
+        torch.testing.assert_close(tokens, expected)
     torch.testing.assert_close(found, bilinear(logits, (40, 24))[:, :, :35, :22])
-    assert finetune.Segmenter(net, [0, 1, 1, 2], "fpn", 5, 44, True).encoder.grid == (6, 6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("config", [{}, dict(pos="sincos_col", resize="size"), BEIT])
-def test_positions_are_resampled_to_the_crop_once(config):
-    net, x = encoder(**config), torch.randn(2, 3, 48, 48)
-    copy = finetune.restart(net, size=48, final_norm=True).eval()
-    torch.testing.assert_close(copy(x), net(x), rtol=1e-4, atol=1e-4)
-    assert copy.grid == (6, 6) and net.grid == (4, 4)
-    names = [name for name, p in copy.named_parameters() if p.shape != dict(
-        finetune.restart(net).named_parameters()).get(name, p).shape]
-    assert names == ([f"blocks.{i}.attn.relative_position_bias_table" for i in range(3)]
-                     if config == BEIT else ["pos_embed"])
+    larger = segmentation.Segmenter(encoder, [0, 1, 1, 2], "fpn", 5, 44, True)
+    assert larger.encoder.grid == (6, 6)
 
 
 # ---- batch norm ----------------------------------------------------------------------------------
@@ -218,7 +197,7 @@ def test_positions_are_resampled_to_the_crop_once(config):
 
 def test_batch_norm_is_torchs_and_can_be_made_synchronous():
     torch.manual_seed(0)
-    ours, theirs, x = finetune.BatchNorm2d(6), nn.BatchNorm2d(6), torch.randn(4, 6, 5, 3)
+    ours, theirs, x = segmentation.BatchNorm2d(6), nn.BatchNorm2d(6), torch.randn(4, 6, 5, 3)
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     net = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(ours))
@@ -226,14 +205,15 @@ def test_batch_norm_is_torchs_and_can_be_made_synchronous():
     torch.testing.assert_close(net(x), theirs(x))
 
 
-# ---- the optimiser -------------------------------------------------------------------------------
+# ---- the optimizer -------------------------------------------------------------------------------
 
 
-def test_groups_of_heads_and_encoder_as_published():
-    net = finetune.Segmenter(encoder(depth=12), [3, 5, 7, 11], "upernet", 5, 32, True)
+def test_groups_of_heads_and_encoder_are_the_published_ones():
+    net = segmentation.Segmenter(make_encoder(0.1, depth=12), [3, 5, 7, 11], "upernet", 5, 32, True)
     names = {id(p): name for name, p in net.named_parameters()}
+    groups = training.layer_decay_groups(net.named_parameters(), 12, 0.65, 0.05)
     found = {names[id(p)]: (group["factor"], group["weight_decay"])
-             for group in finetune.layer_groups(net, 0.65, 0.05) for p in group["params"]}
+             for group in groups for p in group["params"]}
     assert set(found) == set(names.values())
     for name, (factor, decay) in {
             "encoder.pos_embed": (0.65**13, 0), "encoder.cls_token": (0.65**13, 0),
@@ -247,79 +227,78 @@ def test_groups_of_heads_and_encoder_as_published():
     assert all(factor == 1 for factor, _ in (found[n] for n in found if n.startswith("head.")))
 
 
-def test_the_schedule_by_hand():
-    assert (finetune.BATCH, finetune.WARMUP) == (16, 1500)
-    found = [dense.poly(step, 40000, 6e-5, 1500) for step in (0, 750, 1500, 20000, 39999)]
+def test_the_schedule_is_that_worked_out_by_hand():
+    assert (segmentation.CROPS_PER_BATCH, segmentation.WARMUP_ITERS) == (16, 1500)
+    found = [segmentation.poly_lr(step, 40000, 6e-5, 1500)
+             for step in (0, 750, 1500, 20000, 39999)]
     assert found == pytest.approx([6e-11, 6e-5 * 0.98125 * 0.5000005, 6e-5 * 0.9625, 3e-5, 1.5e-9])
 
 
 @pytest.mark.parametrize("flags, lr, decay, factors, words", [
-    ("--head fpn", 6e-5, 0.01, {1.0}, ["blocks 3 6 9 12 of 12", "40,000)", "whole pictures"]),
+    ("--head fpn", 6e-5, 0.01, {1.0}, ["blocks 3 6 9 12 of 12", "40,000)", "whole images"]),
     ("--head upernet", 1e-4, 0.05, {0.65**i for i in range(14)},
      ["blocks 4 6 8 12 of 12", "160,000)", "windows of 32 px, stride 24"]),
     ("--head upernet --recipe selfpatch --lr 3e-4", 3e-4, 0.01, {1.0}, ["160,000)", "lr 0.0003"])])
-def test_recipes_as_published(monkeypatch, flags, lr, decay, factors, words):
-    two_classes(monkeypatch)
-    monkeypatch.setitem(dense.SIZES, "voc", (32, 24, (64, 32), (64, 32)))
-    seen, of, windows = [], [], []
-    monkeypatch.setattr(finetune.SemanticFPN.__init__, "__defaults__", (8, 4))       # for speed
-    monkeypatch.setattr(finetune.UPerNet.__init__, "__defaults__", (16, 8, 4))
+def test_recipes_are_the_published_ones(monkeypatch, flags, lr, decay, factors, words):
+    plant_two_classes(monkeypatch)
+    steps, optimizers, windows = [], [], []
+    monkeypatch.setattr(segmentation.SemanticFPN.__init__, "__defaults__", (8, 4))   # for speed
+    monkeypatch.setattr(segmentation.UPerNet.__init__, "__defaults__", (16, 8, 4))
 
     class AdamW(torch.optim.AdamW):
         def step(self):
-            seen.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+            steps.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
             super().step()
-            of.append(self)
+            optimizers.append(self)
 
-    def score(predict, items, names, model, args, sizes, show=0):
-        windows.append(sizes[0])
+    def score(predict, items, names, model, sizes, n_figures=0):
+        windows.append(sizes.crop)
         return [torch.eye(2, dtype=torch.int64)], [], 1
 
     monkeypatch.setattr(torch.optim, "AdamW", AdamW)
-    monkeypatch.setattr(dense, "score_segmentation", score)
-    args = settings("--data", "voc", "--iters", "2", *flags.split())
-    result = finetune.segmentation(model(depth=12, embed_dim=8), args)
-    assert {wd for _, wd in seen[1]} == {0, decay}
-    assert sorted({rate for rate, _ in seen[1]}) == pytest.approx(     # half way down; no warm-up
+    monkeypatch.setattr(segmentation, "score_segmentation", score)
+    opt = segmentation_options("--data", "voc", "--iters", "2", *flags.split())
+    report = segmentation.segmentation(small_model(depth=12, embed_dim=8), opt)
+    assert {weight_decay for _, weight_decay in steps[1]} == {0, decay}
+    assert sorted({rate for rate, _ in steps[1]}) == pytest.approx(    # half way down; no warm-up
         sorted(lr / 2 * factor for factor in factors))
-    assert all(p.grad is None for group in of[-1].param_groups for p in group["params"])
-    assert all(word in result.protocol for word in words), result.protocol
+    assert all(p.grad is None for group in optimizers[-1].param_groups for p in group["params"])
+    assert all(word in report.protocol for word in words), report.protocol
     assert windows == [64 if "fpn" in flags else 32]
-    assert result.rows[args.head] == {"mIoU": 100, "mAcc": 100, "aAcc": 100}
+    assert report.rows[opt.head] == {"mIoU": 100, "mAcc": 100, "aAcc": 100}
 
 
 # ---- batches -------------------------------------------------------------------------------------
 
 
-def test_processes_and_workers_see_what_one_would_see(monkeypatch):
-    two_classes(monkeypatch)
-    monkeypatch.setitem(dense.SIZES, "voc", (32, 24, (64, 32), (64, 32)))
+def test_processes_and_workers_together_read_what_one_process_reads(monkeypatch):
+    plant_two_classes(monkeypatch)
 
     def crops(workers, rank, world):
-        args = settings("--data", "voc", "--workers", str(workers))
-        return list(dense.crops(model(), args, dense.SIZES["voc"], ["red", "blue"], range(3),
-                                rank=rank, world=world))
+        opt = segmentation_options("--data", "voc", "--workers", str(workers))
+        return list(segmentation.load_crops(small_model(), opt, SMALL_VOC, ["red", "blue"],
+                                            range(3), rank=rank, world=world))
 
     whole = crops(0, 0, 1)
     assert whole[0][0].shape == (16, 3, 32, 32) and not whole[0][0].equal(whole[1][0])
     for workers, rank, world in ((2, 0, 1), (0, 0, 2), (2, 1, 2)):
         for step, batch in enumerate(crops(workers, rank, world)):
-            for mine, all_of_it in zip(batch, whole[step], strict=True):
-                assert mine.equal(all_of_it[rank::world])
+            for own, all_crops in zip(batch, whole[step], strict=True):
+                assert own.equal(all_crops[rank::world])
 
 
-def test_a_damaged_file_is_named_in_one_sentence_though_a_worker_reads_it(monkeypatch):
-    two_classes(monkeypatch)
-    monkeypatch.setitem(dense.SIZES, "voc", (32, 24, (64, 32), (64, 32)))
+def test_a_damaged_file_is_reported_in_one_sentence_even_from_a_worker(monkeypatch):
+    plant_two_classes(monkeypatch)
     read = annotations.segmentation
 
-    def segmentation(*args):
+    def read_one(*args):
         yield next(read(*args))
         raise ValueError("Cannot read x.jpg")
 
-    monkeypatch.setattr(annotations, "segmentation", segmentation)
+    monkeypatch.setattr(annotations, "segmentation", read_one)
     with pytest.raises(ValueError, match="^Cannot read x.jpg$"):
-        finetune.segmentation(model(), settings("--data", "voc", "--workers", "1"))
+        segmentation.segmentation(small_model(),
+                                  segmentation_options("--data", "voc", "--workers", "1"))
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
@@ -327,50 +306,51 @@ def test_a_damaged_file_is_named_in_one_sentence_though_a_worker_reads_it(monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["fpn", "upernet"])
-def test_it_learns_what_is_there_and_leaves_the_encoder_alone(monkeypatch, head):
-    for module in (dense, finetune):
-        monkeypatch.setattr(module, "BATCH", 8)          # for speed
-    small, found = model(), []
-    before = {name: x.clone() for name, x in small.encoder.state_dict().items()}
+def test_planted_classes_are_learned_and_the_given_encoder_does_not_change(monkeypatch, head):
+    monkeypatch.setattr(segmentation, "CROPS_PER_BATCH", 8)                  # for speed
+    model, scores = small_model(), []
+    before = {name: x.clone() for name, x in model.encoder.state_dict().items()}
     for shuffled in (False, True):
-        two_classes(monkeypatch, shuffled)
-        result = finetune.segmentation(small, settings("--head", head, "--iters", "12", "--lr",
-                                                       "1e-2"))
-        found.append(result.rows[head]["mAcc"])
-    assert found[0] > 90 and 35 < found[1] < 65
-    assert not small.encoder.training and result.images == {"test": 8}
-    assert all(x.equal(before[name]) for name, x in small.encoder.state_dict().items())
+        plant_two_classes(monkeypatch, shuffled)
+        report = segmentation.segmentation(model, segmentation_options(
+            "--head", head, "--iters", "12", "--lr", "1e-2"))
+        scores.append(report.rows[head]["mAcc"])
+    assert scores[0] > 90 and 35 < scores[1] < 65
+    assert not model.encoder.training and report.images == {"test": 8}
+    assert all(x.equal(before[name]) for name, x in model.encoder.state_dict().items())
 
 
-def weights_after(monkeypatch, *flags):
-    """Of a run of two steps in which crops do not depend on each other."""
-    seen = []
+def logits_after_two_steps(monkeypatch, *argv):
+    """Of a run in which crops do not depend on each other; and its report."""
+    predictors = []
     with monkeypatch.context() as patch:
-        two_classes(patch)
-        patch.setattr(finetune, "BatchNorm2d", functools.partial(nn.GroupNorm, 1))
-        patch.setattr(finetune, "DROP_PATH", 0.0)
-        patch.setattr(finetune, "DROPOUT", 0.0)
-        patch.setattr(dense, "score_segmentation", lambda predict, *rest: (
-            seen.append(predict), ([torch.eye(2)], [], 1))[1])
-        result = finetune.segmentation(model(), settings("--iters", "2", *flags))
+        plant_two_classes(patch)
+        patch.setattr(segmentation, "BatchNorm2d", functools.partial(nn.GroupNorm, 1))
+        patch.setattr(segmentation, "DROP_PATH", 0.0)
+        patch.setattr(segmentation, "DROPOUT", 0.0)
+        patch.setattr(segmentation, "score_segmentation", lambda predict, *rest: (
+            predictors.append(predict), ([torch.eye(2)], [], 1))[1])
+        report = segmentation.segmentation(small_model(),
+                                           segmentation_options("--iters", "2", *argv))
     x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
-    return seen[0](x), result
+    return predictors[0](x), report
 
 
-def test_parts_of_a_batch_make_the_same_step_but_for_batch_norm(monkeypatch):
-    (whole, _), (parts, result) = (weights_after(monkeypatch, "--batch-size", n)
+def test_gradient_accumulation_makes_the_same_step_except_for_batch_norm(monkeypatch):
+    (whole, _), (parts, report) = (logits_after_two_steps(monkeypatch, "--batch-size", n)
                                    for n in ("16", "3"))
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
-    assert "batch norm saw 2 crops at a time, not 16" in result.notes[0]
-    other, _ = weights_after(monkeypatch, "--seed", "1")
+    assert "batch norm over 2 crops at a time, not 16" in report.notes[0]
+    other, _ = logits_after_two_steps(monkeypatch, "--seed", "1")
     assert not torch.allclose(other, whole, rtol=1e-2, atol=1e-2)
 
 
-def test_the_second_loss_weighs_two_fifths(monkeypatch, capsys):
-    two_classes(monkeypatch)
-    monkeypatch.setattr(dense, "segmentation_loss", lambda logits, y: 1 + 0 * logits.sum())
+def test_the_auxiliary_loss_has_a_weight_of_two_fifths(monkeypatch, capsys):
+    plant_two_classes(monkeypatch)
+    monkeypatch.setattr(segmentation, "segmentation_loss", lambda logits, y: 1 + 0 * logits.sum())
     for head, loss in (("fpn", "1.000"), ("upernet", "1.400")):
-        finetune.segmentation(model(), settings("--head", head, "--iters", "1"))
+        segmentation.segmentation(small_model(),
+                                  segmentation_options("--head", head, "--iters", "1"))
         assert f"loss {loss}" in capsys.readouterr().out
 
 
@@ -381,11 +361,12 @@ def test_the_second_loss_weighs_two_fifths(monkeypatch, capsys):
     ("--lr 1e-3 1e-2", "one --lr at a time"), ("--batch-size 1", "--batch-size 2 or more"),
     ("--data cifar10", "No segmentation of 'cifar10' here"),
     ("--data voc --data-root x", "No voc under x: expected"),
-    ("--data voc --size 32", "segmentation on voc has the protocol's sizes: leave out --size"),
+    ("--data voc --img-size 32", "segmentation on voc has the protocol's sizes: leave out "
+                                 "--img-size"),
     ("--level scene", "No level 'scene' of toy"),
-    ("--lr nan --iters 2 --size 32", "the loss is not finite by step 2 of 2"),
+    ("--lr nan --iters 2 --img-size 32", "the loss is not finite at step 2 of 2"),
     ("--task part_classification --head fpn", "no head fpn; choose --head linear, attentive")])
-def test_mistakes_get_one_sentence(capsys, tmp_path, flags, expected):
+def test_user_errors_are_one_sentence(capsys, tmp_path, flags, expected):
     flags = ["--baseline", "untrained", "--limit", "4", "--out", str(tmp_path), *flags.split()]
     with pytest.raises(SystemExit) as stop:
         config.main(lambda: evaluate.main(["--task", "segmentation", "--device", "cpu", *flags]))
@@ -409,18 +390,18 @@ def test_it_runs_on_toy(tmp_path, flags, capsys):
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path, torchrun, monkeypatch, capsys):
     flags = ["--task", "segmentation", "--head", "upernet", "--baseline", "untrained", "--limit",
-             "33", "--device", "cpu", "--precision", "fp32", "--iters", "4", "--size", "64"]
+             "33", "--device", "cpu", "--precision", "fp32", "--iters", "4", "--img-size", "64"]
     script = tmp_path / "run.py"
     script.write_text(
-        "import evaluate, sys\nfrom lib import config\nfrom probes import finetune\n"
-        "finetune.DROP_PATH = finetune.DROPOUT = 0.0\n"      # drawn by each process for itself
+        "import evaluate, sys\nfrom lib import config\nfrom probes import segmentation\n"
+        "segmentation.DROP_PATH = segmentation.DROPOUT = 0.0\n"   # random in each process
         "config.main(lambda: evaluate.main(sys.argv[1:]))\n")
     done = subprocess.run(
         [*torchrun, str(script), *flags, "--out", str(tmp_path / "two")], cwd=ROOT, text=True,
         capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(finetune, "DROP_PATH", 0.0)
-    monkeypatch.setattr(finetune, "DROPOUT", 0.0)
+    monkeypatch.setattr(segmentation, "DROP_PATH", 0.0)
+    monkeypatch.setattr(segmentation, "DROPOUT", 0.0)
     evaluate.main([*flags, "--out", str(tmp_path / "one")])
     found = []
     for out, name in ((capsys.readouterr().out, "one"), (done.stdout, "two")):
@@ -436,9 +417,10 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, torchrun, monkeypatch, 
 # ---- the papers' numbers -------------------------------------------------------------------------
 
 
-def test_reference_has_the_dense_probes_under_the_names_of_their_columns():
+def test_published_numbers_of_dense_probes_have_the_names_of_their_columns():
     def row(task, data, start):
-        return next(r.rows for m, r in evaluate.reference(task, data) if m.name.startswith(start))
+        return next(result.report.rows for result in evaluate.paper_results(task, data)
+                    if result.model.startswith(start))
 
     assert row("segmentation", "ade20k", "SelfPatch (SelfPatch, suppl. table 1") == {
         "fpn": {"mIoU": 41.2, "mAcc": 52.1, "aAcc": 80.7}}

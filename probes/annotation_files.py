@@ -1,0 +1,122 @@
+"""Files of annotated data sets: where they are, and how they are opened.
+
+    path = find_path("coco", root, "coco/annotations/instances_val2017.json")
+    with name_damaged_file("coco", path), open(path) as file:      # any error names path and layout
+        content = json.load(file)
+
+Shared by probes/annotations.py and probes/label_maps.py.
+"""
+import importlib
+from contextlib import contextmanager
+
+import torch
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from lib import datasets
+
+LAYOUT = {                                  # expected files, and where to get them
+    "cub": ("CUB_200_2011/{images/<class>/*.jpg, images.txt, train_test_split.txt, "
+            "bounding_boxes.txt, parts/part_locs.txt}",
+            "'CUB-200-2011' from vision.caltech.edu/datasets/cub_200_2011"),
+    "coco": ("coco/{train2017/*.jpg, val2017/*.jpg, annotations/{instances, person_keypoints}_"
+             "{train2017, val2017}.json, stuffthingmaps/{train2017, val2017}/*.png}", "'2017 Train "
+             "images', '2017 Val images' and '2017 Train/Val annotations' from cocodataset.org, "
+             "and for level scene stuffthingmaps_trainval2017 from github.com/nightrome/cocostuff"),
+    "ade20k": ("ADEChallengeData2016/{images, annotations}/{training, validation}/ADE_*",
+               "'Scene Parsing train/val' from sceneparsing.csail.mit.edu"),
+    "ade20k-full": ("ADE20K_2021_17_01/images/ADE/{training, validation}/<group>/<scene>/ADE_*"
+                    "{.jpg, _seg.png, _parts_1.png, .json}",
+                    "'Full Dataset' from groups.csail.mit.edu/vision/datasets/ADE20K"),
+    "pascal": ("{trainval/Annotations_Part/*.mat, VOCdevkit/VOC2010/{JPEGImages/*.jpg, "
+               "ImageSets/Main/{train, val}.txt}}", "'PASCAL-Part annotations' from roozbehm.info/"
+               "pascal-parts and VOC2010 trainval from host.robots.ox.ac.uk/pascal/VOC"),
+    "voc": ("{VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/"
+            "{train, val}.txt}, benchmark_RELEASE/dataset/{cls/*.mat, train.txt, val.txt}}",
+            "VOC2012 trainval from host.robots.ox.ac.uk/pascal/VOC and the 'Semantic Boundaries "
+            "Dataset' (benchmark.tgz) from home.bharathh.info/pubs/codes/SBD"),
+    "lip": ("lip/{TrainVal_images/{train_images, val_images}/*.jpg, TrainVal_parsing_annotations/"
+            "{train_segmentations, val_segmentations}/*.png, train_id.txt, val_id.txt}",
+            "'Single Person' from sysu-hcp.net/lip"),
+    "cityscapes": ("cityscapes/{leftImg8bit/{train, val}/<city>/*_leftImg8bit.png, gtFine/{train, "
+                   "val}/<city>/*_gtFine_labelIds.png}", "leftImg8bit_trainvaltest and "
+                   "gtFine_trainvaltest from cityscapes-dataset.com"),
+    "davis": ("DAVIS/{JPEGImages/480p/<sequence>/*.jpg, Annotations/480p/<sequence>/*.png, "
+              "ImageSets/2017/{train, val}.txt}", "'DAVIS 2017 TrainVal Images and Annotations "
+              "(480p)', the semi-supervised ones, from davischallenge.org"),
+    "cue-conflict": ("cue-conflict/<shape>/<shape><i>-<texture><j>.png",
+                     "stimuli/style-transfer-preprocessed-512 of "
+                     "github.com/rgeirhos/texture-vs-shape")} | {
+    name: (f"{name}/{{jpg/*.jpg, gnd_{name}.pkl}}",
+           f"the images from robots.ox.ac.uk/~vgg/data/{old} and gnd_{name}.pkl from "
+           "github.com/filipradenovic/revisitop")
+    for name, old in (("roxford5k", "oxbuildings"), ("rparis6k", "parisbuildings"))}
+
+COCO_CLASSES = [name.replace("_", " ") for name in """person bicycle car motorcycle airplane bus
+train truck boat traffic_light fire_hydrant stop_sign parking_meter bench bird cat dog horse sheep
+cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard
+sports_ball kite baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass
+cup fork knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake
+chair couch potted_plant bed dining_table toilet tv laptop mouse remote keyboard cell_phone
+microwave oven toaster sink refrigerator book clock vase scissors teddy_bear hair_drier
+toothbrush""".split()]
+COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+
+
+def find_path(name, root, *places):
+    """The first of the places under root that exists. root None: $DATA_ROOT, else "datasets"."""
+    return datasets.find(name, datasets.root_of(root), *places, layouts=LAYOUT)
+
+
+def list_prefixes(*folders):
+    """The places of a data set under the root: in one of these folders, or directly there ("")."""
+    return [f"{folder}/" for folder in folders] + [""]
+
+
+@contextmanager
+def name_damaged_file(name, path):
+    """Turns any error inside into a ValueError that names the annotation file and the layout."""
+    try:
+        yield
+    except Exception as error:              # damaged annotations raise nearly anything
+        raise ValueError(f"{path} is damaged or does not have the format of {name} "
+                         f"({type(error).__name__}: {error}): expected {LAYOUT[name][0]}") from None
+
+
+def load_image(path):
+    """-> (3, height, width) uint8 RGB. ValueError names a file that cannot be read."""
+    try:
+        return pil_to_tensor(datasets.read_image(path))
+    except Exception as error:
+        raise ValueError(f"Cannot read {path}: {error}. Restore the file") from None
+
+
+def read_ids(name, path):
+    """The first word of each line of a text file."""
+    with name_damaged_file(name, path), open(path, encoding="utf-8") as lines:
+        return [words[0] for words in map(str.split, lines) if words]
+
+
+def import_optional(module, what):
+    """Imports a module of an optional package, or says in a ValueError how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        raise ValueError(f"{what}, which {package} reads: pip install {package}") from None
+
+
+def select_evenly(items, limit, order=None):
+    """`limit` items of a list (None: all), evenly spaced, as lists are often sorted by class.
+
+    order: a function of the number of selected items -> which of them to take, in which order.
+    """
+    n = len(items)
+    if limit is not None and limit < n:
+        items = [items[i * n // limit] for i in range(limit)]
+    return items if order is None else [items[i] for i in order(len(items))]
+
+
+def to_corners(boxes):
+    """Rows of x, y, width, height -> (objects, 4) float32 x0, y0, x1, y1."""
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(len(boxes), 4)
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)

@@ -1,0 +1,390 @@
+"""Probes of retrieval: are features of the same class, part or landmark similar?
+
+    python evaluate.py --task object_retrieval --data toy-scenes
+    python evaluate.py --task part_retrieval --show --baseline pixels untrained
+    python evaluate.py --task landmark_retrieval --data roxford5k --img-size 512 --multiscale
+
+The retrieval tasks train nothing: items are ranked by the cosine similarity to a query.
+part_classification trains a head on the crops of part_retrieval.
+"""
+import functools
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Resampling
+from torchvision.transforms.v2 import functional as TF
+
+from lib import augment, config, datasets, metrics, rng, toy
+from probes import annotations
+from probes.common import (
+    Model,
+    Options,
+    Report,
+    all_tokens,
+    describe_view,
+    encode_batches,
+    extract_features,
+    is_toy,
+    own_items,
+    pooled_features,
+    require_tokens,
+    save_image_grid,
+    select_features,
+)
+from probes.heads import LINEAR_RECIPES, AttentiveHeads, LinearHeads, train_classifier
+
+# B images, D width, S image side
+
+# ---- objects -------------------------------------------------------------------------------------
+
+
+def object_retrieval(model: Model, opt: Options) -> Report:
+    """Average precision of retrieving the images (or boxes) of the same class.
+
+    Part-aware study, table 2: every image is a query for all others of its class, with encoded and
+    with projected features; CIFAR-10, and boxes of COCO that are "approximately square". Our
+    choice, as it states no more: the test split, and boxes (not crowds) of at least 64 px and at
+    most 1.2 times as long as wide, clipped to the image and resized to a square without keeping the
+    aspect ratio; the query is not in its own list. The chance level is about the fraction of items
+    of the query's class. Not implemented: retrieval in the training split.
+    """
+    names, encode = select_features(opt, "cls", "patch", "projected")
+    if opt.data in ("coco", "toy-scenes"):
+        items = annotations.boxes(opt.data, opt.data_root, "test", opt.limit)
+        crops = crop_boxes(items, model.img_size, opt.max_aspect, opt.min_side)
+        features, labels = encode_batches(
+            model, opt, batch_crops(crops, model, opt.batch_size), names, encode,
+            key=("boxes", opt.max_aspect, opt.min_side))
+        view = (f"boxes with sides of at least {opt.min_side} px and at most {opt.max_aspect:g} : "
+                f"1, resized to a square of {model.img_size} px")
+    else:
+        features, labels, _ = extract_features(model, opt, "test", names, encode)
+        view = describe_view(model, opt)
+    features, labels = draw_subset(features, labels, opt.max_items, opt.seed)
+    rows, notes = score_retrieval(features, labels, "class")
+    return Report(rows, f"average precision by cosine, query left out; last block, after the final "
+                  f"norm; {view}", dict(items=len(labels)), notes)
+
+
+def crop_boxes(items, size, max_aspect, min_side):
+    """Yields (box (3, size, size) uint8, its label): the boxes of annotations.boxes that are large
+    enough and nearly square, clipped to the image and resized to a square."""
+    for item in items:
+        height, width = item.image.shape[1:]
+        for box, label, crowd in zip(item.boxes, item.labels, item.crowd):
+            x0, y0 = (max(0, round(v)) for v in box[:2].tolist())
+            x1, y1 = (min(limit, round(v)) for v, limit in zip(box[2:].tolist(), (width, height)))
+            short, long = sorted((x1 - x0, y1 - y0))
+            if not crowd and short >= max(1, min_side) and long <= max_aspect * short:
+                crop = item.image[:, y0:y1, x0:x1]
+                yield TF.resize(crop, [size, size], TF.InterpolationMode.BICUBIC,
+                                antialias=True), int(label)
+
+
+def batch_crops(crops, model, batch_size):
+    """(crop (3, S, S) uint8, label) one by one -> batches (B, 3, S, S) normalized, labels (B,).
+
+    Every process cuts all crops, as an image has several, and gets its own batches."""
+    crops = iter(crops)
+    for batch in own_items(iter(lambda: list(islice(crops, batch_size)), [])):
+        x, labels = zip(*batch)
+        x = torch.stack(x).to(model.device).float() / 255
+        yield augment.normalize(x, model.mean, model.std), torch.tensor(labels)
+
+
+def draw_subset(features, labels, max_items, seed):
+    """At most max_items rows, drawn at random; None: all."""
+    rows = torch.randperm(len(labels), generator=rng.generator(seed, "subset"))
+    rows = rows[:max_items].sort().values.to(labels.device)
+    return {name: z[rows] for name, z in features.items()}, labels[rows]
+
+
+def score_retrieval(features, labels, kind):
+    """Each item is a query for the others with its label -> rows of a Report, notes.
+
+    kind: what a label is, in words. ValueError: every label is unique.
+    """
+    rows, chance = {}, 100 * metrics.chance(labels).nanmean().item()
+    for name, z in features.items():
+        ap = metrics.retrieval(z, labels)
+        mean, by_class = ap.nanmean().item(), metrics.class_means(ap, labels).nanmean().item()
+        rows[name] = {"AP": 100 * mean, f"AP by {kind}": 100 * by_class, "chance": chance}
+    alone = int(ap.isnan().sum())
+    if alone == len(labels):
+        raise ValueError(f"no two items have the same {kind}, so nothing can be retrieved: raise "
+                         f"--limit or change --data")
+    note = f"{alone} items are the only one of their {kind} and are not used as queries"
+    return rows, [note] * (alone > 0)
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+KEYPOINT_DATA = {  # data set: split, images at most, the study's parts, source in the protocol
+    "toy": ("test", 1000, ("head", "leg", "wing", "tail"), "test creatures drawn at 256 px"),
+    "toy-scenes": ("test", 1000, ("head", "leg", "wing", "tail"), "test scenes drawn at 256 px"),
+    "cub": (None, None, ("right_eye", "right_leg", "left_wing", "tail"), "CUB, train and test"),
+    "coco": ("train", None, ("nose", "right_wrist", "left_ankle"), "persons of COCO train2017")}
+
+
+def part_retrieval(model: Model, opt: Options) -> Report:
+    """Average precision of retrieving crops of the same object part.
+
+    Part-aware study, table 4 (left): every crop around a visible keypoint is a query for all others
+    of its part, in other poses and species.
+    """
+    known, parts, (split, default_limit, _, source) = choose_parts(opt)
+    limit = opt.limit or default_limit
+
+    def crops():
+        items = annotations.keypoints(opt.data, opt.data_root, split, limit)
+        return crop_parts(items, known, parts, model.img_size, opt.crop)
+
+    names, encode = select_features(opt, "cls", "patch", "projected")
+    features, labels = encode_batches(
+        model, opt, batch_crops(crops(), model, opt.batch_size), names, encode,
+        key=("parts", split, limit, model.img_size, opt.crop, tuple(parts)))
+    missing = note_missing_parts(parts, labels)          # of all crops, before --max-items
+    features, labels = draw_subset(features, labels, opt.max_items, opt.seed)
+    if opt.show:
+        path = Path(opt.out) / f"part_crops-{opt.data}.png"
+        save_image_grid(group_crops(crops(), parts), path, model.img_size)
+    rows, notes = score_retrieval(features, labels, "part")
+    side = {"code": "2 round(d/4), d to the nearest of these on the same object",
+            "paper": "d to the nearest of all keypoints"}
+    return Report(rows, f"average precision by cosine, query left out; last block, after the final "
+                  f"norm; visible {', '.join(parts)} of {source}; squares, side {side[opt.crop]}, "
+                  f"kept if 20 < d/2 < 1000 px, resized to {model.img_size} px",
+                  dict(crops=len(labels)), notes + missing)
+
+
+def part_classification(model: Model, opt: Options) -> Report:
+    """Linear or attentive classifier (--head) of the part that a crop shows.
+
+    Part-aware study, table 4 (right), on the crops of part_retrieval, with a frozen encoder. As in
+    its released code, training crops are enlarged by 256/224 and their border is cut off, test
+    crops are used whole; no augmentation. Our choice, as in `linear`: small batches, a sweep of lr
+    around the paper's, lr and epoch chosen on a held-out tenth (the code: the best epoch on the
+    test crops).
+    """
+    head = opt.head or "linear"
+    if head not in ("linear", "attentive"):
+        raise ValueError(f"part_classification has no head {head}; choose --head linear, attentive")
+    known, parts, _ = choose_parts(opt)
+    if head == "attentive":
+        require_tokens(model, "part_classification --head attentive")
+        names, encode, recipe = ["tokens"], all_tokens, LINEAR_RECIPES["part attentive"]
+        make_heads = functools.partial(AttentiveHeads, bn=opt.bn)
+    else:
+        names, encode = select_features(opt, "cls", "patch", "projected")
+        recipe, make_heads = LINEAR_RECIPES["part"], LinearHeads
+
+    def crops(split, side):
+        border = round((side - model.img_size) / 2)
+        inner = slice(border, border + model.img_size)
+        items = annotations.keypoints(opt.data, opt.data_root, split, opt.limit)
+        for crop, label in crop_parts(items, known, parts, side, opt.crop):
+            yield crop[:, inner, inner], label
+
+    (features, labels), (tests, truth) = (     # key: on toy and with --limit that of part_retrieval
+        encode_batches(model, opt, batch_crops(crops(split, side), model, opt.batch_size), names,
+                       encode, key=("parts", split, opt.limit, side, opt.crop, tuple(parts)))
+        for split, side in (("train", model.img_size * 256 // 224), ("test", model.img_size)))
+    heads = {name: train_classifier(x[:, None], labels, len(parts), recipe, opt.epochs, opt.seed,
+                                    make_heads) for name, x in features.items()}
+    rows = {name: heads[name].evaluate(tests[name], truth) for name in heads}
+    for row in rows.values():
+        del row["top-5"]                                 # of three or four parts
+    epochs = opt.epochs or recipe["epochs"]
+    batch_norm = " with batch norm of the test batch" * (head == "attentive" and opt.bn == "batch")
+    return Report(rows, f"{head} head{batch_norm} (SGD, {epochs} epochs), after the final norm; "
+                  f"{', '.join(parts)} of {opt.data}; squares as in the study's {opt.crop}, "
+                  f"without their border in training; lr and epoch chosen on a held-out tenth",
+                  dict(train=len(labels), test=len(truth)),
+                  [f"{model.name}, {name}: lr {trained.lr:.2g} at batch 256, epoch {trained.epoch} "
+                   f"of {epochs}" for name, trained in heads.items()]
+                  + note_missing_parts(parts, labels))
+
+
+def choose_parts(opt):
+    """Names of all keypoints of the data set, the parts to use, and its entry of KEYPOINT_DATA."""
+    if opt.data not in KEYPOINT_DATA:
+        raise ValueError(f"{opt.task} finds no keypoints in {opt.data}; choose --data "
+                         f"{' or '.join(KEYPOINT_DATA)}")
+    known, entry = annotations.part_names(opt.data), KEYPOINT_DATA[opt.data]
+    parts = known if opt.parts == ("all",) else tuple(dict.fromkeys(opt.parts)) or entry[2]
+    for part in parts:
+        if part not in known:
+            raise ValueError(f"{opt.data} has no part {part!r}{config.nearest(part, known)}")
+    if len(parts) < 2 and opt.crop == "code":
+        raise ValueError(f"--crop code measures the distance between two --parts, and {parts[0]} "
+                         f"is the only one: name two or more, or choose --crop paper")
+    return known, parts, entry
+
+
+def note_missing_parts(parts, labels):
+    """Notes for the table. With --crop paper hardly an eye or a nose is kept: other keypoints are
+    too near."""
+    missing = [part for i, part in enumerate(parts) if not (labels == i).any()]
+    return [f"no crop of {', '.join(missing)} is large enough"] * bool(missing)
+
+
+def crop_parts(items, names, parts, size, rule="code"):
+    """Yields (square around a part (3, size, size) uint8, index of the part in `parts`).
+
+    items: as from annotations.keypoints, names: of their keypoints; only v = 2 counts as visible.
+    The study's numbers were made with its released code ("code"): d is the smallest non-zero
+    distance to another *chosen* visible part of the same object, the side 2 round(d/4); so an
+    object needs two of them. The text ("paper"): side d, over all visible keypoints of the image.
+    Both: kept if 20 < d/2 < 1000 px of the original; what lies outside of the image is black.
+    """
+    chosen = torch.tensor([name in parts for name in names])
+    for item in items:
+        visible = item.points[..., 2] == 2                                  # (objects, keypoints)
+        for k, i in (visible & chosen).nonzero().tolist():
+            point = item.points[k, i, :2]
+            others = (item.points[k, visible[k] & chosen] if rule == "code" else
+                      item.points[visible])[:, :2]
+            distances = (others - point).norm(dim=1)
+            d = min(distances[distances > 0].tolist(), default=0)           # 0: not kept
+            if 20 < d / 2 < 1000:
+                side = 2 * round(d / 4) if rule == "code" else round(d)
+                x, y = (point - side / 2).round().int().tolist()
+                crop = TF.crop(item.image, y, x, side, side)                # pads with black
+                crop = TF.resize(crop, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
+                yield crop, parts.index(names[i])
+
+
+def group_crops(crops, parts, count=16):
+    """The first crops of each part as rows of an image, filled up with black."""
+    rows = [[] for _ in parts]
+    for crop, label in crops:
+        rows[label].append(crop)
+        if min(map(len, rows)) == count:
+            break
+    return [(row + [torch.zeros_like(crop)] * count)[:count] for row in rows]
+
+
+# ---- landmarks -----------------------------------------------------------------------------------
+
+
+def landmark_retrieval(model: Model, opt: Options) -> Report:
+    """Retrieval of other views of a landmark by class token (revisited Oxford and Paris).
+
+    MMC, table 9: mean AP of the medium (easy and hard views) and the hard setting; no whitening, no
+    query expansion. Our choice, DINO's default: longer side 224 (--img-size 512 --multiscale is its
+    better one), whole query images although the benchmark gives boxes (--crop-queries). Images keep
+    their aspect ratio; the sides are cut to multiples of the patch.
+
+    toy and toy-scenes, our synthetic substitute: 40 videos of 16 frames, each frame cropped to a
+    random half or more of the image around a point on a creature; the query is the ninth frame of
+    each video, and the other frames of the video are to be retrieved. Those within 4 frames of it
+    are easy, the others hard, and junk are those of which less than a fifth shows a creature;
+    distractors are the frames of all other videos. Creatures do not turn in depth, so viewpoints
+    differ less than on Oxford: compare with --baseline pixels untrained.
+    """
+    synthetic = is_toy(opt.data)
+    side = opt.img_size or (model.img_size if synthetic else 224)
+    landmarks = (draw_toy_landmarks(opt.data, side, opt.limit, opt.seed) if synthetic else
+                 annotations.landmarks(opt.data, opt.data_root))
+    names, encode = select_features(opt, "cls")
+    if opt.multiscale:
+        if opt.feature not in (None, "cls"):
+            raise ValueError(f"--multiscale averages class tokens: leave out --feature "
+                             f"{opt.feature}, or --multiscale")
+        names, encode = ["multiscale"], multiscale_features
+    boxes = landmarks.boxes if opt.crop_queries else None
+    seed = (opt.seed,) * synthetic                       # frames of toy are cropped at random
+    database, queries = (
+        encode_batches(model, opt, landmark_images(items, crop, side, model), names, encode,
+                       len(items), (role, side, crop is not None, *seed))[0]
+        for role, items, crop in (("database", landmarks.database, None),
+                                  ("queries", landmarks.queries, boxes)))
+    rows = {}
+    for name, z in database.items():
+        similarity = F.normalize(queries[name], dim=1) @ F.normalize(z, dim=1).T
+        ranking = similarity.argsort(dim=1, descending=True, stable=True).cpu()
+        rows[name] = {}
+        for setting, positive, ignored in (("medium", ("easy", "hard"), ("junk",)),
+                                           ("hard", ("hard",), ("junk", "easy")),
+                                           ("easy", ("easy",), ("junk", "hard"))):
+            scores = [metrics.revisited(order, list_images(landmarks, positive, query),
+                                        list_images(landmarks, ignored, query))
+                      for query, order in enumerate(ranking)]
+            ap = torch.tensor([ap for ap, _ in scores], dtype=torch.float64)
+            precision = torch.tensor([p for _, p in scores], dtype=torch.float64)   # at 1, 5, 10
+            rows[name][f"{setting} mAP"] = 100 * ap.nanmean().item()
+            rows[name][f"{setting[0]} mP@10"] = 100 * precision[:, 2].nanmean().item()
+    view = "whole queries" if boxes is None else "queries cropped to their boxes"
+    if synthetic:
+        view = "queries are frames of videos"
+    return Report(rows, f"revisited protocol, {view}; cosine; last block, after the final norm; "
+                  f"longer side {side} px" + ", 3 scales averaged" * opt.multiscale,
+                  dict(database=len(landmarks.database), queries=len(landmarks.queries)))
+
+
+def list_images(landmarks, kinds, query):
+    """Indices of the database images of some kinds (easy, hard, junk) for a query."""
+    return torch.cat([torch.as_tensor(getattr(landmarks, kind)[query], dtype=torch.long)
+                      for kind in kinds])
+
+
+def multiscale_features(encoder, x):
+    """Mean of the class tokens of the image at 1, 1/sqrt(2) and 1/2 of its size."""
+    p, total = encoder.patch_size, 0
+    for scale in (1, 2 ** -0.5, 0.5):
+        h, w = (max(p, int(side * scale) // p * p) for side in x.shape[2:])
+        size = [int(side * scale) for side in x.shape[2:]]
+        z = x if scale == 1 else F.interpolate(x, size, mode="bilinear", align_corners=False)
+        z = z[:, :, :h, :w] if min(z.shape[2:]) >= p else F.interpolate(x, (h, w), mode="bilinear")
+        total = total + pooled_features(encoder, z)["cls"]
+    return {"multiscale": total / 3}
+
+
+def landmark_images(items, boxes, side, model):
+    """Paths or images (3, H, W) uint8 -> (x (1, 3, h, w) normalized, index (1,)), one by one.
+
+    boxes: to crop the images to, or None. The longer side is resized to `side`, but never enlarged;
+    h and w are multiples of the patch.
+    """
+    p = model.encoder.patch_size if model.encoder else 1
+    for index, item in own_items(enumerate(items)):
+        image = TF.to_pil_image(item) if torch.is_tensor(item) else datasets.read_image(item)
+        if boxes is not None:
+            image = image.crop([round(float(v)) for v in boxes[index]])
+        image.thumbnail((side, side), Resampling.LANCZOS)
+        x = TF.pil_to_tensor(image)
+        x = x[:, :max(p, x.shape[1] // p * p), :max(p, x.shape[2] // p * p)]
+        x = F.pad(x, (0, max(0, p - x.shape[2]), 0, max(0, p - x.shape[1])))    # less than a patch
+        x = x[None].to(model.device).float() / 255
+        yield augment.normalize(x, model.mean, model.std), torch.tensor([index])
+
+
+def draw_toy_landmarks(name, side, limit, seed, n_videos=40, n_frames=16, query=8, near=4):
+    """Landmarks of toy or toy-scenes, in the form of annotations.landmarks; limit: of the videos.
+
+    query: the frame that is the query; near: the largest distance of an easy frame from it.
+    """
+    n_videos, size = min(n_videos, limit or n_videos), 2 * side
+    video = toy.video(torch.arange(n_videos), n_frames, size=size, scenes=name == "toy-scenes")
+    u = rng.uniform(torch.arange(n_videos * n_frames), 2, seed, "photographer")
+    views, shows_creature = [], []
+    for image, mask, (zoom, spot) in zip(video["image"].flatten(0, 1),
+                                         video["instances"].flatten(0, 1) > 0, u.tolist()):
+        length, pixels = round(size * (0.5 + 0.5 * zoom)), mask.nonzero()
+        target = pixels[int(spot * len(pixels))].tolist() if len(pixels) else (side, side)
+        y, x = (min(max(0, center - length // 2), size - length) for center in target)
+        views.append(TF.resize(image[:, y:y + length, x:x + length], [side, side],
+                               TF.InterpolationMode.BICUBIC, antialias=True))
+        shows_creature.append(mask[y:y + length, x:x + length].double().mean().item() >= 0.2)
+    others = [t for t in range(n_frames) if t != query]
+    lists = {kind: [[] for _ in range(n_videos)] for kind in ("easy", "hard", "junk")}
+    for v in range(n_videos):
+        for place, t in enumerate(others):
+            kind = "easy" if abs(t - query) <= near else "hard"
+            kind = kind if shows_creature[v * n_frames + t] else "junk"
+            lists[kind][v].append(v * len(others) + place)
+    database = [views[v * n_frames + t] for v in range(n_videos) for t in others]
+    return SimpleNamespace(database=database, queries=views[query::n_frames], boxes=None, **lists)

@@ -1,0 +1,255 @@
+"""What the probes that train share: shuffled batches, parameter groups, an encoder to fine-tune,
+and progress that is kept if the run is killed."""
+import itertools
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import vit
+from lib import checkpoints, distributed, positions, rng
+from probes.common import hash_settings, is_toy
+
+SHUFFLE_BYTES = 2**31    # images that are kept in memory for shuffling: 2 GiB per worker
+TOY_LIMITS = dict(train=1000, test=300)  # images of toy's splits that patch probes use by default
+
+
+def image_limit(opt, split):
+    """Number of images of a split to use, None: all. On toy fewer, unless --limit is given."""
+    return opt.limit or (TOY_LIMITS[split] if is_toy(opt.data) else None)
+
+
+# ---- progress ------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Counts and saves the steps of a training run: if it is killed, the same command resumes it.
+
+        progress = Progress(model, opt, net, optimizer)
+        for step, batch in progress.steps(batches_from(progress.step), total):
+            ...
+        progress.delete()                                # the result is there: no need to resume
+
+    step: number of steps done, 0 in a new run. curve: a list that is saved with them. Every
+    MINUTES the first process writes a file to --out/progress; its name holds a hash of all that
+    decides the result. ValueError: a file that cannot be read or does not fit.
+    """
+
+    MINUTES = 5
+    # Flags that do not change the result, or change it by the model, which is hashed, too.
+    NOT_HASHED = {"checkpoint", "baseline", "json", "out", "device", "precision", "workers",
+                  "cache", "reference", "show"}
+
+    def __init__(self, model, opt, net, optimizer):
+        settings = sorted((k, v) for k, v in vars(opt).items() if k not in self.NOT_HASHED)
+        digits = hash_settings(model, opt, settings)
+        name = f"{opt.task}-{model.name}-{Path(opt.data).name}-{digits}.pt"
+        self.path, self.name = Path(opt.out) / "progress" / name, model.name
+        self.net, self.optimizer, self.step, self.curve = net, optimizer, 0, []
+        if self.path.is_file():
+            try:
+                state = checkpoints.read_file(self.path)
+                net.load_state_dict(state["net"])
+                optimizer.load_state_dict(state["opt"])
+                self.step, self.curve = state["step"], state["curve"]
+            except (ValueError, KeyError, RuntimeError):
+                raise ValueError(f"{self.path} is damaged or of another version: delete it to "
+                                 f"start {opt.task} from scratch") from None
+            if distributed.rank() == 0:
+                print(f"{self.path}: resumed after step {self.step:,}", flush=True)
+
+    def steps(self, batches, total):
+        """Yields (step, batch) up to `total` steps; shows a progress bar and saves now and then."""
+        self.first, self.total, self.begin = self.step, total, time.monotonic()
+        self.bar = tqdm(total=total, initial=self.step, desc=self.name, delay=5, leave=False,
+                        dynamic_ncols=True, disable=distributed.rank() > 0 or None)
+        saved = self.begin
+        for step, batch in zip(range(self.step, total), batches):
+            yield step, batch
+            self.step = step + 1
+            self.bar.update()
+            due = time.monotonic() - (self.begin if self.step == total else saved)
+            if due > 60 * self.MINUTES and distributed.rank() == 0:
+                self.save()
+                saved = time.monotonic()
+        self.bar.close()
+
+    def mean_loss(self, losses, lr, remedy="--precision fp32, or an earlier checkpoint"):
+        """Mean of the losses over all processes, shown by the bar. To be called at the end of a
+        step, but not of every step, as it waits for the GPU. ValueError if it is not finite."""
+        mean = distributed.all_mean(torch.stack(losses).mean()).item()
+        if not math.isfinite(mean):
+            raise ValueError(f"{self.name}: the loss is not finite at step {self.step + 1} of "
+                             f"{self.total} (lr {lr:.1e}); try {remedy}")
+        self.bar.set_postfix(loss=f"{mean:.3f}")
+        return mean
+
+    def print(self, line):
+        """Prints a line above the bar, with the time that is left; for the end of a step."""
+        seconds = (time.monotonic() - self.begin) / (self.step + 1 - self.first)
+        eta = tqdm.format_interval(seconds * (self.total - self.step - 1))
+        tqdm.write(f"{line}  eta {eta}", file=sys.stdout)
+
+    def save(self):
+        """Writes the file. A full disk is reported but does not stop the run."""
+        state = dict(net=self.net.state_dict(), opt=self.optimizer.state_dict(), step=self.step,
+                     curve=self.curve)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoints.write_atomic(self.path, lambda file: torch.save(state, file))
+        except OSError as error:
+            print(error, file=sys.stderr)
+
+    def delete(self):
+        if distributed.rank() == 0:
+            self.path.unlink(missing_ok=True)
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def load_batches(read, batch_size, collate, steps, opt, device):
+    """Yields collate(step, items), tensors on the device, for a range of steps.
+
+    items: the next `batch_size` of those of read(), shuffled. A resumed run continues in another
+    order. Workers prepare batches ahead; toy is fast and needs none.
+    """
+    batches = ShuffledBatches(read, batch_size, collate, opt.seed, steps.start)
+    workers = 0 if is_toy(opt.data) else opt.workers
+    for batch in data.in_workers(batches, steps, workers, device):
+        if isinstance(batch, str):
+            raise ValueError(batch)
+        yield [x.to(device, non_blocking=True) for x in batch]
+
+
+class ShuffledBatches:
+    """step -> collate(step, items), or a str: what is wrong with a file. An exception in a worker
+    would arrive with its traceback.
+
+    To be called for step after step, or by each of n workers for every nth of them. All workers
+    and processes read the same images in the same order, so their number changes nothing.
+    """
+
+    def __init__(self, read, batch_size, collate, seed, first_step=0):
+        self.read, self.batch_size, self.collate = read, batch_size, collate
+        self.seed, self.first_step, self.done = seed, first_step, first_step
+        self.stream = None
+
+    def __call__(self, step):
+        if not self.stream:                              # in the worker, if there are workers
+            g = rng.generator(self.seed, "order", self.first_step)
+            self.stream = shuffle_items(self.read, g)
+        try:
+            for _ in range(self.done, step + 1):         # the earlier ones: steps of other workers
+                items = list(itertools.islice(self.stream, self.batch_size))
+        except ValueError as error:
+            return str(error)
+        self.done = step + 1
+        return self.collate(step, items)
+
+
+def shuffle_items(read, g):
+    """Yields the items of read(), a finite iterator, endlessly in random order.
+
+    If the images fit in SHUFFLE_BYTES they are kept and permuted in each epoch. Of a larger set a
+    pool of that size is kept: the next item replaces one that is drawn.
+    """
+    stream, pool, room = read(), [], SHUFFLE_BYTES
+    for item in stream:
+        pool.append(item)
+        room -= item.image.nbytes
+        if room <= 0:
+            break
+    else:
+        if not pool:
+            raise ValueError("no training images: raise --limit or change --data")
+        while True:
+            yield from (pool[i] for i in torch.randperm(len(pool), generator=g).tolist())
+    for item in itertools.chain(stream, itertools.chain.from_iterable(iter(read, None))):
+        i = int(torch.randint(len(pool), (), generator=g))
+        yield pool[i]
+        pool[i] = item
+
+
+def draw_uniform(g, low=0.0, high=1.0):
+    return low + (high - low) * torch.rand((), generator=g).item()
+
+
+def flip_table(names):
+    """(256,) uint8: the label of each class in a mirrored image; left-arm becomes right-arm, and
+    "cat: leye" becomes "cat: reye"."""
+    table, names = torch.arange(256, dtype=torch.uint8), [name.lower() for name in names]
+    for i, name in enumerate(names):
+        other = name.replace("left", "\0").replace("right", "left").replace("\0", "right")
+        if other == name:                                # Pascal-Part's, except "bus: roofside"
+            other = re.sub("(?<=: )[lr]", lambda side: "rl"["lr".index(side[0])], name)
+        table[i] = names.index(other) if other in names else i
+    return table
+
+
+# ---- what is trained -----------------------------------------------------------------------------
+
+
+def linear_adamw(layers, lrs, weight_decay):
+    """One AdamW for several layers, each with its own peak learning rate; no decay of biases."""
+    groups = [dict(params=[p], peak=lr, weight_decay=weight_decay if p.ndim > 1 else 0.0)
+              for layer, lr in zip(layers, lrs) for p in layer.parameters()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
+
+
+def layer_decay_groups(named_parameters, depth, layer_decay, weight_decay):
+    """Parameter groups for AdamW of an `encoder` of that depth and its head. The learning rate of a
+    group is lr times its `factor`, smaller for earlier layers.
+
+    Layer 0: patch embedding, class token and positions; layer i: block i, counted from 1; layer
+    depth + 1: final norm and head. factor = layer_decay^(depth + 1 - layer). Vectors, class token
+    and positions have no weight decay.
+    """
+    groups, top = {}, depth + 1
+    for name, p in named_parameters:
+        part, *rest = name.removeprefix("encoder.").split(".")
+        embeds = part in ("patch_embed", "cls_token", "pos_embed")
+        layer = int(rest[0]) + 1 if part == "blocks" else 0 if embeds else top
+        no_decay = p.ndim <= 1 or part in ("cls_token", "pos_embed")
+        groups.setdefault((layer, no_decay), []).append(p)
+    return [dict(params=params, factor=layer_decay**(top - layer),
+                 weight_decay=0.0 if no_decay else weight_decay)
+            for (layer, no_decay), params in groups.items()]
+
+
+def copy_encoder(encoder, drop_path, reinit=(), final_norm=False, img_size=None):
+    """A copy of the encoder to fine-tune; the blocks `reinit` are re-initialized.
+
+    A relative position table that all blocks share becomes one for each block (BEiT, SimMIM).
+    Positions that were fixed in pre-training are trained, as in MAE's code. img_size: side of the
+    training images in pixels; positions are resampled to it here, once, so that the position of
+    each patch is then trained by itself.
+    """
+    config = {**encoder.config, "drop_path": drop_path}
+    config["final_norm"] &= final_norm
+    state, key = encoder.state_dict(), "relative_position_bias_table"
+    if config["rel_pos"] == "shared":
+        config["rel_pos"] = "block"
+        for i in range(encoder.depth):
+            state[f"blocks.{i}.attn.{key}"] = state[f"rel_pos_bias.{key}"]
+    if img_size not in (None, config["img_size"]):
+        config["img_size"] = img_size
+        grids = encoder.grid, (img_size // encoder.patch_size,) * 2
+        for name, x in state.items():
+            if name == "pos_embed":
+                state[name] = positions.resize_positions(x, *grids, encoder.num_prefix,
+                                                         config["resize"])
+            elif name.endswith(key):
+                state[name] = positions.resize_table(x, *grids)
+    copy = vit.ViT(**config)                             # initialized as before pre-training
+    fresh = tuple(f"blocks.{i}." for i in reinit)
+    copy.load_state_dict({name: x if name.startswith(fresh) else state[name]
+                          for name, x in copy.state_dict().items()})
+    if copy.pos_embed is not None:
+        copy.pos_embed.requires_grad_(True)
+    return copy

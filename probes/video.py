@@ -1,0 +1,142 @@
+"""Video object segmentation: masks of the first frame are propagated by patch similarity.
+
+    python evaluate.py --task video --data davis --data-root /data --show
+
+    masks of frame 0 -> labels of its patches -+
+    earlier frames   -> ViT -> patch tokens   -+- the most similar patches nearby, weighted mean
+    this frame       -> ViT -> patch tokens   -+      -> labels of its patches -> masks
+"""
+from collections import deque
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lib import augment, metrics, toy
+from probes import annotations
+from probes.common import Report, input_side, is_toy, progress_bar, require_tokens, save_image_grid
+from probes.patches import (
+    extract_patches,
+    normalize_images,
+    resize_image,
+    resize_labels,
+    upsample_maps,
+)
+
+# Shapes: D width, C labels (background and the objects of the first frame), p patch side; (height,
+# width) in pixels, (rows, columns) of patches.
+
+# DINO's script: previous frames, patches, patches, temperature
+MEMORY, RADIUS, NEIGHBORS, TEMPERATURE = 7, 12, 5, 0.1
+DAVIS_STD = (0.228, 0.224, 0.225)                        # sic, in DINO's script
+TOY_VIDEOS = 10                                          # unless --limit is given
+
+
+def video(model, opt):
+    """Masks of a video's first frame are propagated to all others by patch similarity: J and F.
+
+    DINO's protocol on DAVIS-2017 (SelfPatch, supplement, tables 3-5; MMC, table 2). Nothing is
+    trained: each patch takes the mean label of its 5 most similar patches within 12 patches of its
+    position, among the first frame and the previous 7 together, weighted by exp(cosine / 0.1).
+    Tokens after the final norm (SelfPatch's code has none there). Our choice on toy: videos of 24
+    frames of twice the encoder's size, and a radius of the same fraction of the frame, 12 of 30
+    patches.
+    """
+    require_tokens(model, opt.task)
+    side, p = input_side(model, opt, 480), model.encoder.patch_size
+    radius = max(1, round(RADIUS * (side // p) / 30)) if is_toy(opt.data) else RADIUS
+    limit = opt.limit or (TOY_VIDEOS if is_toy(opt.data) else None)
+    std = DAVIS_STD if opt.data == "davis" and tuple(model.std) == tuple(augment.STD) else None
+
+    def encode(image):
+        x = resize_image(image, frame_shape(image.shape[1:], side, p))
+        x = normalize_images(model, x[None], std)
+        return F.normalize(extract_patches(model, x)[0], dim=2)
+
+    scores, rows, n_frames = [], [], 0
+    videos = annotations.videos(opt.data, opt.data_root, "test", limit, side)
+    for item in progress_bar(videos, model):
+        masks = torch.stack([item.masks[0], *propagate_masks(item, encode, p, radius)])
+        scores.append(metrics.score_video(masks, item.masks))
+        n_frames += len(masks)
+        if opt.show and len(rows) < 8:
+            rows += draw_video(item, masks)
+    if not sum(len(j) for j, _ in scores):
+        raise ValueError(f"{opt.task}: no video with an object; raise --limit or change --data")
+    if rows:
+        save_image_grid(rows, Path(opt.out) / f"video-{opt.data}-{model.name}.png")
+    means = metrics.video_scores(scores)
+    columns = {"J&F": "j&f", "J": "j", "F": "f", "J recall": "j_recall", "J decay": "j_decay",
+               "F recall": "f_recall", "F decay": "f_decay"}
+    return Report(
+        {"patches": {column: 100 * means[name] for column, name in columns.items()}},
+        f"first frame and the previous {MEMORY}, the {NEIGHBORS} most similar patches of all of "
+        f"them within {radius} patches, temperature {TEMPERATURE}; last block, after the final "
+        f"norm; frames with a short side of {side} px, patches of {p}; first and last frame not "
+        f"scored", dict(videos=len(scores), frames=n_frames))
+
+
+def frame_shape(shape, short, p):
+    """(height, width) -> short side as given, the other scaled with it and rounded down to a
+    multiple of 64; of the patch, where that does not divide 64: our choice."""
+    step = 64 if 64 % p == 0 and short >= 64 else p
+    return [short if n == min(shape) else max(short, int(short * n / min(shape)) // step * step)
+            for n in shape]
+
+
+def propagate_masks(item, encode, p, radius):
+    """Yields the predicted mask (height, width) uint8 of each frame after the first.
+
+    item: of annotations.videos. encode: image -> (rows, columns, D), L2-normalized. Only the first
+    frame and the last MEMORY frames are kept.
+    """
+    tokens = encode(item.frames[0])
+    small = resize_labels(item.masks[0], tokens.shape[:2]).long().to(tokens.device)
+    first = tokens, F.one_hot(small).float()             # a channel for each label left in `small`
+    memory = deque(maxlen=MEMORY)
+    for t in range(1, len(item.masks)):
+        tokens = encode(item.frames[t])
+        known_tokens, known_labels = (torch.stack(x) for x in zip(first, *memory))
+        labels = propagate_labels(tokens, known_tokens, known_labels, radius)
+        memory.append((tokens, labels))
+        yield labels_to_mask(labels, p, item.masks.shape[1:])
+
+
+def propagate_labels(tokens, known_tokens, known_labels, radius):
+    """tokens (rows, columns, D), known_tokens (frames, rows, columns, D), known_labels (frames,
+    rows, columns, C) -> soft labels (rows, columns, C) of the tokens.
+
+    Row by row, compared with the rows within the radius only: videos with small patches fit in
+    memory.
+    """
+    out, columns = [], tokens.shape[1]
+    x = torch.arange(columns, device=tokens.device)
+    near = (x[:, None] - x).abs() <= radius              # (columns of the known, columns)
+    for y, row in enumerate(tokens):
+        rows = slice(max(0, y - radius), y + radius + 1)
+        source, labels = (known[:, rows].flatten(0, 2) for known in (known_tokens, known_labels))
+        weight = (source @ row.T / TEMPERATURE).exp() * near.repeat(len(source) // columns, 1)
+        least = weight.topk(min(NEIGHBORS, len(weight)), 0).values[-1]           # (columns,)
+        weight = weight.where(weight >= least, 0)        # ties with the fifth are kept
+        out.append((weight / weight.sum(0)).T @ labels)
+    return torch.stack(out)
+
+
+def labels_to_mask(labels, p, shape):
+    """Soft labels (rows, columns, C) of patches -> mask (height, width) uint8 of the frame.
+
+    Each channel that is not 0 everywhere is stretched to 0 ... 1 before the argmax: that helps
+    small objects and is part of the protocol. A constant channel would become 0/0; it is left
+    unchanged.
+    """
+    maps = upsample_maps(labels.permute(2, 0, 1), p)
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    stretch = (high > 0) & (high > low)
+    maps = torch.where(stretch, (maps - low) / (high - low).where(stretch, 1), maps)
+    return resize_labels(maps.argmax(0).to(torch.uint8), shape).cpu()
+
+
+def draw_video(item, masks, n_frames=6):
+    """Two rows of images: the true and the predicted masks of frames over the whole video."""
+    times = [i * (len(masks) - 1) // (n_frames - 1) for i in range(n_frames)]
+    return [[toy.overlay(item.frames[t], some[t]) for t in times] for some in (item.masks, masks)]

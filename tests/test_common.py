@@ -1,0 +1,376 @@
+"""Features of the probes against one forward pass per image, the cache, and several processes."""
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from small_models import make_encoder, make_model, make_options
+from torch import nn
+
+import data
+import dino
+import hybrid
+import ibot
+import mmc
+import moco_v3
+import selfpatch
+import vit
+from lib import augment, checkpoints, config, datasets, distributed, toy
+from probes import classification, common, retrieval
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
+NET = "--data imagenet --img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 2".split()
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def perturb(network):
+    """Moves weights and statistics away from the initial zeros and ones, which hide mistakes."""
+    for p in network.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    for name, buffer in network.named_buffers():
+        if "running" in name:
+            buffer.add_(0.3 * torch.rand_like(buffer))
+    return network.eval()
+
+
+# ---- features of a batch -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_features_equal_one_forward_pass_per_image_in_the_order_of_the_labels(class_token):
+    model = make_model(make_encoder(class_token=class_token))
+    opt = make_options("knn", "--limit", "9", "--batch-size", "4")
+    found, labels, num_classes = common.extract_features(model, opt, "test")
+    drawn = toy.draw(torch.arange(9), "test", 32)
+    assert labels.tolist() == drawn["label"].tolist() and num_classes == len(toy.CLASSES)
+    for i in range(9):
+        x = augment.normalize(drawn["image"][i:i + 1].float() / 255, augment.MEAN, augment.STD)
+        tokens = model.encoder(x)[0]
+        patch = tokens[int(class_token):].mean(0)
+        cls = tokens[0] if class_token else patch
+        assert torch.allclose(found["cls"][i], cls, atol=1e-5)
+        assert torch.allclose(found["patch"][i], patch, atol=1e-5)
+        hyber = torch.cat([cls / cls.norm(), patch / patch.norm()])
+        assert torch.allclose(found["hyber"][i], hyber, atol=1e-5)
+    assert not torch.allclose(found["patch"][0], found["patch"][1], atol=1e-3)    # they do differ
+
+
+def test_the_mirror_image_is_next_to_its_image():
+    model = make_model(make_encoder())
+    opt = make_options("knn", "--limit", "10", "--batch-size", "4")
+    both, labels, _ = common.extract_features(model, opt, "test", ["cls"], mirror=True)
+    plain, same, _ = common.extract_features(model, opt, "test", ["cls"])
+    x = augment.normalize(toy.draw(torch.arange(10), "test", 32)["image"].float() / 255)
+    mirrored = model.encoder(x.flip(-1))[:, 0]
+    assert torch.allclose(both["cls"][:, 0], plain["cls"], atol=1e-5) and labels.equal(same)
+    assert torch.allclose(both["cls"][:, 1], mirrored, atol=1e-5)
+
+
+def test_dino_features_are_four_class_tokens_or_class_token_and_patch_mean():
+    x, encoder = torch.randn(2, 3, 32, 32), make_encoder(depth=5)
+    found = common.dino_features(encoder, x)["4 x cls"]
+    outputs = []
+    hooks = [block.register_forward_hook(lambda *a: outputs.append(a[2]))
+             for block in encoder.blocks]
+    encoder(x)
+    for hook in hooks:
+        hook.remove()
+    expected = torch.cat([encoder.norm(z)[:, 0] for z in outputs[-4:]], 1)
+    assert torch.allclose(found, expected, atol=1e-5)
+    wide = make_encoder(embed_dim=768, depth=1, num_heads=2)
+    tokens = wide(x)
+    expected = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
+    assert torch.allclose(common.dino_features(wide, x)["cls+patch"], expected, atol=1e-5)
+
+
+def test_hyber_is_normalized_separately_or_jointly():
+    x, encoder = torch.randn(3, 3, 32, 32), make_encoder()
+    z = common.pooled_features(encoder, x)
+    for flags, ratio in (([], torch.ones(3)),                          # separately: both of norm 1
+                         (["--hyber-norm", "joint"],
+                          z["cls"].norm(dim=1) / z["patch"].norm(dim=1))):
+        names, encode = common.select_features(make_options("knn", *flags), "cls", "hyber")
+        found = encode(encoder, x)
+        cls, patch = found["hyber"].split(32, 1)
+        assert torch.allclose(cls.norm(dim=1) / patch.norm(dim=1), ratio) and "hyber" in names
+        assert torch.allclose(F.normalize(cls), F.normalize(z["cls"]), atol=1e-6)
+        assert torch.allclose(F.normalize(patch), F.normalize(z["patch"]), atol=1e-6)
+        assert found["cls"].equal(z["cls"])
+    assert (ratio - 1).abs().min() > 0.1
+    assert torch.allclose(found["hyber"].norm(dim=1), torch.ones(3))
+
+
+def test_block_features_are_taken_before_the_final_norm():
+    encoder, x, outputs = make_encoder(), torch.randn(2, 3, 32, 32), []
+    hooks = [block.register_forward_hook(lambda *a: outputs.append(a[2]))
+             for block in encoder.blocks]
+    found = common.block_features(encoder, x)
+    for hook in hooks:
+        hook.remove()
+    assert list(found) == [f"block {n} {name}" for n in (1, 2, 3) for name in ("cls", "patch")]
+    for n in (1, 2, 3):
+        patch_mean = outputs[n - 1][:, 1:].mean(1)
+        assert torch.allclose(found[f"block {n} patch"], patch_mean, atol=1e-6)
+        assert torch.allclose(found[f"block {n} cls"], outputs[n - 1][:, 0], atol=1e-6)
+    assert not torch.allclose(found["block 3 cls"], encoder(x)[:, 0], atol=1e-2)
+
+
+# ---- projected features --------------------------------------------------------------------------
+
+
+def method_networks():
+    """Method, flags, function: network -> its heads as saved, and tokens (B, L, D) -> projected."""
+    def moco_v3_head(n):
+        return dict(projector=n.projector, predictor=n.predictor), lambda t: n.projector(t[:, 0])
+
+    def dino_head(n):
+        return dict(head=n.head), lambda t: n.head(t[:, 0])
+
+    def mmc_head(n):
+        return dict(cls=n.head_cls, patch=n.head_patch), lambda t: n.head_cls(t[:, 0])
+
+    def selfpatch_head(n):
+        return (dict(ca_head=n.ca_head, c_head=n.c_head, p_head=n.p_head),
+                lambda t: n.c_head(n.aggregate(t)[:, 0]))
+
+    def hybrid_head(n):
+        return (dict(decoder=n.decoder, projector=n.projector, predictor=n.predictor),
+                lambda t: n.projector(t[:, 0]))
+
+    mlp = "--mlp-dim 32 --out-dim 16"
+    logits = "--head-hidden-dim 32 --bottleneck-dim 12 --out-dim 40"
+    return [(moco_v3, mlp, moco_v3_head), (dino, logits, dino_head),
+            (dino, f"{logits} --use-bn-in-head true", dino_head), (ibot, logits, dino_head),
+            (ibot, f"{logits} --shared-head false", dino_head), (mmc, mlp, mmc_head),
+            (selfpatch, f"{logits} --out-dim-selfpatch 8", selfpatch_head),
+            (hybrid, f"{mlp} --mask-patch-size 16", hybrid_head)]
+
+
+@pytest.mark.parametrize("method, flags, heads_of", method_networks())
+def test_projected_features_are_those_of_the_methods_own_network(tmp_path, method, flags, heads_of):
+    cfg = config.parse(method.Config, [*NET, *flags.split()])
+    teacher = {} if method is mmc else {"teacher": method is selfpatch}
+    network = perturb(method.Network(cfg, **teacher))
+    heads, project = heads_of(network)
+    path = tmp_path / "encoder.pt"
+    checkpoints.save_encoder(path, network.backbone,
+                             heads={name: head.state_dict() for name, head in heads.items()})
+    encoder, x = checkpoints.load_encoder(path, quiet=True), torch.randn(5, 3, 32, 32)
+    z, tokens = common.projected_features(encoder, x), encoder(x)
+    expected = project(tokens)
+    whole = checkpoints.projector(encoder, narrow=False)(tokens)
+    assert torch.allclose(whole, expected, atol=1e-5, rtol=1e-4)
+    assert torch.allclose(z["projected"] @ z["projected"].T, expected @ expected.T, rtol=1e-4,
+                          atol=1e-4)                      # narrow or not: the same inner products
+    assert z["projected"].shape[1] == (16 if expected.shape[1] == 16 else 12)
+    assert not torch.allclose(whole[0], whole[1], rtol=1e-2)               # images do differ
+    assert z["cls"].equal(common.pooled_features(encoder, x)["cls"])
+    name = next(name for name in ("projector", "head", "cls", "c_head") if name in heads)
+    key = next(key for key in heads[name].state_dict() if key.endswith("weight"))
+    encoder.source.heads[name][key] *= -1                 # control: the first layer matters
+    other = checkpoints.projector(encoder, narrow=False)(tokens)
+    assert not torch.allclose(other, expected, rtol=1e-2)
+
+
+def official_backbone(prefix, **config):
+    network = perturb(vit.ViT(**{**SMALL, **config}))
+    if config.get("pos", "").startswith("sincos"):        # fixed positions
+        network.pos_embed.copy_(vit.ViT(**{**SMALL, **config}).pos_embed)
+    return {f"{prefix}{key}": value for key, value in network.state_dict().items()}
+
+
+def test_projector_of_the_official_moco_v3_file(tmp_path):
+    def batch_norm(x, n, affine=True):
+        scale = (head[f"{n}.running_var"] + 1e-5).rsqrt()
+        x = (x - head[f"{n}.running_mean"]) * scale
+        return x * head[f"{n}.weight"] + head[f"{n}.bias"] if affine else x
+
+    widths, head = {0: (24, 40), 3: (40, 40), 6: (40, 16)}, {}
+    for n, (i, o) in widths.items():
+        head[f"{n}.weight"] = torch.randn(o, i)
+        head |= {f"{n + 1}.running_mean": torch.randn(o), f"{n + 1}.running_var": torch.rand(o) + 1,
+                 f"{n + 1}.num_batches_tracked": torch.tensor(7)}
+        if n < 6:
+            head |= {f"{n + 1}.weight": torch.randn(o), f"{n + 1}.bias": torch.randn(o)}
+    state = official_backbone("module.base_encoder.", pos="sincos_row", num_heads=12)
+    state |= {f"module.base_encoder.head.{key}": value for key, value in head.items()}
+    state |= {f"module.predictor.{n}.weight": torch.randn(8, 8) for n in (0, 3)}
+    torch.save({"state_dict": state}, tmp_path / "vit-b-300ep.pth.tar")
+    encoder = checkpoints.load_encoder(tmp_path / "vit-b-300ep.pth.tar", quiet=True)
+    x = torch.randn(4, 3, 32, 32)
+    z = encoder(x)[:, 0]
+    for n in (0, 3, 6):
+        z = batch_norm(z @ head[f"{n}.weight"].T, n + 1, n < 6)
+        z = z.clamp(min=0) if n < 6 else z
+    found = common.projected_features(encoder, x)["projected"]
+    assert torch.allclose(found, z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("loss", ["dino_loss", "ibot_loss"])
+@pytest.mark.parametrize("form", ["weight norm", "parametrization", "plain"])
+def test_heads_of_the_official_dino_and_ibot_files(tmp_path, loss, form):
+    last = nn.Linear(6, 50, bias=False)
+    if form == "weight norm":
+        last = nn.utils.weight_norm(last)                 # deprecated, but the official code's
+        last.weight_g.mul_(torch.rand(50, 1) + 0.5)
+    if form == "parametrization":
+        last = nn.utils.parametrizations.weight_norm(last)
+    mlp = nn.Sequential(nn.Linear(24, 10), nn.GELU(), nn.Linear(10, 10), nn.GELU(),
+                        nn.Linear(10, 6))
+    head = {f"mlp.{key}": value for key, value in mlp.state_dict().items()}
+    head |= {f"last_layer.{key}": value for key, value in last.state_dict().items()}
+    if loss == "ibot_loss":                               # a shared head is listed twice
+        head |= {key.replace("layer.", "layer2."): x for key, x in head.items() if "last" in key}
+    raw = {loss: {}, "epoch": 100}
+    for branch, prefix in (("teacher", ""), ("student", "module.")):
+        raw[branch] = official_backbone(f"{prefix}backbone.", num_heads=1)
+        raw[branch] |= {f"{prefix}head.{key}": value for key, value in head.items()}
+    torch.save(raw, tmp_path / "full.pth")
+    encoder = checkpoints.load_encoder(tmp_path / "full.pth", quiet=True)
+    x = torch.randn(4, 3, 32, 32)
+    expected = last(F.normalize(mlp(encoder(x)[:, 0]), dim=1))              # (4, 50) logits
+    found = checkpoints.projector(encoder, narrow=False)(encoder(x))
+    assert torch.allclose(found, expected, atol=1e-5)
+    narrow = common.projected_features(encoder, x)["projected"]
+    assert narrow.shape == (4, 6)
+    assert torch.allclose(torch.cdist(narrow, narrow), torch.cdist(expected, expected), atol=1e-4)
+
+
+def test_a_missing_head_gives_none_and_an_unknown_one_an_error_with_its_keys():
+    encoder, x = make_encoder(), torch.randn(1, 3, 32, 32)
+    encoder.source = SimpleNamespace(path="x.pt", heads={"decoder": {"weight": torch.ones(1)}})
+    assert checkpoints.projector(encoder) is None
+    assert "projected" not in common.projected_features(encoder, x)
+    encoder.source.heads = {"head": {"mlp.weight": torch.ones(2, 2)}}
+    with pytest.raises(ValueError, match="x.pt: cannot rebuild the head with the keys mlp.weight"):
+        checkpoints.projector(encoder)
+
+
+def test_projected_features_without_a_projection_head_are_an_error():
+    model, opt = make_model(make_encoder()), make_options("knn", "--feature", "projected")
+    with pytest.raises(ValueError, match="small has no projection head in its checkpoint"):
+        classification.knn(model, dataclasses.replace(opt, limit=10))
+
+
+# ---- data sets -----------------------------------------------------------------------------------
+
+
+def test_features_that_are_not_finite_are_an_error():
+    model = make_model(make_encoder())
+    model.encoder.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="small: its features are not finite"):
+        common.extract_features(model, make_options("knn", "--limit", "4"), "test")
+
+
+def test_every_fifth_image_of_a_folder_without_splits_is_a_test_image(tmp_path, capsys):
+    for i in range(20):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        image = torch.full((40, 40, 3), 10 * i, dtype=torch.uint8).numpy()
+        Image.fromarray(image).save(tmp_path / "ab"[i % 2] / f"{i:02}.png")
+    model, opt = make_model(make_encoder()), make_options("knn", "--data", str(tmp_path))
+    assert classification.images_are_square(model, opt)
+    train, labels, _ = common.extract_features(model, opt, "train", ["patch"])
+    test, truth, _ = common.extract_features(model, opt, "test", ["patch"])
+    assert (len(labels), len(truth)) == (16, 4) and truth.tolist() == [0, 0, 1, 1]
+    assert torch.cdist(test["patch"], train["patch"]).min() > 1e-4        # no image is in both
+    notes = capsys.readouterr().err.splitlines()         # each split once, and nothing else
+    assert len(notes) == 2 and "4 of its 20 images" in notes[0] and "16 of its 20" in notes[1]
+    opt = dataclasses.replace(opt, limit=3)                               # of each, evenly spaced
+    subset, _, _ = common.extract_features(model, opt, "train", ["patch"])
+    torch.testing.assert_close(subset["patch"], train["patch"][[0, 5, 10]])
+    subset, _, _ = common.extract_features(model, opt, "test", ["patch"])
+    torch.testing.assert_close(subset["patch"], test["patch"][[0, 1, 2]])
+
+
+def test_training_and_test_images_need_the_same_classes(tmp_path):
+    for i, folder in enumerate(["train/a", "train/b", "train/c", "val/a", "val/c"]):
+        (tmp_path / folder).mkdir(parents=True)
+        for n in range(16):
+            image = torch.full((32, 32, 3), 40 * i + n, dtype=torch.uint8).numpy()
+            Image.fromarray(image).save(tmp_path / folder / f"{n}.png")
+    model, opt = make_model(make_encoder()), make_options("linear", "--data", str(tmp_path))
+    with pytest.raises(ValueError, match=r"different classes \(3 and 2\), and linear needs"):
+        common.load_labeled(model, opt, "train")
+    opt = make_options("few_shot", "--data", str(tmp_path))     # uses the test split only
+    assert common.extract_features(model, opt, "test", ["cls"])[2] == 2
+    for path in tmp_path.glob("val/c/*"):
+        path.rename(tmp_path / "val/a" / f"{path.stem}b.png")
+    (tmp_path / "val/c").rmdir()                         # a folder without classes: no labels
+    common.load_split.cache_clear()
+    with pytest.raises(ValueError, match="has no labels, and few_shot needs them"):
+        common.load_labeled(model, opt, "test")
+
+
+# ---- cache ---------------------------------------------------------------------------------------
+
+
+def test_the_cache_distinguishes_everything_that_features_depend_on(tmp_path, monkeypatch):
+    for c in "ab":
+        (tmp_path / "data" / c).mkdir(parents=True)
+        for n in range(5):                               # one of each is a test image
+            image = torch.randint(256, (40, 80, 3), dtype=torch.uint8)
+            Image.fromarray(image.numpy()).save(tmp_path / "data" / c / f"{n}.png")
+    # changes of the model, of the options, of the call
+    cases = [({}, {}, {}), (dict(img_size=40), {}, {}), (dict(mean=augment.STD), {}, {}),
+             (dict(std=augment.MEAN), {}, {}), (dict(interpolation="bilinear"), {}, {}),
+             (dict(precision="bf16"), {}, {}), ({}, dict(limit=1), {}), ({}, {}, dict(whole=True)),
+             ({}, {}, dict(mirror=True)), ({}, {}, dict(split="train")),
+             ({}, {}, dict(encode=common.jointly_normalized))]
+    found, model = {}, make_model(make_encoder())
+    for cache in (False, True):
+        for number, (of_model, of_options, of_call) in enumerate(cases):
+            opt = make_options("knn", "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/out")
+            opt = dataclasses.replace(opt, cache=cache, **of_options)
+            changed = dataclasses.replace(model, **of_model)
+            z, _, _ = common.extract_features(changed, opt, **dict(split="test") | of_call)
+            assert z["hyber"].equal(found.setdefault(number, z["hyber"])), cases[number]
+    assert not any(found[a].equal(found[b]) for a in found for b in range(a))
+    assert len(list((tmp_path / "out/features").iterdir())) == len(cases)
+    names, opt = set(), make_options("knn", "--data", "cifar10", "--cache")
+    for root in "ab":                                    # without --data-root
+        monkeypatch.setenv("DATA_ROOT", root)
+        names.add(common.cache_path(model, opt, common.pooled_features, "test"))
+    assert len(names) == 2
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def test_each_process_reads_its_own_batches_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    model, drawn = make_model(make_encoder()), toy.draw(torch.arange(26), "test", 32)["image"]
+    crops = [(image, number) for number, image in enumerate(drawn)]
+    paths = [tmp_path / f"{number}.png" for number in range(26)]
+    pixels = datasets.Images("x", "test", pixels=drawn)
+    files = datasets.Images("x", "test", paths=paths)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        own = [n for start in (0, 4, 8, 12, 16, 20, 24)[rank::3] for n in range(start, start + 4)
+               if n < 26]
+        for n in own:
+            Image.fromarray(drawn[n].permute(1, 2, 0).numpy()).save(paths[n])
+        sources = [
+            data.batches(pixels, 32, 4, rank=rank, world=3),
+            data.batches(files, 32, 4, rank=rank, world=3, resize=32, workers=0),
+            retrieval.batch_crops(crops, model, 4)]
+        for source in sources:
+            found = list(source)
+            assert torch.cat([index for _, index in found]).tolist() == own
+            x = augment.normalize(drawn[own].float() / 255)
+            assert torch.allclose(torch.cat([x for x, _ in found]), x, atol=1e-6)
+        for path in paths:
+            path.unlink(missing_ok=True)
+        Image.new("RGB", (32, 32)).save(paths[rank])     # the files of the others do not exist
+        images = list(retrieval.landmark_images(paths[:3], None, 32, model))
+        assert [number.tolist() for _, number in images] == [[rank]]
+    few = datasets.Images("x", "test", pixels=drawn[:4])
+    assert list(data.batches(few, 32, 4, rank=1, world=3)) == []

@@ -1,0 +1,144 @@
+"""Probes of shape bias and of noise in frequency bands, on hand-made predictions."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from small_models import make_encoder, make_model, make_options
+
+import data
+from lib import metrics
+from probes import annotations, common, robustness
+
+
+def run(task, *flags):
+    """The Report of a probe for a small model."""
+    return getattr(robustness, task)(make_model(make_encoder()), make_options(task, *flags))
+
+
+# ---- shape bias ----------------------------------------------------------------------------------
+
+
+def test_the_imagenet_classes_of_the_16_categories():
+    classes = robustness.IMAGENET_CLASSES
+    assert len(classes) == 16 and len(classes["bird"]) == 49 and len(classes["dog"]) == 109
+    assert not {7, 9, 17, 21, 84, 85, 86, 97, 134} & set(classes["bird"])
+    everything = sum(classes.values(), [])
+    assert len(set(everything)) == len(everything) and max(everything) < 1000
+
+
+def test_the_probability_of_a_category_is_the_mean_of_its_classes_and_not_their_sum():
+    p = torch.full((1, 1000), 1e-5)
+    p[0, robustness.IMAGENET_CLASSES["dog"]] = 0.004     # 109 of them: 0.44 in sum
+    p[0, 404] = 0.3                                      # airplane: a single class
+    names = list(robustness.IMAGENET_CLASSES)
+    assert names[robustness.predict_category(p.log(), names).item()] == "airplane"
+    total = torch.stack([p[:, m].sum(1) for m in robustness.IMAGENET_CLASSES.values()], 1)
+    assert names[total.argmax().item()] == "dog"         # control
+
+
+def test_shape_bias_from_images_to_numbers(tmp_path, monkeypatch):
+    names = sorted(robustness.IMAGENET_CLASSES)
+    pairs = [("cat", "dog"), ("cat", "dog"), ("dog", "cat"), ("car", "car"), ("oven", "knife")]
+    paths = []
+    for number, _ in enumerate(pairs):
+        paths.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (40, 40), (50 * number, 0, 0)).save(paths[-1])
+    shapes, textures = torch.tensor([[names.index(name) for name in pair]
+                                     for pair in pairs]).unbind(1)
+    stimuli = SimpleNamespace(paths=paths, shapes=shapes, textures=textures, classes=names)
+    monkeypatch.setattr(annotations, "cue_conflict", lambda root: stimuli)
+    # predictions: shape, texture, shape, of an image without conflict, neither
+    scores = torch.zeros(5, 1000)
+    for row, name in enumerate(["cat", "dog", "dog", "knife", "bird"]):
+        scores[row, robustness.IMAGENET_CLASSES[name]] = 20
+    head = SimpleNamespace(scores=lambda z: scores, epochs=3)
+    monkeypatch.setattr(robustness, "train_linear_classifier", lambda *a: ("patch", head, 7))
+    monkeypatch.setattr(robustness, "load_labeled", lambda *a: (None, 1000))
+    monkeypatch.setattr(common, "load_split", lambda *a: stimuli)          # a data set of files
+    sides, batches = [], data.batches
+    monkeypatch.setattr(data, "batches", lambda *a, **b: (sides.append(b["resize"]),
+                                                          batches(*a, **b))[1])
+    for flags, view, selection in (
+            (["--no-crop"], "whole image at 32 px", "lr and epoch chosen"),
+            (["--paper-lr", "--recipe", "park"], "short side 36 px, center crop of 32 px",
+             "lr 1 and weight decay 0.05 as printed")):
+        report = run("shape_bias", "--data", "imagenet", *flags)
+        assert f"; {view}; " in report.protocol
+        assert f"recipe park (3 epochs), {selection}" in report.protocol
+    assert sides == [32, None]                           # the whole image; the center crop
+    row = report.rows["patch"]
+    assert row["cat"] == 50 and row["dog"] == 100 and row["shape bias"] == 75
+    assert math.isnan(row["oven"]) and row["either"] == 75 and "car" not in row
+    with pytest.raises(ValueError, match="needs a classifier of ImageNet"):
+        run("shape_bias")
+    monkeypatch.setattr(robustness, "load_labeled", lambda *a: (None, 999))
+    with pytest.raises(ValueError, match="all 1,000 classes of ImageNet, and this folder has 999"):
+        run("shape_bias", "--data", "imagenet")
+
+
+def test_shape_bias_counts_only_decisions_for_shape_or_texture():
+    shapes, textures = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 1, 2, 0, 2, 0])
+    predicted = torch.tensor([0, 1, 1, 0, 1, 1])
+    bias, either = metrics.shape_bias(predicted, shapes, textures)
+    assert bias[0] == 0.5 and bias[1] == 0.5 and math.isnan(bias[2])
+    assert either == pytest.approx(4 / 6)
+
+
+# ---- noise ---------------------------------------------------------------------------------------
+
+
+def test_frequency_bands_cover_the_spectrum_exactly_once():
+    sizes = [int(robustness.frequency_band(224, t / 10 * math.pi).sum()) for t in range(11)]
+    assert sizes == [121, 968, 1936, 3216, 3960, 4928, 5896, 6864, 8592, 8888, 4807]
+    bands = [robustness.frequency_band(64, t / 10 * math.pi) for t in range(11)]
+    assert sum(band.int() for band in bands).eq(1).all()
+    keep = bands[5]                                      # -w for every w: the inverse is real
+    assert keep.roll((-1, -1), (0, 1)).flip(0, 1).equal(keep)
+
+
+def test_noise_stays_in_its_band_and_has_the_energy_of_its_band():
+    index, total = torch.arange(40), 0
+    for tenth in range(11):
+        f = tenth / 10 * math.pi
+        noise, keep = robustness.band_noise(index, 64, f, 0.7), robustness.frequency_band(64, f)
+        energy = torch.fft.fft2(noise.double()).abs().square()
+        assert (energy * ~keep).sum() < 1e-10 * energy.sum()
+        fraction = keep.double().mean().item()
+        assert noise.square().mean().item() == pytest.approx(0.49 * fraction, rel=0.1)
+        total = total + noise
+        equal = robustness.band_noise(index, 64, f, 0.7, equal_energy=True)
+        assert equal.square().mean().item() == pytest.approx(0.049, rel=0.1)
+    assert torch.allclose(total.abs(), torch.tensor(0.7), atol=1e-4)   # all bands: the signs again
+    alone = robustness.band_noise(index[7:8], 64, 1.0, 0.7)
+    assert alone.equal(robustness.band_noise(index, 64, 1.0, 0.7)[7:8])    # in any batch
+
+
+def test_a_drop_is_the_accuracy_lost_to_noise_in_one_band(monkeypatch):
+    labels, head = torch.arange(8) % 4, SimpleNamespace(scores=lambda z: z, epochs=3)
+    clean, noisy = torch.eye(4)[labels], torch.eye(4)[labels.clamp(max=2)]   # a quarter is wrong
+    x, sensitive = torch.randn(8, 3, 32, 32), robustness.frequency_band(32, 0.3 * math.pi)
+
+    def extract_features(model, opt, split, names, encode, change):
+        """Features of a model that is sensitive to noise around 0.3 pi only."""
+        assert split == "test"
+        noise = change(x, torch.arange(8)) - x if change else torch.zeros_like(x)
+        hit = (torch.fft.fft2(noise).abs() * sensitive).mean() > 1e-3
+        return {"cls": noisy if hit else clean}, labels, 4
+
+    monkeypatch.setattr(robustness, "train_linear_classifier", lambda *a: ("cls", head, 7))
+    monkeypatch.setattr(robustness, "extract_features", extract_features)
+    report = run("frequency_noise", "--limit", "8")
+    drops = {f"{tenth / 10:g} pi": 25 * (tenth == 3) for tenth in range(11)}
+    assert report.rows["cls"] == {"clean": 100, "mean drop": pytest.approx(25 / 11), **drops}
+    assert "recipe park (3 epochs), lr and epoch chosen" in report.protocol
+    report = run("frequency_noise", "--limit", "8", "--recipe", "park", "--paper-lr")
+    assert "lr 1 and weight decay 0.05 as printed" in report.protocol
+
+
+def test_features_with_noise_are_not_cached(tmp_path):
+    flags = "--limit 20 --epochs 1 --eps 50 --out".split()
+    plain, cached = (run("frequency_noise", *flags, str(tmp_path), *more).rows["patch"]
+                     for more in ([], ["--cache"]))
+    assert plain == cached and any(plain[name] for name in plain if name.endswith(" pi"))
