@@ -1,0 +1,139 @@
+"""Inputs of the diagnostics: test images, a class for every pixel, encoded patches, masks, crops.
+
+All functions take the `model` (probes.common.Model) and give the same images for every model.
+"""
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
+
+import data
+from lib import augment, datasets, rng
+from probes import annotations, common
+
+
+class MissingInput(ValueError):
+    """Model or data set lack what a diagnostic needs. The report prints the reason in one line and
+    continues with the other diagnostics."""
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def iterate_images(model, opt, limit, pixel_labels=False):
+    """Yields the first `limit` test images in batches: x (B, 3, S, S) normalized, image numbers
+    (B,), and labels (B, S, S), a class for every pixel, if asked for and available, else None."""
+    if opt.data not in datasets.NAMES and opt.data in annotations.SEGMENTATION or (
+            pixel_labels and not why_no_pixel_labels(opt.data, opt.data_root)):
+        yield from iterate_annotated_images(model, opt, limit)
+        return
+    images = common.load_split(opt.data, opt.data_root, "test", model.img_size, limit,
+                               model.device)
+    for x, index in iterate_batches(model, opt, images):
+        yield x, index, None
+
+
+def iterate_batches(model, opt, images):
+    return data.batches(images, model.img_size, opt.batch_size, model.device, mean=model.mean,
+                        std=model.std, workers=opt.workers, interpolation=model.interpolation)
+
+
+def annotation_level(name):
+    """The level of a data set's pixel labels that is used: objects if available."""
+    levels = annotations.SEGMENTATION[name][1]
+    return next(level for level in ("object", "scene", "part") if level in levels)
+
+
+@functools.lru_cache
+def why_no_pixel_labels(name, root):
+    """The reason why a data set has no class for every pixel; None if it has one."""
+    if name not in annotations.SEGMENTATION:
+        return (f"{name} has no class for every pixel: choose --data "
+                f"{' or '.join(annotations.SEGMENTATION)}")
+    try:
+        next(iter(annotations.segmentation(name, root, "test", 1, annotation_level(name))), None)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+
+
+def iterate_annotated_images(model, opt, limit):
+    """`iterate_images` with labels: 0 background, -1 unknown; resized and cropped as in
+    data.batches."""
+    S, level = model.img_size, annotation_level(opt.data)
+    short_side = S if common.is_toy(opt.data) else S * 256 // 224              # before the crop
+    first = annotations.segmentation_classes(opt.data, level)[0].lower()
+    items = iter(annotations.segmentation(opt.data, opt.data_root, "test", limit, level, S))
+
+    def resize_and_crop(x, interpolation):
+        x = TF.resize(x, short_side, TF.InterpolationMode(interpolation), antialias=True)
+        return TF.center_crop(x, [S, S]).to(model.device)
+
+    done = 0
+    while batch := list(itertools.islice(items, opt.batch_size)):
+        x = torch.stack([resize_and_crop(item.image, model.interpolation) for item in batch])
+        y = torch.cat([resize_and_crop(item.labels[None], "nearest-exact") for item in batch])
+        y = torch.where(y == 255, -1, y.long() + (first != "background"))
+        index = torch.arange(done, done + len(batch), device=model.device)
+        yield augment.normalize(x / 255, model.mean, model.std), index, y
+        done += len(batch)
+
+
+def load_first_images(model, opt, n):
+    """n test images from number --image on: (n, 3, S, S) normalized; fewer at the end of the data
+    set. MissingInput if there is none."""
+    end, found = opt.image + n, []
+    limit = max(opt.limit or 256, end)         # as in the shared pass: files are taken evenly
+    for x, index, _ in iterate_images(model, opt, limit):
+        found.append(x)
+        if index[-1] >= end - 1:
+            break
+    x = torch.cat(found)[opt.image:end]
+    if not len(x):
+        raise MissingInput(f"--image {opt.image} is beyond the end of the data set")
+    return x
+
+
+def to_uint8(model, x):
+    """(..., 3, S, S) normalized -> (..., S, S, 3) uint8 array."""
+    return augment.denormalize(x, model.mean, model.std).movedim(-3, -1).cpu().numpy()
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+
+def encode(model, x, batch_size):
+    """(B, 3, S, S) -> all tokens after the final norm (B, L, D), batch_size images at a time."""
+    with model.autocast():
+        return torch.cat([model.encoder(part).float() for part in x.split(batch_size)])
+
+
+def encode_patches(model, x, batch_size):
+    """(B, 3, S, S) -> (B, N, D) patches after the final norm, L2-normalized, on the CPU."""
+    return F.normalize(model.encoder.split(encode(model, x, batch_size))[1], dim=-1).cpu()
+
+
+# ---- masks and crops -----------------------------------------------------------------------------
+
+
+def expand_mask(mask, S):
+    """(B, N) bool of patches -> (B, 1, S, S) bool of pixels."""
+    g = math.isqrt(mask.shape[1])
+    return F.interpolate(mask.view(-1, 1, g, g).float(), S) > 0
+
+
+def expand_patches(values, p):
+    """(N,) values of patches -> (S, S): of the pixels in them."""
+    g = math.isqrt(len(values))
+    return values.view(g, g).repeat_interleave(p, 0).repeat_interleave(p, 1)
+
+
+def sample_crops(model, x, count, scale, *seed):
+    """Image (3, S, S) normalized -> (count, 3, S, S) random crops in [0, 1]; scale: smallest and
+    largest fraction of the area."""
+    u = rng.uniform(torch.arange(count), 22, *seed, "crops")
+    boxes = augment.crop_boxes(u, *x.shape[1:], torch.tensor(scale), torch.tensor([3 / 4, 4 / 3]))
+    whole = augment.denormalize(x, model.mean, model.std).expand(count, -1, -1, -1)
+    return augment.crop(whole, boxes.to(x.device), x.shape[-1])
