@@ -1,10 +1,11 @@
-"""Images a second that one core decodes, cuts and augments, from a folder of JPEG files: ours
-(decoded by torchvision, cut and resized by torch, colours changed for a whole batch) against the
-usual way, torchvision's transforms of one Pillow image after the other, blurred by Pillow as in the
-official codes. The files are creatures of 500 x 375 pixels.
+"""Images per second that one CPU core decodes, crops and augments from JPEG files: our loader
+(decoded by torchvision, cropped and resized by torch, colors augmented for a whole batch) against
+torchvision's transforms of one Pillow image after the other, with Pillow's blur as in the official
+codes. The files are images of the built-in data set of 500 x 375 pixels.
 
     python -m benchmarks.loading            # two minutes on a CPU
 """
+import argparse
 import random
 import statistics
 import tempfile
@@ -22,70 +23,74 @@ import moco_v3
 from lib import augment, datasets, distributed, toy
 
 
-def files(folder, n=256):
+def write_jpegs(folder, n=256):
     for index in torch.arange(n).split(32):
         for number, x in zip(index, toy.draw(index, "train", 500)["image"]):
-            picture = Image.fromarray(x.permute(1, 2, 0).numpy()).crop((0, 60, 500, 435))
-            picture.save(folder / f"{number:04}.jpg", quality=90)
+            image = Image.fromarray(x.permute(1, 2, 0).numpy()).crop((0, 60, 500, 435))
+            image.save(folder / f"{number:04}.jpg", quality=90)
 
 
-def blur(sigma):
+def pillow_blur(sigma):
     return v2.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(*sigma))))
 
 
-def transform(view):
-    """What the official scripts compose; steps with probability 0 are left out."""
-    how = v2.InterpolationMode(view.interpolation)
-    chosen = [v2.RandomResizedCrop(view.size, view.scale, view.ratio, interpolation=how),
-              v2.RandomHorizontalFlip(view.flip)]
+def torchvision_transform(view):
+    """The composition of the official scripts, without the steps of probability 0."""
+    kernel = v2.InterpolationMode(view.interpolation)
+    steps = [v2.RandomResizedCrop(view.size, view.scale, view.ratio, interpolation=kernel),
+             v2.RandomHorizontalFlip(view.flip)]
     if view.jitter_p:
-        chosen += [v2.RandomApply([v2.ColorJitter(*view.jitter)], view.jitter_p),
-                   v2.RandomGrayscale(view.grey_p)]
+        steps += [v2.RandomApply([v2.ColorJitter(*view.jitter)], view.jitter_p),
+                  v2.RandomGrayscale(view.gray_p)]
     if view.blur_p:
-        chosen.append(v2.RandomApply([blur(view.blur_sigma)], view.blur_p))
+        steps.append(v2.RandomApply([pillow_blur(view.blur_sigma)], view.blur_p))
     if view.solarize_p:
-        chosen.append(v2.RandomSolarize(128, view.solarize_p))
-    return v2.Compose([*chosen, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+        steps.append(v2.RandomSolarize(128, view.solarize_p))
+    return v2.Compose([*steps, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
                        v2.Normalize(augment.MEAN, augment.STD)])
 
 
-def usual(paths, views, batch_size):
-    """Batches without end, as torch's DataLoader makes them in its worker."""
-    cuts = [transform(view) for view in views for _ in range(view.copies)]
+def torchvision_batches(paths, views, batch_size):
+    """Endless batches, as a worker of torch's DataLoader makes them."""
+    transforms = [torchvision_transform(view) for view in views for _ in range(view.copies)]
     while True:
-        for at in range(0, len(paths) - batch_size + 1, batch_size):
+        for start in range(0, len(paths) - batch_size + 1, batch_size):
             rows = []
-            for path in paths[at:at + batch_size]:
+            for path in paths[start:start + batch_size]:
                 with Image.open(path) as file:
                     image = file.convert("RGB")
-                rows.append([cut(image) for cut in cuts])
+                rows.append([transform(image) for transform in transforms])
             yield [torch.stack(view) for view in zip(*rows)]
 
 
-def speeds(ways, batch_size, n=12):
-    """Images/s of each way, by the median batch; in turns, as a machine has its moods."""
-    taken = [[] for _ in ways]
+def measure_speeds(loaders, batch_size, n=12):
+    """Images/s of each loader, from the median time of n batches. The loaders take turns, so that
+    a change of the machine's speed affects all of them."""
+    times = [[] for _ in loaders]
     for _ in range(n):
-        for batches, times in zip(ways, taken):
+        for batches, taken in zip(loaders, times):
             begin = time.perf_counter()
             next(batches)
-            times.append(time.perf_counter() - begin)
-    return [batch_size / statistics.median(times) for times in taken]
+            taken.append(time.perf_counter() - begin)
+    return [batch_size / statistics.median(taken) for taken in times]
 
 
 def main(batch_size=64):
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     distributed.keep_memory()
     with tempfile.TemporaryDirectory() as folder:
-        files(Path(folder))
+        write_jpegs(Path(folder))
         images = datasets.load_images(folder)
         for name, method in (("one view (MAE)", mae), ("two views (MoCo v3)", moco_v3),
                              ("2 + 8 crops (DINO)", dino)):
             views = method.views(method.Config())
-            ours, plain = speeds((data.Loader(images, views, batch_size, workers=0).batches(),
-                                  usual(images.paths, views, batch_size)), batch_size)
-            print(f"{name:<20}{ours:6.0f} images/s; the usual way {plain:6.0f}; "
-                  f"ratio {ours / plain:.1f}", flush=True)
+            ours, reference = measure_speeds(
+                (data.Loader(images, views, batch_size, workers=0).batches(),
+                 torchvision_batches(images.paths, views, batch_size)), batch_size)
+            print(f"{name:<20}{ours:6.0f} images/s; torchvision's transforms {reference:6.0f}; "
+                  f"ratio {ours / reference:.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
-"""Images a second, share of the arithmetic that the device can do, and memory of every method: its
-default network (toy), or what the flags say, on noise that costs nothing to load.
+"""Images per second, model FLOPs utilization (MFU) and memory of every method, with the default
+network of toy or the given flags, on random pixels that need no loading.
 
     python -m benchmarks.speed                                     # five minutes on two CPU cores
     python -m benchmarks.speed mae -- --img-size 224 --patch-size 16 --embed-dim 384 --depth 12 \\
-        --num-heads 6 --batch-size 4                          # what follows -- goes to the scripts
+        --num-heads 6 --batch-size 4             # what follows -- are flags of the method's script
 """
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import METHODS
+
 ROOT = Path(__file__).parent.parent
-METHODS = "mae asl simmim beit cae moco_v3 dino ibot selfpatch hybrid mmc".split()
 
 
-def measure(method, flags):
-    """-> (images/s, MFU, GiB) of the last of three stretches of ten steps."""
+def measure_speed(method, flags):
+    """-> (images/s, MFU, GiB) of the last ten of thirty steps."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, ROOT / f"{method}.py", "--data", "synthetic", "--steps", "30",
                    "--log-every", "10", "--evals", "0", "--save-every", "999", "--out", out, *flags]
@@ -26,13 +28,20 @@ def measure(method, flags):
 
 
 def main():
-    named, _, flags = " ".join(sys.argv[1:]).partition("-- ")
-    if unknown := set(named.split()) - set(METHODS):
-        sys.exit(f"no method {' '.join(unknown)}: choose {' '.join(METHODS)}")
+    own, flags = sys.argv[1:], []
+    if "--" in own:
+        own, flags = own[:own.index("--")], own[own.index("--") + 1:]
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))
+    methods = parser.parse_args(own).methods or list(METHODS)
+    if unknown := set(methods) - set(METHODS):
+        parser.error(f"no method {' '.join(sorted(unknown))}; choose from {' '.join(METHODS)}")
     print("| method | images/s | MFU | memory |\n|---|---|---|---|")
-    for method in named.split() or METHODS:
-        speed, mfu, memory = measure(method, flags.split())
-        print(f"| {method} | {speed:.0f} | {100 * mfu:.0f} % | {memory:.1f} GiB |", flush=True)
+    for method in methods:
+        speed, mfu, memory = measure_speed(method, flags)
+        print(f"| {METHODS[method]} | {speed:.0f} | {100 * mfu:.0f} % | {memory:.1f} GiB |",
+              flush=True)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,36 @@
-"""The driver of the table of results: what it keeps, and what it prints of it."""
+"""benchmarks/results.py: what it runs, what it keeps in results.yaml, and the table it prints."""
 import json
 import sys
 
 import pytest
 import yaml
 
-from benchmarks import results
+from benchmarks import METHODS, results
 
 
-def line(task, metrics, data="toy", checkpoint="encoder.pt", level="object", limit=None):
+def result_line(task, metrics, data="toy", checkpoint="encoder.pt", level="object", limit=None):
     settings = dict(limit=limit, level=level)
     return json.dumps(dict(task=task, data=data, settings=settings, checkpoint=checkpoint,
                            metrics=metrics))
 
 
-def finished(folder, knn):
-    """A folder as training and probes leave it; the answers that count stand among others."""
+def write_finished_run(folder, knn):
+    """The files of a trained and evaluated run; results.jsonl also has lines to be ignored."""
     (folder / "analysis").mkdir(parents=True)
     (folder / "config.yaml").write_text("precision: fp32\n")
     (folder / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
     (folder / "results.log").write_text("step 20/20\ndone after 20 steps\nkNN\n")
-    lines = [line("knn", {"cls": {"k=10": 1.0}, "pat": {"k=10": 2.0}}),      # an older answer
-             line("knn", {"cls": {"k=10": knn}, "pat": {"k=10": 30.04}}),
-             line("knn", {"cls": {"k=10": 99.0}}, limit=10),
-             line("knn", {"cls": {"k=10": 99.0}}, data="cifar10"),
-             line("knn", {"cls": {"k=10": 99.0}}, checkpoint=None),          # a baseline
-             line("linear", {"pat": {"top-1": 50.0}}),                       # no class token
-             line("part_retrieval", {"cls": {"AP": 40.0}}),
-             line("linear_segmentation", {"patch": {"mIoU": 12.0}}),
-             line("linear_segmentation", {"patch": {"mIoU": 14.0}}, level="part"),
-             line("zero_shot_segmentation", {"patch": {"Opt": 45.0}}),
-             line("video", {"patch": {"J&F": 55.0}})]
+    lines = [result_line("knn", {"cls": {"k=10": 1.0}, "patch": {"k=10": 2.0}}),    # an older one
+             result_line("knn", {"cls": {"k=10": knn}, "patch": {"k=10": 30.04}}),
+             result_line("knn", {"cls": {"k=10": 99.0}}, limit=10),
+             result_line("knn", {"cls": {"k=10": 99.0}}, data="cifar10"),
+             result_line("knn", {"cls": {"k=10": 99.0}}, checkpoint=None),          # a baseline
+             result_line("linear", {"patch": {"top-1": 50.0}}),                # no class token
+             result_line("part_retrieval", {"cls": {"AP": 40.0}}),
+             result_line("linear_segmentation", {"patch": {"mIoU": 12.0}}),
+             result_line("linear_segmentation", {"patch": {"mIoU": 14.0}}, level="part"),
+             result_line("zero_shot_segmentation", {"patch": {"Opt": 45.0}}),
+             result_line("video", {"patch": {"J&F": 55.0}})]
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
     for name, key, last in (("attention_distance", "pixels", 16.26), ("nmi", "nmi", 0.274)):
         (folder / "analysis" / f"{name}.json").write_text(
@@ -38,8 +38,8 @@ def finished(folder, knn):
 
 
 @pytest.fixture
-def driver(tmp_path, monkeypatch):
-    """main() with flags, in which no script is run, and which keeps its results in tmp_path."""
+def run_main(tmp_path, monkeypatch):
+    """results.main() with flags; runs are under tmp_path, and so is results.yaml."""
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results.yaml")
 
     def main(*flags):
@@ -49,45 +49,59 @@ def driver(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def scripts(monkeypatch):
+    """Names of the scripts that would have been run; nothing is run."""
     names = []
-    monkeypatch.setattr(results, "call", lambda log, script, *flags: names.append(script))
+    monkeypatch.setattr(results, "run_script", lambda log, script, *flags: names.append(script))
     return names
 
 
-def test_answers_of_finished_runs_are_kept_and_averaged(driver, calls, tmp_path, capsys):
-    finished(tmp_path / "mae-toy", 60.0), finished(tmp_path / "mae-toy-seed1", 50.0)
-    driver("--methods", "mae", "--seeds", "0", "1")
-    assert calls == []                                    # all is done
+def test_finished_runs_are_kept_and_averaged(run_main, scripts, tmp_path, capsys):
+    write_finished_run(tmp_path / "mae-toy", 60.0)
+    write_finished_run(tmp_path / "mae-toy-seed1", 50.0)
+    run_main("--methods", "mae", "--seeds", "0", "1")
+    assert scripts == []                                  # everything is done
     kept = yaml.safe_load((tmp_path / "results.yaml").read_text())["toy"]["mae"]
     assert kept[0]["kNN cls"] == 60.0 and kept[1]["kNN cls"] == 50.0
     assert (kept[0]["steps"], kept[0]["precision"]) == (20, "fp32")
     table = capsys.readouterr().out
-    assert ("| mae | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 12.0 ± 0.0 | "
+    assert ("| MAE | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 12.0 ± 0.0 | "
             "14.0 ± 0.0 | 45.0 ± 0.0 | 55.0 ± 0.0 | 16.3 ± 0.0 | 0.27 ± 0.00 |") in table
 
 
-def test_seeds_of_another_day_stay_when_one_is_added(driver, calls, tmp_path, capsys):
-    (tmp_path / "results.yaml").write_text("toy: {mae: {0: {linear: 70.0}}, dino: {0: {video: 3}}}")
-    finished(tmp_path / "mae-toy-seed2", 40.0)
-    driver("--methods", "mae", "--seeds", "2")
+def test_seeds_of_an_earlier_day_are_kept_when_one_is_added(run_main, scripts, tmp_path, capsys):
+    (tmp_path / "results.yaml").write_text(
+        "toy: {mae: {0: {linear: 70.0}}, dino: {0: {video J&F: 3}}}")
+    write_finished_run(tmp_path / "mae-toy-seed2", 40.0)
+    run_main("--methods", "mae", "--seeds", "2")
     capsys.readouterr()
-    driver("--table")
+    run_main("--table")
     table = capsys.readouterr().out
-    assert "| mae | 2 | 40.0 | 30.0 | 60.0 ± 14.1 |" in table and "| dino | 1 |" in table
+    assert "| MAE | 2 | 40.0 | 30.0 | 60.0 ± 14.1 |" in table and "| DINO | 1 |" in table
 
 
-def test_what_was_not_asked_is_asked(driver, calls, tmp_path):
-    finished(tmp_path / "mae-toy", 60.0)
+def test_only_missing_diagnostics_are_run(run_main, scripts, tmp_path):
+    write_finished_run(tmp_path / "mae-toy", 60.0)
     (tmp_path / "mae-toy" / "analysis" / "nmi.json").unlink()
-    with pytest.raises(FileNotFoundError):                # as nothing is really run here
-        driver("--methods", "mae", "--seeds", "0")
-    assert calls == ["analysis.py"] and not (tmp_path / "results.yaml").exists()
+    with pytest.raises(FileNotFoundError):                # analysis.py is not really run here
+        run_main("--methods", "mae", "--seeds", "0")
+    assert scripts == ["analysis.py"] and not (tmp_path / "results.yaml").exists()
 
 
-def test_a_run_that_is_not_done_is_gone_on_with(driver, tmp_path, monkeypatch):
-    finished(tmp_path / "mae-toy", 60.0), finished(tmp_path / "dino-toy", 40.0)
-    for name in "mae-toy", "dino-toy":                    # killed: with a checkpoint, before one
+def test_only_missing_probes_are_run(run_main, scripts, tmp_path):
+    write_finished_run(tmp_path / "mae-toy", 60.0)
+    file = tmp_path / "mae-toy" / "results.jsonl"
+    lines = [line for line in file.read_text().splitlines() if '"video"' not in line]
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(TypeError):                        # evaluate.py is not really run here
+        run_main("--methods", "mae", "--seeds", "0")
+    assert scripts == ["evaluate.py"] and not (tmp_path / "results.yaml").exists()
+
+
+def test_an_unfinished_run_is_resumed_if_it_has_a_checkpoint(run_main, tmp_path, monkeypatch):
+    write_finished_run(tmp_path / "mae-toy", 60.0)
+    write_finished_run(tmp_path / "dino-toy", 40.0)
+    for name in "mae-toy", "dino-toy":
         (tmp_path / name / "results.log").write_text("step 10/20\n")
     (tmp_path / "mae-toy" / "last.pt").touch()
     called = {}
@@ -96,23 +110,32 @@ def test_a_run_that_is_not_done_is_gone_on_with(driver, tmp_path, monkeypatch):
         called[script] = flags
         log.write_text(log.read_text() + "done after 20 steps\n")
 
-    monkeypatch.setattr(results, "call", train)
-    driver("--methods", "mae", "dino", "--seeds", "0")
+    monkeypatch.setattr(results, "run_script", train)
+    run_main("--methods", "mae", "dino", "--seeds", "0")
     assert "--resume" in called["mae.py"] and "--resume" not in called["dino.py"]
     kept = yaml.safe_load((tmp_path / "results.yaml").read_text())["toy"]
     assert kept["mae"][0]["kNN cls"] == 60.0 and kept["dino"][0]["kNN cls"] == 40.0
 
 
-def test_a_training_that_was_told_to_stop_is_asked_nothing_and_stops_no_other(
-        driver, tmp_path, monkeypatch, capsys):
+def test_a_stopped_training_is_not_evaluated_and_the_other_runs_continue(
+        run_main, tmp_path, monkeypatch, capsys):
     called = []
 
-    def stopped(log, script, *flags):
+    def train_and_stop(log, script, *flags):
         called.append(script)
-        log.write_text("step 1/9\ntold to stop: saved after step 1; --resume goes on from there\n")
+        log.write_text("step 1/9\nstopped by SIGTERM\n")
 
-    monkeypatch.setattr(results, "call", stopped)
-    with pytest.raises(SystemExit, match="the same command goes on"):
-        driver("--methods", "mae", "dino", "asl", "--seeds", "0")
+    monkeypatch.setattr(results, "run_script", train_and_stop)
+    with pytest.raises(SystemExit, match="run the same command again"):
+        run_main("--methods", "mae", "dino", "asl", "--seeds", "0")
     assert sorted(called) == ["asl.py", "dino.py", "mae.py"]
     assert "dino-toy was stopped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", ["toy", "toy-scenes"])
+def test_docs_show_the_table_of_results_yaml(data, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["results.py", "--table", "--data", data])
+    results.main()
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + len(METHODS)
+    assert table in (results.ROOT / "docs" / "results.md").read_text()
