@@ -1,4 +1,4 @@
-"""BEiT against the published arithmetic, its masks, and its parameter groups."""
+"""BEiT against the published formulas; its masks and parameter groups; with negative controls."""
 import json
 import math
 import signal
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 import beit
 import data
 from lib import config, datasets, tokenizer
-from lib.run import Run
 
 TINY = """--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 --num-heads 2 --drop-path 0
-          --batch-size 8 --masked 25 --min-block 5 --token-size 32 --codes 16""".split()
+          --batch-size 8 --num-mask-patches 25 --min-mask-patches-per-block 5
+          --second-input-size 32 --vocab-size 16""".split()
 
 
 def settings(*flags):
@@ -26,7 +26,7 @@ def network(*flags, K=16):
     return beit.Network(settings(*flags), K)
 
 
-RELEASED = "--pos none --rel-pos --layer-scale 0.1 --init beit".split()          # the 22K weights'
+RELEASED = "--pos none --rel-pos-bias --layer-scale 0.1 --init beit".split()      # the 22K weights'
 
 
 def example(B=4):
@@ -39,18 +39,19 @@ def example(B=4):
 
 @pytest.fixture(scope="module")
 def masks():
-    cfg = settings("--img-size", "224", "--patch-size", "16", "--masked", "75", "--min-block", "16")
+    cfg = settings(*"""--img-size 224 --patch-size 16 --num-mask-patches 75
+                       --min-mask-patches-per-block 16 --second-input-size 112""".split())
     return beit.draw_mask(torch.arange(10_000), cfg, 0, 0)
 
 
-def test_masks_hide_as_many_patches_as_published(masks):
+def test_number_of_masked_patches_is_distributed_as_in_the_official_code(masks):
     count = masks.sum(1)
     assert masks.shape == (10_000, 196) and count.max() == 75 and count.min() >= 16
     assert abs(count.float().mean().item() - 74.5) < 0.1
     assert 0.62 < (count == 75).float().mean() < 0.71                         # about two thirds
     assert (count <= 70).float().mean() < 0.02
-    often = masks.float().mean(0)[[0, 13, -14, -1]]                           # the corners
-    assert often.min() > 0.03 and often.max() - often.min() < 0.01
+    corners = masks.float().mean(0)[[0, 13, -14, -1]]
+    assert corners.min() > 0.03 and corners.max() - corners.min() < 0.01
 
 
 def test_masks_are_blocks(masks):
@@ -62,7 +63,7 @@ def test_masks_are_blocks(masks):
     assert borders(masks.view(-1, 14, 14)) < 0.5 * borders(scattered.view(-1, 14, 14))
 
 
-def test_no_rectangle_spans_a_side_or_repeats_what_is_hidden():
+def test_no_rectangle_spans_a_side_and_each_adds_patches():
     shapes = set()
     for area in range(20):
         for aspect in range(50):
@@ -71,34 +72,34 @@ def test_no_rectangle_spans_a_side_or_repeats_what_is_hidden():
             assert mask.sum() == h * w                                        # one rectangle
             shapes.add((h, w))
     assert max(max(shape) for shape in shapes) == 13 and (0, 0) in shapes
-    once = (0.0, 0.5, 0.0, 0.0)                                               # 4 x 4 in a corner
-    assert beit.block_mask([once], 14, 75, 16).sum() == 16
-    assert beit.block_mask([once] * 20, 14, 75, 16).sum() == 16
+    first = (0.0, 0.5, 0.0, 0.0)                                              # 4 x 4 in a corner
+    assert beit.block_mask([first], 14, 75, 16).sum() == 16
+    assert beit.block_mask([first] * 20, 14, 75, 16).sum() == 16
     other = (0.0, 0.5, 0.9, 0.9)
-    assert beit.block_mask([once] + [once] * 9 + [other], 14, 75, 16).sum() == 32
-    assert beit.block_mask([once] + [once] * 10 + [other], 14, 75, 16).sum() == 16   # gave up
+    assert beit.block_mask([first] + [first] * 9 + [other], 14, 75, 16).sum() == 32
+    assert beit.block_mask([first] + [first] * 10 + [other], 14, 75, 16).sum() == 16   # stopped
 
 
-def test_a_mask_depends_on_the_image_and_the_epoch_alone():
+def test_a_mask_depends_on_image_and_epoch_only():
     cfg, index = settings(), torch.arange(16)
     mask = beit.draw_mask(index, cfg, 0, 0)
     assert torch.equal(mask[5:9], beit.draw_mask(index[5:9], cfg, 0, 0))
     assert not torch.equal(mask, beit.draw_mask(index, cfg, 0, 1))
 
 
-def test_smaller_grids_hide_the_same_share():
-    mask = beit.draw_mask(torch.arange(2000), settings("--min-block", "6"), 0, 0)
+def test_smaller_grids_have_the_same_fraction_of_masked_patches():
+    mask = beit.draw_mask(torch.arange(2000), settings("--min-mask-patches-per-block", "6"), 0, 0)
     assert abs(mask.sum(1).float().mean().item() - 24.9) < 0.1
 
 
 # ---- the view ------------------------------------------------------------------------------------
 
 
-def test_network_and_tokenizer_see_the_same_crop_flip_and_colours():
+def test_network_and_tokenizer_get_the_same_crop_flip_and_colors():
     pixels = torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     pixels = (F.interpolate(pixels, 64, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
-    cfg = settings("--img-size", "64", "--patch-size", "8", "--jitter", "0.4")
-    loader = data.Loader(datasets.Images("fields", "train", pixels=pixels), beit.views(cfg), 8, 0)
+    cfg = settings(*"--img-size 64 --patch-size 8 --color-jitter 0.4 0.4 0.4 0".split())
+    loader = data.Loader(datasets.Images("random", "train", pixels=pixels), beit.views(cfg), 8, 0)
     x, u = next(loader.batches()).views
     small = F.interpolate(x, 32, mode="bilinear", antialias=True)
     assert (small - u).abs().mean() < 0.05
@@ -109,15 +110,15 @@ def test_network_and_tokenizer_see_the_same_crop_flip_and_colours():
 
 
 @pytest.mark.parametrize("flags", [[], RELEASED])
-def test_logits_do_not_know_the_pixels_of_hidden_patches(flags):
+def test_masked_pixels_do_not_affect_the_logits(flags):
     net, (x, mask) = network(*flags).eval(), example()
-    hidden = mask.view(-1, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    pixel_mask = mask.view(-1, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     logits = net(x, mask)
-    assert torch.equal(logits, net(torch.where(hidden, torch.randn_like(x), x), mask))
-    assert not torch.equal(logits, net(torch.where(hidden, x, torch.randn_like(x)), mask))
+    assert torch.equal(logits, net(torch.where(pixel_mask, torch.randn_like(x), x), mask))
+    assert not torch.equal(logits, net(torch.where(pixel_mask, x, torch.randn_like(x)), mask))
 
 
-def test_logits_and_labels_go_image_by_image_and_row_by_row():
+def test_logits_and_labels_are_ordered_by_image_and_row():
     net, (x, mask) = network().eval(), example()
     logits, ids = net(x, mask), torch.arange(4 * 64).view(4, 64)
     assert len(logits) == len(ids[mask]) == mask.sum()
@@ -128,10 +129,10 @@ def test_logits_and_labels_go_image_by_image_and_row_by_row():
     assert torch.allclose(logits, one_by_one, atol=1e-6)
 
 
-def test_gradients_reach_all_that_is_trained_and_nothing_of_the_tokenizer():
+def test_every_parameter_gets_a_gradient_and_the_tokenizer_none():
     net, (x, mask) = network(*RELEASED), example()
     dvae = tokenizer.Small("vq", 16, 4, width=8).requires_grad_(False)
-    beit.token_loss(net(x, mask), dvae.ids(x)[mask]).backward()
+    beit.token_loss(net(x, mask), dvae.ids(x)[mask], mask.sum()).backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
     assert {"mask_token", "backbone.cls_token", "backbone.blocks.0.ls1.gamma",
@@ -140,18 +141,18 @@ def test_gradients_reach_all_that_is_trained_and_nothing_of_the_tokenizer():
     assert all(p.grad is None for p in dvae.parameters())
 
 
-def test_gradient_of_the_head_has_its_closed_form():
+def test_gradient_of_the_head_equals_its_closed_form():
     net, (x, mask) = network(), example()
     ids = torch.randint(16, (4, 64), generator=torch.Generator().manual_seed(0))[mask]
     _, patches = net.backbone.split(net.backbone(x, mask=mask, mask_token=net.mask_token))
     h = patches[mask]
-    beit.token_loss(net(x, mask), ids).backward()
+    beit.token_loss(net(x, mask), ids, len(ids)).backward()
     expected = (net.lm_head(h).softmax(1) - F.one_hot(ids, 16)).T @ h / len(h)
     assert torch.allclose(net.lm_head.weight.grad, expected, atol=1e-6)
     assert not torch.allclose(net.lm_head.weight.grad, expected * len(h) / 256, atol=1e-6)
 
 
-def test_a_fresh_network_takes_patches_for_a_set_until_its_table_is_filled():
+def test_network_is_permutation_equivariant_only_while_the_table_is_zero():
     net, (x, mask) = network(*RELEASED).eval(), example()
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
 
@@ -162,16 +163,16 @@ def test_a_fresh_network_takes_patches_for_a_set_until_its_table_is_filled():
     def by_patch(x, mask, at):
         return torch.zeros(4, 64, 16).masked_scatter(mask[:, :, None], net(x, mask))[:, at]
 
-    def differ():
+    def difference():
         return (by_patch(x, mask, order) - by_patch(shuffle(x), mask[:, order],
                                                     slice(None))).abs().max()
 
-    assert differ() < 1e-6
+    assert difference() < 1e-6
     torch.nn.init.normal_(net.backbone.rel_pos_bias.relative_position_bias_table)
-    assert differ() > 1e-4
+    assert difference() > 1e-4
 
 
-def test_weights_begin_as_in_the_official_code():
+def test_initial_weights_are_those_of_the_official_code():
     net = network(*RELEASED)
     for name, p in net.named_parameters():
         if "gamma" in name:
@@ -180,13 +181,13 @@ def test_weights_begin_as_in_the_official_code():
             assert (p == 0).all(), name
         elif "norm" not in name:
             assert 0 < p.abs().max() <= 0.02, name
-    for l, block in enumerate(net.backbone.blocks, 1):
+    for number, block in enumerate(net.backbone.blocks, 1):
         for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
-            assert 0.015 < weight.abs().max() * math.sqrt(2 * l) <= 0.0200001
+            assert 0.015 < weight.abs().max() * math.sqrt(2 * number) <= 0.0200001
     assert 0.0100 < net.lm_head.weight.std() < 0.0116                         # cut at one sigma
 
 
-def test_released_network_has_the_published_number_of_parameters():
+def test_number_of_parameters_of_the_released_network_is_the_published_one():
     with torch.device("meta"):
         net = beit.Network(config.parse(beit.Config, ["--data", "imagenet", *RELEASED]), 8192)
     assert sum(p.numel() for p in net.parameters()) == 91_965_776
@@ -194,10 +195,12 @@ def test_released_network_has_the_published_number_of_parameters():
 
 def test_initial_loss_is_the_published_one():
     torch.manual_seed(0)
-    net = beit.Network(settings(*"--embed-dim 768 --num-heads 12 --depth 1".split(), *RELEASED), 8192)
+    flags = "--embed-dim 768 --num-heads 12 --depth 1".split()
+    net = beit.Network(settings(*flags, *RELEASED), 8192)
     x, mask = example(2)
     with torch.no_grad():
-        loss = beit.token_loss(net(x, mask), torch.randint(8192, (int(mask.sum()),)))
+        n_masked = int(mask.sum())
+        loss = beit.token_loss(net(x, mask), torch.randint(8192, (n_masked,)), n_masked)
     assert abs(loss.item() - math.log(8192) - 0.045) < 0.1
 
 
@@ -205,7 +208,8 @@ def test_initial_loss_is_the_published_one():
 
 
 def train(monkeypatch, out, *flags):
-    """A run on 16 images in this process -> the last call of each function of interest."""
+    """A run on 16 images in this process. Returns {function: arguments, named ones, result} of the
+    last call."""
     calls, pixels = {}, torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
 
     def watch(owner, name):
@@ -218,10 +222,12 @@ def train(monkeypatch, out, *flags):
 
         monkeypatch.setattr(owner, name, watched)
 
-    for owner, name in ((beit, "draw_mask"), (beit.Network, "forward"), (Run, "backward"),
+    for owner, name in ((beit, "draw_mask"), (beit.Network, "forward"), (beit, "token_loss"),
+                        (torch.nn.utils, "clip_grad_norm_"), (beit, "set_lr"),
                         (tokenizer.Tokenizer, "ids")):
         watch(owner, name)
-    monkeypatch.setattr(datasets, "load_images", lambda *_: datasets.Images("noise", "train", pixels=pixels))
+    monkeypatch.setattr(datasets, "load_images",
+                        lambda *_: datasets.Images("noise", "train", pixels=pixels))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["beit.py", *TINY, *"""--workers 0 --evals 0 --device cpu
         --precision fp32 --tokenizer-steps 1 --warmup-epochs 1 --out""".split(), str(out), *flags])
@@ -229,67 +235,84 @@ def train(monkeypatch, out, *flags):
     return calls
 
 
-def test_a_step_puts_the_pieces_together(monkeypatch, tmp_path):
-    calls = train(monkeypatch, tmp_path / "run", *"""--steps 4 --clip 2 --lr 1e-3 --min-lr 2e-4
-        --log-every 1 --rel-pos --layer-scale 0.1 --pos learned""".split())
+def test_a_step_combines_mask_tokens_loss_clipping_and_schedule(monkeypatch, tmp_path):
+    calls = train(monkeypatch, tmp_path / "run", *"""--steps 4 --clip-grad 2 --lr 1e-3 --min-lr 2e-4
+        --log-every 1 --rel-pos-bias --layer-scale 0.1 --pos learned""".split())
     (_, _, *key), _, drawn = calls["draw_mask"]
     (net, x, mask, _), _, logits = calls["forward"]
     assert key == [0, 1]                                      # seed, second epoch: two steps each
     assert torch.equal(mask, drawn)
     (_, view), _, ids = calls["ids"]
     assert x.shape == view.shape == (8, 3, 32, 32) and not torch.equal(x, view)
-    (_, loss, opt), how, _ = calls["backward"]
+    (_, _, count), _, loss = calls["token_loss"]
+    (opt, _), _, _ = calls["set_lr"]
+    (_, max_norm), _, grad_norm = calls["clip_grad_norm_"]
     labels = torch.cat([ids[b, mask[b]] for b in range(8)])
     assert torch.allclose(loss, F.cross_entropy(logits, labels))
-    assert how == {"clip": 2.0}
+    assert count == mask.sum() and max_norm == 2
     assert [group["weight_decay"] for group in opt.param_groups] == [0.05, 0.0]
     log = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
-    assert [line["lr"] for line in log] == pytest.approx([0, 5e-4, 1e-3, 6e-4])   # up, half down
+    assert [line["lr"] for line in log] == pytest.approx([0, 5e-4, 1e-3, 6e-4])   # warm-up, cosine
     assert {group["lr"] for group in opt.param_groups} == {log[-1]["lr"]}
     right = logits.gather(1, labels[:, None])[:, 0] == logits.amax(1)
-    assert log[-1]["acc"] == pytest.approx(right.float().mean().item()) and 0 < right.sum()
+    assert log[-1]["mlm_acc"] == pytest.approx(right.float().mean().item()) and 0 < right.sum()
+    assert log[-1]["grad_norm"] == pytest.approx(grad_norm.item())
 
     names = {id(p): name for name, p in net.named_parameters()}
-    decayed, spared = ({id(p) for p in group["params"]} for group in opt.param_groups)
-    assert decayed | spared == set(names) and not decayed & spared
+    decayed, others = ({id(p) for p in group["params"]} for group in opt.param_groups)
+    assert decayed | others == set(names) and not decayed & others
     assert {"mask_token", "backbone.rel_pos_bias.relative_position_bias_table", "lm_head.weight",
             "backbone.patch_embed.proj.weight"} <= {names[p] for p in decayed}
-    for name in (names[p] for p in spared):
+    for name in (names[p] for p in others):
         assert name.endswith(("bias", "gamma", "cls_token", "pos_embed")) or "norm" in name
-    assert {"backbone.cls_token", "backbone.pos_embed"} <= {names[p] for p in spared}
+    assert {"backbone.cls_token", "backbone.pos_embed"} <= {names[p] for p in others}
 
 
-def test_tokenizer_sees_the_crop_of_the_network():
-    x, u = beit.views(settings("--img-size", "64", "--jitter", "0.4"))
+def test_clip_grad_0_does_not_clip(monkeypatch, tmp_path):
+    calls = train(monkeypatch, tmp_path / "run", "--steps", "1", "--clip-grad", "0")
+    assert calls["clip_grad_norm_"][0][1] == math.inf
+
+
+def test_tokenizer_and_network_have_the_same_view_in_two_sizes():
+    cfg = settings(*"--img-size 64 --patch-size 8 --color-jitter 0.4 0.4 0.4 0".split())
+    x, u = beit.views(cfg)
     assert (x.size, u.size, x.interpolation, u.interpolation) == (64, 32, "bicubic", "lanczos")
     assert u.like == 0 and x.scale == u.scale and x.flip == 0.5
     assert (x.jitter, x.jitter_p) == (u.jitter, u.jitter_p) == ((0.4, 0.4, 0.4, 0.0), 1.0)
 
 
-@pytest.mark.parametrize("masked, least", [(64, 5), (0, 0), (4, 5)])
-def test_masks_that_cannot_be_get_a_sentence(masked, least, monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="some must be hidden"):
-        train(monkeypatch, tmp_path, "--masked", str(masked), "--min-block", str(least))
+@pytest.mark.parametrize("flags, sentence", [
+    ("--num-mask-patches 64", "below the 64 patches"),
+    ("--num-mask-patches 4", "at least --min-mask-patches-per-block 5"),
+    ("--num-mask-patches 0", "1 or more"), ("--min-mask-patches-per-block 0", "1 or more"),
+    ("--pos none", "add --rel-pos-bias"),
+])
+def test_impossible_settings_are_refused(flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        settings(*flags.split())
 
 
-# ---- the loss and the optimisation ---------------------------------------------------------------
+# ---- the loss and the optimization ---------------------------------------------------------------
 
 
-def test_loss_is_the_mean_over_hidden_patches_however_they_are_split():
+def test_loss_of_unequal_micro_batches_is_the_mean_over_all_masked_patches():
     logits, ids = torch.randn(30, 16), torch.randint(16, (30,))
-    whole = beit.token_loss(logits, ids)
+    whole = beit.token_loss(logits, ids, 30)
     assert torch.allclose(whole, -logits.log_softmax(1)[torch.arange(30), ids].mean())
-    parts = [slice(0, 13), slice(13, 30)]                                     # unequal, like masks
+    parts = [slice(0, 13), slice(13, 30)]
     mean = sum(beit.token_loss(logits[s], ids[s], torch.tensor(15.0)) for s in parts) / 2
     assert torch.allclose(whole, mean)
-    assert not torch.allclose(whole, sum(beit.token_loss(logits[s], ids[s]) for s in parts) / 2)
+    assert not torch.allclose(whole, sum(
+        beit.token_loss(logits[s], ids[s], len(ids[s])) for s in parts) / 2)
 
 
 def test_defaults_are_the_papers():
     cfg = config.parse(beit.Config, ["--data", "imagenet"])
-    assert (cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.pos, cfg.rel_pos, cfg.layer_scale) == (
-        768, 12, 12, "learned", False, 0.0)
-    assert (cfg.masked, cfg.min_block, cfg.codes, cfg.token_size) == (75, 16, 8192, 112)
-    assert (cfg.epochs, cfg.batch_size, cfg.lr, cfg.min_lr, cfg.weight_decay, cfg.clip) == (
+    assert (cfg.embed_dim, cfg.depth, cfg.num_heads) == (768, 12, 12)
+    assert (cfg.pos, cfg.rel_pos_bias, cfg.layer_scale) == ("learned", False, 0.0)
+    assert (cfg.num_mask_patches, cfg.min_mask_patches_per_block, cfg.vocab_size,
+            cfg.second_input_size) == (75, 16, 8192, 112)
+    assert (cfg.epochs, cfg.batch_size, cfg.lr, cfg.min_lr, cfg.weight_decay, cfg.clip_grad) == (
         800, 2048, 1.5e-3, 1e-5, 0.05, 3.0)
-    assert (cfg.warmup_epochs, cfg.drop_path, cfg.min_scale, cfg.jitter) == (10, 0.1, 0.08, 0.4)
+    assert (cfg.warmup_epochs, cfg.drop_path, cfg.crop_min) == (10, 0.1, 0.08)
+    assert cfg.color_jitter == (0.4, 0.4, 0.4, 0.0)

@@ -1,4 +1,4 @@
-"""checkpoints.py against files laid out as published, damaged and hostile ones, and our own."""
+"""lib/checkpoints.py: files in the published layouts, damaged and malicious files, our files."""
 import argparse
 import os
 import pathlib
@@ -17,12 +17,12 @@ from lib import checkpoints, positions
 # -------------------------------------------------------------------------------- official layouts
 
 def split_names(state):
-    """Our names -> those of BEiT, CAE and SimMIM."""
+    """Our parameter names -> those of BEiT, CAE and SimMIM."""
     return {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
             for key, value in state.items()}
 
 
-def under(prefix, state):
+def add_prefix(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
 
@@ -57,7 +57,7 @@ def ibot_head():
 
 
 ARGS = argparse.Namespace(arch="vit_small", output_dir=pathlib.PosixPath("/data"), lr=np.float64(1))
-OPTIMISER = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
+OPTIMIZER = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
 TWELVE = dict(num_heads=12)
 
 
@@ -67,7 +67,7 @@ def fine_tuned(model):
 
 
 def official():
-    """Name -> (layout, branch, source model, content of the file) with the published key names."""
+    """{name: (layout, branch, source model, content of the file with the published keys)}."""
     plain = build(seed=1, resize="size")
     dino, other = build(seed=2), build(seed=3)
     moco, momentum = (build(seed=s, pos="sincos_row", resize="size", **TWELVE) for s in (4, 5))
@@ -80,26 +80,28 @@ def official():
                                                             "lm_head.bias": torch.zeros(9)}
     index = {"rel_pos_bias.relative_position_index": positions.relative_index((4, 4))}
     moco_file = {
-        "epoch": 300, "arch": "vit_base", "optimizer": OPTIMISER, "scaler": {}, "state_dict": {
-            **under("module.base_encoder.", moco.state_dict()),
-            **under("module.base_encoder.head.", projector()),
-            **under("module.momentum_encoder.", momentum.state_dict()),
-            **under("module.momentum_encoder.head.", projector()),
-            **under("module.predictor.", predictor())}}
+        "epoch": 300, "arch": "vit_base", "optimizer": OPTIMIZER, "scaler": {}, "state_dict": {
+            **add_prefix("module.base_encoder.", moco.state_dict()),
+            **add_prefix("module.base_encoder.head.", projector()),
+            **add_prefix("module.momentum_encoder.", momentum.state_dict()),
+            **add_prefix("module.momentum_encoder.head.", projector()),
+            **add_prefix("module.predictor.", predictor())}}
 
     def pair(head, loss):
-        student = {**under("module.backbone.", other.state_dict()), **under("module.head.", head())}
+        student = {**add_prefix("module.backbone.", other.state_dict()),
+                   **add_prefix("module.head.", head())}
         if loss == "ibot_loss":
             student["module.backbone.masked_embed"] = torch.zeros(1, 192)
-        teacher = {**under("backbone.", dino.state_dict()), **under("head.", head())}
-        return {"student": student, "teacher": teacher, "optimizer": OPTIMISER, "epoch": 400,
+        teacher = {**add_prefix("backbone.", dino.state_dict()), **add_prefix("head.", head())}
+        return {"student": student, "teacher": teacher, "optimizer": OPTIMIZER, "epoch": 400,
                 "args": ARGS, loss: {"center": torch.zeros(1, 9)}, "fp16_scaler": {"scale": 1.0}}
 
     dino_file, ibot_file = pair(dino_head, "dino_loss"), pair(ibot_head, "ibot_loss")
     decoder = {"embed.weight": torch.ones(64, 192), "pos_embed": torch.ones(1), "pred.bias":
-               torch.ones(3), **under("blocks.0.", vit.Block(64, 2).state_dict())}
+               torch.ones(3), **add_prefix("blocks.0.", vit.Block(64, 2).state_dict())}
     rest_of_cae = {
-        **mask, **under("alignment_encoder.", cae.state_dict()), **{key: torch.ones(2) for key in (
+        **mask, **add_prefix("alignment_encoder.", cae.state_dict()),
+        **{key: torch.ones(2) for key in (
             "rd_pos_embed", "encoder_to_regresser.weight", "regresser.blocks.0.norm1.weight",
             "pretext_neck.norm.weight", "decoder.blocks.0.norm1.weight")}}
     return {
@@ -114,18 +116,18 @@ def official():
         "ibot student": ("iBOT full", "student", other, ibot_file),
         "mae": ("MAE", None, mae, {"model": mae.state_dict()}),
         "mae full": ("MAE", None, mae, {"model": {
-            **mae.state_dict(), **mask, **under("decoder_", decoder)}}),
+            **mae.state_dict(), **mask, **add_prefix("decoder_", decoder)}}),
         "beit": ("BEiT 22k", None, beit, {"model": {
             **split_names(beit.state_dict()), **mask, **lm_head, **index}}),
         "beit 1k": ("BEiT 1k", None, beit1k, {"model": {
             **split_names(beit1k.state_dict()), **mask, **lm_head}}),
         "cae": ("CAE", None, cae, {
-            "optimizer": OPTIMISER, "epoch": 1, "scaler": {}, "args": ARGS, "model": {
-                **under("encoder.", split_names(cae.state_dict())), **rest_of_cae}}),
+            "optimizer": OPTIMIZER, "epoch": 1, "scaler": {}, "args": ARGS, "model": {
+                **add_prefix("encoder.", split_names(cae.state_dict())), **rest_of_cae}}),
         "simmim": ("SimMIM", None, beit, {
-            "optimizer": OPTIMISER, "lr_scheduler": {"t": 1}, "max_accuracy": np.float64(0),
+            "optimizer": OPTIMIZER, "lr_scheduler": {"t": 1}, "max_accuracy": np.float64(0),
             "epoch": 799, "amp": {}, "model": {
-                **under("encoder.", {**split_names(beit.state_dict()), **mask, **index}),
+                **add_prefix("encoder.", {**split_names(beit.state_dict()), **mask, **index}),
                 "decoder.0.weight": torch.ones(192, 192, 1, 1), "decoder.0.bias": torch.ones(1)}}),
         "augreg": ("timm augreg", None, plain, {**plain.state_dict(), **head}),
     }
@@ -145,7 +147,7 @@ NAMES = ["deit", "moco", "moco momentum", "dino", "dino full", "dino student", "
          "ibot student", "mae", "mae full", "beit", "beit 1k", "cae", "simmim", "augreg"]
 
 
-OWN = {      # layout: method, how it draws weights
+METHOD_AND_INIT = {
     "DeiT": ("deit", "trunc"), "MoCo v3": ("moco_v3", "moco"), "DINO backbone": ("dino", "trunc"),
     "DINO full": ("dino", "trunc"), "iBOT backbone": ("ibot", "trunc"),
     "iBOT full": ("ibot", "trunc"), "MAE": ("mae", "mae"), "BEiT 22k": ("beit", "beit"),
@@ -154,7 +156,7 @@ OWN = {      # layout: method, how it draws weights
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_official_layouts_load_bit_for_bit(name, files, tmp_path, capsys):
+def test_official_files_load_bit_for_bit(name, files, tmp_path, capsys):
     layout, branch, source, content = files[name]
     path = put(tmp_path, content)
     model = checkpoints.load_encoder(path, branch=branch)
@@ -165,12 +167,13 @@ def test_official_layouts_load_bit_for_bit(name, files, tmp_path, capsys):
     half = layout in ("BEiT 22k", "timm augreg")
     assert (model.source.mean, model.source.std) == (
         ((0.5,) * 3, (0.5,) * 3) if half else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    assert (model.source.method, model.config["init"]) == OWN[layout]
+    assert (model.source.method, model.config["init"]) == METHOD_AND_INIT[layout]
     assert model.source.interpolation == ("bilinear" if layout == "MoCo v3" else "bicubic")
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and layout in said and "heads" in said
-    old = put(tmp_path, content, "legacy.pth", _use_new_zipfile_serialization=False)
-    assert torch.equal(checkpoints.load_encoder(old, branch=branch, quiet=True)(images()), model(images()))
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and layout in printed and "heads" in printed
+    path = put(tmp_path, content, "legacy.pth", _use_new_zipfile_serialization=False)
+    legacy = checkpoints.load_encoder(path, branch=branch, quiet=True)
+    assert torch.equal(legacy(images()), model(images()))
     assert capsys.readouterr().out == ""
 
 
@@ -185,7 +188,7 @@ def test_default_branch_is_the_one_to_evaluate(files, tmp_path):
         checkpoints.load_encoder(path, branch="student")
 
 
-def test_heads_are_kept_beside_the_backbone(files, tmp_path):
+def test_heads_are_kept_in_source(files, tmp_path):
     def heads(name, branch=None, **change):
         path = put(tmp_path, {**files[name][3], **change})
         return checkpoints.load_encoder(path, branch, quiet=True).source.heads
@@ -205,7 +208,7 @@ def test_heads_are_kept_beside_the_backbone(files, tmp_path):
     assert "blocks.0.norm1.weight" in heads("mae full")["decoder"] and heads("mae") == {}
 
 
-def test_numbers_of_heads_follow_the_layout_because_a_wrong_one_would_run(files, tmp_path):
+def test_number_of_heads_follows_the_layout_because_a_wrong_one_would_run(files, tmp_path):
     content = files["moco"][3]["state_dict"]
     state = {key[20:]: value for key, value in content.items()
              if key.startswith("module.base_encoder.") and ".head." not in key}
@@ -215,7 +218,7 @@ def test_numbers_of_heads_follow_the_layout_because_a_wrong_one_would_run(files,
     assert moco.config["num_heads"] == 12
     assert (wrong(images()) - moco(images())).abs().max() > 0.01
     with pytest.raises(ValueError, match="keys of DINO backbone, but its positions are not lear"):
-        checkpoints.load_encoder(put(tmp_path, state))                # MoCo v3's, stripped by somebody
+        checkpoints.load_encoder(put(tmp_path, state))            # MoCo v3's, without its prefix
 
 
 def test_swapped_halves_of_the_sincos_table_change_features(files, tmp_path):
@@ -269,61 +272,62 @@ def test_augreg_npz_loads_bit_for_bit(files, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mae", "dino full", "cae", "augreg"])
-def test_missing_surplus_and_misshapen_keys_are_named(name, files, tmp_path):
+def test_missing_unexpected_and_misshapen_keys_are_listed(name, files, tmp_path):
     _, branch, _, content = files[name]
     inner = {"dino full": "teacher", "augreg": None}.get(name, "model")
     prefix = {"dino full": "backbone.", "cae": "encoder."}.get(name, "")
 
-    def refused(change):
+    def error_after(change):
         state = dict(content[inner] if inner else content)
         change(state)
         with pytest.raises(ValueError) as error:
             checkpoints.load_encoder(put(tmp_path, {**content, inner: state} if inner else state))
-        assert "\n" not in str(error.value) and "Layouts known: DeiT, MoCo v3" in str(error.value)
+        assert "\n" not in str(error.value) and "Known layouts: DeiT, MoCo v3" in str(error.value)
         return str(error.value)
 
     key = f"{prefix}blocks.1.mlp.fc2.weight"
-    assert "1 missing: blocks.1.mlp.fc2.weight" in refused(lambda state: state.pop(key))
-    assert "missing: patch_embed.proj.weight" in refused(
+    assert "1 missing: blocks.1.mlp.fc2.weight" in error_after(lambda state: state.pop(key))
+    assert "missing: patch_embed.proj.weight" in error_after(
         lambda state: state.pop(f"{prefix}patch_embed.proj.weight"))
-    assert "left over: blocks.1.extra" in refused(
+    assert "1 unexpected: blocks.1.extra" in error_after(
         lambda state: state.update({f"{prefix}blocks.1.extra": torch.ones(1)}))
-    assert "of another shape: norm.weight (7,) for (192,)" in refused(
+    assert "of another shape: norm.weight (7,) for (192,)" in error_after(
         lambda state: state.update({f"{prefix}norm.weight": torch.ones(7)}))
-    assert "of another shape: patch_embed.proj.weight (192, 192)" in refused(
+    assert "of another shape: patch_embed.proj.weight (192, 192)" in error_after(
         lambda state: state.update({f"{prefix}patch_embed.proj.weight": torch.ones(192, 192)}))
-    assert "missing: blocks.0.norm1" in refused(lambda state: [
+    assert "missing: blocks.0.norm1" in error_after(lambda state: [
         state.pop(key) for key in list(state) if ".0.norm1" in key])
-    assert "left over" in refused(lambda state: state.update({f"{prefix}note": "a string"}))
+    assert "1 unexpected" in error_after(lambda state: state.update({f"{prefix}note": "a string"}))
 
 
-def test_unknown_layouts_list_what_was_found_and_what_is_known(tmp_path):
+def test_errors_of_unknown_layouts_list_the_keys_and_the_known_layouts(tmp_path):
     one = torch.ones(1)
     for content in ({"layer1.conv.weight": one}, {"model": {"stem.weight": one}}, {},
                     {"student": {"a": one}, "teacher": {"b": one}}, {"state_dict": {"conv": 3}}):
         with pytest.raises(ValueError, match="unknown layout with .* known are DeiT, MoCo v3, "):
             checkpoints.load_encoder(put(tmp_path, content))
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(ValueError, match="contains a list"):
         checkpoints.load_encoder(put(tmp_path, [1, 2]))
     with pytest.raises(FileNotFoundError, match="no checkpoint file"):
         checkpoints.load_encoder(tmp_path / "nothing.pth")
 
 
-def test_models_that_are_not_this_one_are_refused_with_a_reason(files, tmp_path):
+def test_unsupported_models_are_rejected_with_a_reason(files, tmp_path):
     plain = files["deit"][3]["model"]
     distilled = {**plain, "dist_token": torch.zeros(1, 1, 192), "head_dist.bias": torch.zeros(10)}
     third = {**plain, "pos_embed": plain["pos_embed"][:, 1:]}
     learned = files["dino"][3]
-    for content, words in (({"model": distilled}, "distilled DeiT"), ({"model": third}, "DeiT III"),
-                           (third, "DeiT III"), (fine_tuned(files["beit 1k"][2]), "fine-tuned"),
-                           (fine_tuned(build(rel_pos="block", pos="none")), "fine-tuned"),
-                           ({"model": learned}, "keys of MAE, but its positions are not sin")):
-        with pytest.raises(ValueError, match=words) as error:
+    for content, message in (
+            ({"model": distilled}, "distilled DeiT"), ({"model": third}, "DeiT III"),
+            (third, "DeiT III"), (fine_tuned(files["beit 1k"][2]), "fine-tuned"),
+            (fine_tuned(build(rel_pos="block", pos="none")), "fine-tuned"),
+            ({"model": learned}, "keys of MAE, but its positions are not sin")):
+        with pytest.raises(ValueError, match=message) as error:
             checkpoints.load_encoder(put(tmp_path, content))
         assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------- untrusted
+# ---------------------------------------------------------------------------------- untrusted files
 
 class Attack:
     def __init__(self, path):
@@ -334,7 +338,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_is_refused_and_not_run(zipped, files, tmp_path):
+def test_code_in_a_file_is_rejected_and_not_run(zipped, files, tmp_path):
     proof = tmp_path / "executed"
     path = put(tmp_path, {**files["dino full"][3], "args": Attack(proof)},
                _use_new_zipfile_serialization=zipped)
@@ -343,11 +347,11 @@ def test_code_in_a_file_is_refused_and_not_run(zipped, files, tmp_path):
             call(path)
         assert "\n" not in str(error.value)
     assert not proof.exists()
-    torch.load(path, weights_only=False)                      # the attack does work on who lets it
+    torch.load(path, weights_only=False)                      # without the check it runs
     assert proof.exists()
 
 
-def test_pickled_arrays_in_an_npz_are_refused_and_not_run(tmp_path):
+def test_pickled_arrays_in_an_npz_are_rejected_and_not_run(tmp_path):
     proof = tmp_path / "executed"
     np.savez(tmp_path / "a.npz", **{"embedding/kernel": np.array([Attack(proof)], dtype=object)})
     with pytest.raises(ValueError, match="damaged"):
@@ -355,9 +359,9 @@ def test_pickled_arrays_in_an_npz_are_refused_and_not_run(tmp_path):
     assert not proof.exists()
 
 
-def test_simmims_yacs_config_is_read_without_yacs(files, tmp_path, monkeypatch):
+def test_yacs_config_of_simmim_is_read_without_yacs(files, tmp_path, monkeypatch):
     class CfgNode(dict):
-        """Pickles as yacs' does: a dict with attributes of its own, nested."""
+        """Pickles like yacs' class: a nested dict with attributes of its own."""
         def __init__(self, *args):
             super().__init__(*args)
             self.__dict__.update(__immutable__=True, __deprecated_keys__=set(), __renamed_keys__={})
@@ -377,44 +381,45 @@ def test_simmims_yacs_config_is_read_without_yacs(files, tmp_path, monkeypatch):
         assert torch.equal(net(images()), files["simmim"][2](images()))
 
 
-def test_other_classes_stay_unknown_after_reading(files, tmp_path):
+def test_classes_are_allowed_during_one_call_only(files, tmp_path):
     checkpoints.read_file(put(tmp_path, files["dino full"][3]))
-    with pytest.raises(pickle.UnpicklingError):               # allowed for that one call only
+    with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "file.pth", weights_only=True)
 
 
-def test_damaged_files_give_one_sentence(files, tmp_path):
+def test_errors_of_damaged_files_are_one_sentence(files, tmp_path):
     path = put(tmp_path, files["dino"][3])
     data = path.read_bytes()
     for bad in (data[:len(data) // 2], data[:100], b"", b"hello", b"\x80\x02]q\x00", data[5000:]):
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match="damaged, cut off or not a PyTorch file") as error:
+        with pytest.raises(ValueError, match="damaged, truncated or not a PyTorch file") as error:
             checkpoints.load_encoder(path)
         assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------ our own
+# ------------------------------------------------------------------------------------ our files
 
 @pytest.mark.parametrize("more", [{}, BEIT, {"class_token": False, "pos": "sincos_row"}, TWELVE,
                                   {"rel_pos": "block", "final_norm": False, "drop_path": 0.1}])
-def test_our_checkpoint_comes_back_as_it_was(more, tmp_path):
+def test_a_saved_encoder_is_loaded_unchanged(more, tmp_path):
     model, heads = build(**more), {"head": {"weight": torch.randn(3, 4)}}
     path = tmp_path / "encoder.pt"
-    checkpoints.save_encoder(path, model, branch="student", method="dino", data="toy", step=70, heads=heads,
-             mean=(0.5,) * 3, epochs=3)
+    checkpoints.save_encoder(path, model, branch="student", method="dino", data="toy", step=70,
+                             heads=heads, mean=(0.5,) * 3, epochs=3)
     again = checkpoints.load_encoder(path, quiet=True)
     assert torch.equal(again(images()), model(images())) and again.config == model.config
     source = again.source
     assert (source.layout, source.branch, source.method, source.data, source.step, source.mean) == (
         "ours", "student", "dino", "toy", 70, (0.5,) * 3)
     assert torch.equal(source.heads["head"]["weight"], heads["head"]["weight"])
-    assert checkpoints.read_file(path)["epochs"] == 3 and checkpoints.read_file(path)["format"] == "encoder/1"
+    raw = checkpoints.read_file(path)
+    assert raw["epochs"] == 3 and raw["format"] == "encoder/1"
     assert os.listdir(tmp_path) == ["encoder.pt"]
-    with pytest.raises(ValueError, match="holds the student only, not the teacher"):
+    with pytest.raises(ValueError, match="has no teacher, only student"):
         checkpoints.load_encoder(path, branch="teacher")
 
 
-def test_equal_content_gives_equal_bytes_under_any_name(tmp_path):
+def test_equal_content_gives_equal_bytes_for_any_file_name(tmp_path):
     paths = [tmp_path / "a.pt", tmp_path / "another.pt", tmp_path / "c.pt"]
     for path, seed in zip(paths, (0, 0, 1)):
         checkpoints.save_encoder(path, build(seed), method="mae")
@@ -422,7 +427,7 @@ def test_equal_content_gives_equal_bytes_under_any_name(tmp_path):
     assert a == b and a != c
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "encoder.pt"
     checkpoints.save_encoder(path, build(), step=1)
     before = path.read_bytes()
@@ -437,14 +442,14 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("said, kind, sentence", [
+@pytest.mark.parametrize("message, kind, expected", [
     ("PytorchStreamWriter failed writing file data/0", OSError, "free some space"),
     ("CUDA error: an illegal memory access", RuntimeError, "illegal memory access")])
-def test_only_a_disk_is_blamed_on_the_disk(tmp_path, said, kind, sentence):
+def test_only_errors_of_the_disk_are_reported_as_such(tmp_path, message, kind, expected):
     def write(_):
-        raise RuntimeError(said)
+        raise RuntimeError(message)
 
-    with pytest.raises(kind, match=sentence):
+    with pytest.raises(kind, match=expected):
         checkpoints.write_atomic(tmp_path / "x.pt", write)
     assert not list(tmp_path.iterdir())
 
@@ -455,20 +460,20 @@ def test_only_plain_data_is_saved(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_our_other_files_are_told_apart(tmp_path):
-    with pytest.raises(ValueError, match="that is a training state; use encoder.pt beside it"):
+def test_our_files_that_are_not_encoders_are_rejected(tmp_path):
+    with pytest.raises(ValueError, match="is a training state; use encoder.pt of the same"):
         checkpoints.load_encoder(put(tmp_path, {"format": "training/1", "model": {}}, "last.pt"))
     checkpoints.save_encoder(tmp_path / "encoder.pt", build())
     good = checkpoints.read_file(tmp_path / "encoder.pt")
-    for change, words in (({"format": "encoder/2"}, "encoder/2"),
-                          ({"model": None}, "is not known here"),
-                          ({"config": {**good["config"], "colour": 1}}, "does not describe a ViT"),
-                          ({"config": {**good["config"], "depth": 3}}, "missing: blocks.2")):
-        with pytest.raises(ValueError, match=words):
+    for change, message in (
+            ({"format": "encoder/2"}, "encoder/2"), ({"model": None}, "unknown format"),
+            ({"config": {**good["config"], "color": 1}}, "does not describe a ViT"),
+            ({"config": {**good["config"], "depth": 3}}, "missing: blocks.2")):
+        with pytest.raises(ValueError, match=message):
             checkpoints.load_encoder(put(tmp_path, {**good, **change}))
 
 
-def test_another_size_is_announced(tmp_path, capsys):
+def test_another_image_size_is_printed(tmp_path, capsys):
     checkpoints.save_encoder(tmp_path / "encoder.pt", build())
     checkpoints.load_encoder(tmp_path / "encoder.pt", img_size=48)
     assert "grid 4 interpolated to 6" in capsys.readouterr().out

@@ -1,396 +1,556 @@
-"""Diagnostics against closed forms, each with a control."""
-import math
+"""The diagnostics: which layer, which images, which part of an image each of them measures."""
+import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diagnostics_helpers import options, save_mae, tiny_model
+from PIL import Image
 
-from diagnostics import formulas as d
+import analysis
+from diagnostics import (
+    attention,
+    decoders,
+    formulas,
+    images,
+    inputs,
+    patches,
+    recorded,
+    representations,
+)
+from diagnostics.inputs import MissingInput
+from diagnostics.shared_pass import SharedPass, run_shared_pass
+from lib import datasets, toy
+from probes import annotations, common
 
 
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def shared_pass(**means):
+    """A SharedPass of two images with these means."""
+    means = {name: torch.tensor(x).double() for name, x in means.items()}
+    return SharedPass(means, decoder=None, grid=(8, 8), num_images=2)
 
 
-def uniform(n):
-    return torch.full((n, n), 1 / n)
+# ---- images --------------------------------------------------------------------------------------
 
 
-def window(g):
-    """Clipped 3 x 3 window on a g x g grid, rows of sum 1."""
-    row, col = d.coordinates((g, g))
-    a = ((row[:, None] - row).abs() <= 1) & ((col[:, None] - col).abs() <= 1)
-    return a / a.sum(1, keepdim=True)
+def test_labels_belong_to_the_images():
+    model, opt = tiny_model(), options("--limit", "5", "--batch-size", "3")
+    found = list(inputs.iterate_images(model, opt, 5, pixel_labels=True))
+    x, index, labels = (torch.cat(parts) for parts in zip(*found))
+    expected = toy.draw(index, "test", 32, annotate=True)
+    assert index.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(labels, expected["semantic"].long())
+    without_labels = list(inputs.iterate_images(model, opt, 5))
+    assert torch.allclose(x, torch.cat([x for x, *_ in without_labels]), atol=1e-6)
+    assert all(labels is None for *_, labels in without_labels)
+
+
+def write_voc(root):
+    """VOC's layout: two dark images with a bright square, an aeroplane, whose border is void."""
+    top = root / "VOCdevkit/VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (top / name).mkdir(parents=True)
+    image, labels = np.full((2, 80, 120, 3), 20, np.uint8), np.zeros((2, 80, 120), np.uint8)
+    image[:, 20:60, 40:80], labels[:, 18:62, 38:82], labels[:, 20:60, 40:80] = 230, 255, 1
+    for part in ("train", "val"):
+        (top / f"ImageSets/Segmentation/{part}.txt").write_text("a\nb\n")
+    for i, name in enumerate("ab"):
+        Image.fromarray(image[i]).save(top / f"JPEGImages/{name}.jpg", quality=95)
+        Image.fromarray(labels[i]).save(top / f"SegmentationClass/{name}.png")
+    return ["--data", "voc", "--data-root", str(root)]
+
+
+def test_images_and_labels_of_files_are_cropped_alike(tmp_path):
+    model, opt = tiny_model(), options("--limit", "4", *write_voc(tmp_path))
+    [(x, _, labels)] = inputs.iterate_images(model, opt, 4, pixel_labels=True)
+    assert x.shape == (2, 3, 32, 32) and set(labels.unique().tolist()) == {-1, 0, 1}
+    bright = x.mean(1) > 0
+    assert (bright[labels == 1]).all() and not bright[labels == 0].any()
+
+
+def test_classes_of_a_data_set_without_background_start_at_1(monkeypatch):
+    labels = torch.tensor([[0, 255]] * 2, dtype=torch.uint8)
+    labels = labels.repeat_interleave(18, 0).repeat_interleave(18, 1)
+    items = [SimpleNamespace(image=torch.zeros(3, 36, 36, dtype=torch.uint8), labels=labels)]
+    monkeypatch.setattr(annotations, "segmentation", lambda *_: iter(items))
+    found = inputs.iterate_annotated_images(tiny_model(), options("--data", "cityscapes"), 1)
+    [(*_, labels)] = found
+    assert labels.unique().tolist() == [-1, 1]
+
+
+def test_a_data_set_without_pixel_labels_names_those_that_have_them():
+    assert "choose --data toy or" in inputs.why_no_pixel_labels("cifar10", None)
+    assert inputs.why_no_pixel_labels("toy", None) is None
+
+
+def test_number_of_images_is_the_limit_or_the_default_of_the_diagnostic(monkeypatch):
+    class Limit(Exception):
+        pass
+
+    def iterate_images(model, opt, limit, *_, **__):
+        raise Limit(limit)
+
+    monkeypatch.setattr(inputs, "iterate_images", iterate_images)
+    small, wide = tiny_model(), tiny_model(embed_dim=600, depth=1)       # wide: 4 D above 2048
+    for name, function, model, default in (
+            ("shared pass", lambda *given: run_shared_pass(*given, {"nmi"}), small, 256),
+            ("sv_images", representations.measure_sv_images, small, 2048),
+            ("sv_images", representations.measure_sv_images, wide, 2400),
+            ("patch_retrieval", patches.show_patch_retrieval, small, 1000),
+            ("feature_variance", representations.measure_feature_variance, small, 64),
+            ("prompt_heatmap", patches.show_prompt_heatmap, small, 256)):
+        for flags, expected in (((), default), (("--limit", "9"), 9)):
+            with pytest.raises(Limit) as limit:
+                function(model, options(*flags))
+            assert limit.value.args == (expected,), name
+
+
+def test_image_beyond_the_limit_and_beyond_the_data_set(tmp_path):
+    what = "kmeans patch_retrieval prompt_heatmap nmi".split()
+    model = tiny_model()
+    flags = ["--limit", "4", "--what", *what]
+    found, missing = analysis.run_diagnostics(model, options("--image", "4", *flags))
+    queries = found["patch_retrieval"]["queries"]            # toy has more images than the limit
+    assert not missing and queries == [49 * i + 24 for i in (4, 5, 6)]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    for i in range(5):
+        Image.new("RGB", (40, 40), (50 * i, 0, 0)).save(tmp_path / f"val/{i}.png")
+    flags += ["--data", str(tmp_path)]
+    found, missing = analysis.run_diagnostics(model, options("--image", "4", *flags))
+    assert not missing and found["patch_retrieval"]["queries"] == [4 * 49 + 24]
+    found, missing = analysis.run_diagnostics(model, options("--image", "100", *flags))
+    assert set(found) == {"nmi"} and set(missing) == {*what} - {"nmi"}
+    assert all(reason.startswith("--image 100 is beyond the end of the data set")
+               for reason in missing.values())
+
+
+def test_diagnostics_run_on_a_data_set_of_annotated_files(tmp_path):
+    what = "intra_inter prompt_heatmap adjacent_count attention_distance tsne".split()
+    model, opt = tiny_model(), options("--limit", "4", *write_voc(tmp_path), "--what", *what)
+    found, missing = analysis.run_diagnostics(model, opt)
+    assert not missing and found["intra_inter"]["pairs"][0] > 0
+    assert found["prompt_heatmap"]["prompts"] == 2
+    tile = found["prompt_heatmap"]["image_rows"][0].tiles[0]
+    (target, _), (above_threshold, _) = tile.outlines
+    place = int(tile.star[1]), int(tile.star[0])
+    assert target[place] and above_threshold[place]
 
 
 # ---- attention -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("g, p, pixels", [(14, 16, 116.4922), (8, 4, 16.5459), (7, 32, 115.5029),
-                                          (2, 1, 0.853553)])
-def test_distance_of_uniform_attention_includes_self_pairs(g, p, pixels):
-    between = d.spacing((g, g), p)
-    assert d.attention_distance(uniform(g * g), between) == pytest.approx(pixels, rel=1e-5)
-    assert d.attention_distance(torch.eye(g * g), between) == 0
-    n = g * g                                                # control: over distinct pairs only
-    assert between.sum() / (n * (n - 1)) != pytest.approx(pixels, rel=1e-3)
+def test_attention_distance_of_each_block():
+    found = attention.measure_attention_distance(
+        tiny_model(), options(), shared_pass(attention_distance=[[0, 4], [8, 8], [4, 8]]))
+    assert found["pixels"].tolist() == [2, 8, 6] and found["patches"].tolist() == [0.5, 2, 1.5]
+    assert found["uniform"] == pytest.approx(16.5459, rel=1e-5)
 
 
-def test_distance_of_a_window():
-    found = d.attention_distance(window(14), d.spacing((14, 14), 16))
-    assert found == pytest.approx(16.6981, rel=1e-5)
+def test_nmi_of_each_block_and_density_of_block_3():
+    found = attention.measure_nmi(tiny_model(), options(), shared_pass(
+        nmi=[[0, 0], [0, 1], [1, 1]], class_token_attention=[[0, 4], [8, 8], [4, 8]]))
+    assert found["nmi"].tolist() == [0, 0.5, 1] and found["std_over_heads"].tolist() == [0, 0.5, 0]
+    assert found["density_at"][found["density"].argmax()] == pytest.approx(1, abs=0.01)
+    assert found["density_of"].tolist() == [1, 1]
+    assert found["class_token_attention"].tolist() == [2, 8, 6]
 
 
-def test_nmi_of_closed_forms():
-    N = 196
-    rows = torch.rand(N, generator=torch.Generator().manual_seed(0)).expand(N, N)
-    one = torch.zeros(N, N).index_fill_(1, torch.tensor([3]), 1.0)
-    groups = torch.block_diag(*[uniform(14)] * 14)
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    half = 0.5 * torch.eye(N) + 0.5 * uniform(N)
-
-    def nmi(a):
-        return d.nmi(d.rows(a, 0, 1e-8)).item()
-
-    assert nmi(uniform(N)) == pytest.approx(0, abs=1e-6)
-    assert nmi(rows / rows.sum(1, keepdim=True)) == pytest.approx(0, abs=1e-6)
-    assert nmi(torch.eye(N)) == pytest.approx(0.9999928, abs=2e-6)
-    assert nmi(torch.eye(N)[order]) >= 0.99998               # dependence, not locality
-    assert nmi(groups) == pytest.approx(0.5, abs=1e-5)
-    assert nmi(half) == pytest.approx(0.371711, abs=1e-5)
-    assert nmi(window(14)) == pytest.approx(0.604605, abs=1e-5)
-    assert nmi(one) == 0                                     # 0/0 without the guard
+def test_attention_to_the_class_token_needs_a_class_token():
+    for class_token in (True, False):
+        model, opt = tiny_model(class_token=class_token), options("--limit", "2", "--what", "nmi")
+        found = analysis.run_diagnostics(model, opt)[0]["nmi"]
+        assert ("class_token_attention" in found) == class_token
 
 
-def test_class_token_takes_mass_before_rows_are_renormalised():
-    attention = torch.zeros(1, 1, 197, 197)
-    attention[0, 0, 1:, 1:] = 1e-6 * torch.eye(196)
-    attention[..., 0] = 1 - 1e-6
-    assert d.class_mass(attention, 1).item() == pytest.approx(1, abs=1e-5)
-    assert d.nmi(d.rows(attention, 1, 1e-8)) == pytest.approx(0.220, abs=1e-3)
-    assert d.nmi(d.rows(attention, 1, 1e-20)) > 0.999       # control: no such epsilon
-    attention[:] = 0.8 / 196
-    attention[..., 0], attention[0, 0, 0] = 0.2, F.one_hot(torch.tensor(0), 197)
-    assert d.class_mass(attention, 1).item() == pytest.approx(0.2)   # of patches, not of itself
+def test_attention_maps_are_those_of_the_queries(monkeypatch):
+    model, opt = tiny_model(), options("--limit", "1")
+    own, uniform = torch.eye(65).expand(1, 3, 65, 65), torch.full((1, 3, 65, 65), 1 / 65)
+    weights = {0: own, 1: uniform, 2: uniform}
+    monkeypatch.setattr(model.encoder, "layers", lambda *_, **__: (None, weights))
+    found = attention.show_attention_maps(model, opt)
+    assert found["blocks"] == [1, 2] and found["queries"] == [(4, 4), (2, 1)]    # of 3 blocks
+    maps = found["maps"]                                     # (queries x blocks, 8, 8)
+    assert torch.allclose(maps.sum((1, 2)), torch.ones(4))
+    assert maps[0, 4, 4] > 0.999 and maps[2, 2, 1] > 0.999   # block 1: each attends to itself
+    assert torch.allclose(maps[[1, 3]], torch.full((2, 8, 8), 1 / 64))
+    image, *tiles = found["image_rows"][0].tiles
+    assert [box[:3] for box in image.boxes] == [(16, 16, 4), (4, 8, 4)]          # in pixels
+    assert tiles[0].boxes[0][:3] == (4, 4, 1) and tiles[2].boxes[0][:3] == (1, 2, 1)
+    assert abs(int(found["class_token_60_percent_on"][0]) - 39) <= 1     # of 64 equal weights
 
 
-def test_kde_has_scotts_width():
-    found = d.kde(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 5.0]))
-    assert found[0] == pytest.approx(0.465980, abs=1e-6) and found[1] < 1e-6
+# ---- representations -----------------------------------------------------------------------------
 
 
-def test_mass_keeps_the_largest_weights_and_all_that_is_positive():
-    assert abs(int(d.keep_mass(torch.ones(196), 0.5).sum()) - 98) <= 1
-    weights = torch.tensor([[0.1, 0.5, 0.1, 0.3], [0, 1, 2, 0]])
-    for mass, kept in ((0.6, [[0, 1, 0, 1], [0, 0, 1, 0]]), (1.0, [[1] * 4, [0, 1, 1, 0]])):
-        assert d.keep_mass(weights, mass).tolist() == kept
+def test_curves_over_depth_use_the_states_after_blocks():
+    model, opt = tiny_model(), options()
+    states = [[i, i, 3 * i] for i in range(7)]               # z_0, u_1, z_1, ... z_3
+    found = representations.measure_fourier(model, opt, shared_pass(fourier=states))
+    assert found["highest"].tolist() == [0, 4, 8, 12]
+    found = representations.measure_token_similarity(
+        model, opt, shared_pass(token_similarity=range(7)))
+    assert found["after_attention"].tolist() == [1, 3, 5]
+    assert found["after_block"].tolist() == [0, 2, 4, 6]
+    found = representations.measure_token_transform(
+        model, opt, shared_pass(common_update=[[0.25, 4]] * 3))
+    assert found["common"].tolist() == [0.25] * 3 and found["variance_ratio"].tolist() == [4] * 3
 
 
-# ---- similarities --------------------------------------------------------------------------------
+def test_spectra_are_relative_to_the_second_value():
+    states = [[9 + i, -i, -2 * i, -4 * i, -5 * i, -6 * i] for i in range(7)]
+    shared = shared_pass(sv_tokens=states)
+    found = representations.measure_sv_tokens(tiny_model(), options(), shared)
+    assert found["ranks"] == [2, 4]
+    assert formulas.plotted_ranks(128) == (42, 85) and formulas.plotted_ranks(129) == (64, 128)
+    assert found["at_first"].tolist() == [0] * 4             # rank 2: the one that is subtracted
+    assert found["at_second"].tolist() == [0, -6, -12, -18]
+    assert found["log_second_value"].tolist() == [0, -2, -4, -6]
 
 
-def test_similarity_of_heads():
-    v, e = draw(2, 5, 8), torch.eye(4).double()
-    same = v[:, None].expand(2, 3, 5, 8)
-    assert d.head_similarity(same).tolist() == pytest.approx([1, 1])
-    assert d.head_similarity(e[None, :, None].expand(1, 4, 5, 4)).item() == pytest.approx(0)
-    assert d.head_similarity(torch.stack([v, -v], 1)).tolist() == pytest.approx([-1, -1])
-    assert d.head_similarity(v[:, None]).isnan().all()
+def test_centered_similarity_is_added_with_the_flag():
+    model, flags = tiny_model(), ["--limit", "8", "--what", "token_similarity"]
+    centered, plain = (analysis.run_diagnostics(model, options(*more, *flags))[0][flags[-1]]
+                       for more in (["--center"], []))
+    assert len(centered["centered_after_block"]) == 4 and "centered_after_block" not in plain
+    assert torch.equal(plain["after_block"], centered["after_block"])
 
 
-def test_similarity_before_and_after():
-    z = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
-    assert d.depth_similarity(z, z).item() == 1
-    assert d.depth_similarity(z, -z).item() == -1
-    turned = torch.stack([-z[..., 1], z[..., 0]], -1)
-    assert d.depth_similarity(z, z + turned).item() == pytest.approx(1 / math.sqrt(2))
+@torch.no_grad()
+def test_spectrum_over_images_is_of_mean_patches():
+    model, opt = tiny_model(), options("--limit", "40")
+    [(x, *_)] = inputs.iterate_images(model, opt, 40)
+    z = model.encoder.layers(x, [1], norm=False)[0][0]
+    z = model.encoder.split(z)[1].mean(1).double()
+    expected = formulas.relative_to_second(torch.linalg.eigvalsh(z.T.cov()).flip(0).log())
+    found = representations.measure_sv_images(model, opt)["delta"]
+    assert torch.allclose(found[2], expected, atol=1e-3)
 
 
-def test_similarity_of_tokens_leaves_self_pairs_out():
-    N, v = 196, draw(24)
-    halves = torch.cat([torch.eye(2)[:1].expand(98, 2), torch.eye(2)[1:].expand(98, 2)])[None]
-
-    def similarity(z):
-        return d.token_similarity(z).item()
-
-    assert similarity(v.expand(1, N, 24)) == pytest.approx(1)
-    assert similarity(torch.eye(N)[None]) == pytest.approx(0)
-    opposite = torch.cat([v.expand(1, 98, 24), -v.expand(1, 98, 24)], 1)
-    assert similarity(opposite) == pytest.approx(-1 / 195)
-    assert similarity(halves) == pytest.approx(0.497436, abs=1e-6)        # self pairs in: 0.5
-    assert abs(similarity(draw(1, N, 400))) < 0.01
-
-
-def test_unison_tells_translation_from_scatter():
-    z = draw(1, 196, 32)
-    z = z - z.mean(1, keepdim=True)
-    same = d.unison(z, z + draw(32, seed=1))[0]
-    assert same.tolist() == pytest.approx([1, 1])
-    assert d.unison(z, 2 * z)[0].tolist() == pytest.approx([0, 4], abs=1e-9)
-    scattered = d.unison(z, z + draw(1, 196, 32, seed=2))[0, 0].item()
-    assert scattered == pytest.approx(1 / 196, rel=0.5)
+def test_curves_continue_through_the_decoder():
+    def curves(depth, slope, nmi):
+        return shared_pass(fourier=[[i, (slope + 1) * i] for i in range(2 * depth + 1)],
+                           nmi=[[0, nmi]] * depth, attention_distance=[[nmi, 2 * nmi]] * depth)
+    shared = curves(3, 1, 1)
+    shared.decoder = curves(2, 3, 4).means
+    found = representations.measure_decoder(tiny_model(), options(), shared)
+    assert found["depth"] == [0, 1, 2, 3] and found["decoder_depth"] == [3, 4, 5]
+    assert found["block"] == [1, 2, 3] and found["decoder_block"] == [4, 5]
+    assert found["highest"].tolist() == [0, 2, 4, 6]
+    assert found["decoder_highest"].tolist() == [0, 6, 12]
+    assert found["nmi"].tolist() == [0.5] * 3 and found["decoder_nmi"].tolist() == [2, 2]
+    assert found["pixels"].tolist() == [1.5] * 3 and found["decoder_pixels"].tolist() == [6, 6]
 
 
-def test_common_basis_shows_a_translation():
-    z, step = 0.1 * draw(2, 49, 16), draw(16, seed=1)
-    before, after = d.principal_plane(z, z + step)
-    assert (after - before).norm(dim=-1).std() < 0.2 * (after - before).norm(dim=-1).mean()
-    alone = d.principal_plane(z, z)                   # control
-    assert torch.equal(alone[0], alone[1])
-    axes, _ = d.principal(draw(20, 6))
-    assert all(v[v.abs().argmax()] > 0 for v in axes)        # else the sign is arbitrary
-    assert torch.allclose(d.principal(-draw(20, 6))[0], axes)
-    shares = d.principal(with_covariance([9.0, 4, 1, 2]))[1]                 # of the variance
-    assert shares.tolist() == pytest.approx([9 / 16, 4 / 16, 2 / 16])
+def test_token_transform_uses_the_window():
+    """With a window of one patch and no class token the last block transforms each token alone."""
+    model, windowed = tiny_model(class_token=False), options("--limit", "2", "--window", "1")
+    opt, shared = options("--limit", "2"), run_shared_pass(model, windowed, {"common_update"})
+    found = representations.measure_token_transform(model, windowed, shared)
+    for block in model.encoder.blocks:                       # each patch attends to itself
+        block.attn.forward = lambda x, *_, own=block.attn: own.proj(
+            F.linear(x, own.qkv.weight, own.qkv.bias).chunk(3, 2)[2])
+    alone = representations.measure_token_transform(model, opt, shared)
+    torch.testing.assert_close(found["plane"], alone["plane"], atol=1e-4, rtol=1e-4)
+    assert found["center_ratio"] == pytest.approx(alone["center_ratio"], rel=1e-4)
+    control = representations.measure_token_transform(tiny_model(class_token=False), opt, shared)
+    assert control["center_ratio"] != pytest.approx(alone["center_ratio"], rel=1e-2)
 
 
-# ---- spectra -------------------------------------------------------------------------------------
+def test_center_ratio_is_the_distance_of_images_after_attention_over_before():
+    model, opt = tiny_model(), options("--limit", "2")
+    shared, last = run_shared_pass(model, opt, {"common_update"}), model.encoder.blocks[2]
+    last.norm1, attn = torch.nn.Identity(), last.attn
+    for factor, expected in ((0, 1), (1, 2)):                # attention adds nothing, the token
+        attn.forward = lambda x, *_, factor=factor: factor * x + 0 * attn.proj(x)
+        found = representations.measure_token_transform(model, opt, shared)
+        assert found["center_ratio"] == pytest.approx(expected)
 
 
-def with_covariance(values, n=50, seed=0):
-    """(n, C) whose sample covariance is exactly diag(values), in a turned basis."""
-    C = len(values)
-    x = draw(n, C, seed=seed)
-    u = torch.linalg.qr(x - x.mean(0))[0]                    # orthonormal columns of mean 0
-    turn = torch.linalg.qr(draw(C, C, seed=1))[0]
-    return u * (torch.tensor(values).double() * (n - 1)).sqrt() @ turn
+def test_feature_variance_views_are_crops_and_half_masked_images(monkeypatch):
+    model, opt, seen = tiny_model(), options("--limit", "1", "--copies", "6"), []
+
+    def layers(x, *_, **__):
+        seen.append(x)
+        return [torch.zeros(len(x), 65, 24)], {}
+
+    monkeypatch.setattr(model.encoder, "layers", layers)
+    representations.measure_feature_variance(model, opt)
+    [(x, *_)] = inputs.iterate_images(model, opt, 1)
+    crops, masked = seen
+    assert (masked == x).all(1).float().mean((1, 2)).tolist() == [0.5] * 6
+    assert not torch.equal(masked[0] == x[0], masked[1] == x[0])         # not the same half
+    assert all((crop != other).any() for crop, other in zip(crops, crops[1:]))
+    assert crops.std((2, 3)).mean() > 0.6 * x.std((2, 3)).mean()         # large parts of the image
 
 
-def test_spectrum_of_tokens_is_that_of_the_covariance():
-    z = with_covariance([100.0, 10, 1, 0.1])[None]
-    spectrum = d.log_spectrum(z)[0]
-    found = d.delta(spectrum).tolist()
-    assert found == pytest.approx([2.302585, 0, -2.302585, -4.605170], abs=1e-6)
-    assert d.delta(spectrum / 2).tolist() != pytest.approx(found, abs=0.1)  # of the data
-    assert torch.allclose(d.log_spectrum(3 * z + 7)[0], spectrum + 2 * math.log(3))
-    wide = draw(1, 10, 40)                                   # by way of the Gram matrix
-    c = wide[0] - wide[0].mean(0)
-    covariance = torch.linalg.eigvalsh(c.T @ c / 9).flip(0)[:9].log()
-    assert torch.allclose(d.log_spectrum(wide)[0], covariance, rtol=1e-9)
-    assert d.log_spectrum(torch.ones(1, 5, 3)).isfinite().all()
-
-
-def test_spectrum_over_images_does_not_depend_on_batches():
-    x = with_covariance([100.0, 10, 1, 0.1], n=64) + 1000
-    found = []
-    for size in (64, 10, 1):
-        scatter = d.Scatter()
-        for part in x.split(size):
-            scatter.add(part)
-        found.append(scatter.log_spectrum())
-    expected = [2.302585, 0, -2.302585, -4.605170]
-    assert d.delta(found[0]).tolist() == pytest.approx(expected, abs=1e-6)
-    assert all(torch.allclose(found[0], other, atol=1e-8) for other in found[1:])
-    naive = (x.float().T @ x.float() / 64 - x.float().mean(0)[:, None] * x.float().mean(0))
-    assert not torch.allclose(torch.linalg.eigvalsh(naive).flip(0).clamp(min=1e-9).log().double(),
-                              found[0], atol=0.1)            # control: what streaming can do wrong
-
-
-def test_images_on_a_line_have_one_singular_value():
-    few, scatter = d.Scatter(), d.Scatter()
-    few.add(draw(3, 5))
-    assert few.log_spectrum().shape == (2,)      # three images span a plane, no more
-    scatter.add(torch.arange(9.0)[:, None] * torch.tensor([3.0, 4, 0]))
-    values = scatter.log_spectrum()              # variance of 0 ... 8 is 7.5, of the line 25 times
-    assert values[0].item() == pytest.approx(math.log(25 * 7.5))
-    assert values[1:].tolist() == pytest.approx([values[0].item() + math.log(1e-12)] * 2)
-
-
-def maps(x, g=14):
-    """Change of log amplitude from frequency 0 of (B, N, C)."""
-    a = d.fourier(x, (g, g)).mean(0)
-    return a - a[0]
-
-
-def test_fourier_closed_forms():
-    row, col = d.coordinates((14, 14))
-    impulse = F.one_hot(torch.tensor([37]), 196).double()[:, :, None]
-    assert maps(impulse).abs().max() < 1e-5
-    assert maps(torch.ones(1, 196, 1))[1:].tolist() == pytest.approx([-19.093625] * 6, abs=1e-3)
-    wave = (1 + (2 * math.pi * 6 * (row + col) / 14).double().cos())[None, :, None]
-    assert maps(wave)[6].item() == pytest.approx(-math.log(2), abs=1e-6)
-    assert maps(wave)[1:6].max() < -15
-    board = (1.0 - 2 * ((row + col) % 2)).double()[None, :, None]
-    assert maps(board).abs().max() < 1e-4                    # all of it at Nyquist: not looked at
-
-
-def test_fourier_of_white_noise_is_not_flat():
-    noise = draw(8, 196, 5000).float()
-    assert maps(noise)[1:].tolist() == pytest.approx([0.5 * math.log(2)] * 6, abs=0.02)
-    smooth = F.avg_pool2d(F.pad(noise.mT.unflatten(2, (14, 14)), (1, 1, 1, 1), mode="circular"), 3,
-                          1)
-    expected = [0.20997, -0.23148, -1.11437, -3.02838, -4.64755, -2.29210]
-    assert maps(smooth.flatten(2).mT)[1:].tolist() == pytest.approx(expected, abs=0.025)
-
-
-def test_highest_frequency_is_not_nyquist():
-    assert d.frequencies((14, 14))[-1] == pytest.approx(6 / 7)
-    assert d.frequencies((8, 8))[-1] == 0.75 and len(d.frequencies((7, 7))) == 4
-    x = draw(1, 64, 3)
-    full = torch.fft.fft2(x.mT.unflatten(2, (8, 8))).abs()
-    expected = torch.stack([(full[..., k, k] + 1e-6).log().mean(1) for k in range(4)], 1)
-    assert torch.allclose(d.fourier(x, (8, 8)), expected)
+def test_feature_variance_uses_all_images_and_names_the_token():
+    opt = options("--limit", "66", "--copies", "2")
+    for model, token in ((tiny_model(), "class token"),
+                         (tiny_model(class_token=False), "mean patch token")):
+        found = representations.measure_feature_variance(model, opt)
+        assert found["images"] == 66 and list(found["bars"])[0] == f"{token}, random crops"
 
 
 # ---- patches -------------------------------------------------------------------------------------
 
 
-def test_adjacent_counts():
-    one, left = torch.ones(1, 196, 3), (d.coordinates((14, 14))[1] < 7)[None, :, None]
-
-    def mean(z, g=14, **how):
-        return d.adjacent(z, (g, g), **how).mean().item()
-
-    assert mean(one, wrap=True) == 8
-    assert mean(one) == pytest.approx(1404 / 196) and mean(one[:, :64], 8) == 6.5625
-    assert mean(torch.eye(196)[None]) == 0
-    assert mean(torch.cat([left, ~left], 2).float()) == pytest.approx(1324 / 196)
+def test_mean_and_standard_deviation_of_neighbor_counts():
+    fractions = [[0.5, 0, 0, 0, 0.5, 0, 0, 0, 0]]
+    found = patches.measure_adjacent_count(tiny_model(), options(), shared_pass(
+        similar_neighbors=fractions, similar_neighbors_by_state=range(7)))
+    assert found["features_mean"] == 2 and found["features_std"] == 2
 
 
-def test_label_vectors_of_patches():
-    labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
-    labels[0, :, 2:] = 1
-    labels[0, 0, 0] = 1
-    shares = d.label_shares(labels, 2, 2)
-    assert shares[0].tolist() == [[0.75, 0.25], [0, 1], [1, 0], [0, 1]]
-    assert d.majority(shares).tolist() == [[0, 1, 0, 1]]
-    unknown = d.label_shares(torch.full((1, 2, 4), -1), 2, 2)
-    assert unknown.sum() == 0 and d.majority(unknown).tolist() == [[-1, -1]]
-    halves = torch.tensor([[[0.5, 0.25], [0.45, 0.4]]])
-    assert d.majority(halves).tolist() == [[0, -1]]
-    count = d.adjacent(shares, (2, 2))[0]                # of 0.75, 0.25 with 1, 0: cosine 0.949
-    assert count.tolist() == [0, 1, 0, 1]
+def test_only_patches_with_a_label_have_neighbors_with_the_same_label(monkeypatch):
+    """Three images of 8 x 8 patches: one class; lower half unknown; everything unknown."""
+    labels = torch.zeros(3, 32, 32, dtype=torch.long)
+    labels[1, 16:], labels[2] = -1, -1
+    monkeypatch.setattr(inputs, "iterate_images", lambda *_, **__: (
+        (torch.zeros(n, 3, 32, 32), None, part) for n, part in ((2, labels[:2]), (1, labels[2:]))))
+    model, opt = tiny_model(), options("--limit", "3", "--what", "adjacent_count")
+    found = analysis.run_diagnostics(model, opt)[0]["adjacent_count"]
+    # 8 x 8: 420 of 512; 4 x 8: 4 corners with 3 neighbors, 16 border patches with 5, 12 with 8
+    assert found["labels_mean"] == pytest.approx((420 / 64 + (4 * 3 + 16 * 5 + 12 * 8) / 32) / 2)
+    assert found["labels_fraction"].sum() == pytest.approx(1) and found["labels_fraction"][0] == 0
+    labels[:] = -1
+    found = analysis.run_diagnostics(model, opt)[0]["adjacent_count"]
+    assert np.isnan(found["labels_mean"])
 
 
-def test_overlap_and_pairs():
-    z = torch.eye(2)[torch.tensor([0, 0, 0, 1, 1, 1])]
-    pairs = d.pair_histogram(z, torch.tensor([1, 1, 1, 2, 2, 2]))
-    assert pairs[:, :-1].sum(1).tolist() == [6, 9] and pairs[:, -1].tolist() == [6, 0]
-    assert pairs[0, 199] == 6 and pairs[1, 100] == 9         # bins of cosines 1 and 0
-    assert d.overlap(*pairs[:, :-1]) == 0
-    ground = d.pair_histogram(z, torch.tensor([0, 0, 0, 2, -1, 2]))
-    assert ground[:, :-1].sum(1).tolist() == [1, 6]          # no pair within the background
-    x = torch.linspace(-1, 1, 200).double()
-    for apart, expected in ((0, 1.0), (1, 0.617075), (2, 0.317311), (4, 0.045500)):
-        p, q = ((-0.5 * ((x - s * apart * 0.05) / 0.1) ** 2).exp() for s in (-1, 1))
-        assert d.overlap(p, q).item() == pytest.approx(expected, abs=2e-3)
-    few = draw(2, 500).mul(0.1).clamp(-1, 1)
-    p, q = (torch.histc(side, 200, -1, 1) for side in few)
-    assert d.overlap(p, q) < 0.9                             # too small, as pairs are few
-    flat = (x > -1) & (x < 0), (x > -0.5) & (x < 0.5)
-    assert d.overlap(*(f.double() for f in flat)).item() == pytest.approx(0.5, abs=0.01)
+def test_pair_histograms_become_densities_and_means():
+    pairs = torch.zeros(1, 2, 201)                           # means of two images
+    pairs[0, 0, 150], pairs[0, 0, -1], pairs[0, 1, 100], pairs[0, 1, -1] = 10, 5, 20, 2
+    found = patches.measure_intra_inter(tiny_model(), options(), shared_pass(pairs=pairs.tolist()))
+    assert (found["intra"], found["inter"]) == (0.5, pytest.approx(0.1))
+    assert found["pairs"] == [20, 40]
+    assert (0.01 * found["densities"].sum(1)).tolist() == pytest.approx([1, 1])      # areas
 
 
-def test_iou_of_closed_forms():
-    mask = torch.zeros(32, 32, dtype=torch.bool)
-    mask[4:28, 12:32] = True
-    assert d.iou(mask, mask) == 1 and d.iou(mask & False, mask) == 0
-    assert d.iou(mask, torch.ones_like(mask)) == pytest.approx(mask.float().mean().item())
+@torch.no_grad()
+def test_kmeans_and_pca_are_of_normalized_patches_after_the_norm():
+    model, opt = tiny_model(), options("--limit", "6")
+    x = inputs.load_first_images(model, opt, 6)
+    z = F.normalize(model.encoder.split(model.encoder(x))[1], dim=-1)
+    segments = patches.show_kmeans(model, opt)["segments"]
+    assert torch.equal(segments[0].flatten(), formulas.kmeans(z[0], seed=0)[0])
+    rgb = torch.tensor(patches.show_pca(model, opt)["image_rows"][1].tiles[0].image)
+    v, _ = formulas.principal_components(z.flatten(0, 1).double())
+    for color, component in zip(rgb.flatten(0, 1).T, (z[0].double() @ v.T).T):
+        assert torch.corrcoef(torch.stack([color, component]))[0, 1] > 0.9
 
 
-def test_order_needs_no_threshold():
-    heat, inside = torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.tensor([1.0, 0, 1, 0])
-    assert d.order(heat, inside, 1 - inside) == pytest.approx(3 / 4)     # 3 of 4 pairs
-    assert d.order(heat / 9 + 0.5, inside, 1 - inside) == pytest.approx(3 / 4)
-    assert d.order(torch.ones(4), inside, 1 - inside) == 0.5             # ties
-    share = torch.tensor([0.5, 0.5])         # inside: half of both; pairs: 1/4 right, 1/2 ties
-    assert d.order(torch.tensor([1.0, 0.0]), share, 1 - share) == pytest.approx(0.5)
-    assert math.isnan(d.order(heat, torch.ones(4), torch.zeros(4)))
+def test_prompt_scores_of_equal_tokens_are_those_of_the_whole_image(tmp_path, monkeypatch):
+    model, opt = tiny_model(), options("--limit", "2", *write_voc(tmp_path))
+
+    def scores(z):
+        monkeypatch.setattr(inputs, "encode_patches", lambda *_: z)
+        return patches.show_prompt_heatmap(model, opt)
+
+    found = scores(torch.ones(1, 64, 4).expand(2, 64, 4) / 2)
+    assert found["best"] == pytest.approx(found["whole_image"]) and found["auc"] == 0.5
+    assert scores(torch.eye(64).expand(2, 64, 64))["auc"] == 0.5         # the prompt is left out
+    [(*_, labels)] = inputs.iterate_images(model, opt, 2, pixel_labels=True)
+    expected = (labels[0] == 1).sum() / (labels[0] >= 0).sum()           # void does not count
+    assert found["whole_image"] == pytest.approx(expected.item())
+    cover = F.avg_pool2d((labels == 1).float(), 4).flatten(1)            # (2, 64)
+    perfect = F.normalize(torch.stack([cover, 1 - cover], 2), dim=2)
+    found = scores(perfect)                                              # control
+    assert found["auc"] > 0.95 and found["best"] > found["whole_image"] + 0.3
 
 
-def test_kmeans_finds_three_regions():
-    truth = torch.tensor([0] * 30 + [1] * 20 + [2] * 14)
-    label, history = d.kmeans(torch.eye(3)[truth])
-    assert torch.equal(label, truth)                         # by size
-    assert all(a >= b - 1e-12 for a, b in zip(history, history[1:])) and history[-1] < 1e-12
-    noisy, history = d.kmeans(draw(64, 5))
-    assert all(a >= b - 1e-9 for a, b in zip(history, history[1:])) and len(noisy.unique()) == 3
-    assert d.kmeans(draw(9, 2), k=1)[0].unique().tolist() == [0]
+def test_an_object_that_covers_less_than_half_of_its_deepest_patch_has_no_prompt(monkeypatch):
+    model = tiny_model(img_size=224, patch_size=16)
+    labels, x = torch.zeros(2, 224, 224, dtype=torch.long), torch.zeros(2, 3, 224, 224)
+    labels[:, 97:103, 97:103] = 1                            # between the centers of patches
+    labels[1, 160:192, 160:165] = 2                          # covers a third of its patches
+    labels[1, 32:41, 32:48] = 3                              # and more than half of one
+    labels[1, 64:77, 64:74] = 4                              # as does this one, a little smaller
+    monkeypatch.setattr(inputs, "iterate_images", lambda *_, **__: [(x, torch.arange(2), labels)])
+    monkeypatch.setattr(inputs, "encode_patches", lambda *_: torch.eye(196).expand(2, 196, 196))
+    found = patches.show_prompt_heatmap(model, options("--image", "1"))
+    assert (found["prompts"], found["skipped"]) == (2, 3)
+    [image, heatmap] = found["image_rows"][0].tiles
+    assert image.star == (40, 40) and (image.outlines[0][0] == (labels[1] == 3)).all()
+    assert heatmap.image.flatten().argmax() == 2 * 14 + 2
+    found = patches.show_prompt_heatmap(model, options("--image", "0"))
+    assert found["image_rows"][0].tiles[0].star == (40, 40)  # the first image has no prompt
+    labels[1] = 0
+    with pytest.raises(MissingInput, match="no image from there on has an object"):
+        patches.show_prompt_heatmap(model, options())
 
 
-def test_kmeans_keeps_the_best_of_its_starts():
-    """The corners of 1.5 x 1: cut across, 4 times 0.5^2 is left; along, where it stays too,
-    4 times 0.75^2."""
-    x = torch.tensor([[0, 0], [0, 1], [1.5, 0], [1.5, 1]])
-    ends = [d.kmeans(x, 2, restarts=1, seed=seed)[1][-1] for seed in range(20)]
-    assert min(ends) == pytest.approx(1) and max(ends) == pytest.approx(2.25)    # both are found
-    for seed in [seed for seed, end in enumerate(ends) if end > 2][:3]:      # one does not do
-        label, history = d.kmeans(x, 2, seed=seed)
-        assert history[-1] == pytest.approx(1) and label[0] == label[1] != label[2] == label[3]
+def test_without_pixel_labels_only_the_images_shown_are_encoded(monkeypatch):
+    seen, opt = [], options("--data", "synthetic", "--batch-size", "2")
+
+    def encode_patches(model, x, batch_size):
+        seen.append(len(x))
+        return torch.eye(64).expand(2, 64, 64)
+
+    monkeypatch.setattr(inputs, "encode_patches", encode_patches)
+    [row] = patches.show_prompt_heatmap(tiny_model(), opt)["image_rows"]
+    assert seen == [2, 2] and len(row.tiles) == 8            # four images and their heat maps
 
 
-def test_windows_and_nearest():
-    x = torch.arange(224.0).expand(1, 3, 224, 224)
-    crops = d.windows(x)
-    assert crops.shape == (49, 3, 224, 224)
-    centre = crops[:, 0].mean((1, 2)).view(7, 7)         # of a picture whose value is the column
-    assert torch.allclose(centre[0], 27.5 + 28 * torch.arange(7.0), atol=0.2)
-    assert crops[48, 0, 0, 0].item() == pytest.approx(168 - 0.375, abs=0.3)
-    bank = torch.cat([draw(10, 4), draw(10, 4)])             # everything twice
-    at, s = d.nearest(bank, 3, 5)
-    assert at[0] == 13 and s[0].item() == pytest.approx(1) and 3 not in at
-    assert (s.diff() <= 1e-6).all()
-    assert 13 not in d.nearest(bank, 3, 5, torch.arange(20) == 13)[0]
+@torch.no_grad()
+def test_retrieved_crops_are_the_nearest_of_other_images():
+    model, opt = tiny_model(), options("--limit", "6")
+    found = patches.show_patch_retrieval(model, opt)
+    assert found["queries"] == [24, 49 + 24, 98 + 24]        # the centers of the first three
+    crops = formulas.extract_windows(inputs.load_first_images(model, opt, 6))
+    crops = model.encoder.split(model.encoder(crops))[1].mean(1)
+    owner = torch.arange(6 * 49) // 49
+    for query, rows, similarity in zip(
+            *(found[key] for key in ("queries", "encoded_crop", "encoded_similarity"))):
+        cosine = F.cosine_similarity(crops[query], crops)
+        assert (owner[rows] != owner[query]).all()
+        assert torch.allclose(similarity, cosine[rows], atol=2e-3)
+        largest = cosine[owner != owner[query]].max().item()
+        assert similarity[0] == pytest.approx(largest, abs=2e-3)
 
 
-def test_variance_of_views():
-    z = draw(4, 5, 3)
-    assert d.variance(z[:1].expand(7, 5, 3))[0] == 0
-    assert d.variance(draw(2000, 50))[0] == pytest.approx(1, abs=0.02)
-    assert d.variance(z[:2])[0] == pytest.approx(((z[0] - z[1]) ** 2 / 2).mean().item())
-    V = 8                                # orthonormal rows: summed variance by V is 1 - 1/V
-    assert d.variance(torch.eye(V))[0] * V * (V - 1) / V == pytest.approx(1 - 1 / V)
-    for scale in (1, 10):                # of 3 and 1: variance 2, mean square 5
-        views = scale * torch.tensor([[3.0], [1.0]])
-        assert d.variance(views) == pytest.approx((2 * scale**2, 2 / 5))
+@torch.no_grad()
+def test_tsne_is_of_the_last_block_before_the_norm(monkeypatch):
+    model, opt, calls = tiny_model(), options(), []
+    layers = model.encoder.layers
+
+    def record(x, *args, **settings):
+        calls.append((args, settings))
+        return layers(x, *args, **settings)
+
+    monkeypatch.setattr(formulas, "tsne", lambda z, **_: z[:, :2])
+    monkeypatch.setattr(model.encoder, "layers", record)
+    found = patches.measure_tsne(model, opt)
+    assert calls == [(([2],), dict(norm=False))] and found["position"].shape == (18 * 64, 2)
 
 
-def affinities(x, perplexity):
-    """Of t-SNE, in float64: the width of each row by bisection, from the entropy as it is."""
-    n = len(x)
-    p, squared = torch.zeros(n, n).double(), torch.cdist(x.double(), x.double()).square()
-    for i in range(n):
-        others, low, high = torch.arange(n) != i, 1e-6, 1e6
-        for _ in range(100):
-            beta = math.sqrt(low * high)
-            row = (-beta * (squared[i, others] - squared[i, others].min())).softmax(0)
-            entropy = torch.special.entr(row).sum()
-            low, high = (beta, high) if entropy > math.log(perplexity) else (low, beta)
-        p[i, others] = row
-    return (p + p.T) / (2 * n)
+def test_tsne_reads_six_images_of_three_classes_of_all_files(tmp_path, monkeypatch):
+    """With an evenly spread limit of 1000 of the 1500 files, a class would keep four of its six."""
+    model, opt = tiny_model(), options("--data", str(tmp_path))
+    for c in range(250):
+        (tmp_path / f"val/{c:03}").mkdir(parents=True)
+        for i in range(6 if c > 1 else 5):
+            (tmp_path / f"val/{c:03}/{i}.png").touch()
+    (tmp_path / "train/000").mkdir(parents=True)
+    read = []
+
+    def read_image(path):
+        read.append(path)
+        return Image.new("RGB", (40, 40), (9 * int(path[-7:-6]), 0, 0))      # color by class
+
+    monkeypatch.setattr(datasets, "read_image", read_image)
+    monkeypatch.setattr(formulas, "tsne", lambda z, **_: z[:, :2])
+    found = patches.measure_tsne(model, opt)
+    assert [path[-9:] for path in read] == [
+        f"{c:03}/{i}.png" for c in (2, 3, 4) for i in range(6)]
+    assert found["label"].tolist() == [c for c in (2, 3, 4) for _ in range(6 * 64)]
+    assert found["purity_class"] > 0.9
+    for c in range(4, 250):
+        (tmp_path / f"val/{c:03}/0.png").unlink()
+    common.load_split.cache_clear()
+    with pytest.raises(MissingInput, match="3 classes with 6 test images"):
+        patches.measure_tsne(model, opt)
 
 
-@pytest.mark.parametrize("start, exaggeration, momentum", [(0, 12, 0.5), (250, 1, 0.8)])
-def test_steps_of_tsne_follow_the_gradient_of_its_divergence(start, exaggeration, momentum):
-    x = draw(60, 5).float()
-    p = exaggeration * affinities(x, 5)
-
-    def gradient(y):              # sum of p log(p / q), but for a constant; q: near over its sum
-        y = y.double().requires_grad_()
-        near = 1 / (1 + torch.pdist(y).square())                  # each pair once
-        row, col = torch.triu_indices(60, 60, 1)
-        loss = (2 * near.sum()).log() - 2 * (p[row, col] * near.log()).sum()
-        return torch.autograd.grad(loss, y)[0]
-
-    y0, y1, y2 = (d.tsne(x, perplexity=5, iterations=start + n) for n in range(3))
-    first, second = gradient(y0), gradient(y1)
-    speed = -50 * 0.8 * first                                     # gains fall from 1 to 0.8
-    gain = torch.where(second * speed < 0, 0.8 + 0.2, 0.8 * 0.8)
-    for moved, step in ((y1 - y0, speed), (y2 - y1, momentum * speed - 50 * gain * second)):
-        step = step - step.mean(0)                                # what comes back is centred
-        assert (moved - step).abs().max() < 1e-3 * step.abs().max()
-    assert (gain == 1).any() and (gain < 1).any()
+# ---- images of the pretext tasks -----------------------------------------------------------------
 
 
-def test_tsne_keeps_islands():
-    truth = torch.arange(3).repeat_interleave(20)
-    x = 20 * torch.eye(3)[truth] + draw(60, 3).float()
-    y = d.tsne(x, perplexity=5, iterations=400)
-    assert torch.equal(y, d.tsne(x, perplexity=5, iterations=400)) and y.isfinite().all()
-    start = d.tsne(x, perplexity=5, iterations=0)
-    assert start.shape == y.shape == (60, 2) and 0.8e-4 < start.std() < 1.2e-4
-    image = torch.arange(60) % 20
-    assert d.purity(x, image, truth, 5)[1] == 1
-    assert d.purity(x, truth, image, 5)[0] == 1                   # each island an image
-    assert d.purity(y, image, truth, 5)[1] > 0.85
-    assert d.purity(draw(60, 2), image, truth, 5)[1] < 0.6        # control
+def test_views_show_the_fraction_that_their_title_states():
+    found = images.show_views(tiny_model(), options("--limit", "6"))
+    tiles = {tile.title: tile.image for tile in found["image_rows"][0].tiles}
+    for name, fraction in (("masked, 75 %", 0.75), ("visible, 25 %", 0.25), ("75 % noise", 0.25)):
+        same = (tiles[name] == tiles["image"]).all(-1).mean()
+        assert same == pytest.approx(fraction, abs=0.02), name
+
+
+def test_reconstruction_error_is_of_masked_pixels_in_colors_of_0_to_1(monkeypatch):
+    model, opt = tiny_model(), options("--limit", "1")
+    mask = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    mask[..., :8] = True
+    monkeypatch.setattr(decoders, "mask_and_reconstruct", lambda model, x, seed: (
+        mask, x, lambda block: x - (block + 1) ** 2 * mask))             # 1, 4, 9 too dark
+    found = images.show_layer_reconstruction(model, opt)
+    std = sum(model.std) / 3
+    assert found["error_masked"].tolist() == pytest.approx([std, 4 * std, 9 * std])
+    assert found["change"].tolist() == pytest.approx([3 * std / 4, 5 * std / 4])
+
+
+# ---- recorded numbers ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A model and write(lines), which writes results.jsonl beside its checkpoint."""
+    model, _ = save_mae(tmp_path / "mae")
+
+    def write(lines):
+        own = dict(data="toy", checkpoint=model.source.path, branch="base", step=1, settings={})
+        text = "".join(json.dumps(own | line) + "\n" for line in lines)
+        (tmp_path / "mae/results.jsonl").write_text(text)
+    return model, write
+
+
+def test_layerwise_reads_the_result_of_this_data_set_and_these_weights(run):
+    model, write = run
+    metrics = {"block 2 patch": {"top-1": 7.0}, "block 1 patch": {"top-1": 5.0}}
+    other = dict(task="layerwise", metrics={"block 1 patch": {"top-1": 99.0}})
+    write([dict(task="layerwise", metrics=metrics), other | dict(data="cifar10"),
+           other | dict(step=2), other | dict(branch="teacher")])
+    found = recorded.read_layerwise(model, options())
+    assert (found["block"], found["top1"]) == ([1, 2], [5.0, 7.0])
+    model.source.path = model.source.path.replace("encoder.pt", "other.pt")          # control
+    with pytest.raises(MissingInput, match="--task layerwise"):
+        recorded.read_layerwise(model, options())
+
+
+def test_frequency_noise_and_shape_bias_of_results(run):
+    model, write = run
+    write([dict(task="frequency_noise",
+                metrics={"cls": {"clean": 50.0, "0.1 pi": 3.0, "1 pi": 8.0}}),
+           dict(task="shape_bias",
+                metrics={"cls": {"shape bias": 60.0, "either": 50.0, "cat": 70.0}})])
+    found = recorded.read_frequency_noise(model, options())
+    assert (found["frequency"], found["change"]) == ([0.1, 1.0], [-3.0, -8.0])
+    found = recorded.read_shape_bias(model, options())
+    assert found["bars"] == {"shape bias": 60.0, "cat": 70.0}
+
+
+def test_knn_of_results_is_that_of_the_smallest_k_and_of_no_baseline(run):
+    model, write = run
+    line = dict(task="knn", metrics={"cls": {"k=10": 30.0, "k=20": 20.0}})
+    write([line | dict(checkpoint=None)])                    # a baseline, evaluated together
+    with pytest.raises(MissingInput, match="--task knn"):
+        recorded.read_knn(model, options())
+    write([line])
+    assert recorded.read_knn(model, options())["bars"] == {"cls": 30}
+
+
+def test_reinit_compares_runs_with_the_settings_of_the_latest(run):
+    model, write = run
+
+    def line(top1, **settings):
+        return dict(task="finetune", metrics={"patch": {"top-1": top1}},
+                    settings=dict(reinit=None) | settings)
+
+    lines = [line(60.0), line(40.0, reinit="last:2")]
+    write(lines)
+    found = recorded.read_reinit(model, options())
+    assert found["last_change"] == [0, -20] and found["first_change"] == [0]
+    lines.append(line(90.0, epochs=50))
+    write(lines)
+    with pytest.raises(MissingInput, match="settings of the latest"):
+        recorded.read_reinit(model, options())
+    lines.append(line(90.0, epochs=50, reinit="first:1"))
+    write(lines)
+    found = recorded.read_reinit(model, options())
+    assert found["last_change"] == [0] and found["first_change"] == [0, 0]
+
+
+def test_accuracy_similarity_is_of_the_last_tokens(run):
+    model, write = run
+    write([dict(task="linear", metrics={"cls": {"top-1": 40.0}})])
+    found = recorded.read_accuracy_similarity(model, options(), shared_pass(
+        final_similarity=[0.25]))
+    assert found["linear"] == [40.0] and found["similarity"].tolist() == [0.25]

@@ -1,5 +1,7 @@
 """Scripts, probes and diagnostics on a GPU that is not there (gpu.py): what mixes devices fails,
 and a step of training does not wait for the GPU."""
+import dataclasses
+
 import gpu
 import pytest
 import torch
@@ -8,6 +10,7 @@ from test_methods import METHODS, few, run  # noqa: F401 (fixtures)
 import analysis
 import evaluate
 from lib.run import Run
+from probes.common import Options
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(),
                                 reason="a torch without CUDA knows no such device")
@@ -35,9 +38,10 @@ def test_the_stand_in_fails_where_devices_are_mixed_and_counts_waits():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
         method, run, few, tmp_path, monkeypatch):  # noqa: F811
-    """There the host must know how many: iBOT's thrice, BEiT's twice. Of three steps the second,
-    with its images and plumbing; after the third come kNN and a picture, which do wait."""
-    place, steps, save = Run.place, Run.steps, Run.save_due
+    """A mask that selects patches makes the host wait for their number: iBOT's three times, BEiT's
+    twice. The second of three steps counts, with its images and plumbing; after the third come kNN
+    and visualization, which do wait."""
+    place, steps = Run.place, Run.steps
     placed, seen = [], []
 
     def placing(self, module):
@@ -46,23 +50,20 @@ def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
 
     def counting(self, loader):
         for step, batch in steps(self, loader):
+            self.save_due = False
             yield step, batch
+            seen.append(waits.copy())
             waits.clear()
-
-    def saving(self):
-        seen.append(waits.copy())
-        return save(self) and False
 
     monkeypatch.setattr(Run, "place", placing)
     monkeypatch.setattr(Run, "steps", counting)
-    monkeypatch.setattr(Run, "save_due", saving)
     with gpu.stand_in() as waits, gpu.no_gradients(placed):
         run(method, "--out", tmp_path / "run", "--data", "toy", "--steps", 3, "--evals", 1,
             "--log-every", 9, "--device", "cuda", "--precision", "auto")
     _, second, third = seen
     assert all("[mask]" in line for line in second), second
     assert second.total() == dict(ibot=3, beit=2).get(method, 0)
-    assert third.total() > 3 and (tmp_path / "run" / "picture.png").exists()
+    assert third.total() > 3 and (tmp_path / "run" / "visualization.png").exists()
 
 
 @pytest.mark.slow
@@ -71,8 +72,9 @@ def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
 def test_probes_mix_no_devices(task, tmp_path):
     """But for detection, where numbers decide which boxes go on, shape_bias, which toy has no data
     for, and those that would take minutes."""
+    users = {field.name: field.metadata["only_for"] for field in dataclasses.fields(Options)}
     short = [x for flag, n in (("epochs", "1"), ("iters", "2"))
-             if task in evaluate.READ_BY[flag].split() for x in (f"--{flag}", n)]
+             if task in users[flag] for x in (f"--{flag}", n)]
     with gpu.stand_in() as waits, gpu.no_gradients([]):
         evaluate.main(["--task", task, "--baseline", "untrained", "--data", "toy", "--limit", "32",
                        "--device", "cuda", "--out", str(tmp_path), *short])

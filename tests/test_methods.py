@@ -1,5 +1,5 @@
-"""What every method promises: one process equals two, a run that was killed equals one that was
-not, micro-batches change nothing or are refused, and what cannot be is said in a sentence."""
+"""What holds for every method: one process equals two, a run that was killed equals one that was
+not, micro-batches change nothing or are refused, user errors are one sentence."""
 import gc
 import importlib
 import json
@@ -22,14 +22,16 @@ ROOT = Path(__file__).parent.parent
 METHODS = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
 SECTIONS = ["toy", "cifar10", "imagenet100", "imagenet", "coco"]
 TINY = dict(                                  # whichever of these a method has
-    img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.2, hidden=16,
-    out_dim=8, bottleneck=8, group=4, local_crops=2, local_size=8, mask_block=8,
-    decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, warmup_epochs=0, freeze_epochs=0,
-    masked=8, min_block=2, token_size=16, codes=16, tokenizer_steps=3,
+    img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.2, mlp_dim=16,
+    head_hidden_dim=16, bottleneck_dim=8, out_dim=8, group_size=4, local_crops_number=2,
+    local_crops_size=8, mask_patch_size=8, decoder_embed_dim=16, decoder_depth=1,
+    decoder_num_heads=2, warmup_epochs=0, freeze_last_layer=0, num_mask_patches=8,
+    min_mask_patches_per_block=2, second_input_size=16, vocab_size=16, tokenizer_steps=3,
     layer_scale=4)
 OWN = dict(hybrid=dict(layer_scale=64),       # else a batch norm magnifies the rounding of class
            #                                    tokens that hardly differ
-           beit=dict(masked=10, min_block=6))   # images hide unequally many: 5 to 10
+           # not equally many masked patches in every image: 5 to 10
+           beit=dict(num_mask_patches=10, min_mask_patches_per_block=6))
 COMMON = ("--data synthetic --batch-size 16 --workers 0 --evals 0 --log-every 1 --steps 5 "
           "--precision fp32 --device cpu --save-every 0").split()
 
@@ -65,14 +67,14 @@ def few(monkeypatch):
 
 # The heads in a method's encoder.pt, and where they stand in the network of its branch.
 HEADS = dict(
-    dino=dict(head="head"), ibot=dict(head="head"), mmc=dict(cls="head_cls", pat="head_pat"),
+    dino=dict(head="head"), ibot=dict(head="head"), mmc=dict(cls="head_cls", patch="head_patch"),
     selfpatch=dict(ca_head="ca_head", c_head="c_head", p_head="p_head"),
     moco_v3=dict(projector="projector", predictor="predictor"),
     hybrid=dict(projector="projector", predictor="predictor", decoder="decoder"))
 
 
 def records(out):
-    timed = ("images_per_s", "mfu", "data_share", "memory_gib")
+    timed = ("images_per_s", "mfu", "data_time", "memory_gib")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
@@ -112,7 +114,7 @@ def apart(a, b):
 def test_every_field_is_explained_and_every_section_can_be_had(method):
     module = importlib.import_module(method)
     own = config.fields(module.Config)
-    for name, (_, _, text) in own.items():                  # --help shows the first line only
+    for name, (_, _, text) in own.items():
         assert text and text.count("(") == text.count(")") and text.count('"') % 2 == 0, name
     assert set(config.read_yaml(ROOT / "configs" / f"{method}.yaml")) == set(SECTIONS)
     for section in SECTIONS:
@@ -142,35 +144,41 @@ def test_a_method_file_stands_alone(method):
     assert "torch.distributed" not in text and "rank == 0" not in text
 
 
-TEMPERATURES = [(flag, "temperatures: above 0") for flag in
-                ("--tau-student 0", "--tau-start 0", "--tau-end 0")]
-DINOS_REFUSALS = [*TEMPERATURES, ("--local-crops -1", "0 or more"), ("--out-dim 1", "2 or more"),
-                  ("--local-size 10", "a multiple of --patch-size"),
-                  ("--split-scale 0.01", "the smaller one first"),
-                  ("--bn-in-head --accumulate 2", "--bn-in-head false")]
+TEMPERATURES = [(flag, "must be above 0") for flag in
+                ("--student-temp 0", "--warmup-teacher-temp 0", "--teacher-temp 0")]
+DISTILLATION = [*TEMPERATURES, ("--local-crops-number -1", "0 or more"),
+                ("--out-dim 1", "2 or more"),
+                ("--local-crops-size 10", "a multiple of --patch-size"),
+                ("--global-crops-scale 0.6 0.5", "the smaller one first"),
+                ("--local-crops-scale 0.05", "two fractions"),
+                ("--use-bn-in-head --accum-iter 2", "--use-bn-in-head false")]
 REFUSED = dict(
-    dino=[*DINOS_REFUSALS, ("--jitter 0.3", "four numbers")],
-    ibot=[*DINOS_REFUSALS, ("--tau-pat-end 0", "temperatures: above 0"),
-          ("--mask-p 1.1", "shares from 0 to 1"), ("--mask-min 0.6", "min <= max"),
-          ("--mask-max 1.1", "shares from 0 to 1"), ("--mask-shape ring", "block or rand")],
-    selfpatch=[*DINOS_REFUSALS, ("--out-dim-pat 1", "2 or more"), ("--k 0", "of the 8 neighbours"),
-               ("--k 9", "of the 8 neighbours"), ("--borders none", "correct or official")],
-    mmc=[("--accumulate 2", "leave out --accumulate"), ("--group 1", "2 or more"),
-         ("--group 3", "a divisor of the 16 images"), ("--noise-share 0.9", "is the most"),
-         ("--paste-share 0.9", "is the most"), ("--align 0", "a sixth of --img-size"),
-         ("--align 3", "a sixth of --img-size"), ("--local-crops -1", "0 or more"),
-         ("--local-size 10", "a multiple of --patch-size"), ("--paste-p 35", "at most 1"),
-         ("--noise-share -0.5", "0 or more"), ("--momentum 1.5", "at most 1"),
-         ("--tau 0", "a temperature: above 0"), ("--rec 0 --cls 0 --pat 0", "nothing to learn")],
+    dino=[*DISTILLATION, ("--color-jitter 0.3", "four numbers")],
+    ibot=[*DISTILLATION, ("--teacher-patch-temp 0", "must be above 0"),
+          ("--mask-prob 1.1", "at most 1"), ("--pred-ratio-var 0.6", "from 0 to 1"),
+          ("--pred-ratio 0.9", "from 0 to 1"), ("--pred-shape ring", "block or rand")],
+    selfpatch=[*DISTILLATION, ("--out-dim-selfpatch 1", "2 or more"),
+               ("--num-positives 0", "of the 8 neighbors"),
+               ("--num-positives 9", "of the 8 neighbors"),
+               ("--borders none", "correct or official")],
+    mmc=[("--accum-iter 2", "leave out --accum-iter"), ("--group-size 1", "2 or more"),
+         ("--group-size 3", "must divide the 16 images"), ("--noise-ratio 0.9", "at most 0.8"),
+         ("--paste-ratio 0.9", "at most 0.8"), ("--drop-align 0", "a sixth of --img-size"),
+         ("--drop-align 3", "a sixth of --img-size"), ("--local-crops-number -1", "0 or more"),
+         ("--local-crops-size 10", "a multiple of --patch-size"), ("--paste-prob 35", "at most 1"),
+         ("--noise-ratio -0.5", "0 or more"), ("--momentum-teacher 1.5", "at most 1"),
+         ("--temperature 0", "must be above 0"),
+         ("--lambda-rec 0 --lambda-cls 0 --lambda-patch 0", "there is no loss")],
     mae=[("--mask-ratio -1", "0 or more"), ("--mask-ratio nan", "0 or more")],
-    moco_v3=[("--tau 0", "a temperature: above 0")], hybrid=[("--tau 0", "a temperature: above 0")],
-    beit=[("--pos none", "add --rel-pos"), ("--clip -1", "0 or more"), ("--depth 0", "1 or more"),
-          ("--min-scale nan", "at most 1")])
+    moco_v3=[("--temperature 0", "must be above 0")],
+    hybrid=[("--temperature 0", "must be above 0")],
+    beit=[("--pos none", "add --rel-pos-bias"), ("--clip-grad -1", "0 or more"),
+          ("--depth 0", "1 or more"), ("--crop-min nan", "at most 1")])
 
 
 @pytest.mark.parametrize("method, flags, sentence", [
     (method, *refusal) for method, refusals in REFUSED.items() for refusal in refusals])
-def test_settings_that_cannot_be(method, flags, sentence, run, tmp_path):
+def test_impossible_settings_are_refused(method, flags, sentence, run, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         run(method, "--out", tmp_path / "run", "--steps", 1, *flags.split())
 
@@ -180,7 +188,7 @@ def test_settings_that_cannot_be(method, flags, sentence, run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_the_learning_rate_rises_over_the_warm_up(method, run, few, tmp_path):
+def test_the_learning_rate_increases_during_the_warm_up(method, run, few, tmp_path):
     """Three steps of it; those of DINO's family reach the peak in its last step already."""
     run(method, "--out", tmp_path / "run", warmup_epochs=1.5, warmup_lr=0)
     lr = [line["lr"] for line in records(tmp_path / "run")]
@@ -189,10 +197,10 @@ def test_the_learning_rate_rises_over_the_warm_up(method, run, few, tmp_path):
     assert lr[3] > 0
 
 
-def test_a_run_that_ends_within_its_warm_up_is_told(run, few, tmp_path, capsys):
-    for epochs, told in ((3, True), (2, False)):                             # 6, 4 of 5 steps
+def test_a_run_that_ends_within_its_warm_up_gets_a_warning(run, few, tmp_path, capsys):
+    for epochs, warning in ((3, True), (2, False)):                             # 6, 4 of 5 steps
         run("simmim", "--out", tmp_path / "run", warmup_epochs=epochs)
-        assert ("ends within its warm-up of 6 steps" in capsys.readouterr().out) == told
+        assert ("ends within its warm-up of 6 steps" in capsys.readouterr().out) == warning
 
 
 @pytest.mark.slow
@@ -207,76 +215,78 @@ def test_bf16_costs_a_little_precision_and_nothing_else(method, run, few, tmp_pa
     exact, rounded = losses
     assert rounded == pytest.approx(exact, rel=0.03) and rounded != exact
     assert all(x != torch.tensor(x).bfloat16().item() for x in rounded)
-    assert (tmp_path / "bf16" / "picture.png").exists()
+    assert (tmp_path / "bf16" / "visualization.png").exists()
 
 
 @pytest.fixture
 def columns(monkeypatch):
-    """The columns of the picture that a run draws last."""
+    """The columns of the visualization that a run writes last."""
     found = {}
-    monkeypatch.setattr(Run, "picture", lambda _, columns: found.update(columns))
+    monkeypatch.setattr(visualize, "save_grid", lambda _, columns: found.update(columns))
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, seen, painted", [
-    ("asl", "visible", ["painted back", "second branch"]), ("simmim", "masked", ["painted"]),
-    ("hybrid", "masked", ["painted"]), ("mmc", "corrupted", ["painted back"])])
-def test_pictures_show_what_is_hidden_and_how_it_is_painted(
-        method, seen, painted, run, few, columns, tmp_path):
+@pytest.mark.parametrize("method, seen, titles", [
+    ("asl", "visible", ["reconstruction", "second branch"]),
+    ("hybrid", "visible", ["reconstruction"]),
+    ("simmim", "visible", ["reconstruction"]), ("mmc", "corrupted", ["reconstruction"])])
+def test_visualizations_show_the_mask_and_the_reconstruction(
+        method, seen, titles, run, few, columns, tmp_path):
     run(method, "--data", "toy", "--steps", 1, "--evals", 1, "--out", tmp_path / "run",
-        img_size=32, mask_block=8)
+        img_size=32, mask_patch_size=8)
     image = columns["intact" if method == "mmc" else "image"]
     assert torch.equal(image, toy.draw(torch.arange(len(image)), "test", 32)["image"])
-    hidden = (columns[seen] != image).any(1, keepdim=True).expand_as(image)
-    assert 0.1 < hidden.float().mean() < 0.9
+    masked = (columns[seen] != image).any(1, keepdim=True).expand_as(image)
+    assert 0.1 < masked.float().mean() < 0.9
     if method != "mmc":                                                      # noise, other images
-        assert len(columns[seen].movedim(1, -1)[hidden[:, 0]].unique(dim=0)) == 1
-    for title in painted:
+        assert len(columns[seen].movedim(1, -1)[masked[:, 0]].unique(dim=0)) == 1
+    for title in titles:
         x = columns[title]
-        assert torch.equal(x[~hidden], image[~hidden]) and (x != columns[seen])[hidden].any()
-    assert len(painted) == 1 or not torch.equal(*(columns[title] for title in painted))
+        assert torch.equal(x[~masked], image[~masked]) and (x != columns[seen])[masked].any()
+    assert len(titles) == 1 or not torch.equal(*(columns[title] for title in titles))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["beit", "cae"])
-def test_pictures_show_true_words_and_those_that_are_named(
+def test_visualizations_show_true_and_predicted_tokens(
         method, run, few, columns, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer.Tokenizer, "decode", lambda _, ids: F.interpolate(
-        ids.view(-1, 1, 4, 4).expand(-1, 3, -1, -1) / 255, 16))              # a word, a colour
+        ids.view(-1, 1, 4, 4).expand(-1, 3, -1, -1) / 255, 16))              # a token, a color
     run(method, "--data", "toy", "--steps", 1, "--evals", 1, "--out", tmp_path / "run")
-    seen = columns["visible" if method == "cae" else "masked"]
-    hidden = (columns["image"] != seen).any(1, keepdim=True).expand_as(seen)
-    true, named = columns["true words, drawn"], columns["words named"]
-    assert torch.equal(true[~hidden], named[~hidden]) and (true != named)[hidden].any()
+    seen = columns["visible"]
+    masked = (columns["image"] != seen).any(1, keepdim=True).expand_as(seen)
+    true, named = columns["true tokens"], columns["predicted tokens"]
+    assert torch.equal(true[~masked], named[~masked]) and (true != named)[masked].any()
     assert true.max() < 16
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ibot", "selfpatch"])
-def test_a_prototype_has_one_colour_in_the_whole_picture(method, run, few, columns, tmp_path):
+def test_a_prototype_has_one_color_in_the_whole_visualization(method, run, few, columns, tmp_path):
     run(method, "--data", "toy", "--steps", 1, "--evals", 1, "--out", tmp_path / "run")
-    known = F.pad(0.2 + torch.arange(256) * 0.618 % 0.8, (1, 0))             # 0: not hidden
+    known = F.pad(0.2 + torch.arange(256) * 0.618 % 0.8, (1, 0))             # 0: not masked
 
-    def colours(picture):                                                    # (n, 3, h, w)
-        return {tuple(pixel) for pixel in picture.movedim(1, -1).flatten(0, 2).tolist()}
+    def colors(image):                                                       # (n, 3, h, w)
+        return {tuple(pixel) for pixel in image.movedim(1, -1).flatten(0, 2).tolist()}
 
     for title in ("teacher", "student"):
-        used = colours(columns[title])
-        assert len(used) > 1 and used <= colours(visualize.heat_map(known[None, None]))
+        used = colors(columns[title])
+        assert len(used) > 1 and used <= colors(visualize.heat_map(known[None, None]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, name, sentence", [
-    ("mae", "forward", "painted flat"), ("asl", "forward", "painted flat"),
-    ("simmim", "forward", "paints no better than the mean colour"),
-    ("beit", "token_loss", "knows no more of hidden words"),
-    ("cae", "token_loss", "knows no more of hidden words")])
+    ("mae", "forward", "still flat in every patch"),
+    ("asl", "forward", "still flat in every patch"),
+    ("simmim", "forward", "no better than the mean color"),
+    ("beit", "token_loss", "no better than by their frequencies"),
+    ("cae", "token_loss", "no better than by their frequencies")])
 @pytest.mark.parametrize("learned", [True, False])
-def test_a_network_that_learned_nothing_is_told(
+def test_a_network_that_learned_nothing_gives_a_warning(
         method, name, sentence, learned, run, few, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(method)
-    if name == "token_loss":                   # the entropy of 16 words is 2.77 at most
+    if name == "token_loss":                   # the entropy of 16 tokens is 2.77 at most
         monkeypatch.setattr(module, name, lambda logits, *_: (
             0 * logits.sum() + (0.5 if learned else 2.78)))
     else:
@@ -300,11 +310,11 @@ def test_a_network_that_learned_nothing_is_told(
 
 @pytest.mark.parametrize("method", [
     pytest.param(method, marks=[pytest.mark.slow] * (method not in HEADS)) for method in METHODS])
-def test_the_network_that_is_looked_at_is_saved_with_its_own_heads(
+def test_the_evaluated_network_is_saved_with_its_own_heads(
         method, run, few, tmp_path, monkeypatch):
     """Of two networks the same one, in kNN, encoder.pt and its heads."""
     looked = []
-    monkeypatch.setattr(Run, "knn", lambda _, encoder, *__: (
+    monkeypatch.setattr(visualize, "knn", lambda _, encoder, *__: (
         looked.append({key: x.clone() for key, x in encoder.state_dict().items()}), {})[1])
     run(method, "--out", tmp_path, "--steps", 1, "--evals", 1, "--lr", 0.1)
     net = checkpoints.load_encoder(tmp_path / "encoder.pt", quiet=True)
@@ -343,7 +353,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
     """Loss parts, gradient norm and all weights after five steps; another seed is the control."""
     names = "whole", "two", "killed", "other", "micro", "plain"
     whole, two, killed, other, micro, plain = (tmp_path / name for name in names)
-    both = ["--accumulate", 2] * (method == "mae")        # of one method both at once
+    both = ["--accum-iter", 2] * (method == "mae")        # of one method both at once
     command = [*torchrun, f"{method}.py", *flags(method, "--out", two, *both)]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT)
@@ -376,54 +386,55 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
     assert apart(other, whole) > 1e-2
 
     def in_micro_batches(whole, **settings):
-        run(method, "--out", micro, "--accumulate", 2, **settings)
+        run(method, "--out", micro, "--accum-iter", 2, **settings)
         assert apart(micro, whole) < 1e-5
 
     sentence = dict(
         hybrid="the hybrid contrasts", mmc="MMC contrasts", moco_v3="MoCo v3 contrasts",
-        **dict.fromkeys(("dino", "ibot", "selfpatch"), "add --bn-in-head false")).get(method)
+        **dict.fromkeys(("dino", "ibot", "selfpatch"), "add --use-bn-in-head false")).get(method)
     if sentence:
         with pytest.raises(ValueError, match=sentence):
             in_micro_batches(whole)
     else:
         in_micro_batches(whole)
     if method in ("dino", "ibot", "selfpatch"):             # without batch norms they are exact
-        run(method, "--out", plain, bn_in_head=False)
-        in_micro_batches(plain, bn_in_head=False)
+        run(method, "--out", plain, use_bn_in_head=False)
+        in_micro_batches(plain, use_bn_in_head=False)
 
 
-@pytest.mark.parametrize("method, name, spread", [
+@pytest.mark.parametrize("method, name, std", [
     ("mae", "Network", 0.02), ("asl", "Network", 0.02), ("simmim", "Network", 0.0108),
-    ("hybrid", "Network", 0.0108), ("beit", "Network", 0.0108), ("cae", "CAE", 0.0108)])
-def test_mask_tokens_are_drawn_as_published(method, name, spread):
-    module, drawn = importlib.import_module(method), []       # 0.0108: of 0.02, cut at one sigma
-    less = dict(depth=0, decoder_depth=0, regressor_depth=0, hidden=16)
+    ("hybrid", "Network", 0.0108), ("beit", "Network", 0.0108), ("cae", "Network", 0.0108)])
+def test_mask_tokens_are_initialized_as_published(method, name, std):
+    module, drawn = importlib.import_module(method), []       # 0.0108: 0.02, truncated at 1 sigma
+    less = dict(depth=1, decoder_depth=0, regressor_depth=0, mlp_dim=16)
     cfg = module.Config(**{k: v for k, v in less.items() if k in config.fields(module.Config)})
     for seed in range(4):
         torch.manual_seed(seed)
         net = getattr(module, name)(cfg, *[16] * (method in ("beit", "cae")))
         drawn += [x for key, x in net.named_parameters() if key.endswith("mask_token")]
-    assert len(drawn) == 4 and torch.cat(drawn).std().item() == pytest.approx(spread, rel=0.03)
+    assert len(drawn) == 4 and torch.cat(drawn).std().item() == pytest.approx(std, rel=0.03)
 
 
-@pytest.mark.parametrize("method, name", [("beit", "Network"), ("cae", "CAE"),
+@pytest.mark.parametrize("method, name", [("beit", "Network"), ("cae", "Network"),
                                           ("hybrid", "Network"), ("simmim", "Network")])
-def test_layer_scale_0_leaves_every_branch_as_it_is(method, name):
+def test_layer_scale_0_is_no_layer_scale(method, name):
     module = importlib.import_module(method)
-    words = [16] * (method in ("beit", "cae"))
+    vocabulary = [16] * (method in ("beit", "cae"))
     for scale in (0, 0.1):
         cfg = config.parse(module.Config, flags(method, layer_scale=scale))
-        names = [key for key, _ in getattr(module, name)(cfg, *words).named_parameters()]
+        net = getattr(module, name)(cfg, *vocabulary)
+        names = [key for key, _ in net.named_parameters()]
         assert any(".ls2." in key for key in names) == (scale > 0)
 
 
 @pytest.mark.parametrize("method", ["beit", "cae"])
-def test_what_cannot_be_is_said_before_a_tokenizer_is_trained(
+def test_impossible_settings_are_refused_before_a_tokenizer_is_trained(
         method, run, few, tmp_path, monkeypatch):
     def trained(*_):
         raise AssertionError("too late")
 
-    monkeypatch.setattr(tokenizer, "train", trained)
+    monkeypatch.setattr(tokenizer, "train_tokenizer", trained)
     for sentence, more, settings in (
             ("not a multiple of 3 heads", [], dict(num_heads=3)),
             ("not a multiple of patch size", [], dict(img_size=18)),
@@ -432,22 +443,23 @@ def test_what_cannot_be_is_said_before_a_tokenizer_is_trained(
             run(method, "--out", tmp_path, *more, **settings)
     module, before = importlib.import_module(method), torch.get_rng_state()
     with torch.device("meta"):                # which draws no random number: weights stay the same
-        module.__dict__["CAE" if method == "cae" else "Network"](
-            config.parse(module.Config, flags(method)), 1)
+        module.Network(config.parse(module.Config, flags(method)), 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_looks_at_itself_which_changes_nothing_that_is_saved(method, run, few, tmp_path):
+def test_evaluation_changes_nothing_that_is_saved(method, run, few, tmp_path):
     looked, not_looked = (tmp_path / name for name in ("looked", "not_looked"))
     for out, times in ((looked, 2), (not_looked, 0)):
         run(method, "--data", "toy", "--steps", 2, "--evals", times, "--out", out)
-    by_class_token = ["knn"] * checkpoints.load_encoder(looked / "encoder.pt", quiet=True).num_prefix
+    net = checkpoints.load_encoder(looked / "encoder.pt", quiet=True)
+    by_class_token = ["knn"] * net.num_prefix
     for line in records(looked):
-        assert {"knn_pat", "spread", *by_class_token} <= line.keys()
+        assert {"knn_patch", "feat_std", *by_class_token} <= line.keys()
         assert all(math.isfinite(value) for value in line.values())
-    assert (looked / "picture.png").exists() and not (not_looked / "picture.png").exists()
+    assert (looked / "visualization.png").exists()
+    assert not (not_looked / "visualization.png").exists()
     one, other = (torch.load(out / "last.pt")["state"] for out in (looked, not_looked))
     for name in one.keys() - {"opt", "tokenizer"}:                           # running means, too
         assert one[name].keys() == other[name].keys()
@@ -456,7 +468,7 @@ def test_a_run_looks_at_itself_which_changes_nothing_that_is_saved(method, run, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_what_cannot_be_is_said_in_a_sentence(method, run, tmp_path):
+def test_user_errors_are_one_sentence(method, run, tmp_path):
     def refused(sentence, *more, **settings):
         with pytest.raises(ValueError, match=sentence) as error:
             run(method, *more, **settings)
@@ -464,7 +476,7 @@ def test_what_cannot_be_is_said_in_a_sentence(method, run, tmp_path):
 
     refused("--patch-size must be 1 or more", patch_size=0)
     refused("nothing to resume", "--resume", "--out", tmp_path / "none")
-    refused("not finite", "--out", tmp_path / "lr", "--lr", 1e30, clip=0)
+    refused("not finite", "--out", tmp_path / "lr", "--lr", 1e30, clip_grad=0)
     assert math.isfinite(records(tmp_path / "lr")[-1]["loss"])
     run(method, "--steps", 1, "--out", tmp_path / "run")
     refused("does not fit", "--out", tmp_path / "run", "--resume", embed_dim=32)

@@ -1,4 +1,4 @@
-"""Metrics against brute-force loops, scikit-learn, pycocotools, and numbers worked out by hand."""
+"""lib/metrics.py against loops, scikit-learn, pycocotools, and values computed by hand."""
 import itertools
 import math
 import sys
@@ -11,31 +11,31 @@ from lib import metrics
 
 
 def on_circle(similarities):
-    """Unit vectors whose dot product with (1, 0) is the given number."""
+    """Unit vectors with the given dot products with (1, 0)."""
     s = torch.tensor(similarities, dtype=torch.float64)
     return torch.stack([s, (1 - s * s).sqrt()], 1)
 
 
 def slow_ap(scores, relevant):
-    """Precision at each relevant item, counted by comparing scores: the definition."""
+    """The definition: mean precision at the relevant items, counted by comparing scores."""
     hits = [i for i, r in enumerate(relevant) if r]
     total = 0.0
     for i in hits:
-        level = [j for j, s in enumerate(scores) if s >= scores[i]]
-        total += sum(relevant[j] for j in level) / len(level)
+        retrieved = [j for j, s in enumerate(scores) if s >= scores[i]]
+        total += sum(relevant[j] for j in retrieved) / len(retrieved)
     return total / len(hits) if hits else math.nan
 
 
-# --------------------------------------------------------------------------- nearest neighbours
+# --------------------------------------------------------------------------- nearest neighbors
 
-def test_three_votes_lose_against_one_close_neighbour():
+def test_one_close_neighbor_outweighs_three_votes():
     similarity = torch.tensor([[0.9, 0.8, 0.79, 0.78]], dtype=torch.float64)
-    votes = metrics.votes(similarity, torch.tensor([[0, 1, 1, 1]]), 2) * math.exp(0.9 / 0.07)
+    votes = metrics.sum_votes(similarity, torch.tensor([[0, 1, 1, 1]]), 2) * math.exp(0.9 / 0.07)
     assert votes.round().tolist() == [[383518, 240655]]
     bank, query = on_circle([.9, .8, .79, .78, .1]), on_circle([1.0])
     labels = torch.tensor([0, 1, 1, 1, 0])
     assert metrics.knn(bank, labels, query, k=(4,))[4].tolist() == [0]
-    # negative control: with a flat temperature the majority wins
+    # negative control: at a high temperature the majority wins
     assert metrics.knn(bank, labels, query, k=(4,), tau=100.0)[4].tolist() == [1]
 
 
@@ -54,21 +54,21 @@ def test_knn_equals_a_loop_over_queries_for_every_k_and_any_chunk():
                 assert label == max(range(5), key=lambda c: votes[c])
 
 
-def test_a_bank_asked_for_itself_knows_every_label():
+def test_knn_of_the_bank_itself_returns_its_labels():
     bank, labels = torch.eye(12), torch.arange(12) % 4
     assert metrics.knn(bank, labels, 5 * bank, k=(1,))[1].equal(labels)
-    wrong = metrics.knn(bank, labels, bank.roll(1, 0), k=(1,))[1]        # control
+    wrong = metrics.knn(bank, labels, bank.roll(1, 0), k=(1,))[1]        # negative control
     assert (wrong == labels).sum() == 0
 
 
-def test_knn_survives_a_tiny_temperature():
+def test_knn_is_finite_at_a_small_temperature():
     bank, labels = on_circle([.9, .8]).float(), torch.tensor([1, 0])
     assert metrics.knn(bank, labels, on_circle([1.0]).float(), k=(2,), tau=1e-3)[2].tolist() == [1]
 
 
 # --------------------------------------------------------------------------- accuracy
 
-def test_accuracy_counts_the_top_n_and_copes_with_three_classes():
+def test_accuracy_counts_the_top_n_and_clips_n_to_the_number_of_classes():
     scores = torch.tensor([[.1, .7, .2], [.5, .3, .2], [.2, .3, .5], [.1, .2, .7]])
     labels = torch.tensor([1, 1, 2, 0])
     assert metrics.accuracy(scores, labels, top=(1, 2, 5)) == [50.0, 75.0, 100.0]
@@ -78,18 +78,18 @@ def test_accuracy_counts_the_top_n_and_copes_with_three_classes():
 
 @pytest.mark.parametrize("scores, relevant, expected", [
     ([6, 5, 4, 3, 2, 1], [1, 0, 1, 0, 0, 1], (1 + 2 / 3 + 3 / 6) / 3),
-    ([.9, .5, .5, .5], [1, 0, 0, 1], 0.75),                  # a three-way tie is one step
-    ([.5, .5, .5, .9], [0, 1, 0, 1], 0.75),                  # ... in whatever order it comes
+    ([.9, .5, .5, .5], [1, 0, 0, 1], 0.75),                  # a three-way tie is one group
+    ([.5, .5, .5, .9], [0, 1, 0, 1], 0.75),                  # ... in any order
     ([2, 1], [0, 1], 0.5),
     ([1, 1, 1], [1, 0, 0], 1 / 3),
 ])
-def test_average_precision_worked_out_by_hand(scores, relevant, expected):
+def test_average_precision_equals_values_computed_by_hand(scores, relevant, expected):
     scores = torch.tensor([scores], dtype=torch.float32)
     ap = metrics.average_precision(scores, torch.tensor([relevant]) > 0)
     assert ap.item() == pytest.approx(expected, abs=1e-12)
 
 
-def many_lists():
+def random_rankings():
     g = torch.Generator().manual_seed(1)
     scores = torch.randint(0, 12, (40, 30), generator=g).float()      # 12 levels: many ties
     scores[20:] = torch.rand(20, 30, generator=g)
@@ -99,31 +99,31 @@ def many_lists():
 
 
 def test_average_precision_equals_a_loop_with_and_without_ties():
-    scores, relevant = many_lists()
+    scores, relevant = random_rankings()
     ap = metrics.average_precision(scores, relevant)
     expected = [slow_ap(s.tolist(), r.tolist()) for s, r in zip(scores, relevant)]
     assert ap.tolist() == pytest.approx(expected, abs=1e-12, nan_ok=True)
-    assert ap[3].isnan() and not ap[:3].isnan().any()                 # none relevant: no AP
-    # negative control: breaking ties by position gives other numbers
-    tilted = metrics.average_precision(scores - 1e-3 * torch.arange(30), relevant)
-    assert (tilted[:20] - ap[:20]).abs().nan_to_num().max() > 0.01
+    assert ap[3].isnan() and not ap[:3].isnan().any()                 # nothing relevant: nan
+    # negative control: breaking ties by position changes the values
+    broken = metrics.average_precision(scores - 1e-3 * torch.arange(30), relevant)
+    assert (broken[:20] - ap[:20]).abs().nan_to_num().max() > 0.01
 
 
 def test_average_precision_equals_scikit_learn():
     sklearn = pytest.importorskip("sklearn.metrics")
-    scores, relevant = many_lists()
+    scores, relevant = random_rankings()
     ap = metrics.average_precision(scores, relevant)
     for i in set(range(40)) - {3}:
         expected = sklearn.average_precision_score(relevant[i], scores[i])
         assert ap[i].item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_retrieval_leaves_the_query_out_and_does_not_depend_on_the_block():
+def test_retrieval_excludes_the_query_and_does_not_depend_on_the_block():
     g = torch.Generator().manual_seed(2)
     features = torch.randn(50, 6, generator=g).double()
     labels = torch.randint(0, 4, (50,), generator=g)
     features[1] = features[0]                                         # identical: a tie at the top
-    labels[-1] = 9                                                    # nobody shares this class
+    labels[-1] = 9                                                    # the only item of its class
     ap = metrics.retrieval(features, labels)
     unit = features / features.norm(dim=1, keepdim=True)
     for i in range(50):
@@ -132,7 +132,7 @@ def test_retrieval_leaves_the_query_out_and_does_not_depend_on_the_block():
         expected = slow_ap((unit[others] @ unit[i]).tolist(), same.tolist())
         assert ap[i].item() == pytest.approx(expected, abs=1e-9, nan_ok=True)
     assert torch.allclose(metrics.retrieval(features, labels, block=7), ap, equal_nan=True)
-    # negative control: with itself in the list, a query's AP is flattered
+    # negative control: with the query in its own ranking, AP is higher
     with_self = metrics.average_precision(unit @ unit.T, labels[:, None] == labels)
     assert (with_self - ap)[:-1].mean() > 0.05
 
@@ -144,7 +144,7 @@ def test_perfect_clusters_give_ap_one():
     assert metrics.retrieval(features, labels).tolist() == [1.0] * 30
 
 
-def test_chance_is_the_mean_over_all_orders():
+def test_chance_is_the_mean_over_all_permutations():
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
     expected = []
     for i in range(7):
@@ -155,7 +155,7 @@ def test_chance_is_the_mean_over_all_orders():
     assert metrics.chance(labels).tolist() == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
-def test_class_means_weigh_classes_equally_and_skip_nan():
+def test_class_means_weight_classes_equally_and_ignore_nan():
     values = torch.tensor([1.0, 3.0, math.nan, 10.0])
     assert metrics.class_means(values, torch.tensor([0, 0, 0, 4])).tolist() == [2.0, 10.0]
 
@@ -167,46 +167,46 @@ PREDICTED = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 3], [2, 2, 0, 2]])
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
-def test_segmentation_scores_worked_out_by_hand(dtype):
+def test_segmentation_scores_equal_values_computed_by_hand(dtype):
     counts = metrics.confusion(PREDICTED.to(dtype), LABELS.to(dtype), 5)
     assert counts.diag().tolist() == [2, 3, 2, 0, 0] and counts.sum() == 10
     assert counts.sum(1).tolist() == [3, 4, 3, 0, 0] and counts[1, 3] == 1
     scores = metrics.segmentation_scores(counts)
     assert scores["iou"].tolist() == pytest.approx([2 / 4, 3 / 5, 2 / 3, 0, math.nan], nan_ok=True)
-    assert scores["miou"] == pytest.approx(0.441667, abs=1e-6)        # class 3: 0; 4: left out
+    assert scores["miou"] == pytest.approx(0.441667, abs=1e-6)        # class 3: 0; 4: ignored
     assert scores["macc"] == pytest.approx(0.694444, abs=1e-6)        # three classes occur
     assert scores["aacc"] == pytest.approx(0.7)
 
 
-def test_segmentation_scores_are_ratios_of_sums_and_not_means_over_images():
+def test_segmentation_scores_are_ratios_of_sums_not_means_over_images():
     rows = [(p[None], t[None]) for p, t in zip(PREDICTED, LABELS)]
     counts = sum(metrics.confusion(p, t, 5) for p, t in rows)
     assert counts.equal(metrics.confusion(PREDICTED, LABELS, 5))
     mean = sum(metrics.segmentation_scores(metrics.confusion(p, t, 5))["miou"] for p, t in rows) / 3
     assert abs(mean - 0.441667) > 0.01
-    # negative control: if 255 were one more class, the scores would be lower
+    # negative control: with 255 as another class the scores are lower
     kept = metrics.confusion(PREDICTED, LABELS.where(LABELS != 255, 4), 5)
     assert metrics.segmentation_scores(kept)["miou"] < 0.44
 
 
-def test_segmentation_of_nothing_is_not_a_number():
+def test_segmentation_scores_without_labels_are_nan():
     void = torch.full((2, 2), 255)
     scores = metrics.segmentation_scores(metrics.confusion(torch.zeros_like(void), void, 3))
     assert all(math.isnan(scores[key]) for key in ("miou", "macc", "aacc"))
 
 
-@pytest.mark.parametrize("predicted, labels, why", [
-    ([[0, 3]], [[0, 1]], "3 classes, 0 to 2, but predictions from 0 to 3"),
-    ([[0, 1]], [[0, 254]], "3 classes, 0 to 2, but labels from 0 to 254"),
-    ([[0, -1]], [[0, 1]], "predictions from -1 to 0"),
+@pytest.mark.parametrize("predicted, labels, message", [
+    ([[0, 3]], [[0, 1]], "3 classes, 0 to 2, but predictions are from 0 to 3"),
+    ([[0, 1]], [[0, 254]], "3 classes, 0 to 2, but labels are from 0 to 254"),
+    ([[0, -1]], [[0, 1]], "predictions are from -1 to 0"),
     ([[0, 1, 1]], [[0, 1]], r"Predictions \(1, 3\) and labels \(1, 2\): resize"),
 ])
-def test_numbers_that_are_no_class_are_refused(predicted, labels, why):
-    with pytest.raises(ValueError, match=why):
+def test_confusion_rejects_values_that_are_not_classes(predicted, labels, message):
+    with pytest.raises(ValueError, match=message):
         metrics.confusion(torch.tensor(predicted), torch.tensor(labels), 3)
 
 
-# --------------------------------------------------------------------------- films
+# --------------------------------------------------------------------------- videos
 
 def block(size, top, left, bottom, right):
     mask = torch.zeros(*size, dtype=torch.bool)
@@ -219,25 +219,25 @@ def block(size, top, left, bottom, right):
         (3, .970443, 1), (8, .923077, 1), (12, .886792, .683333), (20, .818182, .656667))],
     *[((60, 80), (10, 30), (10, 40), shift, j, f) for shift, j, f in (
         (1, .935484, 1), (2, .875, .62), (5, .714286, .56))]])
-def test_a_block_that_is_shifted(size, rows, columns, shift, j, f):
+def test_scores_of_a_shifted_block(size, rows, columns, shift, j, f):
     truth = block(size, rows[0], columns[0], rows[1], columns[1])
     predicted = truth.roll(shift, 1)
     assert metrics.jaccard(predicted, truth).item() == pytest.approx(j, abs=1e-6)
-    assert metrics.contour(predicted, truth) == pytest.approx(f, abs=1e-6)
-    if shift == 8:                                         # negative control: one pixel less
-        assert metrics.contour(predicted, truth, 7 / math.hypot(*size)) < 0.99
+    assert metrics.contour_accuracy(predicted, truth) == pytest.approx(f, abs=1e-6)
+    if shift == 8:                             # negative control: tolerance of one pixel less
+        assert metrics.contour_accuracy(predicted, truth, 7 / math.hypot(*size)) < 0.99
 
 
-def test_the_boundary_lies_towards_the_origin_and_ends_at_the_image():
-    edge = metrics.boundary(block((5, 6), 1, 1, 3, 4))
+def test_boundary_is_on_the_upper_left_side_and_excludes_the_image_border():
+    edge = metrics.find_boundary(block((5, 6), 1, 1, 3, 4))
     rows = ["".join(map(str, row)) for row in edge.int().tolist()]
     assert rows == ["111100", "100100", "111100", "000000", "000000"]
-    assert not metrics.boundary(torch.ones(4, 5, dtype=torch.bool)).any()
-    corner = metrics.boundary(block((4, 5), 3, 4, 4, 5)).nonzero().tolist()
-    assert corner == [[2, 3], [2, 4], [3, 3]]              # never the last corner itself
+    assert not metrics.find_boundary(torch.ones(4, 5, dtype=torch.bool)).any()
+    corner = metrics.find_boundary(block((4, 5), 3, 4, 4, 5)).nonzero().tolist()
+    assert corner == [[2, 3], [2, 4], [3, 3]]              # the last pixel is never marked
 
 
-def test_dilation_is_a_disk_and_stops_at_the_image():
+def test_dilation_is_a_disk_clipped_to_the_image():
     g = torch.Generator().manual_seed(4)
     mask = torch.rand(14, 17, generator=g) < 0.03
     mask[0, 0] = mask[13, 16] = True
@@ -250,18 +250,19 @@ def test_dilation_is_a_disk_and_stops_at_the_image():
 
 
 def test_empty_masks_and_boundaries():
-    none, some, far = torch.zeros(60, 80).bool(), block((60, 80), 5, 5, 9, 9), block(
-        (60, 80), 40, 40, 50, 50)
-    assert metrics.jaccard(torch.stack([none, none, some]),
-                           torch.stack([none, some, some])).tolist() == [1, 0, 1]
-    assert [metrics.contour(none, none), metrics.contour(none, some), metrics.contour(some, none),
-            metrics.contour(some, far), metrics.contour(~none, none)] == [1, 0, 0, 0, 1]
+    empty, square = torch.zeros(60, 80).bool(), block((60, 80), 5, 5, 9, 9)
+    distant = block((60, 80), 40, 40, 50, 50)
+    assert metrics.jaccard(torch.stack([empty, empty, square]),
+                           torch.stack([empty, square, square])).tolist() == [1, 0, 1]
+    pairs = [(empty, empty), (empty, square), (square, empty), (square, distant), (~empty, empty)]
+    assert [metrics.contour_accuracy(*pair) for pair in pairs] == [1, 0, 0, 0, 1]
 
 
-def film(T=7):
-    """(T, 60, 80): object 1 walks and leaves after frame 4, object 2 stands; void around it."""
-    masks = torch.zeros(T, 60, 80, dtype=torch.uint8)
-    for t in range(T):
+def video_masks(frames=7):
+    """(frames, 60, 80): object 1 moves and is gone after frame 4, object 2 does not move and is
+    surrounded by void."""
+    masks = torch.zeros(frames, 60, 80, dtype=torch.uint8)
+    for t in range(frames):
         if t < 5:
             masks[t, 10:30, 4 * t:4 * t + 20] = 1
         masks[t, 40:50, 50:60] = 255
@@ -269,39 +270,39 @@ def film(T=7):
     return masks
 
 
-def test_a_film_is_scored_by_object_without_its_first_and_last_frame():
-    truth = film()
+def test_a_video_is_scored_by_object_without_its_first_and_last_frame():
+    truth = video_masks()
     predicted = truth.where(truth != 255, 0)
-    predicted[0] = predicted[-1] = 0                       # these do not count
+    predicted[0] = predicted[-1] = 0                       # these are not scored
     predicted[3][predicted[3] == 2] = 0
-    j, f = metrics.film_scores(predicted, truth)
-    assert j.tolist() == f.tolist() == [[1] * 5, [1, 1, 0, 1, 1]]     # gone in both: 1
+    j, f = metrics.score_video(predicted, truth)
+    assert j.tolist() == f.tolist() == [[1] * 5, [1, 1, 0, 1, 1]]     # empty in both: 1
     scores = metrics.video_scores([(j, f), (j[:1] * 0.25, f[:1])])
-    assert scores["j"] == pytest.approx((1 + 0.8 + 0.25) / 3)         # over objects, not films
+    assert scores["j"] == pytest.approx((1 + 0.8 + 0.25) / 3)         # over objects, not videos
     assert scores["f"] == pytest.approx((1 + 0.8 + 1) / 3)
     assert scores["j&f"] == pytest.approx((scores["j"] + scores["f"]) / 2)
     assert scores["j_recall"] == pytest.approx((1 + 0.8 + 0) / 3)
-    # negative control: the void is an object of nobody; predicted as one it costs
-    worse, _ = metrics.film_scores(truth.where(truth != 255, 2), truth)
+    # negative control: an object predicted in the void scores lower
+    worse, _ = metrics.score_video(truth.where(truth != 255, 2), truth)
     assert worse[1].max() < 0.5
 
 
-def test_objects_that_were_not_there_at_first_are_none():
-    late = film()
+def test_objects_are_those_of_the_first_frame():
+    late = video_masks()
     late[3, :5, :5] = 3
-    assert len(metrics.film_scores(film() % 255, late)[0]) == 2
+    assert len(metrics.score_video(video_masks() % 255, late)[0]) == 2
     with pytest.raises(ValueError, match="Object 3 is predicted, but there are only 2"):
-        metrics.film_scores(late % 255, late)
-    with pytest.raises(ValueError, match=r"Predictions \(2, 60, 80\) and truth .*T of 3 or more"):
-        metrics.film_scores(late[:2] % 255, late[:2])
-    j, f = metrics.film_scores(torch.zeros(4, 8, 8).byte(), torch.zeros(4, 8, 8).byte())
+        metrics.score_video(late % 255, late)
+    with pytest.raises(ValueError, match=r"Predictions \(2, 60, 80\) and truth .*3 or more frames"):
+        metrics.score_video(late[:2] % 255, late[:2])
+    j, f = metrics.score_video(torch.zeros(4, 8, 8).byte(), torch.zeros(4, 8, 8).byte())
     assert j.shape == f.shape == (0, 2)
 
 
 def test_decay_compares_the_first_quarter_with_the_last():
-    assert metrics.quarters(23) == [0, 6, 11, 17, 22]
-    assert metrics.quarters(68) == [0, 17, 34, 50, 67]
-    assert metrics.quarters(7) == [0, 2, 3, 5, 6]          # half to even would give 0 1 3 5 6
+    assert metrics.quarter_bounds(23) == [0, 6, 11, 17, 22]
+    assert metrics.quarter_bounds(68) == [0, 17, 34, 50, 67]
+    assert metrics.quarter_bounds(7) == [0, 2, 3, 5, 6]          # half to even: 0 1 3 5 6
     values = torch.tensor([[1, .9, .8, .7, .6, .5, .1]], dtype=torch.float64)
     scores = metrics.video_scores([(values, 1 - values)])
     assert scores["j_decay"] == pytest.approx(0.9 - 0.3) == -scores["f_decay"]
@@ -312,7 +313,7 @@ def test_decay_compares_the_first_quarter_with_the_last():
 
 # --------------------------------------------------------------------------- COCO
 
-JOINTS = [0, 2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16]         # labelled
+JOINTS = [0, 2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16]         # labeled
 
 
 def person():
@@ -322,20 +323,20 @@ def person():
     return truth
 
 
-def test_key_points_three_and_one_pixels_off():
+def test_oks_of_keypoints_three_and_one_pixels_off():
     truth, box, area = person(), torch.tensor([20.0, 20, 70, 80]), torch.tensor(3000.0)
     points = truth + torch.tensor([3.0, -1, 0])
     assert metrics.oks(points, truth, box, area).item() == pytest.approx(0.828134, abs=1e-6)
-    # negative control: if all joints counted, labelled or not
+    # negative control: the mean over all joints, labeled or not
     every = metrics.oks(points, truth + torch.tensor([0, 0, 1]), box, area).item()
     assert abs(every - 0.828134) > 0.001
 
 
-def test_key_points_equal_the_reference_with_and_without_labels():
+def test_oks_equals_pycocotools_with_and_without_labeled_keypoints():
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
     g = torch.Generator().manual_seed(6)
-    nobody = torch.zeros(17, 3)
-    truths, boxes = torch.stack([person(), nobody]), torch.tensor([[20.0, 20, 70, 80],
+    unlabeled = torch.zeros(17, 3)
+    truths, boxes = torch.stack([person(), unlabeled]), torch.tensor([[20.0, 20, 70, 80],
                                                                    [30, 30, 50, 60]])
     points = torch.rand(3, 17, 3, generator=g) * 120
     points[0] = truths[0] + 2
@@ -349,7 +350,7 @@ def test_key_points_equal_the_reference_with_and_without_labels():
     evaluation.params.imgIds = evaluation.params.catIds = [0]
     assert ours.flatten().tolist() == pytest.approx(evaluation.computeOks(0, 0).flatten().tolist(),
                                                     abs=1e-5)
-    assert ours[1, 1] > 0                                  # distance to the widened box
+    assert ours[1, 1] > 0                                  # distance to the enlarged box
 
 
 def boxes(rows):
@@ -378,16 +379,16 @@ EXPECTED = dict(AP=.387376, AP50=.457921, AP75=.457921, APs=.4, APm=.851485, APl
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_box_ap_of_two_images(kind):
+def test_coco_ap_of_two_images(kind):
     pytest.importorskip("pycocotools")
     scores = metrics.coco_ap(two_images(), kind)
     assert {key: scores[key] for key in EXPECTED} == pytest.approx(EXPECTED, abs=1e-6)
 
 
-def test_coco_ap_knows_crowds_and_an_empty_set_of_detections(capsys):
+def test_coco_ap_handles_crowds_and_an_empty_set_of_detections(capsys):
     pytest.importorskip("pycocotools")
     pairs = list(two_images())
-    pairs[1][0].crowd[:] = False                           # negative control: now it is a miss
+    pairs[1][0].crowd[:] = False                           # negative control: it counts as a miss
     assert metrics.coco_ap(pairs)["AP"] < 0.38
     for _, found in pairs:
         found.boxes, found.scores, found.labels = torch.zeros(0, 4), torch.zeros(0), []
@@ -395,7 +396,7 @@ def test_coco_ap_knows_crowds_and_an_empty_set_of_detections(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_key_point_ap_of_any_number_of_joints():
+def test_keypoint_ap_of_any_number_of_keypoints():
     pytest.importorskip("pycocotools")
     points = torch.rand(1, 5, 3, generator=torch.Generator().manual_seed(7)) * 90 + 1
     truth = SimpleNamespace(points=torch.cat([points, torch.zeros(1, 5, 3)]), boxes=torch.tensor(
@@ -407,7 +408,7 @@ def test_key_point_ap_of_any_number_of_joints():
         assert scores["AP"] == pytest.approx(ap) and scores["AR50"] == pytest.approx(ar50)
 
 
-def test_without_pycocotools_it_is_said_what_to_install(monkeypatch):
+def test_coco_ap_without_pycocotools_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ValueError, match="computed by pycocotools: pip install pycocotools"):
         metrics.coco_ap([])

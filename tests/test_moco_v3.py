@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import moco_v3
-from lib import config, positions
+from lib import config, positions, visualize
 from lib.run import Run, ema_update
 
-TINY = """--img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 2 --hidden 32
+TINY = """--img-size 32 --patch-size 8 --embed-dim 24 --depth 2 --num-heads 2 --mlp-dim 32
           --out-dim 16 --batch-size 8 --workers 0 --evals 0 --precision fp32 --device cpu
           --data synthetic""".split()
 
@@ -38,7 +38,7 @@ def unit(*shape, seed=0):
 
 
 def symmetric(q1, q2, k1, k2, tau=0.2):
-    return moco_v3.contrast(q1, k2, tau) + moco_v3.contrast(q2, k1, tau)
+    return moco_v3.contrastive_loss(q1, k2, tau) + moco_v3.contrastive_loss(q2, k1, tau)
 
 
 def train(monkeypatch, out, steps, *flags):
@@ -70,8 +70,8 @@ def test_loss_equals_equation_1_term_by_term():
     for i in range(5):
         logits = [math.exp(q[i] @ k[j] / tau) for j in range(5)]
         total -= 2 * tau * math.log(logits[i] / sum(logits)) / 5
-    assert moco_v3.contrast(q, k, tau).item() == pytest.approx(total, abs=1e-6)
-    assert moco_v3.contrast(q, k.flip(0), tau).item() != pytest.approx(total, abs=1e-2)
+    assert moco_v3.contrastive_loss(q, k, tau).item() == pytest.approx(total, abs=1e-6)
+    assert moco_v3.contrastive_loss(q, k.flip(0), tau).item() != pytest.approx(total, abs=1e-2)
 
 
 def test_loss_ignores_lengths():
@@ -84,11 +84,11 @@ def test_loss_ignores_lengths():
 
 def test_halves_of_a_batch_with_gathered_keys_have_the_loss_of_the_whole():
     q, k = unit(8, 6), unit(8, 6, seed=1)
-    whole = moco_v3.contrast(q, k, 0.2)
-    halves = [moco_v3.contrast(q[i:i + 4], k, 0.2, first=i) for i in (0, 4)]
+    whole = moco_v3.contrastive_loss(q, k, 0.2)
+    halves = [moco_v3.contrastive_loss(q[i:i + 4], k, 0.2, first=i) for i in (0, 4)]
     assert torch.allclose(whole, sum(halves) / 2, atol=1e-6)
-    shifted = (halves[0] + moco_v3.contrast(q[4:], k, 0.2)) / 2               # rank's offset lost
-    local = sum(moco_v3.contrast(q[i:i + 4], k[i:i + 4], 0.2) for i in (0, 4)) / 2
+    shifted = (halves[0] + moco_v3.contrastive_loss(q[4:], k, 0.2)) / 2     # without the offset
+    local = sum(moco_v3.contrastive_loss(q[i:i + 4], k[i:i + 4], 0.2) for i in (0, 4)) / 2
     assert not torch.allclose(whole, shifted, atol=1e-2)
     assert not torch.allclose(whole, local, atol=1e-2)
 
@@ -177,7 +177,7 @@ def test_who_gets_a_gradient():
             assert p.grad is None, name
         elif not name.endswith(cancel):
             assert p.grad.abs().sum() > 0, name
-    student, _ = networks("--freeze-patch", "false")
+    student, _ = networks("--stop-grad-conv1", "false")
     sum((q * torch.randn(8, 16)).sum() for q in student(x1, x2)).backward()
     assert student.backbone.patch_embed.proj.weight.grad.abs().sum() > 0
     assert student.backbone.patch_embed.proj.bias.grad is not None
@@ -200,7 +200,7 @@ def test_teacher_is_an_average_of_parameters_and_begins_equal():
 
 def test_without_momentum_the_teacher_is_the_student_before_the_step(monkeypatch, tmp_path):
     one = train(monkeypatch, tmp_path / "one", 1)["student"]
-    state = train(monkeypatch, tmp_path / "two", 2, "--momentum", "0")
+    state = train(monkeypatch, tmp_path / "two", 2, "--momentum-teacher", "0")
     student, teacher = state["student"], state["teacher"]
     trained = [name for name in teacher if "running" not in name and "num_batches" not in name]
     assert all(torch.equal(teacher[name], one[name]) for name in trained)
@@ -212,17 +212,16 @@ def test_without_momentum_the_teacher_is_the_student_before_the_step(monkeypatch
 
 
 def test_a_step_contrasts_each_query_with_the_other_views_keys(monkeypatch, tmp_path):
-    outputs, pairs, momenta, how = [], [], [], []
-    forward, contrast = moco_v3.Network.forward, moco_v3.contrast
-    ema, backward = ema_update, Run.backward
+    outputs, pairs, momenta, logged = [], [], [], {}
+    forward, contrastive_loss = moco_v3.Network.forward, moco_v3.contrastive_loss
     monkeypatch.setattr(moco_v3.Network, "forward", lambda net, *views: (
         outputs.append(forward(net, *views)), outputs[-1])[1])
-    monkeypatch.setattr(moco_v3, "contrast", lambda q, k, tau, first=0: (
-        pairs.append((q, k, tau, first)), contrast(q, k, tau, first))[1])
-    monkeypatch.setattr(moco_v3, "ema_update", lambda *args: (momenta.append(args[2]), ema(*args))[1])
-    monkeypatch.setattr(Run, "backward", lambda run, loss, opt, **more: (
-        how.append((loss, opt.param_groups[0]["lr"], more)), backward(run, loss, opt, **more))[1])
-    train(monkeypatch, tmp_path, 2, "--momentum", "0.99", "--tau", "0.2")
+    monkeypatch.setattr(moco_v3, "contrastive_loss", lambda q, k, tau, first=0: (
+        pairs.append((q, k, tau, first)), contrastive_loss(q, k, tau, first))[1])
+    monkeypatch.setattr(moco_v3, "ema_update", lambda *args: (
+        momenta.append(args[2]), ema_update(*args))[1])
+    monkeypatch.setattr(Run, "log", lambda run, **values: logged.update(values))
+    train(monkeypatch, tmp_path, 2, "--momentum-teacher", "0.99", "--temperature", "0.2")
     (q1, q2), (k1, k2) = outputs[-2:]
     assert len(pairs) == 4
     for (q, k, tau, first), (mine, key) in zip(pairs[-2:], ((q1, k2), (q2, k1)), strict=True):
@@ -230,21 +229,19 @@ def test_a_step_contrasts_each_query_with_the_other_views_keys(monkeypatch, tmp_
     for k in (k1, k2):                                        # by the statistics of its own batch
         assert not k.requires_grad and torch.allclose(k.mean(0), torch.zeros(16), atol=1e-5)
     assert momenta == [0.0, 0.99, pytest.approx(0.995)]       # the copy, then up to 1
-    loss, lr, more = how[1]
-    assert torch.allclose(loss, symmetric(q1, q2, k1, k2)) and not more       # no clipping
-    assert lr == pytest.approx(0.1 * 8 / 256 / 2)             # half a cosine, half way
+    assert torch.allclose(logged["loss"], symmetric(q1, q2, k1, k2))
+    assert logged["lr"] == pytest.approx(0.1 * 8 / 256 / 2)   # half a cosine, half way
 
 
-@pytest.mark.parametrize("spread, share, alarm", [
-    (0.045, 1.01, True),                       # alike, and the contrast learns nothing
-    (0.045, 0.93, False), (0.3, 1.0, False)])
-def test_collapse_is_told_by_spread_and_loss_together(
-        spread, share, alarm, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(Run, "knn", lambda *_: {"spread": torch.tensor(spread)})
-    monkeypatch.setattr(moco_v3, "contrast", lambda q, k, tau, first: (
-        0 * q.sum() + share * 2 * tau * math.log(8)))
+@pytest.mark.parametrize("feat_std, loss, warning", [     # loss: relative to chance level
+    (0.045, 1.01, True), (0.045, 0.93, False), (0.3, 1.0, False)])
+def test_collapse_shows_in_feat_std_and_loss_together(
+        feat_std, loss, warning, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(visualize, "knn", lambda *_: {"feat_std": torch.tensor(feat_std)})
+    monkeypatch.setattr(moco_v3, "contrastive_loss", lambda q, k, tau, first: (
+        0 * q.sum() + loss * 2 * tau * math.log(8)))
     train(monkeypatch, tmp_path, 1, "--evals", "1")
-    assert ("collapsed" in capsys.readouterr().out) == alarm
+    assert ("collapsed" in capsys.readouterr().out) == warning
 
 
 # ---- the recipe ----------------------------------------------------------------------------------
@@ -257,7 +254,7 @@ def test_schedules_against_the_closed_forms():
     assert at[0] == (0, 0.99) and at[300] == pytest.approx((0, 1))
     assert at[40][0] == pytest.approx(peak) and at[20][0] == pytest.approx(peak / 2)
     assert at[150][1] == pytest.approx(1 - 0.01 / 2)
-    cfg.momentum = 0.0
+    cfg.momentum_teacher = 0.0
     assert {moco_v3.schedules(step, 3000, 400, cfg)[1] for step in (0, 1500, 2999)} == {0.0}
 
 
@@ -273,18 +270,18 @@ def test_views_and_defaults_are_the_published_ones():
     one, two = moco_v3.views(cfg)
     for view in (one, two):
         assert (view.size, view.scale, view.interpolation) == (224, (0.08, 1.0), "bilinear")
-        assert (view.jitter, view.jitter_p, view.grey_p) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2)
+        assert (view.jitter, view.jitter_p, view.gray_p) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2)
         assert (view.flip, view.blur_sigma, view.copies) == (0.5, (0.1, 2.0), 1)
     assert (one.blur_p, one.solarize_p) == (1.0, 0.0)
     assert (two.blur_p, two.solarize_p) == (0.1, 0.2)
-    assert (cfg.tau, cfg.momentum, cfg.weight_decay, cfg.lr, cfg.batch_size, cfg.epochs,
-            cfg.warmup_epochs) == (0.2, 0.99, 0.1, 1.5e-4, 4096, 300, 40)
+    assert (cfg.temperature, cfg.momentum_teacher, cfg.weight_decay, cfg.lr, cfg.batch_size,
+            cfg.epochs, cfg.warmup_epochs) == (0.2, 0.99, 0.1, 1.5e-4, 4096, 300, 40)
     small = config.parse(moco_v3.Config, ["--data", "imagenet100"])
     assert (small.embed_dim, small.num_heads) == (384, 12)
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    ("--accumulate 2", "leave out --accumulate"),
+    ("--accum-iter 2", "leave out --accum-iter"),
     ("--batch-size 1", "2 or more"),
 ])
 def test_settings_that_cannot_be(flags, sentence, monkeypatch):

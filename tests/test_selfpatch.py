@@ -1,38 +1,41 @@
-"""SelfPatch against the closed forms and the published equations, with controls that break each."""
+"""SelfPatch against closed forms and the published equations, with negative controls."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_dino import (  # noqa: F401
-    WRITTEN_OUT,
-    by_hand,
+    PLAIN,
+    assert_equal_states,
+    assert_no_gradient_in_teacher,
     close,
     images,
     normal,
     pair_by_pair,
-    same,
+    record_networks_and_targets,
     tiny,
     train,
+    train_plainly,
 )
-from test_ibot import code
+from test_ibot import syntax_tree
 
 import dino
 import selfpatch
 from lib import config
 from lib.run import ema_update
 
-SMALL = "--out-dim-pat", 16, "--pat", 0.1, "--k", 4, "--borders", "correct"
+SMALL = ("--out-dim-selfpatch", 16, "--lambda-patch", 0.1, "--num-positives", 4,
+         "--borders", "correct")
 
 
-# ---- what it shares with DINO --------------------------------------------------------------------
+# ---- what it has in common with DINO -------------------------------------------------------------
 
 
-class AsDino(selfpatch.Network):
-    """SelfPatch's network where DINO's is expected: image logits only."""
+class ImageNetwork(selfpatch.Network):
+    """SelfPatch's network with the interface of DINO's: image logits only."""
 
     def __init__(self, cfg, teacher=False):
-        cfg.out_dim_pat, cfg.k, cfg.borders = 16, 4, "correct"
+        cfg.out_dim_selfpatch, cfg.num_positives, cfg.borders = 16, 4, "correct"
         super().__init__(cfg, teacher)
         self.head = self.c_head
 
@@ -40,85 +43,89 @@ class AsDino(selfpatch.Network):
         return super().forward(*crops)[0]
 
 
-def test_with_lambda_0_a_run_is_dinos_on_the_same_network(train, monkeypatch):  # noqa: F811
-    flags = "--steps", 3, "--drop-path", 0.3, "--local-crops", 0     # DINO's centre: of global ones
-    without, log_without = train("selfpatch", *flags, *SMALL, "--pat", 0)
-    patched, _ = train("selfpatch", *flags, *SMALL, "--pat", 1)
-    monkeypatch.setattr(dino, "Network", AsDino)
-    plain, log = train("dino", *flags)
-    for name in ("student", "teacher"):             # p_head: without a loss, decays; head: c_head
-        plain[name] = {k: v for k, v in plain[name].items()
-                       if not k.startswith(("p_head", "head"))}
-    same(without, plain, "student", "teacher", "center")
+def test_with_lambda_0_a_run_equals_dinos_on_the_same_network(train, monkeypatch):  # noqa: F811
+    flags = "--steps", 3, "--drop-path", 0.3, "--local-crops-number", 0      # equal centers
+    without, log_without = train("selfpatch", *flags, *SMALL, "--lambda-patch", 0)
+    with_patches, _ = train("selfpatch", *flags, *SMALL, "--lambda-patch", 1)
+    monkeypatch.setattr(dino, "Network", ImageNetwork)
+    expected, log = train("dino", *flags)
+    for name in ("student", "teacher"):             # p_head: without loss, decays; head: c_head
+        expected[name] = {k: v for k, v in expected[name].items()
+                          if not k.startswith(("p_head", "head"))}
+    assert_equal_states(without, expected, "student", "teacher", "center")
     for a, b in zip(log, log_without):
-        assert abs(a["loss"] - b["loss"]) < 1e-5 and b["pat"] > 1
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and b["loss_patch"] > 1
     with pytest.raises(AssertionError):
-        same(patched, plain, "student")
+        assert_equal_states(with_patches, expected, "student")
 
 
 def test_schedules_and_head_are_dinos():
     for name in ("Head", "schedules"):
-        assert code(getattr(selfpatch, name)) == code(getattr(dino, name)), name
+        assert syntax_tree(getattr(selfpatch, name)) == syntax_tree(getattr(dino, name)), name
 
 
-# ---- neighbours ----------------------------------------------------------------------------------
+# ---- neighbors -----------------------------------------------------------------------------------
 
 
-def rows(near, *patches):
-    return [near[i].nonzero().flatten().tolist() for i in patches]
+def list_neighbors(neighbors, *patches):
+    return [neighbors[i].nonzero().flatten().tolist() for i in patches]
 
 
-def test_official_neighbours_wrap_round_the_border():
-    near = selfpatch.neighbours(14, "official")
-    assert rows(near, 0, 15) == [[1, 13, 14, 15, 27, 182, 183, 195], [0, 1, 2, 14, 16, 28, 29, 30]]
-    assert rows(selfpatch.neighbours(6, "official"), 0) == [[1, 5, 6, 7, 11, 30, 31, 35]]
-    assert (near.sum(1) == 8).all() and near.equal(near.T) and not near.diagonal().any()
+def test_official_neighbors_wrap_around_the_border():
+    neighbors = selfpatch.neighbor_mask(14, "official")
+    assert list_neighbors(neighbors, 0, 15) == [
+        [1, 13, 14, 15, 27, 182, 183, 195], [0, 1, 2, 14, 16, 28, 29, 30]]
+    assert list_neighbors(selfpatch.neighbor_mask(6, "official"), 0) == [
+        [1, 5, 6, 7, 11, 30, 31, 35]]
+    assert (neighbors.sum(1) == 8).all()
+    assert neighbors.equal(neighbors.T) and not neighbors.diagonal().any()
 
 
-def test_correct_neighbours_end_at_the_border():
-    near = selfpatch.neighbours(14, "correct")
-    assert rows(near, 0, 15, 13) == [[1, 14, 15], [0, 1, 2, 14, 16, 28, 29, 30], [12, 26, 27]]
-    assert sorted(near.sum(1).unique().tolist()) == [3, 5, 8]
-    assert near.equal(near.T) and not near.diagonal().any()
-    assert (near <= selfpatch.neighbours(14, "official")).all()
+def test_correct_neighbors_end_at_the_border():
+    neighbors = selfpatch.neighbor_mask(14, "correct")
+    assert list_neighbors(neighbors, 0, 15, 13) == [
+        [1, 14, 15], [0, 1, 2, 14, 16, 28, 29, 30], [12, 26, 27]]
+    assert sorted(neighbors.sum(1).unique().tolist()) == [3, 5, 8]
+    assert neighbors.equal(neighbors.T) and not neighbors.diagonal().any()
+    assert (neighbors <= selfpatch.neighbor_mask(14, "official")).all()
 
 
-def test_positives_are_the_k_most_similar_neighbours():
+def test_positives_are_the_most_similar_neighbors():
     y = normal(2, 36, 8)
     for borders in ("official", "correct"):
-        near = selfpatch.neighbours(6, borders)
-        chosen = selfpatch.choose(y, near, 4)
+        neighbors = selfpatch.neighbor_mask(6, borders)
+        positives = selfpatch.select_positives(y, neighbors, 4)
         for b in range(2):
             for i in range(36):
-                around = near[i].nonzero().flatten()
-                cosines = F.cosine_similarity(y[b, i][None], y[b, around])
-                best = around[cosines.argsort(descending=True)[:4]]
-                assert chosen[b, i].nonzero().flatten().tolist() == sorted(best.tolist())
-        assert selfpatch.choose(y, near, 8).equal(near.expand(2, -1, -1))    # k = 8: all of them
-    assert not selfpatch.choose(y.abs() + 1, near, 4).equal(chosen)
+                candidates = neighbors[i].nonzero().flatten()
+                cosines = F.cosine_similarity(y[b, i][None], y[b, candidates])
+                best = candidates[cosines.argsort(descending=True)[:4]]
+                assert positives[b, i].nonzero().flatten().tolist() == sorted(best.tolist())
+        assert selfpatch.select_positives(y, neighbors, 8).equal(neighbors.expand(2, -1, -1))
+    assert not selfpatch.select_positives(y.abs() + 1, neighbors, 4).equal(positives)
 
 
 # ---- the aggregation -----------------------------------------------------------------------------
 
 
-def aggregation(D=24):
+def aggregation():
     torch.manual_seed(0)
     module = selfpatch.Aggregation(tiny(selfpatch, *SMALL))
-    for p in module.parameters():                                            # no part is neutral
+    for p in module.parameters():                        # no bias stays 0, no scale of a norm 1
         p.data += 0.2 * torch.randn_like(p)
     return module
 
 
-def one_after_the_other(module, y, patches):
-    """The published procedure for one set of patch vectors (n, D), head by head: class attention
+def aggregate_plainly(module, y, patches):
+    """The published procedure for one set of `patches` of y (N, D), head by head: class attention
     over [class; patches] twice, then the norm."""
     def attend(block, z):
         u = block.norm1(torch.cat([z, y[patches]]))
         q, k, v = block.q(u[:1]), block.k(u), block.v(u)
         heads = []
-        for at in torch.arange(24).chunk(block.num_heads):
-            a = (q[:, at] @ k[:, at].T / math.sqrt(len(at))).softmax(-1)
-            heads.append(a @ v[:, at])
+        for dims in torch.arange(24).chunk(block.num_heads):
+            a = (q[:, dims] @ k[:, dims].T / math.sqrt(len(dims))).softmax(-1)
+            heads.append(a @ v[:, dims])
         z = z + block.proj(torch.cat(heads, 1))
         return z + block.mlp(block.norm2(z))
 
@@ -131,53 +138,55 @@ def one_after_the_other(module, y, patches):
 @pytest.mark.parametrize("borders", ["correct", "official"])
 def test_aggregation_equals_the_published_procedure_patch_by_patch(borders):
     module, y = aggregation(), normal(2, 16, 24)
-    positives = selfpatch.choose(y, selfpatch.neighbours(4, borders), 4)
+    positives = selfpatch.select_positives(y, selfpatch.neighbor_mask(4, borders), 4)
     found = module(y, positives)
     assert found.shape == (2, 17, 24)
     for b in range(2):
-        close(found[b, 0], one_after_the_other(module, y[b], torch.arange(16)), 1e-5)
+        close(found[b, 0], aggregate_plainly(module, y[b], torch.arange(16)), 1e-5)
         for i in (0, 5, 14):
             chosen = positives[b, i].nonzero().flatten()
-            close(found[b, 1 + i], one_after_the_other(module, y[b], chosen.flip(0)), 1e-5)
+            close(found[b, 1 + i], aggregate_plainly(module, y[b], chosen.flip(0)), 1e-5)
             with pytest.raises(AssertionError):
-                close(found[b, 1 + i], one_after_the_other(module, y[b], chosen[:-1]), 1e-3)
+                close(found[b, 1 + i], aggregate_plainly(module, y[b], chosen[:-1]), 1e-3)
 
 
-def test_image_vector_is_the_same_in_both_modes_and_patches_pass_the_same_norm():
+def test_image_vector_is_equal_in_student_and_teacher_and_patches_have_the_same_norm():
     module, y = aggregation(), normal(2, 16, 24)
     student = module(y)
-    teacher = module(y, selfpatch.choose(y, selfpatch.neighbours(4, "correct"), 4))
+    teacher = module(y, selfpatch.select_positives(y, selfpatch.neighbor_mask(4, "correct"), 4))
     assert student.shape == teacher.shape == (2, 17, 24)
     close(student[:, 0], teacher[:, 0], 1e-5)
     close(student[:, 1:], module.norm(y))
     assert not torch.allclose(student[:, 1:], teacher[:, 1:], atol=0.1)
 
 
-def test_a_patch_is_no_part_of_its_own_target():
-    module, y, near = aggregation(), normal(1, 36, 24), selfpatch.neighbours(6, "official")
+def test_target_of_a_patch_does_not_depend_on_the_patch():
+    module, y = aggregation(), normal(1, 36, 24)
+    neighbors = selfpatch.neighbor_mask(6, "official")
 
-    def targets(y, k):
-        return module(y, selfpatch.choose(y, near, k))[0, 1:]
+    def targets(y, num_positives):
+        return module(y, selfpatch.select_positives(y, neighbors, num_positives))[0, 1:]
 
     other = y.clone()
     other[0, 14] = normal(24, seed=5)
     changed = (targets(y, 8) - targets(other, 8)).abs().amax(1) > 1e-5
-    assert changed.equal(near[14])                                           # its 8 neighbours'
-    longer = y.clone()
-    longer[0, 14] *= 7
-    close(targets(y, 4), targets(longer, 4), 1e-3)                           # eps of the norm
-    alike = targets(y[:, :1].expand(1, 36, 24), 4)
-    close(alike, alike[:1].expand(36, 24), 1e-5)
+    assert changed.equal(neighbors[14])                              # those of its 8 neighbors
+    scaled = y.clone()
+    scaled[0, 14] *= 7
+    close(targets(y, 4), targets(scaled, 4), 1e-3)                           # eps of the norm
+    of_equal_patches = targets(y[:, :1].expand(1, 36, 24), 4)
+    close(of_equal_patches, of_equal_patches[:1].expand(36, 24), 1e-5)
 
 
-def test_the_teacher_takes_so_many_positives_from_its_own_last_block():
-    for borders, k in (("correct", 2), ("official", 4)):
-        _, teacher = pair("--borders", borders, "--k", k)
+def test_teacher_aggregates_positives_of_its_own_last_block():
+    for borders, num_positives in (("correct", 2), ("official", 4)):
+        _, teacher = pair("--borders", borders, "--num-positives", num_positives)
         y = teacher.backbone(images(2))
-        chosen = selfpatch.choose(y, selfpatch.neighbours(4, borders), k)
-        assert torch.equal(teacher.aggregate(y), teacher.ca_head(y, chosen))
-        assert (teacher(images(2))[1][0] - teacher.p_head(teacher.ca_head(y, chosen)[:, 1:])
-                ).abs().max() < 1e-5
+        neighbors = selfpatch.neighbor_mask(4, borders)
+        positives = selfpatch.select_positives(y, neighbors, num_positives)
+        expected = teacher.ca_head(y, positives)
+        assert torch.equal(teacher.aggregate(y), expected)
+        close(teacher(images(2))[1][0], teacher.p_head(expected[:, 1:]), 1e-5)
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -188,16 +197,16 @@ def test_patch_loss_is_a_mean_over_crops_of_means_over_patches():
     Q = [normal(4, 9, 5, seed=2).softmax(-1), normal(6, 4, 5, seed=3).softmax(-1)]
     crops = [F.cross_entropy(x / 0.1, q) for W, R in zip(w, Q) for x, q in zip(W, R)]
     assert len(crops) == 10
-    close(selfpatch.pat_loss(w, Q, 0.1), torch.stack(crops).mean(), 1e-5)
+    close(selfpatch.patch_loss(w, Q, 0.1), torch.stack(crops).mean(), 1e-5)
     at_once = F.cross_entropy(*(torch.cat([z.flatten(0, 1) for z in x]) for x in (
         [z / 0.1 for z in w], Q)))
-    assert abs(at_once - torch.stack(crops).mean()) > 0.01                   # global crops win
+    assert abs(at_once - torch.stack(crops).mean()) > 0.01                 # weights global more
 
 
-def test_equal_student_logits_cost_both_logarithms():
+def test_loss_of_equal_student_logits_is_ln_K_of_both_losses():
     P, Q = normal(2, 3, 64).softmax(-1), [normal(6, 4, 32).softmax(-1)]
     loss = (selfpatch.cls_loss(torch.zeros(4, 3, 64), P, 0.1)
-            + 0.1 * selfpatch.pat_loss([torch.zeros(6, 4, 32)], Q, 0.1))
+            + 0.1 * selfpatch.patch_loss([torch.zeros(6, 4, 32)], Q, 0.1))
     assert abs(loss.item() - 4.50546) < 1e-4
 
 
@@ -221,25 +230,31 @@ def test_shapes_of_a_step():
     assert net.backbone.pos_embed.shape == (1, 16, 24)
 
 
-def test_patch_loss_trains_backbone_norm_and_its_head_but_no_attention():
+def test_patch_loss_trains_backbone_last_norm_and_its_head_but_no_attention():
     student, teacher = pair("--norm-last-layer", "true")
     x, crops = images(6), images(6, 16)
     _, u = teacher(x, crops)
     Q = [selfpatch.assign(z, torch.zeros(1, 16), 0.04) for z in u]
-    selfpatch.pat_loss(student(x, crops)[1], Q, 0.1).backward()
+    selfpatch.patch_loss(student(x, crops)[1], Q, 0.1).backward()
     for name, p in student.named_parameters():
-        learns = p.grad is not None and bool(p.grad.abs().sum() > 0)
-        meant = name.startswith(("backbone", "ca_head.norm", "p_head"))
-        assert learns == (meant and not name.endswith("weight_g")), name
+        trained = p.grad is not None and bool(p.grad.abs().sum() > 0)
+        expected = name.startswith(("backbone", "ca_head.norm", "p_head"))
+        assert trained == (expected and not name.endswith("weight_g")), name
     assert all(p.grad is None for p in teacher.parameters())
     student.zero_grad()
     s = student(x, crops)[0].unflatten(0, (4, 3))
     selfpatch.cls_loss(s, normal(2, 3, 32).softmax(-1), 0.1).backward()
-    assert student.ca_head.cls_token.grad.abs().sum() > 0                    # L_cls does
+    assert student.ca_head.cls_token.grad.abs().sum() > 0                    # L_cls trains it
 
 
-def test_a_run_equals_the_published_steps_written_out(train):  # noqa: F811
-    flags = *WRITTEN_OUT, *SMALL, "--pat", 0.7, "--norm-last-layer", "true"
+def test_no_gradient_reaches_the_teacher(train, monkeypatch):  # noqa: F811
+    networks, targets = record_networks_and_targets(monkeypatch, selfpatch)
+    train("selfpatch", "--steps", 1, *SMALL)
+    assert_no_gradient_in_teacher(networks, targets)
+
+
+def test_a_run_equals_a_plain_loop_over_the_published_steps(train):  # noqa: F811
+    flags = *PLAIN, *SMALL, "--lambda-patch", 0.7, "--norm-last-layer", "true"
     state, _ = train("selfpatch", *flags)
     c, c_p = torch.zeros(1, 32), torch.zeros(1, 16)
 
@@ -250,30 +265,31 @@ def test_a_run_equals_the_published_steps_written_out(train):  # noqa: F811
             t, u = teacher(x, crops)
         s, w = student(x, crops)
         s, t = s.unflatten(0, (4, 8)), t.unflatten(0, (4, 8))
-        each = [F.cross_entropy(a / 0.1, ((b - c_p) / 0.04).softmax(-1))     # of a crop
-                for size in range(2) for a, b in zip(w[size], u[size])]
-        loss = pair_by_pair(s, t[:2], c, 0.04, 0.1)[0] + 0.7 * sum(each) / (4 * 8)
-        patches = torch.cat([z.flatten(0, 1) for z in u])                    # by their number
+        losses = [F.cross_entropy(a / 0.1, ((b - c_p) / 0.04).softmax(-1))   # of a crop
+                  for size in range(2) for a, b in zip(w[size], u[size])]
+        loss = pair_by_pair(s, t[:2], c, 0.04, 0.1)[0] + 0.7 * sum(losses) / (4 * 8)
+        patches = torch.cat([z.flatten(0, 1) for z in u])                    # of equal weight
         c, c_p = 0.9 * c + 0.1 * t.mean((0, 1)), 0.9 * c_p + 0.1 * patches.mean(0)
         return loss
 
-    same(state, by_hand(selfpatch, tiny(selfpatch, *flags), objective), "student", "teacher")
+    expected = train_plainly(selfpatch, tiny(selfpatch, *flags), objective)
+    assert_equal_states(state, expected, "student", "teacher")
     close(state["center"]["center"], c, 1e-5)
     close(state["center_p"]["center"], c_p, 1e-5)
 
 
-def test_a_real_step_moves_the_teacher_as_written(train):  # noqa: F811
+def test_a_step_updates_the_teacher_as_published(train):  # noqa: F811
     state, log = train("selfpatch", "--steps", 1, *SMALL)
     torch.manual_seed(0)
     before = selfpatch.Network(tiny(selfpatch, *SMALL))
     assert set(state["teacher"]) == set(state["student"])
     for name, old in before.named_parameters():
         close(state["teacher"][name], 0.9 * old + 0.1 * state["student"][name], 1e-7)
-    assert abs(log[0]["loss"] - log[0]["cls"] - 0.1 * log[0]["pat"]) < 1e-5
-    assert abs(log[0]["kl"] - (log[0]["cls"] - log[0]["entropy"])) < 1e-5
+    assert abs(log[0]["loss"] - log[0]["loss_cls"] - 0.1 * log[0]["loss_patch"]) < 1e-5
+    assert abs(log[0]["kl"] - (log[0]["loss_cls"] - log[0]["entropy"])) < 1e-5
 
 
-def test_centres_are_of_all_crops_and_of_all_patches_by_their_number(train, monkeypatch):  # noqa: F811
+def test_centers_are_means_over_all_crops_and_over_all_patches(train, monkeypatch):  # noqa: F811
     t, u = normal(4 * 8, 32), [normal(16, 16, 16), normal(16, 4, 16)]
 
     class Fixed(selfpatch.Network):
@@ -289,8 +305,8 @@ def test_centres_are_of_all_crops_and_of_all_patches_by_their_number(train, monk
     assert (state["center"]["center"] - 0.1 * t[:16].mean(0)).abs().max() > 1e-3   # DINO's
 
 
-def test_both_last_layers_stand_still_in_the_freeze(train):  # noqa: F811
-    state, _ = train("selfpatch", "--steps", 2, "--freeze-epochs", 1, *SMALL)
+def test_both_last_layers_are_frozen_at_first(train):  # noqa: F811
+    state, _ = train("selfpatch", "--steps", 2, "--freeze-last-layer", 1, *SMALL)
     torch.manual_seed(0)
     for name, old in selfpatch.Network(tiny(selfpatch, *SMALL)).named_parameters():
         assert torch.equal(state["student"][name], old) == ("last_layer" in name), name
@@ -308,10 +324,13 @@ def test_aggregation_has_the_official_size(size, parameters):
 
 def test_defaults_are_the_papers():
     cfg = config.parse(selfpatch.Config, ["--data", "imagenet"])
-    assert (cfg.out_dim, cfg.out_dim_pat, cfg.k, cfg.pat) == (65536, 4096, 4, 0.1)
-    assert (cfg.epochs, cfg.batch_size, cfg.local_crops) == (200, 1024, 8)
-    assert (cfg.tau_start, cfg.tau_end, cfg.tau_epochs) == (0.04, 0.04, 0)   # not as DINO
-    assert (cfg.norm_last_layer, cfg.split_scale) == (True, 0.25)
+    assert (cfg.out_dim, cfg.out_dim_selfpatch) == (65536, 4096)
+    assert (cfg.num_positives, cfg.lambda_patch) == (4, 0.1)
+    assert (cfg.epochs, cfg.batch_size, cfg.local_crops_number) == (200, 1024, 8)
+    assert (cfg.warmup_teacher_temp, cfg.teacher_temp) == (0.04, 0.04)       # unlike DINO
+    assert (cfg.warmup_teacher_temp_epochs, cfg.norm_last_layer) == (0, True)
+    assert (cfg.global_crops_scale, cfg.local_crops_scale) == ((0.25, 1), (0.05, 0.25))
     cfg = config.parse(selfpatch.Config, ["--data", "coco"])
     assert (cfg.embed_dim, cfg.num_heads, cfg.batch_size) == (192, 3, 256)
-    assert (cfg.out_dim, cfg.out_dim_pat, cfg.local_crops, cfg.epochs) == (4096, 4096, 2, 200)
+    assert (cfg.out_dim, cfg.out_dim_selfpatch) == (4096, 4096)
+    assert (cfg.local_crops_number, cfg.epochs) == (2, 200)

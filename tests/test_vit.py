@@ -184,7 +184,8 @@ def test_stored_positions_are_used_unchanged_at_their_size_and_resampled_for_ano
     for rule in ("size", "dino"):
         same = positions.resize_positions(table14(), (14, 14), (14, 14), rule=rule)
         assert torch.equal(same, table14())
-        assert not torch.equal(positions.resize_positions(table14(), (14, 14), (7, 28), rule=rule), same)
+        other = positions.resize_positions(table14(), (14, 14), (7, 28), rule=rule)
+        assert not torch.equal(other, same)
 
 
 def test_rows_and_columns_are_not_exchanged_in_images_that_are_not_square():
@@ -448,7 +449,7 @@ def test_state_dicts_go_to_and_from_timm_unchanged(size, side):
     with torch.no_grad():
         close(ours(x), theirs.forward_features(x))
         torch.manual_seed(1)
-        ours.initialise("mae")
+        ours.init_weights("mae")
         theirs.load_state_dict(ours.state_dict())
         close(ours(x), theirs.forward_features(x))
         wrong = vit.ViT(**{**vit.SIZES[size], "num_heads": 12}, img_size=side).eval()

@@ -1,0 +1,95 @@
+"""Settings: where they come from, their bounds, and what a script makes of errors."""
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import mmc
+from lib import config
+from lib.config import Fraction, Size
+
+
+@dataclasses.dataclass
+class Bounded(config.Settings):
+    mask_ratio: Fraction = 0.5
+    size: Size = 1
+    n: int = 0
+    lr: float = 0.1
+
+
+def test_precedence_is_dataclass_then_section_then_file_then_flags(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 2e-3\ntemperature: 0.3\n")
+    cfg = config.parse(mmc.Config, ["--config", str(file), "--temperature", "0.4"])
+    assert (cfg.min_lr, cfg.img_size, cfg.lr, cfg.temperature) == (1e-6, 64, 2e-3, 0.4)
+    assert "min_lr" not in cfg.origin and cfg.origin["img_size"] == "configs/mmc.yaml [toy]"
+    assert cfg.origin["lr"] == str(file) and cfg.origin["temperature"] == "flags"
+    assert config.parse(mmc.Config, ["--data", "imagenet"]).img_size == 224
+
+
+def test_every_setting_has_a_comment_for_the_help():
+    assert all(text for _, _, text in config.fields(config.Settings).values())
+
+
+def test_unknown_keys_flags_and_wrong_types_are_one_sentence(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("momentum_techer: 0.9\n")
+    with pytest.raises(ValueError, match="did you mean momentum_teacher"):
+        config.parse(mmc.Config, ["--config", str(file)])
+    (tmp_path / "config.yaml").write_text("former: 1\n")            # of an older version
+    with pytest.raises(ValueError, match="unknown key 'former' in the run to resume"):
+        config.parse(mmc.Config, ["--out", str(tmp_path), "--resume"])
+    with pytest.raises(SystemExit):
+        config.parse(mmc.Config, ["--bach-size", "8"])
+    assert "did you mean --batch-size?" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="depth is 'six', but should be of type int"):
+        config.parse(mmc.Config, ["--depth", "six"])
+    with pytest.raises(ValueError, match="--batch-size must be 1 or more"):
+        config.parse(mmc.Config, ["--batch-size", "0"])
+
+
+def test_settings_of_an_earlier_run_count_only_if_it_is_resumed(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml").write_text("seed: 7\n")
+    file = tmp_path / "mine.yaml"
+    for text, flags, seed in (("", ["--resume"], 7), ("", ["--resume", "false"], 0), ("", [], 0),
+                              ("resume: true", [], 7), ("toy:\n  resume: true", [], 7)):
+        file.write_text(text)
+        cfg = config.parse(mmc.Config, ["--out", str(out), "--config", str(file), *flags])
+        assert cfg.seed == seed, (text, flags)
+
+
+def test_full_memory_and_dead_decoders_are_one_sentence_and_other_errors_are_not_hidden(capsys):
+    def failing(error):
+        def function():
+            raise error
+        config.main(function)
+
+    for error, said in ((torch.OutOfMemoryError("CUDA out of memory."), "smaller --batch-size"),
+                        (RuntimeError("DataLoader worker (pid 7) is killed"), "fewer --workers")):
+        with pytest.raises(SystemExit) as end:
+            failing(error)
+        assert end.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        failing(RuntimeError("a bug"))
+
+
+
+@pytest.mark.parametrize("value, sentence", [
+    (0.5, None), (0.0, None), (1.0, None), (1.5, "--mask-ratio must be 0 or more and at most 1"),
+    (-0.1, "--mask-ratio must be 0 or more"), (math.nan, "not nan")])
+def test_bounds_are_those_of_the_type(value, sentence):
+    cfg = Bounded(mask_ratio=value)
+    if sentence is None:
+        return config.check_bounds(cfg)
+    with pytest.raises(ValueError, match=sentence):
+        config.check_bounds(cfg)
+
+
+def test_sizes_begin_at_1_and_other_numbers_at_0():
+    config.check_bounds(Bounded(n=0, lr=1e9, size=1))
+    for wrong in (dict(size=0), dict(n=-1), dict(lr=-1e-9)):
+        with pytest.raises(ValueError, match=f"--{list(wrong)[0]} must be [01] or more"):
+            config.check_bounds(Bounded(**wrong))

@@ -1,0 +1,41 @@
+"""The images that a run trains on and those that it is evaluated with."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import mmc
+from lib import config, datasets
+
+
+def test_a_folder_without_splits_is_trained_on_whole_and_evaluated_in_two_parts(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    cfg = SimpleNamespace(data=str(tmp_path), data_root="", img_size=8, batch_size=2, seed=0,
+                          workers=0)
+    run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), rank=0, world=1)
+    loader, bank, queries = data.training_sets(run, [data.View(8)])
+    assert len(loader.images) == 10 and (len(bank), len(queries)) == (8, 2)
+    assert not set(bank.paths) & set(queries.paths)
+    assert bank.classes == queries.classes and bank.split != queries.split        # as kNN needs
+
+
+@pytest.mark.parametrize("name, split", [("cifar10", "train"), ("stl10", "unlabeled")])
+def test_a_run_trains_on_its_images_and_is_evaluated_on_labeled_ones(monkeypatch, name, split):
+    def load(name, root, split, size, limit, device, hold_out):
+        pixels = torch.zeros(9, 3, 8, 8, dtype=torch.uint8)
+        return datasets.Images(split, (size, limit), pixels=pixels)
+
+    monkeypatch.setattr(datasets, "load_images", load)
+    cfg = config.parse(mmc.Config, ["--data", name, "--batch-size", "8", "--group-size", "2"])
+    run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), rank=1, world=2)
+    loader, bank, queries = data.training_sets(run, mmc.views(cfg))
+    assert [(x.name, x.split[1]) for x in (loader.images, bank, queries)] == [
+        (split, None), ("train", 2000), ("test", 500)]
+    assert (loader.batch_size, loader.rank, loader.world) == (8, 1, 2)
+
+
