@@ -50,6 +50,7 @@ from lib import augment, config, positions, rng, visualize
 from lib.config import Fraction, Size
 from lib.distributed import unwrap
 from lib.run import Run, cosine, grad_norm, param_groups, set_lr
+from lib.weights import init_linear
 
 # B images of a process, N patches, n_visible of them visible, D width, E width of the decoder,
 # S image side, p patch side, P = 3pp numbers in a patch
@@ -104,9 +105,7 @@ class Config(config.Settings):
                              "use mae.py")
 
 
-# --------------------------------------------------------------------------------------------------
-# Views
-# --------------------------------------------------------------------------------------------------
+# ---- Views ---------------------------------------------------------------------------------------
 
 
 def views(cfg):
@@ -125,9 +124,7 @@ def random_masking(noise, ratio):
     return shuffle[:, :n_visible], restore, restore >= n_visible
 
 
-# --------------------------------------------------------------------------------------------------
-# Model and loss
-# --------------------------------------------------------------------------------------------------
+# ---- Model and loss ------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
@@ -144,7 +141,7 @@ class Decoder(nn.Module):
                                     for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(E, 1e-6)
         self.pred = nn.Linear(E, 3 * cfg.patch_size**2)
-        vit.init_linear(self, "mae")
+        init_linear(self, "mae")
 
     def forward(self, tokens, restore):
         """tokens: (B, 1+n_visible, D), class token first; restore: (B, N). Returns (B, 1+N, P)."""
@@ -172,7 +169,7 @@ class Network(nn.Module):
             # T is a block as the encoder's, after its final norm, without one of its own: all our
             # choice (paper: one Transformer layer).
             self.aug_block = vit.Block(cfg.embed_dim, cfg.num_heads)
-            vit.init_linear(self.aug_block, "mae")
+            init_linear(self.aug_block, "mae")
 
     def forward(self, x, noise, drop=None):
         """x: (B, 3, S, S), noise: (B, N), drop: (B, 2, 1+n_visible, D) numbers in [0, 1) that
@@ -260,9 +257,7 @@ def asl_losses(a, b, target, mask, use_cosine=False, align_cls=False, mae_both=F
     return loss_mae, loss_sem
 
 
-# --------------------------------------------------------------------------------------------------
-# Train
-# --------------------------------------------------------------------------------------------------
+# ---- Train ---------------------------------------------------------------------------------------
 
 
 def main():

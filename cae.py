@@ -50,6 +50,7 @@ from lib import config, rng, tokenizer, visualize
 from lib.config import Fraction, Several, Size
 from lib.distributed import unwrap
 from lib.run import Run, cosine, param_groups, set_lr
+from lib.weights import init_linear
 
 # B images of a process, N = side x side patches, n_masked of them masked and n_visible visible, D
 # width, H heads, K token ids, S image side
@@ -99,9 +100,7 @@ class Config(config.Settings):
                              f"below the {N} patches of an image")
 
 
-# --------------------------------------------------------------------------------------------------
-# Views
-# --------------------------------------------------------------------------------------------------
+# ---- Views ---------------------------------------------------------------------------------------
 
 
 def views(cfg):
@@ -153,9 +152,7 @@ def split_patches(mask, n_masked):
     return order.split([mask.shape[1] - n_masked, n_masked], 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Model and loss
-# --------------------------------------------------------------------------------------------------
+# ---- Model and loss ------------------------------------------------------------------------------
 
 
 class CrossAttention(nn.Module):
@@ -227,7 +224,7 @@ class Network(nn.Module):
         self.decoder_norm = nn.LayerNorm(D, 1e-6)
         self.head = nn.Linear(D, K)
         for part in (self.regressor, self.decoder, self.head):
-            vit.init_linear(part, "cae")                                     # Xavier, biases 0
+            init_linear(part, "cae")                                     # Xavier, biases 0
 
     def forward(self, x, visible, masked, drop=None):
         """x: (B, 3, S, S), visible (B, n_visible) and masked (B, n_masked): patch numbers, drop:
@@ -281,9 +278,7 @@ def align_loss(zhat, zbar):
     return F.mse_loss(zhat.float(), zbar.float())
 
 
-# --------------------------------------------------------------------------------------------------
-# Train
-# --------------------------------------------------------------------------------------------------
+# ---- Train ---------------------------------------------------------------------------------------
 
 
 def main():

@@ -49,6 +49,7 @@ from lib import config, rng, visualize
 from lib.config import Fraction, Positive, Several, Size
 from lib.distributed import BatchNorm, all_mean
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
+from lib.weights import init_linear
 
 # B images of a process, 2 + n_local crops of each, N patches, D width, K prototypes, S and s side
 # of a global and a local crop; t, s: logits of teacher and student, P: assignments of the teacher
@@ -108,9 +109,7 @@ class Config(config.Settings):
                              "false")
 
 
-# --------------------------------------------------------------------------------------------------
-# Views
-# --------------------------------------------------------------------------------------------------
+# ---- Views ---------------------------------------------------------------------------------------
 
 
 def views(cfg):
@@ -124,9 +123,7 @@ def views(cfg):
                       blur_p=0.5 * cfg.blur_p, copies=cfg.local_crops_number)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Model and loss
-# --------------------------------------------------------------------------------------------------
+# ---- Model and loss ------------------------------------------------------------------------------
 
 
 class Prototypes(nn.Module):
@@ -154,7 +151,7 @@ class Head(nn.Module):
         self.mlp = nn.Sequential(*layer(cfg.embed_dim), *layer(cfg.head_hidden_dim),
                                  nn.Linear(cfg.head_hidden_dim, cfg.bottleneck_dim))
         self.last_layer = Prototypes(cfg.bottleneck_dim, K, cfg.norm_last_layer)
-        vit.init_linear(self.mlp, cfg.init)
+        init_linear(self.mlp, cfg.init)
 
     def forward(self, x):
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
@@ -208,9 +205,7 @@ class Center(nn.Module):
         self.center.lerp_(mean, 1 - self.momentum)
 
 
-# --------------------------------------------------------------------------------------------------
-# Train
-# --------------------------------------------------------------------------------------------------
+# ---- Train ---------------------------------------------------------------------------------------
 
 
 def schedules(step, total, per_epoch, cfg):

@@ -58,6 +58,7 @@ from lib import augment, config, rng, visualize
 from lib.config import Fraction, Positive, Several, Size
 from lib.distributed import BatchNorm, all_mean
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
+from lib.weights import init_linear
 
 # B images of a process, 2 + n_local crops of each, N patches, n_masked of all masked, D width, K
 # prototypes, S and s side of a global and a local crop; class tokens and patches: logits t, u of
@@ -133,9 +134,7 @@ class Config(config.Settings):
                              "false")
 
 
-# --------------------------------------------------------------------------------------------------
-# Views
-# --------------------------------------------------------------------------------------------------
+# ---- Views ---------------------------------------------------------------------------------------
 
 
 def views(cfg):
@@ -208,9 +207,7 @@ def block_masks(u, target, side):
     return mask
 
 
-# --------------------------------------------------------------------------------------------------
-# Model and loss
-# --------------------------------------------------------------------------------------------------
+# ---- Model and loss ------------------------------------------------------------------------------
 
 
 class Prototypes(nn.Module):
@@ -240,7 +237,7 @@ class Head(nn.Module):
         self.last_layer = Prototypes(cfg.bottleneck_dim, K, cfg.norm_last_layer)
         self.last_layer2 = (None if cfg.shared_head else
                             Prototypes(cfg.bottleneck_dim, K, cfg.norm_last_layer))
-        vit.init_linear(self.mlp, cfg.init)
+        init_linear(self.mlp, cfg.init)
 
     def forward(self, x):
         return self.last_layer(self.project(x))
@@ -330,9 +327,7 @@ class Center(nn.Module):
         self.center.lerp_(mean, 1 - self.momentum)
 
 
-# --------------------------------------------------------------------------------------------------
-# Train
-# --------------------------------------------------------------------------------------------------
+# ---- Train ---------------------------------------------------------------------------------------
 
 
 def schedules(step, total, per_epoch, cfg):

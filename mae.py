@@ -46,6 +46,7 @@ from lib import augment, config, positions, rng, visualize
 from lib.config import Fraction, Size
 from lib.distributed import unwrap
 from lib.run import Run, cosine, grad_norm, param_groups, set_lr
+from lib.weights import init_linear
 
 # B images of a process, N patches, n_visible of them visible, D width, E width of the decoder,
 # S image side, p patch side, P = 3pp numbers in a patch
@@ -85,9 +86,7 @@ class Config(config.Settings):
                              f"least one must be removed and one kept")
 
 
-# --------------------------------------------------------------------------------------------------
-# Views
-# --------------------------------------------------------------------------------------------------
+# ---- Views ---------------------------------------------------------------------------------------
 
 
 def views(cfg):
@@ -106,9 +105,7 @@ def random_masking(noise, ratio):
     return shuffle[:, :n_visible], restore, restore >= n_visible
 
 
-# --------------------------------------------------------------------------------------------------
-# Model and loss
-# --------------------------------------------------------------------------------------------------
+# ---- Model and loss ------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
@@ -125,7 +122,7 @@ class Decoder(nn.Module):
                                     for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(E, 1e-6)
         self.pred = nn.Linear(E, 3 * cfg.patch_size**2)
-        vit.init_linear(self, "mae")
+        init_linear(self, "mae")
 
     def forward(self, tokens, restore):
         """tokens: (B, 1+n_visible, D), class token first; restore: (B, N). Returns (B, 1+N, P)."""
@@ -198,9 +195,7 @@ def mae_loss(pred, target, mask):
     return masked_mean((pred.float() - target).square().mean(-1), mask)
 
 
-# --------------------------------------------------------------------------------------------------
-# Train
-# --------------------------------------------------------------------------------------------------
+# ---- Train ---------------------------------------------------------------------------------------
 
 
 def main():

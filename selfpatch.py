@@ -59,6 +59,7 @@ from lib import config, positions, rng, visualize
 from lib.config import Fraction, Positive, Several, Size
 from lib.distributed import BatchNorm, all_mean
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
+from lib.weights import init_linear
 
 # B images of a process, 2 + n_local crops of each, N patches, D width, H heads, K prototypes, S and
 # s side of a global and a local crop; image and patches: logits t, u of the teacher, s, w of the
@@ -126,9 +127,7 @@ class Config(config.Settings):
                              "false")
 
 
-# --------------------------------------------------------------------------------------------------
-# Views
-# --------------------------------------------------------------------------------------------------
+# ---- Views ---------------------------------------------------------------------------------------
 
 
 def views(cfg):
@@ -142,9 +141,7 @@ def views(cfg):
                       blur_p=0.5 * cfg.blur_p, copies=cfg.local_crops_number)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Model and loss
-# --------------------------------------------------------------------------------------------------
+# ---- Model and loss ------------------------------------------------------------------------------
 
 
 class Prototypes(nn.Module):
@@ -172,7 +169,7 @@ class Head(nn.Module):
         self.mlp = nn.Sequential(*layer(cfg.embed_dim), *layer(cfg.head_hidden_dim),
                                  nn.Linear(cfg.head_hidden_dim, cfg.bottleneck_dim))
         self.last_layer = Prototypes(cfg.bottleneck_dim, K, cfg.norm_last_layer)
-        vit.init_linear(self.mlp, cfg.init)
+        init_linear(self.mlp, cfg.init)
 
     def forward(self, x):
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
@@ -218,7 +215,7 @@ class Aggregation(nn.Module):
         self.cls_blocks = nn.ModuleList(ClassAttention(cfg.embed_dim, cfg.num_heads)
                                         for _ in range(2))
         self.norm = nn.LayerNorm(cfg.embed_dim, 1e-6)
-        vit.init_linear(self.cls_blocks, cfg.init)
+        init_linear(self.cls_blocks, cfg.init)
 
     def forward(self, y, positives=None, weights=None):
         """y: (B, N, D) of the last block. Returns (B, 1+N, D): the image vector and, with
@@ -316,9 +313,7 @@ class Center(nn.Module):
         self.center.lerp_(mean, 1 - self.momentum)
 
 
-# --------------------------------------------------------------------------------------------------
-# Train
-# --------------------------------------------------------------------------------------------------
+# ---- Train ---------------------------------------------------------------------------------------
 
 
 def schedules(step, total, per_epoch, cfg):

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib import positions
+from lib.weights import init_vit
 
 SIZES = {
     "tiny":  dict(embed_dim=192, depth=12, num_heads=3),
@@ -149,7 +150,7 @@ class ViT(nn.Module):
     drop_path  fraction of branches dropped in the last block, increasing linearly from 0 in the
                first
     resize     "dino" or "size", see positions.resize_positions; relative tables follow BEiT's rule
-    init       see init_weights
+    init       initial weights, see lib/weights.py
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
@@ -192,43 +193,7 @@ class ViT(nn.Module):
         self.register_buffer("index", index, persistent=False)
         rates = torch.linspace(0, drop_path, depth).repeat_interleave(2)
         self.register_buffer("drop_rates", rates, persistent=False)
-        self.init_weights(init)
-
-    @torch.no_grad()
-    def init_weights(self, init):
-        """Initial weights as in the official code, from torch's global generator.
-
-        trunc  normal 0.02 (the code truncates at 100 sigma), convolution as PyTorch (DINO, iBOT)
-        beit   normal 0.02 truncated at one sigma; attn.proj, mlp.fc2 of block i = 1.. / sqrt(2i)
-        mae    Xavier, q, k, v as one matrix; class token normal 0.02; convolution bias as PyTorch
-        cae    Linear layers as mae, the rest as beit
-        moco   Xavier, q, k, v as three matrices; class token normal 1e-6; convolution bias 0
-        """
-        def small(weight, std=0.02):
-            if init in ("beit", "cae"):
-                nn.init.trunc_normal_(weight, std=std, a=-std, b=std)
-            else:
-                nn.init.normal_(weight, std=std)
-
-        init_linear(self.blocks, init)
-        patch = self.patch_embed.proj
-        if init in ("mae", "moco"):
-            nn.init.xavier_uniform_(patch.weight.flatten(1))     # moco's sqrt(6/(3pp + D)) is this
-        elif init in ("beit", "cae"):
-            small(patch.weight)
-        if init in ("beit", "cae", "moco"):
-            nn.init.zeros_(patch.bias)
-        if self.cls_token is not None:
-            small(self.cls_token, std=1e-6 if init == "moco" else 0.02)
-        if self.config["pos"] == "learned":
-            small(self.pos_embed)
-        elif self.pos_embed is not None:                         # the class token's row stays 0
-            table = positions.sincos(self.embed_dim, self.grid, self.config["pos"])
-            self.pos_embed[0, self.num_prefix:] = table
-        if init == "beit":
-            for number, block in enumerate(self.blocks, 1):
-                block.attn.proj.weight.div_(math.sqrt(2 * number))
-                block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+        init_vit(self, init)
 
     def forward(self, x, keep=None, mask=None, mask_token=None, drop=None, attn_mask=None):
         """Images (B, 3, height, width) -> tokens (B, L, D) after the final norm.
@@ -337,22 +302,3 @@ class ViT(nn.Module):
             return None if bias is None else bias[None]
         rows = F.pad(keep + self.num_prefix, (self.num_prefix, 0))          # (B, L) token numbers
         return bias[:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
-
-
-def init_linear(module, init):
-    """Initial weights of all nn.Linear in a module, by the rules of ViT.init_weights; biases 0."""
-    for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Linear):
-            continue
-        if init == "moco" and name.endswith("qkv"):
-            bound = math.sqrt(6 / (2 * layer.in_features))
-            nn.init.uniform_(layer.weight, -bound, bound)
-        elif init in ("mae", "cae", "moco"):
-            nn.init.xavier_uniform_(layer.weight)
-        elif init == "beit":
-            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.02, b=0.02)
-        else:
-            nn.init.normal_(layer.weight, std=0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-

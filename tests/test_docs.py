@@ -14,7 +14,7 @@ from lib import config, datasets, run
 from probes import annotation_files, common
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 def read(name):
@@ -28,7 +28,18 @@ def anchors(text):
 
 
 def test_all_pages_are_there():
-    assert {page.stem for page in PAGES} == {"results", "probes", "metrics", "cluster", "datasets"}
+    assert {page.stem for page in PAGES} == {
+        "README", "results", "probes", "metrics", "cluster", "datasets"}
+
+
+def test_readme_is_one_page_and_its_table_has_the_lines_of_each_method():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 12_000
+    for method in METHODS:
+        lines = len((ROOT / f"{method}.py").read_text().splitlines())
+        assert re.search(rf"^\| \[{method}\.py\].*\| {lines} \|", text, re.M), (method, lines)
+    for task in evaluate.TASKS:
+        assert f"`{task}`" in text, task
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import vit
 from lib import positions
+from lib.weights import init_vit
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3)
 BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
@@ -449,7 +450,7 @@ def test_state_dicts_go_to_and_from_timm_unchanged(size, side):
     with torch.no_grad():
         close(ours(x), theirs.forward_features(x))
         torch.manual_seed(1)
-        ours.init_weights("mae")
+        init_vit(ours, "mae")
         theirs.load_state_dict(ours.state_dict())
         close(ours(x), theirs.forward_features(x))
         wrong = vit.ViT(**{**vit.SIZES[size], "num_heads": 12}, img_size=side).eval()
