@@ -198,7 +198,7 @@ def corruption(index, cfg, group_size, *key):
 
 
 def corrupt(x, region, pasted, other, noise):
-    """(B, 3, S, S) normalised -> a copy, its region filled with noise or another intact image."""
+    """(B, 3, S, S) normalized -> a copy, its region filled with noise or another intact image."""
     fill = torch.where(pasted[:, None, None, None], x[other], noise)
     return torch.where(region[:, None], fill, x)
 

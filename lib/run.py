@@ -95,7 +95,7 @@ class Run:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = distributed.pick_device(cfg.device)
         self.precision = distributed.pick_precision(cfg.precision, self.device)
-        self.step, self.saved, self.signal, self.meter = 0, None, None, {}
+        self.step, self.saved, self.signal, self.meter = 0, None, 0, {}
         self.modules, self.writer, self.flops = [], None, None
         if cfg.batch_size % (self.world * cfg.accum_iter):
             raise ValueError(f"--batch-size {cfg.batch_size} is the global batch: it must be a "
@@ -116,13 +116,13 @@ class Run:
     def _on_signal(self, number, frame):
         if self.signal and number == signal.SIGINT:                  # a second Ctrl-C
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        self.signal = number
 
     def check_stop(self):
         """Ends the process after a signal: for long work before the first step. Of several
         processes maybe only one received it: it fails, and torchrun ends the others."""
         if self.signal:
-            self.print0(f"received {self.signal} before the first step")
+            self.print0(f"received {signal.Signals(self.signal).name} before the first step")
             sys.exit(int(self.world > 1))
 
     def print0(self, text):
@@ -162,13 +162,12 @@ class Run:
             batch = next(batches)
             self.interval.waited += time.perf_counter() - called
             torch.manual_seed(rng.key(self.cfg.seed, "step", step, self.rank))  # for dropout
-            overdue, stop = self._any_process(
-                time.perf_counter() - self.last_save >= 60 * self.cfg.save_every,
-                self.signal is not None)
+            overdue, stop = self._max_over_processes(
+                time.perf_counter() - self.last_save >= 60 * self.cfg.save_every, self.signal)
             last = step + 1 == self.total
             evals = self.cfg.evals
             self.eval_due = step * evals // self.total < (step + 1) * evals // self.total
-            self.save_due = overdue or stop or last
+            self.save_due = bool(overdue or stop or last)
             # The FLOPs of a step are counted once, at the first step without an evaluation.
             count = self.flops is None and not self.eval_due
             with FlopCounterMode(display=False) if count else contextlib.nullcontext() as counter:
@@ -187,7 +186,7 @@ class Run:
             bar.update()
             if stop and not last:
                 bar.close()
-                self.print0(f"received {self.signal or 'a signal'}: saved after step {self.step}; "
+                self.print0(f"received {signal.Signals(stop).name}: saved after step {self.step}; "
                             f"--resume continues from there")
                 distributed.exit_together()
                 sys.exit(0)
@@ -196,12 +195,12 @@ class Run:
             files = ", ".join(sorted(p.name for p in self.out.glob("[!.]*")))
             self.print0(f"done after {self.total} steps; {self.out}/ contains {files}")
 
-    def _any_process(self, *flags):
-        """Each flag: whether it is true in any process."""
-        flags = torch.tensor([float(flag) for flag in flags])        # on the CPU: no GPU wait
+    def _max_over_processes(self, *numbers):
+        """The maximum of each number over the processes, so that all of them decide alike."""
+        numbers = torch.tensor([int(n) for n in numbers])            # on the CPU: no GPU wait
         if self.world > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in flags]
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers.tolist()
 
     def micro_batches(self, batch):
         """Yields the batch in --accum-iter equal parts. DDP averages gradients over the processes

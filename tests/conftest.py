@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 @pytest.fixture(autouse=True)
 def peak(monkeypatch):
-    """A run measures its CPU with a matrix product of a second, for `mfu`: no test asks for it."""
+    """A run measures its CPU with a matrix product of a second, for `mfu`: no test needs it."""
     monkeypatch.setattr(distributed, "measure_peak", lambda *_: 1e12)
 
 

@@ -1,7 +1,7 @@
 """Golden traces: the loss of every method and its parts at fixed steps of a tiny run (CPU, fp32,
 one thread, drawn creatures) lie in golden.yaml, and test_golden.py holds the code to them.
 
-    python tests/golden.py                       # writes golden.yaml anew
+    python tests/golden.py                       # rewrites golden.yaml
 
 Regenerate golden.yaml only when a change of numerics is meant, and say so in the commit: which
 methods move, how far, and why. A method that moves unasked has a bug, or had one.

@@ -22,8 +22,8 @@ def test_losses_are_the_golden_ones(method, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong", [["--seed", 1], ["--tau", 0.21], ["--momentum", 0.98],
-                                   ["--weight-decay", 0.55]], ids=str)
+@pytest.mark.parametrize("wrong", [["--seed", 1], ["--temperature", 0.21], ["--weight-decay", 0.55],
+                                   ["--momentum-teacher", 0.98]], ids=str)
 def test_a_small_mistake_is_seen(wrong, tmp_path):
     assert off("moco_v3", golden.trace("moco_v3", tmp_path, *wrong)) > golden.ROUNDING
 

@@ -87,7 +87,7 @@ TAKEN_AWAY = dict(                            # by a batch norm right behind: sh
 
 
 def weights(out):
-    """What a checkpoint holds, but for the optimisers' state and what the loss does not see: biases
+    """What a checkpoint holds, but for the optimizers' state and what the loss does not see: biases
     of keys, which cancel in the softmax, and shifts that a batch norm takes away. Their gradient is
     rounding noise, and Adam blows noise up to full steps."""
     found, saved = {}, torch.load(out / "last.pt")

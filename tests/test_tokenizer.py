@@ -190,7 +190,7 @@ def test_gumbel_softmax_samples_from_the_softmax_at_a_low_temperature():
     assert ((seen - uniform).square() / uniform).sum() > 1000
 
 
-# ---- vector quantisation -------------------------------------------------------------------------
+# ---- vector quantization -------------------------------------------------------------------------
 
 
 def test_quantize_finds_the_nearest_code_and_has_the_straight_through_gradient():

@@ -392,8 +392,8 @@ def test_initial_weights_follow_the_published_rules():
         if init in ("beit", "cae"):                           # the real std of a one-sigma cut
             for weight in (patch.weight, *[block.attn.qkv.weight] * (init == "beit")):
                 assert weight.std().item() == pytest.approx(0.0108, abs=2e-4)
-        spread = 1e-6 if init == "moco" else 0.0108 if init in ("beit", "cae") else 0.02
-        assert model.cls_token.std().item() == pytest.approx(spread, rel=0.2)
+        std = 1e-6 if init == "moco" else 0.0108 if init in ("beit", "cae") else 0.02
+        assert model.cls_token.std().item() == pytest.approx(std, rel=0.2)
     assert models["beit"].blocks[0].mlp.fc2.weight.abs().max() > 0.97 * 0.02 / 2**0.5
     assert models["beit"].blocks[1].mlp.fc2.weight.abs().max() <= 0.02 / 2
     assert (build(scramble=False, **BEIT).rel_pos_bias.relative_position_bias_table == 0).all()
