@@ -1,43 +1,47 @@
-"""ASL: Arbitrary Self-supervised Learning (Li et al., CVPR 2024).
+"""ASL: Arbitrary Self-supervised Learning (Li et al., "Self-Supervised Representation Learning from
+Arbitrary Scenarios", CVPR 2024).
 
 MAE with two reconstructions of each patch that must agree. The paper rewrites MAE's error as a
 contrastive loss in which each patch is a class of its own and its pixels are a key that is not
 learned (eq. 5 to 8). Global contrastive learning treats all patches of an image as one class. On
 images of many objects the two conflict, and hybrids of both fall behind MAE. So ASL compares
-patches only. It makes a second version of the encoded visible patches, decodes both versions with
-the same decoder, and minimizes the distance between the two predictions of each removed patch. The
-paper calls it contrastive; there are no negatives, no temperature, no second view, no teacher.
+patches only. It makes two versions of the encoded visible patches, decodes both with the same
+decoder, and minimizes the distance between the two predictions of each removed patch. The paper
+calls it contrastive, but there are no negatives, no temperature, no second view and no teacher.
 
-    patches -+- visible, 25 % --> encoder -+--------> decoder* --> a -+- L_MAE: a and u
-             |                             |                          +- L_SEM: a and b
-             |                             +--> T --> decoder* --> b -+
-             +- removed, 75 % --> each to mean 0, variance 1 --> u       removed patches only
-              T: one transformer block      * the same weights, mask tokens in the same places
+    patches -+- visible, 25% --> encoder -+--------> decoder* --> a -+- L_MAE: a and t
+             |                            |                          +- L_SEM: a and b
+             |                            +--> T --> decoder* --> b -+
+             +- removed, 75% --> each to mean 0, variance 1 --> t        removed patches only
+              T: one transformer block      * the same weights, mask tokens at the same positions
 
     L     = L_MAE + lambda_sem L_SEM, lambda_sem = 1                                    (eq. 11)
-    L_MAE = mean over removed patches of (1/P) |u - a|^2                                (eq. 1, 2)
+    L_MAE = mean over removed patches of (1/P) |t - a|^2                                (eq. 1, 2)
     L_SEM = mean over removed patches of (1/P) (|a - sg(b)|_1 + |sg(a) - b|_1)          (eq. 9, 10)
 
-sg stops the gradient. It stops each side once, and both branches share their weights, so L_SEM has
-the gradient of |a - b|_1 and twice its value. L_MAE rules out that a and b are equal constants.
+L_SEM is the paper's semantic loss. sg stops the gradient: each term trains one side only, so
+together they have the gradient of |a - b|_1 and twice its value. L_MAE prevents a and b from
+becoming the same constant.
+
+The diagram shows the default: an asymmetric structure at the end of the encoder (AEE), the block T,
+makes b. With --dle, dropout in the linear embedding (DLE), drawn independently, makes a and b.
 
 The paper (ViT-B, COCO, 800 epochs; linear probe on ImageNet-1K / box AP): MAE 46.8 / 49.3, ASL
-48.6 / 50.3; with dropout instead of T 48.5 / 50.4, at 2 x the cost of MAE instead of 1.5 x; without
-L_SEM 46.6 and 46.5 (Table 7); with cosine similarity 47.6, with the class token aligned, too, 45.6
-(section 4.6).
+48.6 / 50.3; with DLE 48.5 / 50.4, at 2x the cost of MAE instead of 1.5x; without L_SEM 46.6 / 49.2
+(AEE) and 46.5 / 49.1 (DLE) (Table 7). Linear probe with cosine similarity 47.6, with the class
+token also aligned 45.6 (section 4.6).
 
 We found neither code of the authors nor their appendix with the settings: what the main paper
 leaves open is marked "our choice". It does not state whether L_MAE includes b. Equation 1 has no b,
-so ours does not; --mae-both does, as the rows of Table 7 without L_SEM probably did: their cost
-includes b. full.pt beside encoder.pt also holds the decoder, under MAE's names, and T as aug_block;
-encoder.pt is without T.
+so ours does not; --mae-both includes it, as the rows of Table 7 without L_SEM probably did: their
+cost includes b. full.pt, next to encoder.pt, also holds the decoder, under MAE's names, and T as
+aug_block; encoder.pt is without T.
 
     python asl.py                                         minutes on a laptop, offline
     python asl.py --data toy-scenes                       several creatures in an image
     python asl.py --lambda-sem 0 --mae-both               no alignment: Table 7 (d), as we read it
     torchrun --nproc_per_node=8 asl.py --data coco        the paper's ViT-B (not run by us)
 """
-import math
 from dataclasses import dataclass
 
 import torch
@@ -46,50 +50,51 @@ from torch import nn
 
 import data
 import vit
-from lib import augment, config, positions, rng, visualize
+from lib import augment, checkpoints, config, positions, rng, visualize
 from lib.config import Fraction, Size
 from lib.distributed import unwrap
 from lib.run import Run, cosine, grad_norm, param_groups, set_lr
 from lib.weights import init_linear
 
-# B images of a process, N patches, n_visible of them visible, D width, E width of the decoder,
-# S image side, p patch side, P = 3pp numbers in a patch
+# B images of a process's micro-batch, N patches, n_visible of them visible, D encoder width,
+# E decoder width, S image side, p patch side, P = 3pp values in a patch
 
 
 @dataclass
 class Config(config.Settings):
     # the encoder (paper: ViT-B)
-    img_size: Size = 224            # pixels (our choice: MAE)
-    patch_size: Size = 16           # pixels (our choice: MAE)
-    embed_dim: Size = 768           # D (paper)
-    depth: Size = 12                # blocks (paper)
+    img_size: Size = 224            # image side in pixels (our choice: MAE)
+    patch_size: Size = 16           # pixels per patch side (our choice: MAE)
+    embed_dim: Size = 768           # encoder width, D (paper)
+    depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads (paper)
-    # the decoder, the same for both branches
-    decoder_embed_dim: Size = 512   # E (our choice: MAE)
-    decoder_depth: int = 8          # blocks (our choice: MAE)
-    decoder_num_heads: Size = 16    # attention heads (our choice: MAE)
-    # the second branch
-    dle: bool = False               # b by dropout (DLE) instead of a block T (AEE, paper's default)
+    # the decoder, the same for both versions
+    decoder_embed_dim: Size = 512   # decoder width, E (our choice: MAE)
+    decoder_depth: int = 8          # decoder blocks (our choice: MAE)
+    decoder_num_heads: Size = 16    # attention heads of the decoder (our choice: MAE)
+    # the two versions
+    dle: bool = False               # both versions by dropout in the embedding (DLE), instead of
+                                    # the second by a block T (AEE, the paper's default)
     dropout: Fraction = 0.1         # DLE: rate on patches + positions (our choice: SimCSE)
     # the objective
-    mask_ratio: Fraction = 0.75     # fraction of the patches removed (our choice: MAE)
-    norm_pix_loss: bool = True      # target normalized by patch (our choice: the MAE of Table 5)
+    mask_ratio: Fraction = 0.75     # fraction of the patches that are removed (our choice: MAE)
+    norm_pix_loss: bool = True      # normalize each target patch (our choice: the MAE of Table 5)
     lambda_sem: float = 1.0         # weight of L_SEM (paper, eq. 11)
-    cosine: bool = False            # L_SEM by 1 - cosine instead of L1 (paper's ablation)
-    align_cls: bool = False         # L_SEM of the class token, too (paper's ablation: it hurts)
-    mae_both: bool = False          # L_MAE: mean of a's and b's, not a's alone (our choice)
+    cosine: bool = False            # L_SEM with 1 - cosine instead of L1 (paper's ablation)
+    align_cls: bool = False         # L_SEM also of the class token (paper's ablation: it hurts)
+    mae_both: bool = False          # L_MAE: mean of those of a and b, not of a alone (our choice)
     # the view
-    crop_min: Fraction = 0.2        # smallest area of the crop (our choice: MAE)
+    crop_min: Fraction = 0.2        # smallest crop area, fraction of the image (our choice: MAE)
     # the optimization (our choice: MAE's)
-    epochs: float = 1600            # ImageNet-1K (our choice: MAE in Table 5); COCO: 800 (paper)
-    warmup_epochs: float = 40.0     # linear increase of the learning rate from exactly 0
-    batch_size: Size = 4096         # global; the paper counts iterations of it (section 4.3.2)
-    lr: float = 1.5e-4              # peak, times batch/256
-    min_lr: float = 0.0             # end of the cosine
-    weight_decay: float = 0.05      # AdamW; also of class and mask token
+    epochs: float = 1600            # epochs (our choice: the MAE of Table 5); COCO: 800 (paper)
+    warmup_epochs: float = 40.0     # linear warmup of the learning rate from 0
+    batch_size: Size = 4096         # global batch size; the paper counts its iterations (4.3.2)
+    lr: float = 1.5e-4              # peak learning rate, times batch/256
+    min_lr: float = 0.0             # final learning rate of the cosine
+    weight_decay: float = 0.05      # AdamW's; also of class and mask token
     beta2: Fraction = 0.95          # AdamW's decay rate of squared gradients; torch: 0.999
 
-    paper_data = "coco"             # the section with the settings that the paper states
+    paper_data = "coco"             # section with the paper's settings, named when a run starts
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -99,9 +104,9 @@ class Config(config.Settings):
                              f"least one must be removed and one kept")
         if self.dle and not 0 < self.dropout < 1:
             raise ValueError(f"--dropout {self.dropout} must be above 0 and below 1: without "
-                             f"dropout the two branches of --dle are equal")
+                             f"dropout the two versions of --dle are equal")
         if self.lambda_sem == 0 and not self.mae_both:
-            raise ValueError("--lambda-sem 0: the second branch has no loss; add --mae-both, or "
+            raise ValueError("--lambda-sem 0: the second version has no loss; add --mae-both, or "
                              "use mae.py")
 
 
@@ -109,15 +114,15 @@ class Config(config.Settings):
 
 
 def views(cfg):
-    """Crop and flip (our choice: MAE). Mask and second branch are the augmentation (paper)."""
+    """Crop and flip (our choice: MAE). Mask and second version are the augmentation (paper)."""
     return [data.View(cfg.img_size, scale=(cfg.crop_min, 1.0))]
 
 
 def random_masking(noise, ratio):
-    """Shuffle the patches, keep the first n_visible. noise: (B, N); its order is the shuffle.
+    """Shuffles the patches by their noise (B, N) and keeps the first n_visible.
 
-    Returns keep (B, n_visible), the patches that stay, in shuffled order; restore (B, N), the place
-    of each patch in the shuffle; mask (B, N) bool, True: removed."""
+    Returns keep (B, n_visible), the indices of the visible patches in shuffled order; restore
+    (B, N), the position of each patch in the shuffle; mask (B, N) bool, True: removed."""
     n_visible = int(noise.shape[1] * (1 - ratio))        # rounded down, as in MAE's code
     shuffle = noise.argsort(dim=1, stable=True)          # stable: the same on every device
     restore = shuffle.argsort(1)                         # the inverse permutation
@@ -128,7 +133,7 @@ def random_masking(noise, ratio):
 
 
 class Decoder(nn.Module):
-    """Tokens of the visible patches and their places -> pixels of all patches (MAE, Fig. 1)."""
+    """Tokens and order of the visible patches -> pixels of all patches (MAE, Fig. 1)."""
 
     def __init__(self, cfg, grid):
         super().__init__()
@@ -144,11 +149,11 @@ class Decoder(nn.Module):
         init_linear(self, "mae")
 
     def forward(self, tokens, restore):
-        """tokens: (B, 1+n_visible, D), class token first; restore: (B, N). Returns (B, 1+N, P)."""
+        """tokens (B, 1+n_visible, D), class token first; restore (B, N) -> (B, 1+N, P). ASL: 2B."""
         x = self.embed(tokens)                                               # (B, 1+n_visible, E)
         missing = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], missing], 1)                          # (B, N, E), shuffled
-        patches = patches.gather(1, restore[:, :, None].expand_as(patches))  # row by row again
+        patches = patches.gather(1, restore[:, :, None].expand_as(patches))  # in raster order
         x = torch.cat([x[:, :1], patches], 1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
@@ -156,7 +161,7 @@ class Decoder(nn.Module):
 
 
 class Network(nn.Module):
-    """Encoder of the visible patches, second version of its tokens, decoder of both (Fig. 3)."""
+    """Encoder of the visible patches, in two versions, and decoder of all patches (Fig. 3)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -166,21 +171,22 @@ class Network(nn.Module):
         self.decoder = Decoder(cfg, self.encoder.grid)
         self.aug_block, self.dropout = None, cfg.dropout
         if not cfg.dle:
-            # T is a block as the encoder's, after its final norm, without one of its own: all our
-            # choice (paper: one Transformer layer).
+            # T has the architecture of an encoder block. It follows the encoder's final norm and
+            # has none of its own: all our choice (paper: one Transformer layer).
             self.aug_block = vit.Block(cfg.embed_dim, cfg.num_heads)
             init_linear(self.aug_block, "mae")
 
     def forward(self, x, noise, drop=None):
         """x: (B, 3, S, S), noise: (B, N), drop: (B, 2, 1+n_visible, D) numbers in [0, 1) that
-        decide the dropout of DLE, None: no dropout, b equals a. Returns pixels a and b (B, 1+N, P),
-        class token first, and mask (B, N)."""
+        decide the dropout of both versions of DLE; None: no dropout, so with DLE b equals a.
+        Returns pixels a and b (B, 1+N, P), class token first, and mask (B, N)."""
         keep, restore, mask = random_masking(noise, self.mask_ratio)
         if self.aug_block:
             tokens = self.encoder(x, keep=keep)                              # (B, 1+n_visible, D)
             tokens = torch.cat([tokens, self.aug_block(tokens)])             # (2B, 1+n_visible, D)
         else:
-            # Two passes; dropout of patches + positions and of the class token: our choice.
+            # One pass of both versions as a batch of 2B. Dropout of patches + positions and of the
+            # class token is our choice.
             tokens, _ = self.encoder.embed(x, keep)
             tokens = torch.cat([tokens, tokens])
             if drop is not None:
@@ -192,55 +198,42 @@ class Network(nn.Module):
         return *self.decoder(tokens, restore.repeat(2, 1)).chunk(2), mask
 
 
-def official_names(net):
-    """The state dict of the network under the names of MAE's published files."""
-    return {key.removeprefix("encoder.").replace("decoder.mask_token", "mask_token")
-            .replace("decoder.", "decoder_"): x for key, x in net.state_dict().items()}
-
-
 def patchify(x, p):
-    """(B, 3, S, S) -> (B, N, P), within a patch row by row, the channel fastest."""
+    """(B, 3, S, S) -> (B, N, P), the pixels of a patch in raster order, the channel fastest."""
     x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))                        # (B, 3, h, p, w, p)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def unpatchify(patches):
-    """(B, N, P) -> (B, 3, S, S)."""
-    side, p = math.isqrt(patches.shape[1]), math.isqrt(patches.shape[2] // 3)
-    x = patches.unflatten(2, (p, p, 3)).unflatten(1, (side, side))           # (B, h, w, p, p, 3)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-
 def patch_stats(patches):
-    """Mean and standard deviation (B, N, 1) of each patch (B, N, P), its channels together."""
+    """Mean and standard deviation (B, N, 1) of each patch (B, N, P), all channels together."""
     var, mean = torch.var_mean(patches, -1, correction=1, keepdim=True)      # unbiased: P - 1
     return mean, (var + 1e-6).sqrt()
 
 
 def targets(x, p, norm_pix_loss):
-    """What is to be predicted: (B, 3, S, S) -> (B, N, P)."""
+    """Targets of the prediction: images (B, 3, S, S) -> (B, N, P)."""
     patches = patchify(x, p)
     mean, std = patch_stats(patches)
     return (patches - mean) / std if norm_pix_loss else patches
 
 
 def masked_mean(error, mask):
-    """Mean of (B, N) over the removed patches only."""
+    """Mean of the error (B, N) over the removed patches, where the mask (B, N) is True."""
     return (error * mask).sum() / mask.sum()
 
 
 def mae_loss(pred, target, mask):
-    """Squared error of pixels (B, N, P), over the removed patches."""
+    """Mean squared error of the pixels (B, N, P) of removed patches; mask: (B, N)."""
     return masked_mean((pred.float() - target).square().mean(-1), mask)
 
 
 def sem_loss(a, b, mask, use_cosine=False):
-    """Distance of two predictions (B, N, P) over the removed patches, with the gradient to one side
-    at a time (eq. 9, 10). Mean over the P numbers (our choice, as in L_MAE: a sum would weigh P
-    times as much)."""
+    """Distance of two predictions (B, n, P) over the removed patches; mask: (B, n). Each of its two
+    terms has a gradient to one side only (eq. 9, 10). Mean over the P values (our choice, as in
+    L_MAE: a sum would weigh P times as much)."""
     a, b = a.float(), b.float()
 
-    def distance(a, b):                                                      # -> (B, N)
+    def distance(a, b):                                                      # -> (B, n)
         return 1 - F.cosine_similarity(a, b, dim=-1) if use_cosine else (a - b).abs().mean(-1)
 
     return masked_mean(distance(a, b.detach()) + distance(a.detach(), b), mask)
@@ -263,7 +256,7 @@ def asl_losses(a, b, target, mask, use_cosine=False, align_cls=False, mae_both=F
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
 
     model = run.place(Network(cfg))
     net = unwrap(model)
@@ -288,17 +281,18 @@ def main():
                 drop = rng.uniform(part.index, shape, cfg.seed, part.epoch, "dropout")
             with run.autocast():
                 a, b, mask = model(x, noise, drop)                   # (B, 1+N, P) twice, (B, N)
-            # The target of a patch has its own mean and contrast removed: what is left to predict
-            # is structure, and a dark or flat patch counts as much as a bright or rich one.
-            target = targets(x, cfg.patch_size, cfg.norm_pix_loss)           # fp32 from here on
-            # L_SEM trains b and gives the first branch a second target, one that is learned. Alone
-            # it would be 0 for two equal constants, which L_MAE rules out.
+            # From here on in fp32. With --norm-pix-loss, the target of a patch has its own mean and
+            # contrast removed: what is left to predict is structure, and a dark or flat patch
+            # counts as much as a bright or rich one.
+            target = targets(x, cfg.patch_size, cfg.norm_pix_loss)           # (B, N, P)
+            # L_SEM gives each prediction a learned target: the other one. Alone it would be 0 if
+            # both were the same constant, which L_MAE rules out.
             loss_mae, loss_sem = asl_losses(a, b, target, mask, cfg.cosine, cfg.align_cls,
                                             cfg.mae_both)
             loss = loss_mae + cfg.lambda_sem * loss_sem                      # eq. 11
             (loss / cfg.accum_iter).backward()
             run.log(loss=loss, loss_mae=loss_mae, loss_sem=loss_sem)
-        run.log(lr=lr, grad_norm=grad_norm(net))                     # never clipped (our choice)
+        run.log(lr=lr, grad_norm=grad_norm(net))                     # not clipped (our choice)
         opt.step()
         opt.zero_grad()
         # ---- bookkeeping ---------------------------------------------------------------------
@@ -307,36 +301,30 @@ def main():
             run.log(**visualize.knn(run, net.encoder, bank, queries))
             with run.evaluation(net):
                 save_visualization(run, cfg, net, queries)
-            if loss_sem < 1e-3:
-                run.print0("the two branches agree (loss_sem near 0): from here on this is MAE")
-            flat = mae_loss(torch.zeros_like(target), target, mask)
+            if cfg.lambda_sem and loss_sem < 1e-3:
+                run.print0("loss_sem is below 0.001: the two predictions are nearly identical, so "
+                           "the alignment adds little")
             if cfg.norm_pix_loss:
+                flat = mae_loss(torch.zeros_like(target), target, mask)
                 visualize.warn_of_flat_reconstruction(run, loss_mae, flat, "loss_mae")
         if run.save_due:
-            run.save_encoder(net.encoder, full=official_names(net), branch="base")
+            run.save_encoder(net.encoder, full=checkpoints.mae_names(net), branch="base")
             run.save()
 
 
-def reconstruct(pred, patches, mask, norm_pix_loss):
-    """The image (B, 3, S, S) with its removed patches as predicted. A network trained on normalized
-    patches predicts neither mean nor contrast of a patch: both are taken from the true patch
-    (B, N, P), so the visualization shows more than the network knows."""
-    if norm_pix_loss:
-        mean, std = patch_stats(patches)
-        pred = pred * std + mean
-    return unpatchify(torch.where(mask[:, :, None], pred, patches))
-
-
 def save_visualization(run, cfg, net, images, n=8):
-    """visualization.png: the image, what the encoder sees, the reconstructions by a and by b."""
+    """visualization.png: the image, what the encoder sees, the reconstructions a and b. With
+    --norm-pix-loss these predict neither mean nor contrast of a patch: the true ones are used."""
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
     patches = patchify(x, cfg.patch_size)
+    mean, std = patch_stats(patches) if cfg.norm_pix_loss else (0, 1)
     with run.autocast():
         a, b, mask = net(x, rng.uniform(index, patches.shape[1], "picture"))
-    columns = {"image": x, "visible": unpatchify(patches.masked_fill(mask[:, :, None], 0)),
-               "reconstruction": reconstruct(a[:, 1:].float(), patches, mask, cfg.norm_pix_loss)}
-    if not cfg.dle:                                                  # without dropout b equals a
-        columns["second branch"] = reconstruct(b[:, 1:].float(), patches, mask, cfg.norm_pix_loss)
+    a, b = (z[:, 1:].float() * std + mean for z in (a, b))
+    columns = {"image": x, "visible": visualize.fill_patches(patches, mask, 0),
+               "reconstruction": visualize.fill_patches(patches, mask, a)}
+    if not cfg.dle:                                                  # DLE: no dropout here, b = a
+        columns["second branch"] = visualize.fill_patches(patches, mask, b)
     visualize.save_grid(run, {title: augment.denormalize(z) for title, z in columns.items()})
 
 

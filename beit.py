@@ -1,7 +1,7 @@
-"""BEiT: BERT pre-training of image Transformers (Bao et al., ICLR 2022, arXiv 2106.08254).
+"""BEiT: BERT pretraining of image Transformers (Bao et al., ICLR 2022, arXiv 2106.08254).
 
 BERT for images. A frozen tokenizer turns the image into a grid of tokens, one for each patch, with
-ids below K. About 40 % of the patches are masked, in blocks: a learned mask token replaces them. A
+ids below K. About 40% of the patches are masked, in blocks: a learned mask token replaces them. A
 ViT runs on the whole sequence, and a linear layer predicts the id of the token at each masked
 patch. Predicting tokens instead of pixels spends no capacity on the finest detail; masking blocks
 instead of single patches leaves no neighbor to copy from.
@@ -13,20 +13,21 @@ instead of single patches leaves no neighbor to copy from.
     L = - mean over masked patches i of log softmax(W h_i + b)[y_i]             (section 2.3)
 
 h is the output of the last LayerNorm, y the ids; visible patches have no loss. At the start L is
-about ln K. A head that ignores its input reaches the entropy of the masked tokens and the accuracy
-of always predicting the most frequent one (logged as token_entropy and token_max_freq): the network
-has learned something only if `loss` is below the first and `mlm_acc` above the second.
+about ln K. The best possible head that ignores its input has as loss the entropy of the masked
+tokens and as accuracy the frequency of the most frequent one (logged as token_entropy and
+token_max_freq): the network has learned something only if `loss` is below the first and `mlm_acc`
+above the second.
 
 The paper: ViT-B/16, 800 epochs: 83.2 fine-tuned, 56.7 by a linear probe of block 9 of 12 (others
-measure 41.8 at the last block, which predicts tokens). 300 epochs: block masks 82.86 on ImageNet
+measured 41.8 at the last block, which predicts tokens). 300 epochs: block masks 82.86 on ImageNet
 and 44.65 on ADE20K, random patches 82.77 and 42.93; pixels instead of tokens 81.04 on ImageNet.
 
-We follow the ImageNet-1K model: learned positions. The released 22K weights have one table of
-relative positions shared by all blocks instead, and layer scale: --pos none --rel-pos-bias
---layer-scale 0.1; they need images normalized by mean and standard deviation 0.5. Paper and
-official code differ in the mask: more than 40 % there, at most 75 of 196 in the code and here.
-Ours: colors are jittered after the crop, not before; the loss is a mean over the masked patches of
-all processes, not of each; the warm-up ends a step later.
+We follow the ImageNet-1K model, which has learned positions. The released 22K weights have instead
+one table of relative position biases shared by all blocks, and layer scale: --pos none
+--rel-pos-bias --layer-scale 0.1; they need images normalized by mean and standard deviation 0.5.
+The paper masks more than 40% of the patches; the official code, and ours, at most 75 of 196. Unlike
+the code, we jitter colors after the crop, not before; take the mean of the loss over the masked
+patches of all processes, not of each process; and end the warmup one step later.
 
     python beit.py                                         minutes on a laptop, offline
     torchrun --nproc_per_node=8 beit.py --data imagenet --tokenizer encoder.pkl    (not run by us)
@@ -46,43 +47,43 @@ from lib.config import Fraction, Several, Size
 from lib.distributed import all_mean, unwrap
 from lib.run import Run, cosine, param_groups, set_lr
 
-# B images of a process, N = side x side patches, n_masked masked patches of all images, D width,
-# K token ids, S image side
+# B images of a process's micro-batch, N = side x side patches, total_masked masked patches of these
+# images together, D width, K codes, S image side
 
 
 @dataclass
 class Config(config.Settings):
     # the network (paper, section 3: ViT-B/16)
-    img_size: Size = 224            # pixels (paper)
-    patch_size: Size = 16           # pixels (paper)
-    embed_dim: Size = 768           # D (paper)
-    depth: Size = 12                # blocks (paper)
+    img_size: Size = 224            # image side in pixels (paper)
+    patch_size: Size = 16           # pixels per patch side (paper)
+    embed_dim: Size = 768           # encoder width, D (paper)
+    depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads (paper)
     pos: Literal["learned", "none", "sincos_row"] = "learned"     # positions (paper; 22K: none)
-    rel_pos_bias: bool = False      # a table of relative positions for all blocks (22K weights)
-    layer_scale: float = 0.0        # initial scale of every branch (22K weights: 0.1); 0: off
-    init: Literal["beit", "moco"] = "beit"        # official code or Xavier, see vit.py
-    drop_path: Fraction = 0.1       # stochastic depth (paper)
-    # the tokenizer, see lib/tokenizer.py
-    tokenizer: str = ""             # file: DALL-E's encoder.pkl (paper); none: trained and kept
-    tokenizer_kind: Literal["vq", "dvae"] = "vq"   # of a trained one; dvae as DALL-E (our choice)
-    tokenizer_steps: Size = 10000   # of its training (our choice)
-    vocab_size: Several = 8192      # K of a trained one (paper; our choice on smaller data sets)
-    second_input_size: Size = 112   # pixels, side of the tokenizer's view (paper)
+    rel_pos_bias: bool = False      # one relative position bias for all blocks (22K weights)
+    layer_scale: float = 0.0        # initial scale of residual branches (22K weights: 0.1); 0: off
+    init: Literal["beit", "moco"] = "beit"        # initial weights, see lib/weights.py (code: beit)
+    drop_path: Fraction = 0.1       # stochastic depth: rate of the last block (paper)
+    # the tokenizer, see lib/tokenizer.py; without a file it is trained once and saved
+    tokenizer: str = ""             # tokenizer file: DALL-E's encoder.pkl (paper); empty: train one
+    tokenizer_kind: Literal["vq", "dvae"] = "vq"   # kind to train; dvae as DALL-E's (our choice)
+    tokenizer_steps: Size = 10000   # steps of the tokenizer's training (our choice)
+    vocab_size: Several = 8192      # codes of a trained tokenizer (paper; smaller data: our choice)
+    second_input_size: Size = 112   # side of the tokenizer's view in pixels (paper)
     # the mask
-    num_mask_patches: Size = 75     # masked patches of an image, at most (paper: about 40 % of 196)
-    min_mask_patches_per_block: Size = 16  # smallest area of a block (paper)
+    num_mask_patches: Size = 75     # masked patches per image, at most (paper: about 40% of 196)
+    min_mask_patches_per_block: Size = 16  # smallest block in patches (paper)
     # the view
-    crop_min: Fraction = 0.08       # smallest area of the crop (official code)
+    crop_min: Fraction = 0.08       # smallest crop area, fraction of the image (official code)
     color_jitter: tuple = (0.4, 0.4, 0.4, 0.0)   # brightness, contrast, saturation, hue (code)
     # the optimization
-    epochs: float = 800             # (paper)
-    warmup_epochs: float = 10.0     # linear increase of the learning rate (paper)
-    batch_size: Size = 2048         # global (paper: 2k)
-    lr: float = 1.5e-3              # peak, not scaled by the batch (paper)
-    min_lr: float = 1e-5            # end of the cosine (official code)
-    weight_decay: float = 0.05      # AdamW (paper); not of vectors, class token, positions (code)
-    clip_grad: float = 3.0          # max norm of the gradient (official code); 0: off
+    epochs: float = 800             # epochs (paper)
+    warmup_epochs: float = 10.0     # linear warmup of the learning rate from 0 (paper)
+    batch_size: Size = 2048         # global batch size (paper: 2k)
+    lr: float = 1.5e-3              # peak learning rate, not scaled by the batch (paper)
+    min_lr: float = 1e-5            # final learning rate of the cosine (official code)
+    weight_decay: float = 0.05      # AdamW's (paper); not of vectors, class token, positions (code)
+    clip_grad: float = 3.0          # max norm of the gradient (official code); 0: no clipping
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -110,11 +111,11 @@ def views(cfg):
 
 
 def block_mask(u, side, num_mask_patches, min_patches):
-    """Masks rectangles of a grid of side x side patches, one after the other, until
-    num_mask_patches are masked or ten attempts in a row failed (official code; ours masks at least
-    one rectangle). An attempt fails when the rectangle spans a side of the grid, or adds no patch,
-    or too many. u: attempts x 4 uniform numbers for area, aspect ratio, top and left. Returns
-    (side, side) bool, True: masked."""
+    """Masks rectangles in a grid of side x side patches, one after the other, until
+    num_mask_patches are masked or ten attempts in a row have failed (official code; ours masks at
+    least one rectangle). An attempt fails if height or width of the rectangle is 0 or reaches that
+    of the grid, or if it adds no patches or too many. u: (attempts, 4) uniform numbers for area,
+    aspect ratio, top and left. Returns (side, side) bool, True: masked."""
     mask = torch.zeros(side, side, dtype=torch.bool).numpy()
     n_masked, failed = 0, 0
     for u_area, u_aspect, u_top, u_left in u:
@@ -136,9 +137,9 @@ def block_mask(u, side, num_mask_patches, min_patches):
 
 
 def draw_mask(index, cfg, *key):
-    """The masks (B, N) bool of the images with numbers index (B,), on the CPU; key: seed, epoch."""
+    """Masks (B, N) bool, on the CPU, of the images `index`. key: seed and epoch, or "picture"."""
     side = cfg.img_size // cfg.patch_size
-    u = rng.uniform(index, (100, 4), *key, "mask").tolist()      # 1500 masks took 32 at most
+    u = rng.uniform(index, (100, 4), *key, "mask").tolist()      # 1500 masks: at most 32 attempts
     return torch.stack([block_mask(v, side, cfg.num_mask_patches, cfg.min_mask_patches_per_block)
                         for v in u]).flatten(1)
 
@@ -163,16 +164,16 @@ class Network(nn.Module):
         nn.init.zeros_(self.lm_head.bias)
 
     def forward(self, x, mask, drop=None):
-        """x: (B, 3, S, S), mask: (B, N) bool, drop: random numbers that decide the drop path.
-        Returns the logits (n_masked, K) of the masked patches, image by image, row by row."""
+        """x: (B, 3, S, S), mask: (B, N) bool, drop: (B, 2*depth) random numbers for the drop path.
+        Returns the logits (total_masked, K) of masked patches, image by image in raster order."""
         tokens = self.backbone(x, mask=mask, mask_token=self.mask_token, drop=drop)
         _, patches = self.backbone.split(tokens)                             # (B, N, D)
         return self.lm_head(patches[mask])
 
 
 def token_loss(logits, ids, count):
-    """Cross-entropy, summed over masked patches and divided by count. logits: (n_masked, K), ids:
-    (n_masked,)."""
+    """Cross-entropy, summed over masked patches and divided by count. logits: (total_masked, K),
+    ids: (total_masked,)."""
     return F.cross_entropy(logits.float(), ids, reduction="sum") / count
 
 
@@ -182,17 +183,17 @@ def token_loss(logits, ids, count):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
-    with torch.device("meta"):   # refuses impossible settings before a tokenizer is trained
+    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    with torch.device("meta"):   # rejects impossible settings before a tokenizer is trained
         Network(cfg, 1)
-    dvae = tokenizer.get_tokenizer(cfg, run, loader.images, queries, views(cfg)[1])      # frozen
+    tok = tokenizer.get_tokenizer(cfg, run, loader.images, queries, views(cfg)[1])      # frozen
 
-    model = run.place(Network(cfg, dvae.vocab_size))
+    model = run.place(Network(cfg, tok.vocab_size))
     net = unwrap(model)
     groups = param_groups(net, cfg.weight_decay, no_decay=("cls_token", "pos_embed"))
     opt = torch.optim.AdamW(groups, fused=True)
-    counts = tokenizer.TokenCounts(dvae.vocab_size).to(run.device)           # of masked patches
-    run.restore(model=model, opt=opt, counts=counts, tokenizer=tokenizer.Fingerprint(dvae))
+    counts = tokenizer.TokenCounts(tok.vocab_size).to(run.device)           # of masked patches
+    run.restore(model=model, opt=opt, counts=counts, tokenizer=tokenizer.Fingerprint(tok))
     total, warmup = run.total_steps(loader), round(cfg.warmup_epochs * len(loader))
 
     for step, batch in run.steps(loader):
@@ -200,24 +201,25 @@ def main():
         set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
-        # Images differ in their number of masked patches, and the loss is a mean over those of all
-        # images of the step: all masks are drawn first, to know by what each part is divided.
-        masks = draw_mask(loader.locate(step)[1], cfg, cfg.seed, batch.epoch)    # (B, N), CPU
-        count = all_mean(masks.sum().float()) / cfg.accum_iter       # mean of the micro-batches
+        # Images differ in their number of masked patches, and the loss is the mean over the masked
+        # patches of the global batch. So all masks are drawn first: the sums of each micro-batch
+        # (loss and mlm_acc) are divided by the mean count of all of them.
+        masks = draw_mask(loader.locate(step)[1], cfg, cfg.seed, batch.epoch)    # on the CPU
+        count = all_mean(masks.sum().float()) / cfg.accum_iter
         masks = masks.to(run.device, non_blocking=True).chunk(cfg.accum_iter)
         for part, mask in zip(run.micro_batches(batch), masks):
             x, u = part.views                        # (B, 3, S, S); u: for the tokenizer
             # The tokenizer sees the whole crop; the network has to infer the token of a masked
             # patch from the visible ones.
-            ids = dvae.ids(u)[mask]                                  # (n_masked,), no gradient
+            ids = tok.ids(u)[mask]                               # (total_masked,), no gradient
             drop = rng.uniform(part.index, 2 * cfg.depth, cfg.seed, part.epoch, "drop")
             with run.autocast():
-                logits = model(x, mask, drop)                                # (n_masked, K)
-            loss = token_loss(logits, ids, count)                            # fp32 from here on
+                logits = model(x, mask, drop)                            # (total_masked, K)
+            loss = token_loss(logits, ids, count)                                    # in fp32
             (loss / cfg.accum_iter).backward()
             counts.add(ids)
             run.log(loss=loss, mlm_acc=(logits.argmax(1) == ids).sum() / count)
-        # eps 1e-6; 0: no clipping
+        # clip_grad_norm_ adds 1e-6 to the norm; 0: no clipping
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad or math.inf)
         run.log(lr=lr, grad_norm=grad_norm)
         opt.step()
@@ -228,25 +230,25 @@ def main():
             stats = counts.stats()
             run.log(**stats, **visualize.knn(run, net.backbone, bank, queries))
             with run.evaluation(net):
-                save_visualization(run, cfg, net, dvae, queries)
+                save_visualization(run, cfg, net, tok, queries)
             visualize.warn_of_token_frequencies(run, loss, stats["token_entropy"])
         if run.save_due:
             run.save_encoder(net.backbone, branch="base")
             run.save()
 
 
-def save_visualization(run, cfg, net, dvae, images, n=8):
-    """visualization.png: the image, its visible patches, and what the tokenizer decodes: the true
-    tokens, and the same with the predicted ones at masked patches."""
+def save_visualization(run, cfg, net, tok, images, n=8):
+    """visualization.png: the image, its visible patches, and what the tokenizer decodes from the
+    true tokens, and from these with the predicted tokens at masked patches."""
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
     u, _ = next(data.batches(images, cfg.second_input_size, n, run.device, workers=0,
                              interpolation="lanczos"))
     mask = draw_mask(index.cpu(), cfg, "picture").to(run.device)
-    ids = dvae.ids(u)
+    ids = tok.ids(u)
     with run.autocast():
         logits = net(x, mask)
     predicted = ids.masked_scatter(mask, logits.argmax(1))
-    visualize.save_grid(run, visualize.token_columns(x, mask, ids, predicted, dvae))
+    visualize.save_grid(run, visualize.token_columns(x, mask, ids, predicted, tok))
 
 
 if __name__ == "__main__":

@@ -3,33 +3,34 @@
 BEiT and MAE give two tasks to one network: representing the visible patches, and solving the
 pretext task. CAE separates them. The encoder sees the visible half of the patches only and
 represents it. The latent contextual regressor predicts, by cross-attention, the representations
-that the encoder would give to the masked half. A small decoder predicts, from these alone, the
-token of each masked patch: an id of a frozen tokenizer. The alignment branch keeps the predicted
-representations in the encoder's space: their target is the encoder's output for the masked patches.
+that the encoder would give to the masked half. A small decoder predicts, from these and the
+positions of the masked patches alone, the token of each masked patch: an id of a frozen tokenizer.
+The alignment branch keeps the predicted representations in the encoder's space: their target is the
+encoder's output for the masked patches.
 
-    224 px -+- visible patches -- encoder --- z_v ----> regressor -> zhat -> decoder -> logits
-            |                                 mask token ---^         |                    |
-            |                                               alignment |      cross-entropy |
-            +- masked patches --- encoder, no gradient --> zbar ------+                    |
-    112 px ---- tokenizer, frozen --> ids --------------------------------------------------+
-    (both of the same crop)
+    224 px -+- visible patches -- encoder -- z_v --> regressor -> zhat -> decoder -> logits
+            |                              mask token ---^          |                   |
+            |                                             alignment |     cross-entropy |
+            +- masked patches --- encoder, no gradient --> zbar ----+                   |
+    112 px ---- tokenizer, frozen --> ids ----------------------------------------------+
+    (224 and 112 px: the same crop in two sizes)
 
     L = mean over masked patches i of -log softmax(logits_i)[y_i]
         + lambda * mean over masked patches and channels of (zhat - stop(zbar))^2,   lambda = 2
 
 y are the ids. zhat and zbar are outputs of LayerNorms and need no other normalization. Alignment
 alone would collapse (paper): all representations equal, latent_std 0. At the start the
-cross-entropy is about ln K, and the alignment about 2. A head that ignores its input reaches the
-entropy of the masked tokens and the accuracy of always predicting the most frequent one (logged as
-token_entropy and token_max_freq): the network has learned something only if `loss_token` is below
-the first and `mlm_acc` above the second.
+cross-entropy is about ln K, and the alignment loss about 2. The best possible head that ignores its
+input has as cross-entropy the entropy of the masked tokens and as accuracy the frequency of the
+most frequent one (logged as token_entropy and token_max_freq): the network has learned something
+only if `loss_token` is below the first and `mlm_acc` above the second.
 
 The paper, ViT-B/16, 300 epochs, linear / attentive / fine-tuned (Table 5): 60.3 / 71.2 / 82.9
 without decoder and alignment, 64.1 / 73.8 / 83.6 with both; 1600 epochs: 70.3 / 77.2 / 83.9
 (repository). The class token has no loss: it learns only because patches attend to it.
 
-We follow the official code where the paper is brief: in the regressor the masked queries are keys
-and values, too, and the second half of its block starts from the normalized input. Unlike the code
+We follow the official code where the paper is brief: in the regressor the masked queries are also
+keys and values, and the second half of its block starts from the normalized input. Unlike the code
 we keep no copy of the encoder for the alignment: its authors call the two equivalent.
 
     python cae.py                                         minutes on a laptop, offline
@@ -52,43 +53,43 @@ from lib.distributed import unwrap
 from lib.run import Run, cosine, param_groups, set_lr
 from lib.weights import init_linear
 
-# B images of a process, N = side x side patches, n_masked of them masked and n_visible visible, D
-# width, H heads, K token ids, S image side
+# B images of a process's micro-batch, N = side x side patches, n_masked of each image masked and
+# n_visible visible, D width, H heads, K codes, S image side
 
 
 @dataclass
 class Config(config.Settings):
-    # the network (paper: ViT-B/16; official ViT-S: 12 heads, too)
-    img_size: Size = 224            # pixels (paper)
-    patch_size: Size = 16           # pixels (paper)
-    embed_dim: Size = 768           # D, also of regressor and decoder (paper)
-    depth: Size = 12                # blocks of the encoder (paper)
+    # the network (paper: ViT-B/16; official ViT-S: also 12 heads)
+    img_size: Size = 224            # image side in pixels (paper)
+    patch_size: Size = 16           # pixels per patch side (paper)
+    embed_dim: Size = 768           # encoder width, D; also of regressor and decoder (paper)
+    depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads, in all parts (paper)
-    layer_scale: float = 0.1        # initial scale of every branch (code; ViT-L: 1e-5); 0: off
+    layer_scale: float = 0.1        # initial scale of residual branches (code; ViT-L: 1e-5); 0: off
     drop_path: Fraction = 0.1       # stochastic depth, in each of the three parts (official code)
-    regressor_depth: int = 4        # cross-attention blocks (paper)
-    decoder_depth: int = 4          # self-attention blocks (paper)
+    regressor_depth: int = 4        # regressor blocks, with cross-attention (paper)
+    decoder_depth: int = 4          # decoder blocks, with self-attention (paper)
     # the objective
-    align_loss_weight: float = 2.0  # lambda (paper)
-    # the tokenizer, see lib/tokenizer.py
-    tokenizer: str = ""             # file: DALL-E's encoder.pkl (paper); none: trained and kept
-    tokenizer_kind: Literal["vq", "dvae"] = "vq"   # of a trained one; dvae as DALL-E (our choice)
-    tokenizer_steps: Size = 10000   # of its training (our choice)
-    vocab_size: Several = 8192      # K of a trained one (paper; our choice on smaller data sets)
-    second_input_size: Size = 112   # pixels, side of the tokenizer's view (paper)
+    align_loss_weight: float = 2.0  # weight lambda of the alignment loss (paper)
+    # the tokenizer, see lib/tokenizer.py; without a file it is trained once and saved
+    tokenizer: str = ""             # tokenizer file: DALL-E's encoder.pkl (paper); empty: train one
+    tokenizer_kind: Literal["vq", "dvae"] = "vq"   # kind to train; dvae as DALL-E's (our choice)
+    tokenizer_steps: Size = 10000   # steps of the tokenizer's training (our choice)
+    vocab_size: Several = 8192      # codes of a trained tokenizer (paper; smaller data: our choice)
+    second_input_size: Size = 112   # side of the tokenizer's view in pixels (paper)
     # the mask
-    num_mask_patches: Size = 98     # n_masked, of every image (paper: half of 196)
-    min_mask_patches_per_block: Size = 16  # smallest area of a block (official code)
+    num_mask_patches: Size = 98     # masked patches of every image (paper: half of 196)
+    min_mask_patches_per_block: Size = 16  # smallest block in patches (official code)
     # the view
-    crop_min: Fraction = 0.08       # smallest area of the crop (official code)
+    crop_min: Fraction = 0.08       # smallest crop area, fraction of the image (official code)
     # the optimization
-    epochs: float = 1600            # paper: 300, 800 and 1600
-    warmup_epochs: float = 40.0     # linear increase of the learning rate (paper; 300 epochs: 10)
-    batch_size: Size = 2048         # global (paper)
-    lr: float = 1.5e-3              # peak, not scaled by the batch (paper)
-    min_lr: float = 1e-5            # end of the cosine (official code)
-    weight_decay: float = 0.05      # AdamW (paper); also of class and mask token (code)
-    clip_grad: float = 3.0          # max norm of the gradient (official code); 0: off
+    epochs: float = 1600            # epochs (paper: 300, 800 and 1600)
+    warmup_epochs: float = 40.0     # linear warmup of learning rate from 0 (paper; 300 epochs: 10)
+    batch_size: Size = 2048         # global batch size (paper)
+    lr: float = 1.5e-3              # peak learning rate, not scaled by the batch (paper)
+    min_lr: float = 1e-5            # final learning rate of the cosine (official code)
+    weight_decay: float = 0.05      # AdamW's (paper); also of class and mask token (code)
+    clip_grad: float = 3.0          # max norm of the gradient (official code); 0: no clipping
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -111,10 +112,11 @@ def views(cfg):
 
 
 def block_mask(u, side, num_mask_patches, min_patches):
-    """Masks rectangles of a grid of side x side patches, one after the other, until exactly
-    num_mask_patches are masked (official code). An attempt fails when the rectangle spans a side of
-    the grid, or adds no patch, or too many. u: attempts x 4 uniform numbers for area, aspect ratio,
-    top and left. Returns (side, side) bool, True: masked."""
+    """Masks rectangles in a grid of side x side patches, one after the other, until exactly
+    num_mask_patches are masked (official code). An attempt fails if height or width of the
+    rectangle is 0 or reaches that of the grid, or if it adds no patches or too many. u: (attempts,
+    4) uniform numbers for area, aspect ratio, top and left. Returns (side, side) bool, True:
+    masked."""
     mask = torch.zeros(side, side, dtype=torch.bool).numpy()
     n_masked = 0
     for u_area, u_aspect, u_top, u_left in u:
@@ -138,16 +140,16 @@ def block_mask(u, side, num_mask_patches, min_patches):
 
 
 def draw_mask(index, cfg, *key):
-    """The masks (B, N) bool of the images with numbers index (B,), on the CPU; key: seed, epoch."""
+    """Masks (B, N) bool, on the CPU, of the images `index`. key: seed and epoch, or "picture"."""
     side = cfg.img_size // cfg.patch_size
-    u = rng.uniform(index, (300, 4), *key, "mask").tolist()      # 1500 masks took 130 at most
+    u = rng.uniform(index, (300, 4), *key, "mask").tolist()      # 1500 masks: at most 130 attempts
     return torch.stack([block_mask(v, side, cfg.num_mask_patches, cfg.min_mask_patches_per_block)
                         for v in u]).flatten(1)
 
 
 def split_patches(mask, n_masked):
-    """(B, N) bool, n_masked True in each row -> numbers of the visible patches (B, n_visible) and
-    of the masked ones (B, n_masked), both row by row."""
+    """(B, N) bool, n_masked True in each row -> indices of the visible patches (B, n_visible) and
+    of the masked ones (B, n_masked), both in raster order."""
     order = mask.int().argsort(dim=1, stable=True)
     return order.split([mask.shape[1] - n_masked, n_masked], 1)
 
@@ -186,18 +188,18 @@ class RegressorBlock(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x, z_v, pos, pos_v, drop=None):
+    def forward(self, x, z_v, pos, pos_v, factors=None):
         """x: (B, n_masked, D) queries, z_v: (B, n_visible, D), pos and pos_v: their positions,
-        which are added to queries and keys, not to values. drop: (B, 2) factors of the branches.
-        Returns (B, n_masked, D)."""
+        which are added to queries and keys, not to values. factors: (B, 2), drop-path factors of
+        the two branches. Returns (B, n_masked, D)."""
         both = torch.cat([z_v, x], 1)                                        # (B, N, D)
         branch = self.ls1(self.cross_attn(
             self.norm1_q(x + pos), self.norm1_k(both + torch.cat([pos_v, pos], 1)),
             self.norm1_v(both)))
-        x = x + (branch if drop is None else branch * drop[:, 0, None, None])
-        x = self.norm2(x)            # the skip connection starts after it, too (official code)
+        x = x + (branch if factors is None else branch * factors[:, 0, None, None])
+        x = self.norm2(x)            # the skip connection also starts after it (official code)
         branch = self.ls2(self.mlp(x))
-        return x + (branch if drop is None else branch * drop[:, 1, None, None])
+        return x + (branch if factors is None else branch * factors[:, 1, None, None])
 
 
 class Network(nn.Module):
@@ -207,8 +209,8 @@ class Network(nn.Module):
         super().__init__()
         D, H, scale = cfg.embed_dim, cfg.num_heads, cfg.layer_scale or None
         self.drop_path = cfg.drop_path
-        # Numbers that decide the drop path of an image: of the encoder's two passes, the regressor
-        # and the decoder.
+        # How many random numbers decide the drop path of an image: in the encoder's two passes, the
+        # regressor and the decoder.
         self.drop_sizes = [2 * depth for depth in (cfg.depth, cfg.depth, cfg.regressor_depth,
                                                    cfg.decoder_depth)]
         self.encoder = vit.ViT(cfg.img_size, cfg.patch_size, D, cfg.depth, H, pos="sincos_row",
@@ -227,8 +229,8 @@ class Network(nn.Module):
             init_linear(part, "cae")                                     # Xavier, biases 0
 
     def forward(self, x, visible, masked, drop=None):
-        """x: (B, 3, S, S), visible (B, n_visible) and masked (B, n_masked): patch numbers, drop:
-        random numbers (B, sum(drop_sizes)) that decide the drop path. Returns logits (B, n_masked,
+        """x: (B, 3, S, S), visible (B, n_visible) and masked (B, n_masked): patch indices, drop:
+        (B, sum(drop_sizes)) random numbers that decide the drop path. Returns logits (B, n_masked,
         K), zhat and zbar (B, n_masked, D)."""
         if drop is None:
             drop = torch.rand(len(x), sum(self.drop_sizes), device=x.device)
@@ -241,27 +243,27 @@ class Network(nn.Module):
         return self.decode(zhat, pos[masked], drop_decoder), zhat, zbar
 
     def encode(self, x, patches, drop=None):
-        """The encoder's output for some patches (B, n), given nothing else but its class token,
-        which is removed: (B, n, D)."""
+        """Patch indices (B, n) -> the encoder's output (B, n, D) for these patches: its input is
+        only them and the class token, which is removed afterward."""
         return self.encoder.split(self.encoder(x, keep=patches, drop=drop))[1]
 
     def regress(self, z_v, pos, pos_v, drop=None):
-        """Visible patches z_v, positions of the masked and of the visible ones -> zhat."""
+        """Encoded visible patches z_v, positions of masked and of visible patches -> zhat."""
         x = self.mask_token.expand(*pos.shape[:2], -1)                       # (B, n_masked, D)
-        for block, factor in zip(self.regressor, self.drop_factors(drop, len(self.regressor))):
-            x = block(x, z_v, pos, pos_v, factor)
+        for block, factors in zip(self.regressor, self.drop_factors(drop, len(self.regressor))):
+            x = block(x, z_v, pos, pos_v, factors)
         return self.regressor_norm(x)
 
     def decode(self, zhat, pos, drop=None):
         """Predicted representations and positions of the masked patches -> logits."""
         x = zhat + pos
-        for block, factor in zip(self.decoder, self.drop_factors(drop, len(self.decoder))):
-            x = block(x, drop=factor)
+        for block, factors in zip(self.decoder, self.drop_factors(drop, len(self.decoder))):
+            x = block(x, drop=factors)
         return self.head(self.decoder_norm(x))                               # (B, n_masked, K)
 
     def drop_factors(self, drop, depth):
-        """Drop path of regressor or decoder, with a rate that increases linearly from 0: for each
-        block (B, 2), 0 or 1/keep."""
+        """Drop path of regressor or decoder, with a rate that increases linearly from 0: random
+        numbers (B, 2*depth) -> for each block factors (B, 2), 0 or 1/keep."""
         if drop is None or not self.training or not self.drop_path:
             return [None] * depth
         rates = torch.linspace(0, self.drop_path, depth, device=drop.device).repeat_interleave(2)
@@ -284,16 +286,16 @@ def align_loss(zhat, zbar):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
-    with torch.device("meta"):   # refuses impossible settings before a tokenizer is trained
+    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    with torch.device("meta"):   # rejects impossible settings before a tokenizer is trained
         Network(cfg, 1)
-    dvae = tokenizer.get_tokenizer(cfg, run, loader.images, queries, views(cfg)[1])      # frozen
+    tok = tokenizer.get_tokenizer(cfg, run, loader.images, queries, views(cfg)[1])      # frozen
 
-    model = run.place(Network(cfg, dvae.vocab_size))
+    model = run.place(Network(cfg, tok.vocab_size))
     net = unwrap(model)
     opt = torch.optim.AdamW(param_groups(net, cfg.weight_decay), fused=True)
-    counts = tokenizer.TokenCounts(dvae.vocab_size).to(run.device)           # of masked patches
-    run.restore(model=model, opt=opt, counts=counts, tokenizer=tokenizer.Fingerprint(dvae))
+    counts = tokenizer.TokenCounts(tok.vocab_size).to(run.device)           # of masked patches
+    run.restore(model=model, opt=opt, counts=counts, tokenizer=tokenizer.Fingerprint(tok))
     total, warmup = run.total_steps(loader), round(cfg.warmup_epochs * len(loader))
 
     for step, batch in run.steps(loader):
@@ -302,24 +304,24 @@ def main():
 
         # ---- the method ----------------------------------------------------------------------
         # All images have the same number of masked patches, so each part can take its own mean.
-        masks = draw_mask(loader.locate(step)[1], cfg, cfg.seed, batch.epoch)    # (B, N), CPU
+        masks = draw_mask(loader.locate(step)[1], cfg, cfg.seed, batch.epoch)    # on the CPU
         masks = masks.to(run.device, non_blocking=True).chunk(cfg.accum_iter)
         for part, mask in zip(run.micro_batches(batch), masks):
             x, u = part.views                        # (B, 3, S, S); u: for the tokenizer
             visible, masked = split_patches(mask, cfg.num_mask_patches)
-            ids = dvae.ids(u).gather(1, masked)                      # (B, n_masked), no gradient
+            ids = tok.ids(u).gather(1, masked)                       # (B, n_masked), no gradient
             drop = rng.uniform(part.index, sum(net.drop_sizes), cfg.seed, part.epoch, "drop")
             with run.autocast():
                 logits, zhat, zbar = model(x, visible, masked, drop)
             # The token loss makes the representations informative. The alignment makes the
-            # regressor predict them in the encoder's space: the encoder is left to represent only.
+            # regressor predict them in the encoder's space, so the encoder only has to represent.
             loss_token, loss_align = token_loss(logits, ids), align_loss(zhat, zbar)     # in fp32
             loss = loss_token + cfg.align_loss_weight * loss_align
             (loss / cfg.accum_iter).backward()
             counts.add(ids)
             run.log(loss=loss, loss_token=loss_token, loss_align=loss_align,
                     mlm_acc=(logits.argmax(2) == ids).float().mean())
-        # eps 1e-6; 0: no clipping
+        # clip_grad_norm_ adds 1e-6 to the norm; 0: no clipping
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad or math.inf)
         run.log(lr=lr, grad_norm=grad_norm)
         opt.step()
@@ -328,11 +330,11 @@ def main():
 
         if run.eval_due:
             stats = counts.stats()
-            latent_std = zbar.float().std((0, 1)).mean()     # over patches: 0.4 at first
+            latent_std = zbar.float().std((0, 1)).mean()     # over patches; 0.4 at the start
             run.log(latent_std=latent_std, **stats,
                     **visualize.knn(run, net.encoder, bank, queries))
             with run.evaluation(net):
-                save_visualization(run, cfg, net, dvae, queries)
+                save_visualization(run, cfg, net, tok, queries)
             if latent_std < 0.05:
                 run.print0("collapsed: all patches have nearly the same representation (latent_std "
                            "near 0); try a lower --align-loss-weight or a lower --lr")
@@ -344,19 +346,19 @@ def main():
             run.save()
 
 
-def save_visualization(run, cfg, net, dvae, images, n=8):
-    """visualization.png: the image, its visible patches, and what the tokenizer decodes: the true
-    tokens, and the same with the predicted ones at masked patches."""
+def save_visualization(run, cfg, net, tok, images, n=8):
+    """visualization.png: the image, its visible patches, and what the tokenizer decodes from the
+    true tokens, and from these with the predicted tokens at masked patches."""
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
     u, _ = next(data.batches(images, cfg.second_input_size, n, run.device, workers=0,
                              interpolation="lanczos"))
     mask = draw_mask(index.cpu(), cfg, "picture").to(run.device)
     visible, masked = split_patches(mask, cfg.num_mask_patches)
-    ids = dvae.ids(u)
+    ids = tok.ids(u)
     with run.autocast():
         logits, _, _ = net(x, visible, masked)
     predicted = ids.scatter(1, masked, logits.argmax(2))
-    visualize.save_grid(run, visualize.token_columns(x, mask, ids, predicted, dvae))
+    visualize.save_grid(run, visualize.token_columns(x, mask, ids, predicted, tok))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The input of training and evaluation: images in, batches of augmented views out.
+"""The input of training and evaluation: batches of augmented views, made from images.
 
     images = datasets.load_images("cifar10", root="/data")            # or toy, imagenet, a folder
     views = [View(224, scale=(0.4, 1.0), copies=2), View(96, scale=(0.05, 0.4), copies=8)]
@@ -11,11 +11,12 @@
                   in batches on the device: color jitter, gray, blur, solarize, normalize -> float32
 
 This file describes views and makes batches. The data sets are in lib/datasets.py, the augmentations
-in lib/augment.py. `batches` gives each image once and without augmentation, for evaluation.
+in lib/augment.py. Loader.batches is for training: endless and augmented. The function `batches` is
+for evaluation: each image once, in order, without augmentation.
 
 Every random number is a function of (seed, epoch, view, purpose, image), see lib/rng.py. So a view
-does not depend on the number of workers or processes, on a resume, or on the image's place in its
-batch.
+does not depend on the number of workers or processes, on whether the run was resumed, or on the
+image's place in its batch.
 """
 import atexit
 import itertools
@@ -38,10 +39,10 @@ from lib import augment, datasets, rng
 
 @dataclass
 class View:
-    """How one view of an image is made, in this order. Probabilities are per image.
+    """How one view of an image is made, in the order of the fields. Probabilities are per image.
 
-    By default random resized crop and flip, which is all that masked image modeling uses. DINO and
-    MoCo v3 add jitter_p 0.8, gray_p 0.2, and blur and solarize by view (BYOL, appendix B).
+    The default is random resized crop and flip, which is all that masked image modeling uses. DINO
+    and MoCo v3 add jitter_p 0.8, gray_p 0.2, and blur and solarize by view (BYOL, appendix B).
     """
     size: int                               # side of the output, pixels
     scale: tuple = (0.08, 1.0)              # area of the crop / of the image (Inception); MAE 0.2-1
@@ -52,11 +53,11 @@ class View:
     jitter_p: float = 0.0                   # probability of all four, in random order
     gray_p: float = 0.0                     # probability of conversion to gray
     blur_p: float = 0.0                     # probability of a Gaussian blur
-    blur_sigma: tuple = (0.1, 2.0)          # Pillow's radius, uniform, pixels of the view (SimCLR)
+    blur_sigma: tuple = (0.1, 2.0)          # Pillow's radius, in pixels, uniform (SimCLR)
     solarize_p: float = 0.0                 # probability of inverting all values >= 128 (BYOL)
     copies: int = 1                         # number of such views, with different random numbers
-    like: int | None = None                 # use the random numbers of this view (from 0): the same
-    #                                         crop at another size, for a tokenizer (BEiT, CAE)
+    like: int | None = None                 # index of the view whose random numbers are used: the
+    #                                         same crop at another size, for a tokenizer (BEiT, CAE)
 
     def __post_init__(self):
         if len(self.scale) != 2 or not 0 <= self.scale[0] <= self.scale[1] <= 1:
@@ -66,14 +67,14 @@ class View:
             raise ValueError(f"blur_sigma {self.blur_sigma}: choose at most 2.4, as the kernel of "
                              "`blur` ends at 6 pixels")
         if len(self.jitter) != 4:
-            raise ValueError(f"jitter {self.jitter}: give four numbers, for brightness, contrast, "
-                             "saturation and hue")
+            raise ValueError(f"--color-jitter {self.jitter}: give four numbers, for brightness, "
+                             "contrast, saturation and hue")
 
 
 @dataclass
 class Batch:
     views: list                             # of (B, 3, S, S) float32, normalized, on the device
-    index: torch.Tensor                     # (B,) int64, numbers of the images in the data set
+    index: torch.Tensor                     # (B,) int64, indices of the images in the data set
     label: torch.Tensor | None              # (B,) int64
     epoch: int
     step: int                               # of the run, from 0
@@ -93,9 +94,9 @@ class Loader:
     """Endless batches of views. Their content is a function of seed and step.
 
     batch_size is global: each of `world` processes gets an equal part, in the order of the ranks.
-    The last images of an epoch that do not fill a batch are dropped. A file that cannot be read is
-    reported once on stderr and replaced by the next image of the data set; `skipped` counts these.
-    ValueError: an impossible batch size; more than half of a batch unreadable.
+    Images at the end of an epoch that do not fill a batch are dropped. A file that cannot be read
+    is reported once on stderr and replaced by the next image of the data set; `skipped` counts the
+    replacements. ValueError: an impossible batch size; more than half of a batch unreadable.
     """
 
     def __init__(self, images, views, batch_size, seed=0, device="cpu", workers=2, rank=0, world=1):
@@ -109,7 +110,7 @@ class Loader:
         self.device, self.workers = torch.device(device), workers
         self.rank, self.world = rank, world
         self.views = [view for view in views for _ in range(view.copies)]
-        # The number in the random key of each view; a view with `like` has that of another view.
+        # The view index in each view's random key; a view with `like` has that of another view.
         self.streams = [v if view.like is None else view.like for v, view in enumerate(self.views)]
         self.scale = torch.tensor([view.scale for view in self.views])         # (len(views), 2)
         self.ratio = torch.tensor([view.ratio for view in self.views])
@@ -121,7 +122,7 @@ class Loader:
         return len(self.images) // self.batch_size
 
     def locate(self, step):
-        """Step of the run -> epoch, (B,) image numbers of this process."""
+        """Step of the run -> epoch, (B,) image indices of this process."""
         epoch, place = divmod(step, len(self))
         if self.order[0] != epoch:
             generator = rng.generator(self.seed, "order", epoch)
@@ -131,50 +132,59 @@ class Loader:
         return epoch, self.order[1][begin:begin + local]
 
     def batches(self, start=0):
-        """Yields a Batch for each step from `start` on. Earlier steps are not computed."""
+        """Yields a Batch for each step from `start` on, endlessly. Skips earlier steps."""
         if self.images.paths is None:
-            height, width = self.images.pixels.shape[2:]
-            for step in itertools.count(start):
-                epoch, index = self.locate(step)
-                u = self.sample_box_numbers(index, epoch)
-                boxes = augment.crop_boxes(u, height, width, self.scale, self.ratio)
-                boxes = boxes.to(self.device, non_blocking=True)               # (B, len(views), 4)
-                yield self.augment_batch(step, index, boxes.unbind(1))
+            yield from self.batches_of_pixels(start)
+        else:
+            yield from self.batches_of_files(start)
+
+    def batches_of_pixels(self, start):
+        """batches() of a set in memory."""
+        height, width = self.images.pixels.shape[2:]
+        for step in itertools.count(start):
+            epoch, index = self.locate(step)
+            u = self.sample_box_numbers(index, epoch)
+            boxes = augment.crop_boxes(u, height, width, self.scale, self.ratio)
+            boxes = boxes.to(self.device, non_blocking=True)                   # (B, len(views), 4)
+            yield self.augment_batch(step, index, boxes.unbind(1))
+
+    def batches_of_files(self, start):
+        """batches() of a set of files, which workers read ahead."""
         results = in_workers(self.read_crops, range(start, sys.maxsize), self.workers, self.device)
         for step, (index, crops, bad) in enumerate(results, start):
             self.skipped += len(bad)
-            for number in sorted(bad.keys() - self.reported):
-                self.reported.add(number)
-                print(f"skipped {self.images.paths[number]}: {bad[number]}", file=sys.stderr)
+            for i in sorted(bad.keys() - self.reported):
+                self.reported.add(i)
+                print(f"skipped {self.images.paths[i]}: {bad[i]}", file=sys.stderr)
             if crops is None:
                 raise ValueError(f"More than half of a batch of {self.images.name} cannot be read, "
                                  f"for example {self.images.paths[min(bad)]}: are these images?")
             yield self.augment_batch(step, index, crops)
 
     def sample_box_numbers(self, index, epoch):
-        """(B,) image numbers -> (B, len(views), 22) uniform numbers for `augment.crop_boxes`."""
+        """(B,) image indices -> (B, len(views), 22) uniform numbers for `augment.crop_boxes`."""
         return torch.stack([rng.uniform(index, 22, self.seed, epoch, stream, "box")
                             for stream in self.streams], 1)
 
     def read_crops(self, step):
-        """In a worker: step -> image numbers (B,), the uint8 crops (B, 3, S, S) of each view, and
-        {number: error} of the files that cannot be read."""
+        """In a worker: step -> image indices (B,), the uint8 crops (B, 3, S, S) of each view, and
+        {index: error} of the files that cannot be read."""
         epoch, index = self.locate(step)
         u, index, bad = self.sample_box_numbers(index, epoch), index.clone(), {}
         crops = [torch.empty(len(index), 3, v.size, v.size, dtype=torch.uint8) for v in self.views]
-        for rows in torch.arange(len(index)).split(8):     # 8 images at a time: faster boxes
+        for rows in torch.arange(len(index)).split(8):     # boxes are faster for 8 images at once
             images = []
             for row in rows.tolist():
-                number, image = int(index[row]), None
+                i, image = int(index[row]), None
                 while image is None:
                     try:
-                        image = datasets.read_pixels(self.images.paths[number])
-                    except Exception as error:             # a damaged file raises nearly anything
-                        bad[number] = str(error)
+                        image = datasets.read_pixels(self.images.paths[i])
+                    except Exception as error:             # a damaged file can raise any exception
+                        bad[i] = str(error)
                         if 2 * len(bad) > max(2, len(index)):
                             return index, None, bad
-                        number = (number + 1) % len(self.images)
-                index[row] = number
+                        i = (i + 1) % len(self.images)
+                index[row] = i
                 images.append(image)                                           # (height, width, 3)
             sides = torch.tensor([image.shape[:2] for image in images])[:, :, None, None]
             boxes = augment.crop_boxes(u[rows], *sides.unbind(1), self.scale, self.ratio).tolist()
@@ -186,9 +196,9 @@ class Loader:
         return index, crops, bad
 
     def augment_batch(self, step, index, cuts):
-        """Image numbers (B,), and for each view the boxes (if the pixels are on the device) or the
+        """Image indices (B,), and for each view the boxes (if the pixels are on the device) or the
         uint8 crops (if they come from files) -> Batch."""
-        epoch, number = step // len(self), index.to(self.device, non_blocking=True)
+        epoch, device_index = step // len(self), index.to(self.device, non_blocking=True)
         # On a CPU, 16 images at a time stay in its cache from the first operation to the last.
         group = 16 if self.device.type == "cpu" else len(index)
         views = []
@@ -199,7 +209,7 @@ class Loader:
                 rows = slice(begin, begin + group)
                 part = {name: values[rows] for name, values in params.items()}
                 if self.images.paths is None:
-                    x = self.images.pixels.index_select(0, number[rows])   # [...] is 20 x slower
+                    x = self.images.pixels.index_select(0, device_index[rows])  # 20x faster than []
                     flip = part["flip"].to(self.device, non_blocking=True)
                     out[rows] = augment.crop(x, cut[rows], view.size, view.interpolation, flip)
                 else:
@@ -210,19 +220,22 @@ class Loader:
             views.append(out)
         labels = self.images.labels
         label = None if labels is None else labels[index].to(self.device, non_blocking=True)
-        return Batch(views, number, label, epoch, step)
+        return Batch(views, device_index, label, epoch, step)
 
 
 def training_sets(run, views):
-    """What a run trains on and is evaluated with: a Loader of views of the training images (of
-    STL-10 the unlabeled ones, of a folder without train/ and val/ all), and 2,000 training and 500
-    test images with their labels, for the kNN accuracy. run: a lib.run.Run."""
+    """The images of a run (a lib.run.Run): loader, bank, queries.
+
+    The loader makes the views of all training images: of STL-10 the unlabeled ones, of a folder
+    without train/ and val/ all images. For the kNN accuracy there are 2,000 training images as bank
+    and 500 test images as queries, with their labels, if there are any. In a folder without train/
+    and val/, bank and queries do not overlap, but the loader contains both."""
     cfg = run.cfg
-    which = "unlabeled" if cfg.data == "stl10" else "train"
+    train_split = "unlabeled" if cfg.data == "stl10" else "train"
     images, bank, queries = (
         datasets.load_images(cfg.data, cfg.data_root, split, cfg.img_size, limit, run.device,
                              hold_out)
-        for split, limit, hold_out in ((which, None, False), ("train", 2000, True),
+        for split, limit, hold_out in ((train_split, None, False), ("train", 2000, True),
                                        ("test", 500, True)))
     loader = Loader(images, views, cfg.batch_size, cfg.seed, run.device, cfg.workers, run.rank,
                     run.world)
@@ -235,23 +248,24 @@ def training_sets(run, views):
 
 def batches(images, size, batch_size=256, device="cpu", resize=None, mean=augment.MEAN,
             std=augment.STD, workers=2, interpolation="bicubic", rank=0, world=1):
-    """Yields ((B, 3, size, size) normalized, (B,) image numbers), in order, on the device.
+    """For evaluation: yields ((B, 3, size, size) normalized, (B,) image indices), each image once
+    and in order, on the device.
 
     Files: the short side is resized to `resize` pixels (default 256/224 size), then center crop.
     Sets in memory: the whole image at `size`; if `resize` is given, resized to it, then center
-    crop. rank, world: only every world-th batch, from batch number `rank` on; other files are not
-    opened. ValueError names a file that cannot be read: leaving it out would shift the rows against
-    the labels.
+    crop. rank, world: only every world-th batch, from batch `rank` on; other files are not opened.
+    Raises datasets.UnreadableImage, a ValueError, which names the file: leaving it out would shift
+    the rows against the labels.
     """
     device, files = torch.device(device), images.paths is not None
     resize = resize or (size * 256 // 224 if files else size)
     if resize < size:
         raise ValueError(f"resize {resize} is smaller than the center crop: choose at least {size}")
-    numbers = torch.arange(len(images)).split(batch_size)[rank::world]
+    indices = torch.arange(len(images)).split(batch_size)[rank::world]
     read = partial(read_center_crops, images.paths, size, resize, interpolation)
-    for index, x in zip(numbers, in_workers(read, numbers, workers, device) if files else numbers):
+    for index, x in zip(indices, in_workers(read, indices, workers, device) if files else indices):
         if isinstance(x, str):
-            raise ValueError(f"Cannot read {x}. Delete or replace the file")
+            raise datasets.UnreadableImage(f"Cannot read {x}. Delete or replace the file")
         if files:
             x = x.to(device, non_blocking=True).permute(0, 3, 1, 2)
             x = x.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
@@ -268,13 +282,13 @@ def batches(images, size, batch_size=256, device="cpu", resize=None, mean=augmen
 
 
 def read_center_crops(paths, size, resize, interpolation, index):
-    """In a worker: (B,) image numbers -> (B, size, size, 3) uint8, or "path: error" as a string."""
+    """In a worker: (B,) image indices -> (B, size, size, 3) uint8, or "path: error" as a string."""
     out = torch.empty(len(index), size, size, 3, dtype=torch.uint8)
-    for row, number in enumerate(index.tolist()):
+    for row, i in enumerate(index.tolist()):
         try:
-            image = datasets.read_image(paths[number])
-        except Exception as error:
-            return f"{paths[number]}: {error}"
+            image = datasets.read_image(paths[i])
+        except Exception as error:                         # a damaged file can raise any exception
+            return f"{paths[i]}: {error}"
         short = min(image.size)
         width, height = (resize * side // short for side in image.size)
         image = image.resize((width, height), Resampling[interpolation.upper()])
@@ -291,7 +305,7 @@ def in_workers(function, items, count, device):
     """Yields function(item) for each item, computed ahead in `count` processes (0: in this one)."""
     return DataLoader(items, batch_size=None, collate_fn=function, num_workers=count,
                       worker_init_fn=start_worker, pin_memory=device.type == "cuda",
-                      generator=torch.Generator())         # else it draws from the global one
+                      generator=torch.Generator())         # else it uses the global one
 
 
 def start_worker(_):

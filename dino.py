@@ -1,9 +1,9 @@
 """DINO: self-distillation with no labels (Caron et al., 2021, arXiv 2104.14294).
 
-Two networks of one architecture see different crops of an image and assign it to K classes without
-names ("prototypes"). The student learns to predict the teacher's assignment; the teacher is the
+Two networks of the same architecture see different crops of an image and assign it to K unnamed
+classes ("prototypes"). The student learns to predict the teacher's assignment; the teacher is the
 moving average of the student and gets no gradient. The teacher sees large crops only, the student
-small ones, too: from a part it must predict the assignment of the whole.
+also small ones: from a part it must predict the assignment of the whole.
 
 So far nothing forbids the same assignment for every image. Two opposed operations on the teacher's
 output do: centering (subtract a running mean of the logits) keeps one prototype from dominating,
@@ -11,29 +11,29 @@ sharpening (a low temperature) keeps the assignment from being uniform.
 
     2 global crops -+-> teacher* -> class -> head* -> t -> softmax((t - c) / tau_t) = P
                     |                                 |                             | cross-entropy,
-                    |                                 +-> c <- 0.9 c + 0.1 mean t   | crop v != g
+                    |                                 +-> c, after the step         | crop v != g
                     +-> student -+> class -> head --> s -> softmax(s / tau_s) ------+
     local crops ------> student -+
               * exponential moving average of the student's weights; no gradient
 
     L = 1/n sum over global g, sum over all crops v != g of
         - sum over k of P_g[k] log softmax(s_v / tau_s)[k],   n = 2 (1 + n_local)     (eq. 2, 3)
-    c <- m_c c + (1 - m_c) mean of t over the global crops of the batch                  (eq. 4)
+    c <- m_c c + (1 - m_c) mean of t over the global crops, after the step               (eq. 4)
 
 The paper (Table 2; ImageNet, teacher, kNN / linear): ViT-S/16 74.5 / 77.0 after 800 epochs,
 ViT-B/16 76.1 / 78.2 after 400. The defaults are the authors' recipe of 300 epochs: 73.3 / 76.0.
 
 Small data needs batch norms in the head, an option of the code (--use-bn-in-head): at first the
 logits of different images are nearly the same, the center removes what they have in common, and
-what is left is too small to be sharpened, so that the loss stays at ln K, chance level.
+what is left is too small to be sharpened, and the loss stays at ln K, that of a uniform guess.
 
 From the official code, not the paper: the division by n, the gradient clipped tensor by tensor, and
-the last layer frozen in the first epoch. Ours: the sum over pairs is taken inside, as
-P_g . (sum_v log S_v - log S_g), two products instead of n; randomness is derived (lib/rng.py).
+the last layer frozen in the first epoch. Ours: sums over pairs as P_g . (sum_v log p_v - log p_g),
+p = softmax(s / tau_s), two products instead of n; random numbers derived per image (lib/rng.py).
 
-    python dino.py                                         minutes on a laptop, offline
-    python dino.py --overfit-one-batch --steps 200         does it learn at all? loss far below ln K
-    torchrun --nproc_per_node=16 dino.py --data imagenet   the recipe above (not run by us)
+    python dino.py                                   minutes on a laptop, offline; no local crops
+    python dino.py --overfit-one-batch --steps 200   loss far below ln K, while mi stays high
+    torchrun --nnodes=2 --nproc_per_node=8 dino.py --data imagenet    the recipe (not run by us)
 """
 import math
 from dataclasses import dataclass
@@ -51,52 +51,53 @@ from lib.distributed import BatchNorm, all_mean
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 from lib.weights import init_linear
 
-# B images of a process, 2 + n_local crops of each, N patches, D width, K prototypes, S and s side
-# of a global and a local crop; t, s: logits of teacher and student, P: assignments of the teacher
+# B images per process and micro-batch, 2 + n_local crops of each, D width, K prototypes, S and S'
+# sides of a global and a local crop; t, s: logits of teacher and student, P: teacher's assignments
 
 
 @dataclass
 class Config(config.Settings):
     # the network (paper, Table 1 and appendix C: ViT-S/16)
-    img_size: Size = 224            # pixels, side of a global crop (paper)
-    patch_size: Size = 16           # pixels (paper)
-    embed_dim: Size = 384           # width of the backbone (paper)
-    depth: Size = 12                # blocks (paper)
+    img_size: Size = 224            # image side in pixels (global crop; paper)
+    patch_size: Size = 16           # pixels per patch side (paper)
+    embed_dim: Size = 384           # encoder width, D (paper)
+    depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 6             # attention heads (paper)
-    pos: Literal["learned", "sincos_row"] = "learned"     # positions (paper; sincos: our choice)
-    init: Literal["trunc", "moco"] = "trunc"      # normal 0.02 (code) or Xavier (our choice)
-    drop_path: Fraction = 0.1       # stochastic depth, student only (code)
+    pos: Literal["learned", "sincos_row"] = "learned"  # positions (paper; sincos_row: our choice)
+    init: Literal["trunc", "moco"] = "trunc"  # weights: normal 0.02 (code) or Xavier (our choice)
+    drop_path: Fraction = 0.1       # rate of stochastic depth, student only (code)
     head_hidden_dim: Size = 2048    # width inside the head (paper)
     bottleneck_dim: Size = 256      # width before the prototypes, L2-normalized (paper)
-    out_dim: Several = 65536        # K (paper); small data: 1024-8192, or the loss stays at ln K
+    out_dim: Several = 65536        # K prototypes (paper); small data 1024-8192, else stuck at ln K
     use_bn_in_head: bool = False    # batch norms in the head (code: option); small data needs them
-    norm_last_layer: bool = False   # prototypes keep norm 1 (code; ViT-B: True, for stability)
+    norm_last_layer: bool = False   # keeps prototypes at norm 1 (code; ViT-B: True, for stability)
     # the objective
-    student_temp: Positive = 0.1    # temperature (paper)
-    warmup_teacher_temp: Positive = 0.04   # teacher's at first (paper); lower if stuck at ln K
-    teacher_temp: Positive = 0.07   # ... and after its warm-up (paper); higher is unstable
-    warmup_teacher_temp_epochs: int = 30   # its linear increase, epoch by epoch (paper)
-    center_momentum: Fraction = 0.9 # of the center (paper)
+    student_temp: Positive = 0.1    # softmax temperature of the student (paper)
+    warmup_teacher_temp: Positive = 0.04   # initial teacher temperature (paper); lower if stuck at
+                                           # ln K; unused if --warmup-teacher-temp-epochs is 0
+    teacher_temp: Positive = 0.07   # teacher temperature after warmup (paper); higher is unstable
+    warmup_teacher_temp_epochs: int = 30   # epochs of linear temperature warmup (paper)
+    center_momentum: Fraction = 0.9 # EMA momentum of the center (paper)
     freeze_last_layer: float = 1.0  # epochs in which the last layer is frozen (code; ViT-B: 3)
     # the views
     global_crops_scale: tuple = (0.4, 1.0)    # area of a global crop (paper; released: 0.25 to 1;
                                               # without local crops 0.14 to 1: code)
-    local_crops_scale: tuple = (0.05, 0.4)    # area of a local crop (paper; released: to 0.25)
-    local_crops_number: int = 8     # n_local (code; released: 10)
-    local_crops_size: Size = 96     # pixels, side of a local crop (paper)
+    local_crops_scale: tuple = (0.05, 0.4)    # area of a local crop (paper; released: up to 0.25)
+    local_crops_number: int = 8     # local crops per image, n_local (code; released: 10)
+    local_crops_size: Size = 96     # side of a local crop in pixels (paper)
     color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (code)
-    blur_p: Fraction = 1.0          # blur of global crop 1; crop 2 a tenth, local ones half (code)
+    blur_p: Fraction = 1.0          # blur probability, crop 1; crop 2: a tenth, local: half (code)
     # the optimization
-    epochs: float = 300             # (code; the paper's best: 800)
-    warmup_epochs: float = 10.0     # linear increase of the learning rate (paper)
-    batch_size: Size = 1024         # global (paper)
-    lr: float = 5e-4                # peak, times batch/256 (paper)
-    min_lr: float = 1e-6            # end of its cosine (code)
-    weight_decay: float = 0.04      # AdamW, not of biases and norms (paper; code)
-    weight_decay_end: float = 0.4   # increases to this by a cosine (paper)
+    epochs: float = 300             # training epochs (code; the paper's best: 800)
+    warmup_epochs: float = 10.0     # linear warmup of the learning rate from 0 (paper)
+    batch_size: Size = 1024         # global batch size (paper)
+    lr: float = 5e-4                # peak learning rate, times batch/256 (paper)
+    min_lr: float = 1e-6            # final learning rate of the cosine (code)
+    weight_decay: float = 0.04      # AdamW's, not of biases and norms (paper; code)
+    weight_decay_end: float = 0.4   # weight decay increases to this by a cosine (paper)
     clip_grad: float = 3.0          # max gradient norm of each tensor (code; ViT-B: 0.3); 0: off
-    momentum_teacher: Fraction = 0.996     # of the teacher, increasing to 1 by a cosine (paper)
-    overfit_one_batch: bool = False # the first batch at every step, to see that it learns;
+    momentum_teacher: Fraction = 0.996     # teacher's EMA momentum, rises to 1 by a cosine (paper)
+    overfit_one_batch: bool = False # train on the first batch only, to see that it learns;
                                     # photos: with --warmup-epochs 0 --freeze-last-layer 0
 
     def __post_init__(self):
@@ -113,8 +114,7 @@ class Config(config.Settings):
 
 
 def views(cfg):
-    """Two global crops, blurred and solarized with unequal probabilities as in BYOL, and local
-    ones."""
+    """Two global crops, blurred and solarized with BYOL's unequal probabilities, and local ones."""
     color = dict(jitter=cfg.color_jitter, jitter_p=0.8, gray_p=0.2)
     crop = dict(size=cfg.img_size, scale=cfg.global_crops_scale, **color)
     return [data.View(**crop, blur_p=cfg.blur_p),
@@ -127,7 +127,7 @@ def views(cfg):
 
 
 class Prototypes(nn.Module):
-    """A Linear whose K rows have norm g (weight norm): logits are cosines, times g."""
+    """A Linear whose K rows have norm g (weight norm): logits are g times cosines."""
 
     def __init__(self, dim, K, frozen):
         super().__init__()
@@ -158,7 +158,7 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone and head; without drop path as a teacher."""
+    """Backbone and head; the teacher has no drop path."""
 
     def __init__(self, cfg, teacher=False):
         super().__init__()
@@ -168,9 +168,9 @@ class Network(nn.Module):
         self.head = Head(cfg, cfg.out_dim)
 
     def forward(self, x, crops=None, drop=None, drop_crops=None):
-        """x: (2B, 3, S, S); crops: (n_local*B, 3, s, s) or None; drop: random numbers that decide
-        the drop path. Returns logits ((2+n_local)*B, K). Crops of one size go through the backbone
-        together."""
+        """x: (2B, 3, S, S); crops: (n_local*B, 3, S', S') or None; drop, drop_crops: their random
+        numbers for drop path. Returns logits ((2+n_local)*B, K). Crops of the same size go through
+        the backbone together."""
         cls, _ = self.backbone.split(self.backbone(x, drop=drop))            # (2B, D)
         if crops is not None:
             local, _ = self.backbone.split(self.backbone(crops, drop=drop_crops))
@@ -179,20 +179,20 @@ class Network(nn.Module):
 
 
 def assign(t, center, tau):
-    """The teacher's logits (..., K), centered and sharpened: assignments to the prototypes."""
+    """Assignments to the prototypes: the teacher's logits t (..., K), centered and sharpened."""
     return ((t - center) / tau).softmax(-1)
 
 
 def cls_loss(s, P, tau):
     """Cross-entropy across crops (eq. 3). s: (n_crops, B, K) logits of the student, global crops
     first; P: (2, B, K) of the teacher. Mean over images and the 2(n_crops-1) pairs v != g."""
-    log_S = (s / tau).log_softmax(-1)
-    others = log_S.sum(0) - log_S[:2]                                        # (2, B, K): v != g
-    return -(P * others).sum(-1).mean() / (len(s) - 1)
+    log_p = (s / tau).log_softmax(-1)
+    log_p_sum = log_p.sum(0) - log_p[:2]                           # (2, B, K): sum over v != g
+    return -(P * log_p_sum).sum(-1).mean() / (len(s) - 1)
 
 
 class Center(nn.Module):
-    """Running mean of the teacher's raw logits over the images of all processes (eq. 4)."""
+    """Running mean of the teacher's raw logits, the rows of all processes together (eq. 4)."""
 
     def __init__(self, K, momentum):
         super().__init__()
@@ -200,7 +200,7 @@ class Center(nn.Module):
         self.register_buffer("center", torch.zeros(1, K))
 
     def update(self, means):
-        """means: (K,) for each micro-batch. Once a step, after the loss, which uses the old one."""
+        """means: (K,) per micro-batch. Once per step, after the loss, which uses the old center."""
         mean = all_mean(torch.stack(means).mean(0))
         self.center.lerp_(mean, 1 - self.momentum)
 
@@ -209,22 +209,22 @@ class Center(nn.Module):
 
 
 def schedules(step, total, per_epoch, cfg):
-    """Of this step: learning rate, weight decay, momentum and temperature of the teacher."""
+    """Learning rate, weight decay, EMA momentum and teacher temperature of this step."""
     warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
-    if step < warmup:            # the peak is reached in its last step and again in the next (code)
+    if step < warmup:            # its last step has the peak, and so has the step after it (code)
         lr = peak * step / max(1, warmup - 1)
     else:
         lr = cosine(step - warmup, total - warmup, peak, cfg.min_lr)
     weight_decay = cosine(step, total, cfg.weight_decay, cfg.weight_decay_end)
     momentum = cosine(step, total, cfg.momentum_teacher, 1.0)
-    epoch, last = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1
-    done = epoch / max(1, last) if epoch <= last else 1.0
-    temp = cfg.warmup_teacher_temp + done * (cfg.teacher_temp - cfg.warmup_teacher_temp)
+    epoch, last_epoch = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1    # of the warmup
+    ramp = epoch / max(1, last_epoch) if epoch <= last_epoch else 1.0        # from 0 to 1
+    temp = cfg.warmup_teacher_temp + ramp * (cfg.teacher_temp - cfg.warmup_teacher_temp)
     return lr, weight_decay, momentum, temp
 
 
 def clip_per_tensor(parameters, max_norm):
-    """Scales the gradient of each tensor to norm max_norm at most (official code; 0: no clipping).
+    """Scales the gradient of each tensor to a norm of at most max_norm (official code; 0: not).
     Returns the norm of all gradients together, before clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
@@ -236,7 +236,7 @@ def clip_per_tensor(parameters, max_norm):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
@@ -246,25 +246,25 @@ def main():
     run.restore(student=student, teacher=teacher, center=center, opt=opt)
     total, freeze = run.total_steps(loader), round(cfg.freeze_last_layer * len(loader))
     fixed_batch = next(loader.batches()) if cfg.overfit_one_batch else None
-    run.print0(f"loss at chance level: ln K = {math.log(cfg.out_dim):.3f}")
+    run.print0(f"loss of a uniform prediction: ln K = {math.log(cfg.out_dim):.3f}")
 
     for step, batch in run.steps(loader):
         lr, weight_decay, momentum, temp = schedules(step, total, len(loader), cfg)
         set_lr(opt, lr)
-        opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases, norms
+        opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases and norms
 
         # ---- the method ----------------------------------------------------------------------
         means, stats = [], visualize.AssignmentStats()
         for part in run.micro_batches(fixed_batch or batch):
             x = torch.cat(part.views[:2])                                    # (2B, 3, S, S)
-            crops = torch.cat(part.views[2:]) if part.views[2:] else None    # (n_local*B, 3, s, s)
+            crops = torch.cat(part.views[2:]) if part.views[2:] else None  # (n_local*B, 3, S', S')
             drop = rng.uniform(part.index, (2 + cfg.local_crops_number, 2 * cfg.depth),
                                cfg.seed, part.epoch, "drop")
             drop = drop.transpose(0, 1).flatten(0, 1)                # ((2+n_local)*B, 2*depth)
 
             with run.autocast():
                 # The teacher, an average of past students, is better than each of them, so its
-                # output is a useful target. It sees no local crop: targets describe wholes.
+                # output is a useful target. It sees no local crop: targets describe the whole.
                 with torch.no_grad():
                     t = teacher(x)                                           # (2B, K)
                 s = student(x, crops, drop[:len(x)], drop[len(x):])          # ((2+n_local)*B, K)
@@ -290,7 +290,7 @@ def main():
         center.update(means)
         # ---- bookkeeping ---------------------------------------------------------------------
 
-        entropy, mi = stats.compute()
+        mean_entropy, mi = stats.compute()
         run.log(mi=mi, lr=lr, grad_norm=grad_norm)
         if run.eval_due:
             run.log(**visualize.knn(run, teacher.backbone, bank, queries))
@@ -298,7 +298,7 @@ def main():
                 attention = visualize.last_attention(run, teacher.backbone, part.views[0][:8])
                 visualize.save_self_distillation(run, part.views, attention, P[0],
                                                  (s[1] / cfg.student_temp).softmax(-1))
-            visualize.warn_of_equal_assignments(run, "images", entropy, mi, cfg.out_dim)
+            visualize.warn_of_equal_assignments(run, "images", mean_entropy, mi, cfg.out_dim)
         if run.save_due:
             run.save_encoder(teacher.backbone, branch="teacher",
                              heads={"head": teacher.head.state_dict()})

@@ -1,43 +1,44 @@
 """SimMIM + MoCo v3: two objectives, one backbone (Park et al., 2023, arXiv 2305.00729, section 5).
 
-Contrastive learning (CL) shapes the last blocks of a ViT: global, low frequencies, shape, all
-tokens alike. Masked image modeling (MIM) shapes the first ones: local, high frequencies, texture,
-diverse tokens. If they need different parts of the network, then one network trained by both should
-have the advantages of both. It does. Read simmim.py and moco_v3.py first; their parts are repeated
-here.
+Contrastive learning (CL) mostly affects the last blocks of a ViT: global attention, low
+frequencies, shape, similar tokens. Masked image modeling (MIM) mostly affects the first ones: local
+attention, high frequencies, texture, diverse tokens. If the two train different parts of a network,
+one network trained with both should have the advantages of both, and the paper confirms it.
 
-    x1, masked -- student --- patches - decoder ---------------- pixels    L1 on masked ones
-    x2 -------+-- student --- class --- projector --- predictor - q2       InfoNCE with k3
-              +-- teacher* -- class --- projector* -------------- k2
-    x3 -------+-- student --- class --- projector --- predictor - q3       InfoNCE with k2
-              +-- teacher* -- class --- projector* -------------- k3
-    student: one backbone in all three passes; MIM uses its patch tokens, CL its class token
-              * exponential moving average of the student's weights; no gradient
+    x1, masked -> student  -> patches -> decoder --------------> pixels     L1 on masked pixels
+    x2 -------+-> student  -> class -> projector  -> predictor -> q2        InfoNCE with k3
+              +-> teacher* -> class -> projector* --------------> k2
+    x3 -------+-> student  -> class -> projector  -> predictor -> q3        InfoNCE with k2
+              +-> teacher* -> class -> projector* --------------> k3
+         student: one backbone in all three passes; MIM uses its patch tokens, CL its class token
+         * exponential moving average of the student's weights; no gradient
 
     L     = (1 - lambda) L_MIM + lambda L_CL                                      (section 5)
-    L_MIM = mean over masked pixels and channels of |x1 - y|                      (SimMIM)
+    L_MIM = mean over masked pixels and channels of |x1 - pixels|                 (SimMIM)
     L_CL  = ctr(q2, k3) + ctr(q3, k2)                                             (MoCo v3)
     ctr(q, k) = 2 tau mean over images i of
                 -log e^(q_i.k_i/tau) / sum over images j of e^(q_i.k_j/tau)
 
-lambda is the weight of CL: 0 is SimMIM, 1 is MoCo v3 on SimMIM's backbone; at either end the view,
-the heads and the passes of the other are left out. The factor 2 tau and the sum of two directions
-(MoCo v3's, kept: our choice) decide what a lambda means: a new network has L_CL = 0.8 ln B = 5.5
-for a batch of B = 1024 images, and L_MIM = 0.8 or 0.9.
+lambda is the weight of CL: 0 is SimMIM, 1 is MoCo v3 on SimMIM's backbone; in both cases the views,
+heads and passes of the other are left out. The factor 2 tau and the sum over two directions (kept
+from MoCo v3: our choice) set the scale of lambda: an untrained network has L_CL = 0.8 ln 1024 = 5.5
+with a batch of 1024 images, and L_MIM below 1.
 
 The paper (ViT-B; Table G.1, iNat-2018 top-1 / ADE20K mIoU): lambda 0: 62.1 / 35.4, 1: 66.2 / 39.7,
-the hybrid with 0.2: 68.8 / 42.2, after 100 epochs (Table A.1); not stated for lambda 0 and 1.
+the hybrid with 0.2: 68.8 / 42.2 (100 epochs, Table A.1; not stated for lambda 0 and 1).
 
 The training code was never published. The paper gives the loss, SimMIM's backbone and Table A.1;
-the first author, in an issue, the three views and "base, decoder, momentum". The rest is taken from
-SimMIM and MoCo v3, and marked "our choice"; so are a decoder that is one 1x1 convolution (SimMIM;
-the author's sketch has a ViT), a patch projection that is trained (SimMIM; MoCo v3 freezes it), and
-the class token in the contrastive loss (MoCo v3). Table A.1 also lists RandAug, mixup, cutmix and
-label smoothing: fields of SimMIM's configuration which its pretraining ignores; so do we (our
-choice).
+the first author's answer in a GitHub issue describes the three views and the modules. The rest is
+taken from SimMIM and MoCo v3, and marked "our choice". Also our choice: the decoder is one 1x1
+convolution (SimMIM; the author's sketch has a ViT), the patch projection is trained (SimMIM; MoCo
+v3 freezes it), and the contrastive loss uses the class token (MoCo v3). Table A.1 also lists
+RandAug, mixup, cutmix and label smoothing; SimMIM's pretraining ignores these fields, and so do we
+(our choice).
+
+simmim.py and moco_v3.py explain the parts that are repeated here.
 
     python hybrid.py                                       minutes on a laptop, offline
-    python hybrid.py --lambda-cl 0 --pos none --init beit  SimMIM, exactly, with its other settings
+    python hybrid.py --lambda-cl 0 --pos none --init beit  SimMIM's model and loss
     torchrun --nproc_per_node=8 hybrid.py --data imagenet  the paper's ViT-B/16 (not run by us)
 """
 import math
@@ -55,46 +56,52 @@ from lib.config import Fraction, Positive, Size
 from lib.distributed import BatchNorm, all_gather, unwrap
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
-# B images of a process, batch_size of all processes, N = side x side patches, D width, S image
+# B images per process, batch_size of all processes, N = side x side patches, D width, S image
 # side, p patch side, out_dim width of queries and keys
 
 
 @dataclass
 class Config(config.Settings):
     # the network (paper, appendix A: SimMIM's ViT-B/16)
-    img_size: Size = 224            # pixels, side of all views (paper)
-    patch_size: Size = 16           # pixels (paper)
-    embed_dim: Size = 768           # width of the backbone (paper)
-    depth: Size = 12                # blocks (paper)
+    img_size: Size = 224            # side of all views in pixels (paper)
+    patch_size: Size = 16           # pixels per patch side (paper)
+    embed_dim: Size = 768           # encoder width (paper)
+    depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads (paper)
-    pos: Literal["none", "sincos_row"] = "none"   # absolute positions (SimMIM: none)
-    layer_scale: float = 0.1        # initial scale of every branch (SimMIM); 0: no layer scale
-    init: Literal["beit", "moco"] = "beit"        # weights, see vit.py (our choice: SimMIM)
-    drop_path: Fraction = 0.1       # stochastic depth (paper); in all student passes (our choice)
-    mlp_dim: Size = 4096            # width inside projector, predictor (our choice: MoCo v3)
+    pos: Literal["none", "sincos_row"] = "none"   # absolute position embedding (SimMIM: none)
+    layer_scale: float = 0.1        # initial value of LayerScale (SimMIM); 0: no LayerScale
+    init: Literal["beit", "moco"] = "beit"        # initial weights as in BEiT (our choice: SimMIM)
+                                                  # or MoCo v3
+    drop_path: Fraction = 0.1       # stochastic depth rate (paper), in all passes of the student
+                                    # (our choice)
+    mlp_dim: Size = 4096            # hidden width of projector, predictor (our choice: MoCo v3)
     out_dim: Size = 256             # width of queries and keys (our choice: MoCo v3)
     # the objective
-    lambda_cl: Fraction = 0.2       # lambda, the weight of CL (paper); MIM has 1 - lambda
+    lambda_cl: Fraction = 0.2       # lambda, weight of L_CL (paper); that of L_MIM is 1 - lambda
     temperature: Positive = 0.2     # tau (our choice: MoCo v3)
-    momentum_teacher: Fraction = 0.99      # increasing to 1; 0 stays 0 (our choice: MoCo v3)
+    momentum_teacher: Fraction = 0.99      # EMA momentum, increased to 1 by a cosine; 0: constant
+                                           # (our choice: MoCo v3)
     # the views
-    mask_patch_size: Size = 32      # pixels, side of a square that is masked or visible (SimMIM)
+    mask_patch_size: Size = 32      # side of the squares that are masked, in pixels (SimMIM)
     mask_ratio: Fraction = 0.6      # fraction of the squares, rounded up (our choice: SimMIM)
     mim_crop_min: Fraction = 0.67   # smallest area of the crop x1 (our choice: SimMIM)
     crop_min: Fraction = 0.08       # smallest area of the crops x2, x3 (our choice: MoCo v3)
     color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (our
                                                   # choice: MoCo v3)
-    blur_p: Fraction = 1.0          # blur of x2; of x3 a tenth (our choice: MoCo v3)
+    blur_p: Fraction = 1.0          # probability of blur in x2; x3: a tenth of it (our choice:
+                                    # MoCo v3)
     # the optimization
-    epochs: float = 100             # (paper, Table A.1)
-    warmup_epochs: float = 10.0     # linear increase of the learning rate (paper)
-    batch_size: Size = 1024         # global (paper: 1k)
-    lr: float = 1e-4                # (paper), times batch/512 (our choice: SimMIM)
-    warmup_lr: float = 5e-7         # start of the increase, times batch/512 (our choice: SimMIM)
-    lr_drop_at: Fraction = 0.875    # fraction of the run after which lr is a tenth (our choice:
-                                    # paper: "multistep", not when; SimMIM: 700 of 800 epochs)
-    weight_decay: float = 0.05      # AdamW (paper); not of vectors, class token (our choice)
-    clip_grad: float = 5.0          # max norm of the gradient of the sum (paper); 0: off
+    epochs: float = 100             # epochs (paper, Table A.1)
+    warmup_epochs: float = 10.0     # linear warmup of the learning rate (paper)
+    batch_size: Size = 1024         # global batch size (paper: 1k)
+    lr: float = 1e-4                # peak learning rate (paper), times batch/512 (our choice:
+                                    # SimMIM)
+    warmup_lr: float = 5e-7         # initial learning rate, times batch/512 (our choice: SimMIM)
+    lr_drop_at: Fraction = 0.875    # fraction of the run after which lr is divided by 10 (paper:
+                                    # "multistep"; our choice: SimMIM's 700 of 800 epochs)
+    weight_decay: float = 0.05      # AdamW (paper); not for biases, norms, LayerScale and the class
+                                    # token (our choice: SimMIM)
+    clip_grad: float = 5.0          # max gradient norm of the total loss (paper); 0: off
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -104,8 +111,10 @@ class Config(config.Settings):
                              "--batch-size (for --lambda-cl 0 take simmim.py)")
         if self.lambda_cl > 0 and self.batch_size < 2:
             raise ValueError("--batch-size 1 has no other image as a negative: take 2 or more")
-        if self.lambda_cl == 1:
-            return
+        if self.lambda_cl < 1:
+            self.check_mask()
+
+    def check_mask(self):
         if self.img_size % self.mask_patch_size or self.mask_patch_size % self.patch_size:
             raise ValueError(f"--mask-patch-size {self.mask_patch_size} must divide --img-size "
                              f"{self.img_size} and be a multiple of --patch-size {self.patch_size}")
@@ -131,7 +140,7 @@ def views(cfg):
 
 def square_mask(u, ratio, times):
     """u: (B, h, w) uniform numbers, one for each square of times x times patches. Masks the
-    ceil(ratio h*w) squares with the smallest numbers, equally many in every image. Returns
+    ceil(ratio h*w) squares with the smallest numbers, the same number in every image. Returns
     (B, h*times, w*times) bool, True: masked."""
     rank = u.flatten(1).argsort(dim=1, stable=True).argsort(1)  # stable: the same on every device
     squares = (rank < math.ceil(ratio * rank.shape[1])).view_as(u)
@@ -144,9 +153,9 @@ def enlarge(mask, times):
 
 
 def draw_mask(index, cfg, *key):
-    """Masks (B, side, side) of the images `index` (B,) in the epoch given by `key`."""
-    n = cfg.img_size // cfg.mask_patch_size
-    u = rng.uniform(index, (n, n), *key, "mask")
+    """Masks (B, h, w) of the images with these indices (B,). key: seed and epoch, or "picture"."""
+    side = cfg.img_size // cfg.mask_patch_size
+    u = rng.uniform(index, (side, side), *key, "mask")
     return square_mask(u, cfg.mask_ratio, cfg.mask_patch_size // cfg.patch_size)
 
 
@@ -174,26 +183,26 @@ class Network(nn.Module):
                                 rel_pos="shared", layer_scale=cfg.layer_scale or None,
                                 qkv_bias="split", init=cfg.init,
                                 drop_path=0.0 if teacher else cfg.drop_path)
-        if cfg.lambda_cl < 1 and not teacher:                                # SimMIM's
+        if cfg.lambda_cl < 1 and not teacher:                                # decoder of MIM
             self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
             nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
             self.decoder = nn.Sequential(nn.Conv2d(D, 3 * p * p, 1), nn.PixelShuffle(p))
-        if cfg.lambda_cl > 0:                                                # MoCo v3's
+        if cfg.lambda_cl > 0:                                                # heads of CL
             self.projector = mlp(D, hidden, hidden, out)
             self.predictor = nn.Identity() if teacher else mlp(out, hidden, out)
 
-    def forward(self, masked=None, pair=None):
-        """masked: x1 (B, 3, S, S), mask (B, side, side), random numbers of the drop path; pair: x2,
-        x3, random numbers. Returns pixels (B, 3, S, S) and [q2, q3], each (B, out_dim); None for
-        what was not given."""
+    def forward(self, mim=None, cl=None):
+        """mim: x1 (B, 3, S, S), mask (B, h, w), drop (B, 2*depth), the uniform numbers of the drop
+        path; cl: x2, x3, drop (2B, 2*depth). Returns pixels (B, 3, S, S) and [q2, q3], each
+        (B, out_dim); None for an input that is None."""
         pixels = q = None
-        if masked:
-            x1, mask, drop = masked
+        if mim:
+            x1, mask, drop = mim
             _, patches = self.backbone.split(self.backbone(
                 x1, mask=mask.flatten(1), mask_token=self.mask_token, drop=drop))     # (B, N, D)
             pixels = self.decoder(patches.transpose(1, 2).unflatten(2, mask.shape[1:]))
-        if pair:                       # x1 stays out of the heads: their batch norms see one view
-            x2, x3, drop = pair
+        if cl:                         # the heads take one view at a time, as in MoCo v3
+            x2, x3, drop = cl
             cls, _ = self.backbone.split(self.backbone(torch.cat([x2, x3]), drop=drop))  # (2B, D)
             q = [self.predictor(self.projector(z)) for z in cls.chunk(2)]
         return pixels, q
@@ -207,8 +216,8 @@ def rec_loss(pixels, target, masked):
 
 def contrastive_loss(q, k, tau, first=0):
     """InfoNCE times 2 tau (our choice: MoCo v3, eq. 1). q: (B, out_dim) of the student; k:
-    (batch_size, out_dim) of the teacher, of the other view, from all processes; ours begin at row
-    `first`."""
+    (batch_size, out_dim) of the teacher, of the other view, from all processes; the rows of this
+    process start at `first`."""
     q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
     label = torch.arange(first, first + len(q), device=q.device)
     return 2 * tau * F.cross_entropy(q @ k.T / tau, label)           # logits (B, batch_size)
@@ -218,8 +227,8 @@ def contrastive_loss(q, k, tau, first=0):
 
 
 def schedules(step, total, warmup, cfg):
-    """Learning rate: linear increase, constant, then a tenth (SimMIM). Momentum: half a cosine up
-    to 1."""
+    """Learning rate: linear warmup, constant, then divided by 10 (SimMIM). Momentum: half a
+    cosine up to 1."""
     lr = cfg.lr * (0.1 if step >= cfg.lr_drop_at * total else 1.0)
     if step < warmup:
         lr = cfg.warmup_lr + (cfg.lr - cfg.warmup_lr) * step / warmup
@@ -230,7 +239,7 @@ def schedules(step, total, warmup, cfg):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
@@ -240,41 +249,43 @@ def main():
     run.restore(student=student, teacher=teacher, opt=opt)
     total, warmup = run.total_steps(loader), round(cfg.warmup_epochs * len(loader))
     B = cfg.batch_size // run.world
-    first = run.rank * B                             # our rows among the keys of all processes
+    first = run.rank * B                # where the keys of this process start among all keys
 
     for step, batch in run.steps(loader):
         lr, momentum = schedules(step, total, warmup, cfg)
         set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
-        when, masked, pair, parts = (cfg.seed, batch.epoch), None, None, {}
-        drop = rng.uniform(batch.index, (3, 2 * cfg.depth), *when, "drop").transpose(0, 1)
+        key = cfg.seed, batch.epoch
+        drop = rng.uniform(batch.index, (3, 2 * cfg.depth), *key, "drop")
+        drop = drop.transpose(0, 1)                                          # (3, B, 2*depth)
+        mim = cl = None
         if cfg.lambda_cl < 1:
-            x1, mask = batch.views[0], draw_mask(batch.index, cfg, *when)    # (B, side, side)
-            masked = x1, mask, drop[0]
+            x1, mask = batch.views[0], draw_mask(batch.index, cfg, *key)     # mask: (B, h, w)
+            mim = x1, mask, drop[0]
         if cfg.lambda_cl > 0:
-            pair = *batch.views[-2:], drop[1:].flatten(0, 1)                 # x2, x3, (2B, 2*depth)
-            ema_update(teacher, student, momentum)                           # before the keys
+            cl = *batch.views[-2:], drop[1:].flatten(0, 1)                   # x2, x3, (2B, 2*depth)
+            ema_update(teacher, student, momentum)
 
-        # Three passes of one backbone: the masked image is not contrasted (its class token has
-        # seen 40 % of it), and no mask token is in the views that are.
+        # The masked image is not contrasted: its class token depends on 40 % of the image only, and
+        # the contrasted views contain no mask tokens.
         with run.autocast():
-            pixels, q = student(masked, pair)
+            pixels, q = student(mim, cl)
             with torch.no_grad():
-                _, k = teacher(pair=pair)            # in training mode: its own batch statistics
-        if masked:                                   # fp32 from here on
-            masked_pixels = enlarge(mask, cfg.patch_size)                    # (B, S, S)
-            parts["loss_mim"] = rec_loss(pixels, x1, masked_pixels)
-        if pair:
+                _, k = teacher(cl=cl)                # train mode: statistics of the batch
+        parts = {}                                                           # in fp32
+        if mim:
+            masked = enlarge(mask, cfg.patch_size)                           # (B, S, S)
+            parts["loss_mim"] = rec_loss(pixels, x1, masked)
+        if cl:
             k2, k3 = (all_gather(z.float()) for z in k)              # (batch_size, out_dim)
             parts["loss_cl"] = (contrastive_loss(q[0], k3, cfg.temperature, first) +
                                 contrastive_loss(q[1], k2, cfg.temperature, first))
-        # At chance level L_CL is several times L_MIM: lambda also balances their scales.
         loss = ((1 - cfg.lambda_cl) * parts.get("loss_mim", 0) +
                 cfg.lambda_cl * parts.get("loss_cl", 0))
 
         loss.backward()
-        # eps 1e-6; 0: no clipping
+        # clip_grad_norm_ adds 1e-6 to the norm; 0: no clipping
         grad_norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad or math.inf)
         run.log(loss=loss, **parts, lr=lr, grad_norm=grad_norm)
         opt.step()
@@ -284,13 +295,13 @@ def main():
         net = unwrap(student)
         if run.eval_due:
             found = visualize.knn(run, net.backbone, bank, queries)
-            if masked:
-                visible = x1.masked_fill(masked_pixels[:, None], torch.nan)
-                mean_color = rec_loss(visible.nanmean((2, 3), keepdim=True), x1, masked_pixels)
-                found["loss_mean_color"] = mean_color
-                visualize.warn_of_mean_color(run, parts["loss_mim"], mean_color, "loss_mim",
-                                             "a lower --lambda-cl" if pair else "another --lr")
-            if pair:
+            if mim:
+                visible = x1.masked_fill(masked[:, None], torch.nan)
+                baseline = rec_loss(visible.nanmean((2, 3), keepdim=True), x1, masked)
+                found["loss_mean_color"] = baseline
+                visualize.warn_of_mean_color(run, parts["loss_mim"], baseline, "loss_mim",
+                                             "a lower --lambda-cl" if cl else "another --lr")
+            if cl:
                 visualize.warn_of_equal_tokens(
                     run, found.get("feat_std", 1), "loss_cl", parts["loss_cl"],
                     4 * cfg.temperature * math.log(cfg.batch_size))
@@ -311,11 +322,11 @@ def save_visualization(run, cfg, net, images, n=8):
     columns, attention = {"image": x}, visualize.last_attention(run, net.backbone, x)
     if cfg.lambda_cl < 1:
         mask = draw_mask(index, cfg, "picture")
-        masked_pixels = enlarge(mask, cfg.patch_size)[:, None]
+        masked = enlarge(mask, cfg.patch_size)[:, None]
         with run.autocast():
             pixels, _ = net((x, mask, None))
-        columns["visible"] = x * ~masked_pixels
-        columns["reconstruction"] = torch.where(masked_pixels, pixels.float(), x)
+        columns["visible"] = x * ~masked
+        columns["reconstruction"] = torch.where(masked, pixels.float(), x)
     columns = {title: augment.denormalize(z) for title, z in columns.items()}
     columns["attention"] = visualize.attention_map(attention, cfg.img_size)
     visualize.save_grid(run, columns)

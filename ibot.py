@@ -1,4 +1,4 @@
-"""iBOT: image BERT pre-training with an online tokenizer (Zhou et al., 2022, arXiv 2111.07832).
+"""iBOT: image BERT pretraining with an online tokenizer (Zhou et al., 2022, arXiv 2111.07832).
 
 DINO with a second task, on patches. Some patches of the student's global crops are masked, that is,
 replaced by a learned mask token; the teacher sees these crops unmasked. For each masked patch the
@@ -8,7 +8,7 @@ get their semantics from the first task, DINO's: equal assignments for all crops
 tasks share one head.
 
     2 global crops -+-> teacher* -+> class ---> head* -> t -> softmax((t - c) / tau_t)   = P
-                    |             +> patches -> head* -> u -> softmax((u - c2) / tau_p)  = Q
+                    |             +> patches -> head* -> u -> softmax((u - c_p) / tau_p) = Q
                     |                                                  | cross-entropy: P with s of
                     |                                                  | crops v != g; Q with w of
                     |                                                  | the same patch, if masked
@@ -22,7 +22,8 @@ tasks share one head.
               - sum over k of P_g[k] log softmax(s_v / tau_s)[k],   n = 2 (1 + n_local)  (eq. 2)
     L_patch = mean over global crops of: mean over their masked patches i of
               - sum over k of Q_i[k] log softmax(w_i / tau_s)[k],   0 if none is masked  (eq. 3)
-    c, c2 <- m_c c + (1 - m_c) mean of t over the global crops, of u over *all* their patches
+    c   <- m_c c   + (1 - m_c) mean of t over the global crops, after the step
+    c_p <- m_c c_p + (1 - m_c) mean of u over *all* patches of these, masked or not
 
 The paper (Table 1; ImageNet, teacher, kNN / linear): ViT-S/16 75.2 / 77.9 after 800 epochs
 (DINO: 74.5 / 77.0), ViT-B/16 77.1 / 79.5 after 400. The defaults are the authors' command for the
@@ -30,19 +31,19 @@ former; their script's own defaults are not the paper's (no local crops, unshare
 
 Small data needs batch norms in the head, an option of the code (--use-bn-in-head): at first the
 logits of different images are nearly the same, the center removes what they have in common, and
-what is left is too small to be sharpened, so that the loss stays at ln K, chance level.
+what is left is too small to be sharpened, and the loss stays at ln K, that of a uniform guess.
 
-From the official code, not the paper: the mean over the masked patches of a crop before that over
-crops, in which half of the crops, unmasked, count as 0; a center for patches, c2, from all of them.
-Ours: only the logits of masked patches are computed; the mean logits of all patches, for c2, are
-the last layer (linear) applied to their mean; masks are made for the whole batch at once; batch
-norms normalize class tokens, as in DINO, and patches separately (the script's: together, and one
-norm serves two layers), and keep running statistics of class tokens only. Left out: masking from a
-later epoch on, as for Swin.
+As in the official code, the mean over the masked patches of a crop comes before that over crops, in
+which unmasked crops (half of them) count as 0, and patches have a center c_p of their own. Ours:
+- Masks are made for the whole batch at once. Only logits of masked patches are computed: the mean
+  logits of all patches, for c_p, are those of the mean input of the last layer, which is linear.
+- Batch norms normalize class tokens, as in DINO, and patches separately (the script's: together,
+  and one norm serves two layers), and keep running statistics of class tokens only.
+Left out: masking from a later epoch on, as for Swin.
 
-    python ibot.py                                         minutes on a laptop, offline
-    python ibot.py --mask-prob 0                           DINO, exactly, with equal settings
-    torchrun --nproc_per_node=16 ibot.py --data imagenet   the command above (not run by us)
+    python ibot.py                 minutes on a laptop, offline; no local crops
+    python ibot.py --mask-prob 0   equals dino.py if all settings that they share are equal
+    torchrun --nnodes=2 --nproc_per_node=8 ibot.py --data imagenet    the command (not run by us)
 """
 import math
 from dataclasses import dataclass
@@ -60,65 +61,65 @@ from lib.distributed import BatchNorm, all_mean
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 from lib.weights import init_linear
 
-# B images of a process, 2 + n_local crops of each, N patches, n_masked of all masked, D width, K
-# prototypes, S and s side of a global and a local crop; class tokens and patches: logits t, u of
-# the teacher, s, w of the student, assignments P, Q of the teacher
+# B images per process and micro-batch, 2 + n_local crops of each, N patches of a global crop,
+# n_masked masked ones of all global crops, D width, K prototypes, S and S' sides of a global and a
+# local crop; class tokens, patches: teacher's logits t, u, assignments P, Q, student's logits s, w
 
 
 @dataclass
 class Config(config.Settings):
     # the network (paper: ViT-S/16)
-    img_size: Size = 224            # pixels, side of a global crop (paper)
-    patch_size: Size = 16           # pixels (paper)
-    embed_dim: Size = 384           # width of the backbone (paper)
-    depth: Size = 12                # blocks (paper)
+    img_size: Size = 224            # image side in pixels (global crop; paper)
+    patch_size: Size = 16           # pixels per patch side (paper)
+    embed_dim: Size = 384           # encoder width, D (paper)
+    depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 6             # attention heads (paper)
-    pos: Literal["learned", "sincos_row"] = "learned"     # positions (paper; sincos: our choice)
-    init: Literal["trunc", "moco"] = "trunc"      # normal 0.02 (code) or Xavier (our choice)
-    drop_path: Fraction = 0.1       # stochastic depth, student only (code)
+    pos: Literal["learned", "sincos_row"] = "learned"  # positions (paper; sincos_row: our choice)
+    init: Literal["trunc", "moco"] = "trunc"  # weights: normal 0.02 (code) or Xavier (our choice)
+    drop_path: Fraction = 0.1       # rate of stochastic depth, student only (code)
     head_hidden_dim: Size = 2048    # width inside the head (paper)
     bottleneck_dim: Size = 256      # width before the prototypes, L2-normalized (paper)
-    out_dim: Several = 8192         # K (paper); small data: 1024, or the loss stays at ln K
+    out_dim: Several = 8192         # K prototypes (paper); small data 1024, else stuck at ln K
     use_bn_in_head: bool = False    # batch norms in the head (code: option); small data needs them
-    norm_last_layer: bool = False   # prototypes keep norm 1 (code; ViT-B: True, for stability)
-    shared_head: bool = True        # class and patches share prototypes (paper); false: two sets
-                                    # in both networks (in the script the teacher keeps one)
+    norm_last_layer: bool = False   # keeps prototypes at norm 1 (code; ViT-B: True, for stability)
+    shared_head: bool = True        # class token and patches share prototypes (paper); false: two
+                                    # sets in both networks (in the script the teacher keeps one)
     # the objective
     lambda1: float = 1.0            # weight of L_cls (paper)
     lambda2: float = 1.0            # weight of L_patch (paper)
-    student_temp: Positive = 0.1    # temperature (paper)
-    warmup_teacher_temp: Positive = 0.04   # teacher's at first (code); lower if stuck at ln K
-    teacher_temp: Positive = 0.07   # ... and after its warm-up, class (code); higher is unstable
-    teacher_patch_temp: Positive = 0.07    # ... and patches (code)
-    warmup_teacher_temp_epochs: int = 30   # its linear increase, epoch by epoch (code; ViT-B: 50)
-    center_momentum: Fraction = 0.9 # of the center (paper)
+    student_temp: Positive = 0.1    # softmax temperature of the student (paper)
+    warmup_teacher_temp: Positive = 0.04   # initial teacher temperature (code); lower if stuck at
+                                           # ln K; unused if --warmup-teacher-temp-epochs is 0
+    teacher_temp: Positive = 0.07   # teacher temperature after warmup, cls (code); higher: unstable
+    teacher_patch_temp: Positive = 0.07    # teacher temperature after warmup, patches (code)
+    warmup_teacher_temp_epochs: int = 30   # epochs of linear temperature warmup (code; ViT-B: 50)
+    center_momentum: Fraction = 0.9 # EMA momentum of the centers (paper)
     freeze_last_layer: float = 1.0  # epochs in which the last layer is frozen (code; ViT-B: 3)
     # the mask
-    mask_prob: Fraction = 0.5       # fraction of the global crops that are masked (code)
-    pred_ratio: Fraction = 0.3      # mean fraction of masked patches in these (code; rand: 0.7)
-    pred_ratio_var: Fraction = 0.2  # half-width: uniform from pred_ratio - pred_ratio_var to
-                                    # pred_ratio + pred_ratio_var (code; rand: 0.05)
-    pred_shape: Literal["block", "rand"] = "block"    # BEiT's rectangles, or any patches (code:
-                                                      # block for ViT-S, both for ViT-B/L)
+    mask_prob: Fraction = 0.5       # fraction of global crops with a mask (code: pred_ratio 0 0.3)
+    pred_ratio: Fraction = 0.3      # mean fraction of patches in a mask (code; rand: 0.7)
+    pred_ratio_var: Fraction = 0.2  # half-width: uniform in pred_ratio +- this (code; rand: 0.05)
+    pred_shape: Literal["block", "rand"] = "block"    # rectangles as in BEiT, or single patches
+                                                      # (code: block for ViT-S, both for ViT-B/L)
     # the views
     global_crops_scale: tuple = (0.25, 1.0)   # area of a global crop (code; ViT-B: 0.32 to 1;
                                               # without local crops 0.14 to 1: code)
     local_crops_scale: tuple = (0.05, 0.25)   # area of a local crop (paper; code; ViT-B: to 0.32)
-    local_crops_number: int = 10    # n_local (paper)
-    local_crops_size: Size = 96     # pixels, side of a local crop (paper)
+    local_crops_number: int = 10    # local crops per image, n_local (paper)
+    local_crops_size: Size = 96     # side of a local crop in pixels (paper)
     color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (code)
-    blur_p: Fraction = 1.0          # blur of global crop 1; crop 2 a tenth, local ones half (code)
+    blur_p: Fraction = 1.0          # blur probability, crop 1; crop 2: a tenth, local: half (code)
     # the optimization
-    epochs: float = 800             # (paper; ViT-B: 400)
-    warmup_epochs: float = 10.0     # linear increase of the learning rate (paper)
-    batch_size: Size = 1024         # global (paper)
-    lr: float = 5e-4                # peak, times batch/256 (paper)
-    min_lr: float = 1e-6            # end of its cosine (code)
-    weight_decay: float = 0.04      # AdamW, not of biases and norms (paper; code)
-    weight_decay_end: float = 0.4   # increases to this by a cosine (paper)
+    epochs: float = 800             # training epochs (paper; ViT-B: 400)
+    warmup_epochs: float = 10.0     # linear warmup of the learning rate from 0 (paper)
+    batch_size: Size = 1024         # global batch size (paper)
+    lr: float = 5e-4                # peak learning rate, times batch/256 (paper)
+    min_lr: float = 1e-6            # final learning rate of the cosine (code)
+    weight_decay: float = 0.04      # AdamW's, not of biases and norms (paper; code)
+    weight_decay_end: float = 0.4   # weight decay increases to this by a cosine (paper)
     clip_grad: float = 3.0          # max gradient norm of each tensor (code; ViT-B: 0.3); 0: off
-    momentum_teacher: Fraction = 0.996     # of the teacher, increasing to 1 by a cosine (paper)
-    overfit_one_batch: bool = False # the first batch at every step, to see that it learns;
+    momentum_teacher: Fraction = 0.996     # teacher's EMA momentum, rises to 1 by a cosine (paper)
+    overfit_one_batch: bool = False # train on the first batch only, to see that it learns;
                                     # photos: with --warmup-epochs 0 --freeze-last-layer 0
 
     def __post_init__(self):
@@ -138,8 +139,7 @@ class Config(config.Settings):
 
 
 def views(cfg):
-    """Two global crops, blurred and solarized with unequal probabilities as in BYOL, and local
-    ones."""
+    """Two global crops, blurred and solarized with BYOL's unequal probabilities, and local ones."""
     color = dict(jitter=cfg.color_jitter, jitter_p=0.8, gray_p=0.2)
     crop = dict(size=cfg.img_size, scale=cfg.global_crops_scale, **color)
     return [data.View(**crop, blur_p=cfg.blur_p),
@@ -150,7 +150,7 @@ def views(cfg):
 
 def sample_masks(index, cfg, *key):
     """Masks of both global crops of the images `index` (B,): (2B, N) bool, True: masked. The first
-    crops of all images come first. Each crop has its own ratio and its own mask."""
+    crops of all images come first. Ratio and mask are sampled independently for each crop."""
     def uniform(shape, purpose):                                             # (2B, *shape)
         return rng.uniform(index, (2, *shape), *key, purpose).transpose(0, 1).flatten(0, 1)
 
@@ -161,13 +161,14 @@ def sample_masks(index, cfg, *key):
     if cfg.pred_shape == "rand":
         rank = uniform((side**2,), "order").argsort(dim=1, stable=True).argsort(1)
         return rank < target.long()[:, None]
-    return block_masks(uniform((48, 4), "blocks"), target, side).flatten(1)  # 48: enough up to 0.5
+    # 48 rectangles, fitting or not, are enough for ratios up to 0.5
+    return block_masks(uniform((48, 4), "blocks"), target, side).flatten(1)
 
 
 def block_mask(u, target, side):
-    """BEiT's block-wise mask of one crop: rectangle by rectangle, each must mask a new patch, all
-    together at most `target` patches; ten in a row that do not fit end it. u: (n_rectangles, 4)
-    uniform numbers. Returns (side, side) bool. The readable form of block_masks; not called."""
+    """BEiT's block-wise mask of one crop: adds rectangles, each with a new patch, together at most
+    `target` patches, until ten in a row do not fit. u: (n_rectangles, 4) uniform random numbers.
+    Returns (side, side) bool. Not called: the readable form of block_masks."""
     mask, smallest, misses = torch.zeros(side, side, dtype=torch.bool), (side // 3)**2, 0
     for area, aspect, top, left in u.tolist():
         room = target - int(mask.sum())                  # patches
@@ -185,25 +186,25 @@ def block_mask(u, target, side):
 
 
 def block_masks(u, target, side):
-    """block_mask of B crops at once. u: (B, n_rectangles, 4), target: (B,). Returns (B, side, side)
+    """block_mask of n crops at once. u: (n, n_rectangles, 4), target: (n,). Returns (n, side, side)
     bool."""
     mask = torch.zeros(len(u), side, side, dtype=torch.bool, device=u.device)
-    room, misses, place = target, torch.zeros_like(target), torch.arange(side, device=u.device)
-    smallest, widest = (side // 3)**2, math.log(1 / 0.3)
+    room, misses, index = target, torch.zeros_like(target), torch.arange(side, device=u.device)
+    smallest, log_aspect = (side // 3)**2, math.log(1 / 0.3)         # of the largest aspect ratio
 
-    def span(length, at):                                # rows or columns of rectangles: (B, side)
-        start = (at * (side - length + 1)).floor()[:, None]
-        return (place >= start) & (place < start + length[:, None])
+    def span(length, start):                             # rows or columns of rectangles: (n, side)
+        start = (start * (side - length + 1)).floor()[:, None]
+        return (index >= start) & (index < start + length[:, None])
 
-    for area, aspect, top, left in u.permute(1, 2, 0):                       # each (B,)
-        area, aspect = smallest + area * (room - smallest), ((2 * aspect - 1) * widest).exp()
+    for area, aspect, top, left in u.permute(1, 2, 0):                       # each (n,)
+        area, aspect = smallest + area * (room - smallest), ((2 * aspect - 1) * log_aspect).exp()
         h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        new = span(h, top)[:, :, None] & span(w, left)[:, None] & ~mask      # (B, side, side)
+        new = span(h, top)[:, :, None] & span(w, left)[:, None] & ~mask      # (n, side, side)
         count = new.sum((1, 2))
         fits = (h < side) & (w < side) & (count > 0) & (count <= room) & (misses < 10)
         mask |= new & fits[:, None, None]
         room = room - count * fits
-        misses = torch.where(fits, 0, misses + 1)        # from 10 on, nothing fits
+        misses = torch.where(fits, 0, misses + 1)        # stays at 10 or more: nothing fits then
     return mask
 
 
@@ -211,7 +212,7 @@ def block_masks(u, target, side):
 
 
 class Prototypes(nn.Module):
-    """A Linear whose K rows have norm g (weight norm): logits are cosines, times g."""
+    """A Linear whose K rows have norm g (weight norm): logits are g times cosines."""
 
     def __init__(self, dim, K, frozen):
         super().__init__()
@@ -223,7 +224,7 @@ class Prototypes(nn.Module):
 
 
 class Head(nn.Module):
-    """MLP, L2 normalization, prototypes; for patches the same ones or their own."""
+    """MLP, L2 normalization, prototypes; patches share them or have their own."""
 
     def __init__(self, cfg, K):
         super().__init__()
@@ -246,8 +247,8 @@ class Head(nn.Module):
         return F.normalize(self.mlp(x), dim=-1)
 
     def project_patches(self, x):
-        """project() with batch norms that use the statistics of x, after training, too, and leave
-        the running statistics as they are: those are of class tokens, which are what is projected
+        """project() of patches: batch norms use the statistics of x, also in eval mode, and do not
+        change the running statistics. These are of class tokens, the only tokens that are projected
         after training."""
         copies = {name: buffer.clone() for name, buffer in self.mlp.named_buffers()}
         z = torch.func.functional_call(self.mlp.train(), copies, x)
@@ -259,7 +260,7 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone, mask token and head; without drop path and mask token as a teacher."""
+    """Backbone, mask token and head; the teacher has neither drop path nor mask token."""
 
     def __init__(self, cfg, teacher=False):
         super().__init__()
@@ -271,13 +272,13 @@ class Network(nn.Module):
         self.masked_embed = None if teacher else nn.Parameter(torch.zeros(1, cfg.embed_dim))
 
     def forward(self, x, mask, crops=None, drop=None, drop_crops=None):
-        """x: (2B, 3, S, S); mask: (2B, N) bool; crops: (n_local*B, 3, s, s) or None; drop: random
-        numbers that decide the drop path. Returns logits of class tokens ((2+n_local)*B, K) and of
-        masked patches (n_masked, K), from a teacher also the mean logits of all patches (K,). Crops
-        of one size go through the backbone together."""
+        """x: (2B, 3, S, S); mask: (2B, N) bool; crops: (n_local*B, 3, S', S') or None; drop,
+        drop_crops: their random numbers for drop path. Returns logits of class tokens
+        ((2+n_local)*B, K) and of masked patches (n_masked, K); the teacher also mean logits of all
+        patches (K,). Crops of the same size go through the backbone together."""
         student = self.masked_embed is not None
         tokens = self.backbone(x, mask=mask if student else None, mask_token=self.masked_embed,
-                               drop=drop)
+                               drop=drop)    # the mask token, (1, D) as in the code, is broadcast
         cls, patches = self.backbone.split(tokens)                           # (2B, D), (2B, N, D)
         if crops is not None:
             local, _ = self.backbone.split(self.backbone(crops, drop=drop_crops))
@@ -287,34 +288,34 @@ class Network(nn.Module):
             z = (self.head.project_patches(patches)[mask] if self.use_bn
                  else self.head.project(patches[mask]))
             return self.head(cls), self.head.patch_logits(z)
-        z = self.head.project_patches(patches)                               # (2B, N, 256)
-        mean = self.head.patch_logits(z.mean((0, 1)))                        # the layer is linear
-        return self.head(cls), self.head.patch_logits(z[mask]), mean
+        z = self.head.project_patches(patches)                       # (2B, N, bottleneck_dim)
+        u_mean = self.head.patch_logits(z.mean((0, 1)))              # the last layer is linear
+        return self.head(cls), self.head.patch_logits(z[mask]), u_mean
 
 
 def assign(t, center, tau):
-    """The teacher's logits (..., K), centered and sharpened: assignments to the prototypes."""
+    """Assignments to the prototypes: the teacher's logits t (..., K), centered and sharpened."""
     return ((t - center) / tau).softmax(-1)
 
 
 def cls_loss(s, P, tau):
     """Cross-entropy across crops (eq. 2). s: (n_crops, B, K) logits of the student, global crops
     first; P: (2, B, K) of the teacher. Mean over images and the 2(n_crops-1) pairs v != g."""
-    log_S = (s / tau).log_softmax(-1)
-    others = log_S.sum(0) - log_S[:2]                                        # (2, B, K): v != g
-    return -(P * others).sum(-1).mean() / (len(s) - 1)
+    log_p = (s / tau).log_softmax(-1)
+    log_p_sum = log_p.sum(0) - log_p[:2]                           # (2, B, K): sum over v != g
+    return -(P * log_p_sum).sum(-1).mean() / (len(s) - 1)
 
 
 def patch_loss(w, Q, mask, tau):
     """Cross-entropy of masked patches (eq. 3). w, Q: (n_masked, K) logits of the student and
     assignments of the teacher; mask: (2B, N). Mean over the masked patches of a crop, then over
-    all crops."""
-    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)                   # of a patch in a crop
+    all crops; a crop without masked patches counts as 0."""
+    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)           # (2B, N): 1/masked of the crop
     return -((Q * (w / tau).log_softmax(-1)).sum(-1) * weight[mask]).sum() / len(mask)
 
 
 class Center(nn.Module):
-    """Running mean of the teacher's raw logits over the images of all processes."""
+    """Running mean of the teacher's raw logits, the rows of all processes together."""
 
     def __init__(self, K, momentum):
         super().__init__()
@@ -322,7 +323,7 @@ class Center(nn.Module):
         self.register_buffer("center", torch.zeros(1, K))
 
     def update(self, means):
-        """means: (K,) for each micro-batch. Once a step, after the loss, which uses the old one."""
+        """means: (K,) per micro-batch. Once per step, after the loss, which uses the old center."""
         mean = all_mean(torch.stack(means).mean(0))
         self.center.lerp_(mean, 1 - self.momentum)
 
@@ -331,23 +332,23 @@ class Center(nn.Module):
 
 
 def schedules(step, total, per_epoch, cfg):
-    """Of this step: learning rate, weight decay, momentum and temperatures of the teacher."""
+    """Learning rate, weight decay, EMA momentum and teacher temperatures of this step."""
     warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
-    if step < warmup:            # the peak is reached in its last step and again in the next (code)
+    if step < warmup:            # its last step has the peak, and so has the step after it (code)
         lr = peak * step / max(1, warmup - 1)
     else:
         lr = cosine(step - warmup, total - warmup, peak, cfg.min_lr)
     weight_decay = cosine(step, total, cfg.weight_decay, cfg.weight_decay_end)
     momentum = cosine(step, total, cfg.momentum_teacher, 1.0)
-    epoch, last = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1
-    done = epoch / max(1, last) if epoch <= last else 1.0
-    temp = cfg.warmup_teacher_temp + done * (cfg.teacher_temp - cfg.warmup_teacher_temp)
-    patch_temp = cfg.warmup_teacher_temp + done * (cfg.teacher_patch_temp - cfg.warmup_teacher_temp)
+    epoch, last_epoch = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1    # of the warmup
+    ramp = epoch / max(1, last_epoch) if epoch <= last_epoch else 1.0        # from 0 to 1
+    temp = cfg.warmup_teacher_temp + ramp * (cfg.teacher_temp - cfg.warmup_teacher_temp)
+    patch_temp = cfg.warmup_teacher_temp + ramp * (cfg.teacher_patch_temp - cfg.warmup_teacher_temp)
     return lr, weight_decay, momentum, temp, patch_temp
 
 
 def clip_per_tensor(parameters, max_norm):
-    """Scales the gradient of each tensor to norm max_norm at most (official code; 0: no clipping).
+    """Scales the gradient of each tensor to a norm of at most max_norm (official code; 0: not).
     Returns the norm of all gradients together, before clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
@@ -359,32 +360,31 @@ def clip_per_tensor(parameters, max_norm):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
     ema_update(teacher, student, 0.0)                                        # equal at the start
     center = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
-    center2 = Center(cfg.out_dim, cfg.center_momentum).to(run.device)        # of patches
+    center_patch = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
     opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay), fused=True)
-    run.restore(student=student, teacher=teacher, center=center, center2=center2, opt=opt)
+    run.restore(student=student, teacher=teacher, center=center, center2=center_patch, opt=opt)
     total, freeze = run.total_steps(loader), round(cfg.freeze_last_layer * len(loader))
     fixed_batch = next(loader.batches()) if cfg.overfit_one_batch else None
-    chance = math.log(cfg.out_dim)
-    run.print0(f"loss at chance level: loss_cls ln K = {chance:.3f}, loss_patch "
-               f"{cfg.mask_prob * chance:.3f}, as unmasked crops count as 0")
+    run.print0(f"loss of a uniform prediction: loss_cls ln K = {math.log(cfg.out_dim):.3f}, "
+               f"loss_patch {cfg.mask_prob * math.log(cfg.out_dim):.3f}, as unmasked crops are 0")
 
     for step, batch in run.steps(loader):
         lr, weight_decay, momentum, temp, patch_temp = schedules(step, total, len(loader), cfg)
         set_lr(opt, lr)
-        opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases, norms
+        opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases and norms
 
         # ---- the method ----------------------------------------------------------------------
         means, stats = [], visualize.AssignmentStats()
-        means2, stats_patch = [], visualize.AssignmentStats()
+        means_patch, stats_patch = [], visualize.AssignmentStats()
         for part in run.micro_batches(fixed_batch or batch):
             x = torch.cat(part.views[:2])                                    # (2B, 3, S, S)
-            crops = torch.cat(part.views[2:]) if part.views[2:] else None    # (n_local*B, 3, s, s)
+            crops = torch.cat(part.views[2:]) if part.views[2:] else None  # (n_local*B, 3, S', S')
             drop = rng.uniform(part.index, (2 + cfg.local_crops_number, 2 * cfg.depth),
                                cfg.seed, part.epoch, "drop")
             drop = drop.transpose(0, 1).flatten(0, 1)                # ((2+n_local)*B, 2*depth)
@@ -392,19 +392,19 @@ def main():
 
             with run.autocast():
                 # The teacher, an average of past students, is better than each of them, so its
-                # output is a useful target. It sees no local crop: targets describe wholes.
-                # It sees no mask either: its target for a patch is made from the patch's content,
+                # output is a useful target. It sees no local crop: targets describe the whole.
+                # It sees no mask either: its target for a patch depends on the patch's content,
                 # which the student must infer from the rest of the crop.
                 with torch.no_grad():
-                    t, u, mean = teacher(x, mask)            # (2B, K), (n_masked, K), (K,)
+                    t, u, u_mean = teacher(x, mask)          # (2B, K), (n_masked, K), (K,)
                 s, w = student(x, mask, crops, drop[:len(x)], drop[len(x):])
             t = t.float().unflatten(0, (2, -1))                              # fp32 from here on
             s = s.float().unflatten(0, (2 + cfg.local_crops_number, -1))
             u, w = u.float(), w.float()                                      # (n_masked, K)
             P = assign(t, center.center, temp)
-            Q = assign(u, center2.center, patch_temp)
-            # Only L_cls compares different crops of an image: from it the prototypes, which the
-            # patches share, get their semantics.
+            Q = assign(u, center_patch.center, patch_temp)
+            # Only L_cls compares different crops of an image. It gives the prototypes, which the
+            # patches share, their semantics.
             loss_cls = cls_loss(s, P, cfg.student_temp)
             loss_patch = patch_loss(w, Q, mask, cfg.student_temp)
             loss = cfg.lambda1 * loss_cls + cfg.lambda2 * loss_patch
@@ -412,7 +412,7 @@ def main():
 
             means.append(t.mean((0, 1)))
             stats.add(P)
-            means2.append(mean.float())
+            means_patch.append(u_mean.float())
             stats_patch.add(Q)
             entropy = torch.special.entr(P).sum(-1).mean()
             run.log(loss=loss, loss_cls=loss_cls, loss_patch=loss_patch, entropy=entropy,
@@ -427,10 +427,10 @@ def main():
         opt.zero_grad()
         ema_update(teacher, student, momentum)                               # with the new weights
         center.update(means)
-        center2.update(means2)
+        center_patch.update(means_patch)
         # ---- bookkeeping ---------------------------------------------------------------------
 
-        entropy, mi = stats.compute()
+        mean_entropy, mi = stats.compute()
         entropy_patch, mi_patch = stats_patch.compute()
         run.log(mi=mi, entropy_patch=entropy_patch, mi_patch=mi_patch, lr=lr, grad_norm=grad_norm)
         if run.eval_due:
@@ -439,9 +439,9 @@ def main():
                 attention = visualize.last_attention(run, teacher.backbone, part.views[0][:8])
                 visualize.save_self_distillation(
                     run, part.views, attention, P[0], (s[1] / cfg.student_temp).softmax(-1),
-                    patch_columns(run, teacher, part.views[0][:8], mask[:8], w, center2))
-            visualize.warn_of_equal_assignments(run, "images", entropy, mi, cfg.out_dim)
-            if len(Q):                                               # no masks, no assignments
+                    patch_columns(run, teacher, part.views[0][:8], mask[:8], w, center_patch))
+            visualize.warn_of_equal_assignments(run, "images", mean_entropy, mi, cfg.out_dim)
+            if len(Q):                                       # without masks no assignments
                 visualize.warn_of_equal_assignments(run, "patches", entropy_patch, mi_patch,
                                                     cfg.out_dim)
         if run.save_due:
@@ -451,19 +451,19 @@ def main():
 
 
 def patch_columns(run, teacher, x, mask, w, center):
-    """Columns of visualization.png: crops x (n, 3, S, S) as the student sees them; the prototype (a
-    color) with the largest logit, of each patch by the teacher, of each masked one by the student.
-    mask: (n, N); w: the student's logits of their masked patches, then of others; center: c2."""
+    """Columns of visualization.png: the crops x (n, 3, S, S) as the student sees them; for each
+    patch the prototype (a color) with the teacher's largest logit, for masked ones the student's.
+    mask: (n, N); w: student's logits of masked patches, those of x first; center: c_p."""
     with run.autocast():
         _, u, _ = teacher(x, torch.ones_like(mask))                          # of all patches
     size, side = x.shape[3], math.isqrt(mask.shape[1])
     masked = mask.unflatten(1, (side, side))                                 # (n, side, side)
     pixel_mask = F.interpolate(masked[:, None].float(), size).bool()
-    ids = (u.float() - center.center).argmax(-1).view_as(masked)
-    found = torch.full_like(ids, -1).masked_scatter(masked, w.argmax(-1))    # -1: not masked
+    teacher_ids = (u.float() - center.center).argmax(-1).view_as(masked)
+    student_ids = torch.full_like(teacher_ids, -1).masked_scatter(masked, w.argmax(-1))
     return {"masked": augment.denormalize(x * ~pixel_mask),
-            "teacher": visualize.prototype_map(ids, size),
-            "student": visualize.prototype_map(found, size)}
+            "teacher": visualize.prototype_map(teacher_ids, size),
+            "student": visualize.prototype_map(student_ids, size)}           # -1: not masked
 
 
 if __name__ == "__main__":

@@ -1,42 +1,43 @@
 """MMC: Masked Momentum Contrastive learning (Wu et al., 2023, arXiv 2308.11448).
 
-One student, three tasks. It sees a corrupted image (random rectangles replaced by noise or by
-parts of another image); a teacher, the moving average of the student, sees the same image intact.
-The student must
-  REC  reconstruct the corrupted pixels         -> patches of one object become similar
-  PAT  match each of its patches with the teacher's token of the same patch, among the
-       patches of *other* images                -> objects are separated
-  CLS  match its class token with the teacher's class token of the *other view* of the
-       same image, among those of other images  -> semantics, which PAT passes on to the patches
+A student gets a corrupted image: random rectangles are replaced by noise or by parts of another
+image. A teacher, the moving average of the student, gets the same image intact. Three losses (the
+arrows give the effect that the authors intend):
+  L_rec  reconstruct the corrupted pixels        -> patches of one object become similar
+  L_pat  contrast each patch token with the teacher's token of the same patch and with
+         patches of *other* images               -> objects are separated
+  L_cls  contrast the class token with the teacher's class token of the *other view* of the
+         same image and with those of other images -> semantics, which L_pat transfers to patches
 
     view v -+- corrupted -> student -+- patches -> h_rec -> pixels   L1 on the corrupted pixels
             |                        +- patches -> h_pat -> Q_v      InfoNCE with K_v, same patch
-            |                        +- class   -> h_cls -> q_v      InfoNCE with k_g, g != v
+            |                        +- class   -> h_cls -> q_v      InfoNCE with k of other view
             +- intact ---> teacher* -+- patches -> h_pat* -> K_v
                                      +- class   -> h_cls* -> k_v
-    local crops, intact -> student -+- class   -> h_cls -> q_v too
-              * exponential moving average of the student's weights; no gradient
+    local crop, intact --> student --- class   -> h_cls -> q         InfoNCE with k_1, k_2
+         * exponential moving average of the student's weights; no gradient. v = 1, 2: global views
 
     L     = L_rec + L_pat + L_cls                                                      (eq. 4)
-    L_rec = mean over corrupted pixels of |x - h_rec(f_s(x'))|     (eq. 1, normalizer: our choice)
+    L_rec = mean over corrupted pixels of |x - h_rec(f_s(x'))|        (eq. 1, but see rec_loss)
     L_pat = mean over patches i of
             -log e^(Q_i.K_i/tau) / (e^(Q_i.K_i/tau) + sum over patches j of other images
                                                                of e^(Q_i.K_j/tau))     (eq. 2)
-    L_cls = mean over pairs of views of -log e^(q.k/tau) / sum over images of e^(q.k'/tau)  (eq. 3)
+    L_cls = mean over pairs of views of -log e^(q.k/tau) / sum over images j of e^(q.k_j/tau)
+                                                                                       (eq. 3)
 
-All Q, K, q, k are L2-normalized, and there is no predictor (our choice: SiT has none).
+All Q, K, q, k are L2-normalized. As in SiT, there is no predictor (our choice).
 
 The paper (Table 4: ViT-S, ImageNet-100, 200 epochs; kNN on class token / on the mean patch token):
-REC alone 17.2 / 14.7, CLS alone 75.0 / 63.9, CLS + REC 72.5 / 53.7, CLS + PAT 75.6 / 75.5, all
-three 77.5 / 77.0: PAT improves the patch tokens, REC helps only together with both others.
+L_rec alone 17.2 / 14.7, L_cls alone 75.0 / 63.9, L_cls + L_rec 72.5 / 53.7, L_cls + L_pat 75.6 /
+75.5, all three 77.5 / 77.0: L_pat improves the patch tokens, L_rec helps only with both others.
 
-No code of the authors was found. What the paper leaves open is marked "our choice" where it is
-decided, with the related method that decides it: SiT, GMML, MC-SSL (shared authors), MoCo v3, DINO,
-iBOT. So are a patch projection that is trained (SiT; MoCo v3 freezes it), and the teacher as the
-network that is evaluated and saved (DINO, iBOT).
+No code of the authors was found. What the paper leaves open is marked "our choice", with the method
+that we followed: GMML, SiT and MC-SSL (the same group: arXiv 2205.14986, 2104.03602, 2111.15340),
+MoCo v3, DINO or iBOT. Also our choice: the patch projection is trained (SiT; MoCo v3 freezes it),
+and the teacher is the network that is evaluated and saved (DINO, iBOT).
 
     python mmc.py                                         minutes on a laptop, offline
-    python mmc.py --lambda-rec 0 --lambda-patch 0         CLS alone, as in Table 4
+    python mmc.py --lambda-rec 0 --lambda-patch 0         L_cls alone, as in Table 4
     torchrun --nproc_per_node=8 mmc.py --data imagenet    the paper's ViT-B/16 (not run by us)
 """
 import math
@@ -54,60 +55,66 @@ from lib.config import Fraction, Positive, Several, Size
 from lib.distributed import BatchNorm, all_gather, all_mean, unwrap
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
-# B images of a process, V = 2 global views, n_local local crops, N patches, D width, out_dim width
-# of queries and keys, group_size images of a group, S and s side of a global and a local crop;
-# Q, q: patches and class token of the student, K, k: of the teacher
+# B images per process, V = 2 global views, n_local local crops, N patches, D width, out_dim width
+# of queries and keys, S and s side of a global and a local crop; Q, q: projected patch and class
+# tokens of the student, K, k: of the teacher
 
 
-Area = Annotated[float, (0, 0.8)]       # fraction of an image; 255 random rectangles cover 0.85
+CANDIDATES = 255                        # rectangles drawn per image; enough to cover Area
+Area = Annotated[float, (0, 0.8)]       # fraction of an image
 
 
 @dataclass
 class Config(config.Settings):
     # the network (paper, Implementation Details: ViT-B/16, for ImageNet-100 ViT-S/16)
-    img_size: Size = 224            # pixels, side of a global view (paper)
-    patch_size: Size = 16           # pixels (paper)
-    embed_dim: Size = 768           # width of the backbone (paper)
-    depth: Size = 12                # blocks (paper)
+    img_size: Size = 224            # side of a global view in pixels (paper)
+    patch_size: Size = 16           # pixels per patch side (paper)
+    embed_dim: Size = 768           # encoder width (paper)
+    depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads (paper)
-    pos: Literal["learned", "sincos_row"] = "learned"     # positions (our choice: SiT)
-    init: Literal["trunc", "moco"] = "trunc"      # normal 0.02 (our choice: SiT) or Xavier
-    drop_path: Fraction = 0.1       # stochastic depth, student only (our choice: SiT)
-    mlp_dim: Size = 4096            # width inside the heads, 3-layer MLPs (paper); small data: 256
-    out_dim: Size = 256             # width of h_cls and h_pat (our choice: MoCo v3, SiT)
-    # the objective
-    lambda_rec: float = 1.0         # weight of L_rec (paper, eq. 4); 0 removes a term and its head
-    lambda_cls: float = 1.0         # weight of L_cls (paper, eq. 4); SiT: 2 directions x 2 tau = .8
+    pos: Literal["learned", "sincos_row"] = "learned"     # position embedding (our choice: SiT)
+    init: Literal["trunc", "moco"] = "trunc"      # trunc: normal, std 0.02 (our choice: SiT);
+                                                  # moco: Xavier uniform
+    drop_path: Fraction = 0.1       # stochastic depth rate of the student (our choice: SiT)
+    mlp_dim: Size = 4096            # hidden width of the heads, MLPs of 3 layers (paper)
+    out_dim: Size = 256             # width of queries and keys (our choice: MoCo v3, SiT)
+    # the objective; weight 0 removes a loss and its head
+    lambda_rec: float = 1.0         # weight of L_rec (paper, eq. 4)
+    lambda_cls: float = 1.0         # weight of L_cls (paper, eq. 4); SiT's loss corresponds to 0.8
     lambda_patch: float = 1.0       # weight of L_pat (paper, eq. 4)
     temperature: Positive = 0.2     # tau of both contrastive losses (paper)
-    group_size: Several = 48        # images whose patches are contrasted, and pasted (our choice:
-                                    # the paper's batch; logits grow as (group_size * N)^2)
-    # the corruption: the paper's 75 % and 30 % "of the masked blocks", 35 % of the images, read as
-    # fractions of the area, as in GMML's script (our choice: literally they do not add up)
-    noise_ratio: Area = 0.75        # noise: area (paper); above 0.5: uniform from there (GMML)
-    paste_ratio: Area = 0.3         # paste: area covered from another image (paper)
-    paste_prob: Fraction = 0.35     # fraction of images, view by view, that are pasted into (paper)
-    drop_align: int = 1             # pixels, grid of the rectangles (our choice: SiT, GMML)
+    group_size: Several = 48        # images whose patches are contrasted with each other, and that
+                                    # are pasted into each other (our choice: the paper's batch);
+                                    # memory grows with (group_size * patches)^2
+    # the corruption: the paper's 75 % and 30 % "of the masked blocks" and 35 % of the images are
+    # interpreted as in GMML's script (our choice: taken literally they do not add up)
+    noise_ratio: Area = 0.75        # area replaced by noise (paper); above 0.5 it is drawn per
+                                    # image, uniform in [0.5, noise_ratio] (GMML)
+    paste_ratio: Area = 0.3         # area replaced by another image (paper); drawn likewise
+    paste_prob: Fraction = 0.35     # probability, per view, of pasting instead of noise (paper)
+    drop_align: int = 1             # rectangles start and end at multiples of this, in pixels (our
+                                    # choice: SiT, GMML)
     # the views
-    global_crops_scale: tuple = (0.25, 1.0)   # area of a global crop (our choice: MC-SSL; without
-                                              # local crops: from 0.2, SiT)
+    global_crops_scale: tuple = (0.25, 1.0)   # area of a global crop (our choice: MC-SSL; use 0.2
+                                              # without local crops: SiT)
     local_crops_scale: tuple = (0.05, 0.25)   # area of a local crop (our choice: MC-SSL)
-    local_crops_number: int = 10    # n_local, intact, for the student (our choice: MC-SSL; the
-                                    # paper: "without masking for the teacher", and no number)
-    local_crops_size: Size = 96     # pixels, side of a local crop (our choice: MC-SSL, DINO)
+    local_crops_number: int = 10    # uncorrupted local crops for the student (our choice: MC-SSL;
+                                    # the paper gives no number)
+    local_crops_size: Size = 96     # side of a local crop in pixels (our choice: MC-SSL, DINO)
     color_jitter: tuple = (0.4, 0.4, 0.4, 0.0)    # brightness, contrast, saturation (paper); hue
-                                                  # (paper: not listed; related methods: 0.1)
-    blur_p: Fraction = 1.0          # blur of view 1; of view 2 a tenth, of local crops half
-                                    # (paper: "strength of 1.0", read as SiT's p)
+                                                  # (not listed in the paper; related methods: 0.1)
+    blur_p: Fraction = 1.0          # probability of blur in view 1; view 2: a tenth of it, local
+                                    # crops: half (our reading of the paper's "strength of 1.0")
     # the optimization
-    epochs: float = 400             # paper: 400 on ImageNet-1K, 500 on ImageNet-100
-    warmup_epochs: float = 10.0     # linear increase of the learning rate (our choice: SiT, DINO)
-    batch_size: Size = 384          # global; paper: 48, read as 48 per GPU on 8 GPUs (our choice)
-    lr: float = 7.5e-4              # peak (paper), times batch/256: 1.1e-3 (our choice: SiT, DINO)
-    min_lr: float = 1e-6            # end of the cosine (paper)
-    weight_decay: float = 0.04      # AdamW (paper); constant, not of biases and norms (our choice)
+    epochs: float = 400             # epochs (paper: 400 on ImageNet-1K, 500 on ImageNet-100)
+    warmup_epochs: float = 10.0     # linear warmup of the learning rate (our choice: SiT, DINO)
+    batch_size: Size = 384          # global batch size (our choice: the paper's 48, times 8 GPUs)
+    lr: float = 7.5e-4              # peak learning rate (paper), times batch/256 (our choice: SiT,
+                                    # DINO)
+    min_lr: float = 1e-6            # final learning rate of the cosine schedule (paper)
+    weight_decay: float = 0.04      # AdamW (paper); constant, not for biases and norms (our choice)
     clip_grad: float = 3.0          # max gradient norm of each tensor (our choice: SiT); 0: off
-    momentum_teacher: Fraction = 0.996     # of the teacher, increasing to 1 by a cosine (paper)
+    momentum_teacher: Fraction = 0.996     # EMA momentum, increased to 1 by a cosine (paper)
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -115,9 +122,11 @@ class Config(config.Settings):
             raise ValueError("MMC contrasts the images of a batch: micro-batches would change the "
                              "result; leave out --accum-iter and use a smaller --batch-size")
         if not 1 <= self.drop_align <= self.img_size / 6:
-            raise ValueError(f"--drop-align {self.drop_align} must be 1 to a sixth of --img-size, "
-                             f"or the rectangles cannot cover their fraction of the area")
-        if self.local_crops_number and self.local_crops_size % self.patch_size:
+            raise ValueError(f"--drop-align {self.drop_align} must be between 1 and "
+                             f"{self.img_size // 6}, a sixth of --img-size: larger rectangles may "
+                             f"not cover the requested area")
+        crops = self.lambda_cls and self.local_crops_number
+        if crops and self.local_crops_size % self.patch_size:
             raise ValueError("--local-crops-size must be a multiple of --patch-size")
         if not (self.lambda_rec or self.lambda_cls or self.lambda_patch):
             raise ValueError("--lambda-rec, --lambda-cls and --lambda-patch are all 0: there is no "
@@ -128,8 +137,8 @@ class Config(config.Settings):
 
 
 def views(cfg):
-    """Two global crops by SiT's asymmetric recipe with the paper's jitter; local crops by MC-SSL's.
-    A probability without a comment is theirs (our choice)."""
+    """Two global crops with SiT's asymmetric augmentation and the paper's color jitter; local crops
+    as in MC-SSL. jitter_p and gray_p are those of SiT and MC-SSL (our choice)."""
     color = dict(jitter=cfg.color_jitter, jitter_p=0.8, gray_p=0.2)
     crop = dict(size=cfg.img_size, scale=cfg.global_crops_scale, **color)
     return [data.View(**crop, blur_p=cfg.blur_p),
@@ -139,66 +148,71 @@ def views(cfg):
                       copies=cfg.local_crops_number if cfg.lambda_cls else 0)]
 
 
+def span(u_start, u_length, size, align):
+    """Start and length (pixels, multiples of `align`) of a rectangle along one axis of an image of
+    `size` pixels, from uniform numbers: at most 30 % of the side, cut at the border (GMML)."""
+    start = (u_start * (size - align)).long() // align * align
+    length = align + (u_length * (max(align + 1, int(0.3 * size)) - align)).long()
+    return start, (torch.minimum(length, size - start) / align).round().long() * align
+
+
 def rectangles(u, size, ratio, align=1):
-    """GMML's region: random rectangles, one after the other, until they cover `ratio` of the area.
-    For one image, in a loop (tests/test_mmc.py runs it):
+    """GMML's random region: rectangles are added until they cover `ratio` of the area. For one
+    image, as a loop (tests/test_mmc.py runs these lines):
 
         region = torch.zeros(size, size, dtype=torch.bool)
         for u_top, u_left, u_height, u_width in u:
             if region.sum() >= ratio * size**2:
                 break
-            top, height = span(u_top, u_height)
-            left, width = span(u_left, u_width)
+            top, height = span(u_top, u_height, size, align)
+            left, width = span(u_left, u_width, size, align)
             region[top:top + height, left:left + width] = True
 
-    Here for all images at once. u: (B, candidates, 4) uniform numbers, ratio: (B,). Returns (B,
-    size, size) bool. A rectangle is the outer product of a row and a column indicator, so a union
-    is where a matrix product is above zero; how many rectangles it takes is found by bisection."""
-    def span(u_start, u_length):       # -> start and length in pixels, both multiples of align
-        longest = max(align + 1, int(0.3 * size))                       # exclusive
-        start = (u_start * (size - align)).long() // align * align
-        length = align + (u_length * (longest - align)).long()
-        return start, (torch.minimum(length, size - start) / align).round().long() * align
+    Below, for all images of a batch at once. u: (B, CANDIDATES, 4) uniform numbers, ratio: (B,).
+    Returns (B, size, size) bool. A rectangle is the outer product of indicators of its rows and of
+    its columns, so rows @ columns counts the rectangles that cover a pixel; the smallest sufficient
+    number of rectangles is found by bisection."""
+    def indicator(start, length):                         # (B, C) -> (B, C, size), 0 or 1
+        pixel, start = torch.arange(size, device=u.device), start[..., None]
+        return ((pixel >= start) & (pixel < start + length[..., None])).to(torch.bfloat16)
 
-    def indicator(start, length):                         # (B, candidates) -> (..., size), 0 or 1
-        at, start = torch.arange(size, device=u.device), start[..., None]
-        return ((at >= start) & (at < start + length[..., None])).to(torch.bfloat16)    # exact
+    rows = indicator(*span(u[..., 0], u[..., 2], size, align)).transpose(1, 2)    # (B, size, C)
+    columns = indicator(*span(u[..., 1], u[..., 3], size, align))                 # (B, C, size)
 
-    rows = indicator(*span(u[..., 0], u[..., 2])).transpose(1, 2)       # (B, size, candidates)
-    columns = indicator(*span(u[..., 1], u[..., 3]))                    # (B, candidates, size)
+    def union(n):                                         # of the first n[b] rectangles of image b
+        chosen = torch.arange(u.shape[1], device=u.device) < n[:, None]
+        return (rows * chosen[:, None]) @ columns > 0
 
-    def union(n):                                             # of the first n (B,) candidates
-        first = torch.arange(u.shape[1], device=u.device) < n[:, None]
-        return (rows * first[:, None]) @ columns > 0
-
-    too_few = torch.full_like(ratio, -1, dtype=torch.long)
-    enough = torch.full_like(too_few, u.shape[1])
+    low = torch.full_like(ratio, -1, dtype=torch.long)    # never enough
+    high = torch.full_like(low, u.shape[1])               # always enough, or all there are
     for _ in range(u.shape[1].bit_length()):
-        n = (too_few + enough) // 2
-        covers = union(n).sum((1, 2)) >= ratio * size**2
-        too_few, enough = torch.where(covers, too_few, n), torch.where(covers, n, enough)
-    return union(enough)
+        n = (low + high) // 2
+        enough = union(n).sum((1, 2)) >= ratio * size**2
+        low, high = torch.where(enough, low, n), torch.where(enough, n, high)
+    return union(high)
 
 
 def corruption(index, cfg, group_size, *key):
-    """Random corruption of the images `index` (B,) in the view and epoch given by `key`, for
-    corrupt(): region (B, S, S) bool, pasted (B,) bool, other (B,) row of the batch to paste from,
-    noise (B, 3, S, S)."""
-    u = rng.uniform(index, 3, *key, "kind")
-    pasted = u[:, 0] < cfg.paste_prob
-    most = torch.where(pasted, cfg.paste_ratio, cfg.noise_ratio)
-    ratio = most - u[:, 1] * (most - most.clamp(max=0.5))        # uniform in [min(0.5, most), most]
-    candidates = rng.uniform(index, (255, 4), *key, "rectangles")       # cover 0.85 of the area
+    """Random corruption of the images `index` (B,), for corrupt(): region (B, S, S) bool, pasted
+    (B,) bool, other (B,) row of the batch to paste from, noise (B, 3, S, S). `key`: seed, epoch,
+    view."""
+    u_paste, u_ratio, u_other = rng.uniform(index, 3, *key, "kind").unbind(1)
+    pasted = u_paste < cfg.paste_prob
+    highest = torch.where(pasted, cfg.paste_ratio, cfg.noise_ratio)
+    lowest = highest.clamp(max=0.5)
+    ratio = highest - u_ratio * (highest - lowest)
+    candidates = rng.uniform(index, (CANDIDATES, 4), *key, "rectangles")
     region = rectangles(candidates, cfg.img_size, ratio, cfg.drop_align)
     row = torch.arange(len(index), device=index.device)
-    # never itself (our choice; in GMML it may be, and then nothing changes)
-    shift = 1 + (u[:, 2] * (group_size - 1)).long()
+    # another image of the group, never the image itself (our choice; GMML allows it)
+    shift = 1 + (u_other * (group_size - 1)).long()
     other = row // group_size * group_size + (row + shift) % group_size
     return region, pasted, other, rng.normal(index, (3, *region.shape[1:]), *key, "noise")
 
 
 def corrupt(x, region, pasted, other, noise):
-    """(B, 3, S, S) normalized -> a copy, its region filled with noise or another intact image."""
+    """(B, 3, S, S) normalized -> a copy whose region is noise or the same region of another
+    image."""
     fill = torch.where(pasted[:, None, None, None], x[other], noise)
     return torch.where(region[:, None], fill, x)
 
@@ -208,8 +222,8 @@ def corrupt(x, region, pasted, other, noise):
 
 def mlp(*widths):
     """Linear layers without bias, a batch norm after each, ReLU between; the last norm has neither
-    scale nor shift, so over a batch every feature has mean 0 and variance 1 (our choice: MoCo v3;
-    the paper: 3 layers)."""
+    scale nor shift, so over a batch every feature has mean 0 and variance 1 (our choice: MoCo v3).
+    """
     layers = []
     for n, m in zip(widths, widths[1:-1]):
         layers += [nn.Linear(n, m, bias=False), BatchNorm(m), nn.ReLU()]
@@ -218,8 +232,8 @@ def mlp(*widths):
 
 
 class Network(nn.Module):
-    """Backbone and heads (paper, Fig. 3); one final norm serves all heads (our choice: SiT). The
-    teacher has neither drop path nor the head of L_rec."""
+    """Backbone and heads (paper, Fig. 3); all heads share the final LayerNorm (our choice: SiT).
+    The teacher has neither drop path nor the head of L_rec."""
 
     def __init__(self, cfg, teacher=False):
         super().__init__()
@@ -234,16 +248,16 @@ class Network(nn.Module):
             nn.Linear(hidden, 3 * cfg.patch_size**2)) if cfg.lambda_rec and not teacher else None
 
     def forward(self, x, crops=None, drop=None, drop_crops=None):
-        """x: (V*B, 3, S, S); crops: (n_local*B, 3, s, s) or None; drop: random numbers that decide
-        the drop path. Returns class tokens ((V+n_local)*B, out_dim), patches (V*B, N, out_dim),
-        pixels (V*B, 3, S, S), each None without its head. Batch norms see all views at once (our
-        choice: SiT; with local crops: DINO)."""
+        """x: (V*B, 3, S, S); crops: (n_local*B, 3, s, s) or None; drop (V*B, 2*depth), drop_crops
+        (n_local*B, 2*depth): uniform numbers that decide the drop path. Returns q ((V+n_local)*B,
+        out_dim), Q (V*B, N, out_dim), pixels (V*B, 3, S, S), each None without its head. Batch
+        statistics are those of all views together (our choice: SiT; with local crops: DINO)."""
         cls, patches = self.backbone.split(self.backbone(x, drop=drop))      # (V*B, D), (V*B, N, D)
         if crops is not None:                                                # class token only
             local, _ = self.backbone.split(self.backbone(crops, drop=drop_crops))
             cls = torch.cat([cls, local])                                    # ((V+n_local)*B, D)
         q = self.head_cls(cls) if self.head_cls else None
-        Q = self.head_patch(patches) if self.head_patch else None            # each patch is a row
+        Q = self.head_patch(patches) if self.head_patch else None            # norm: all patches
         pixels = unpatchify(self.head_rec(patches)) if self.head_rec else None
         return q, Q, pixels
 
@@ -257,21 +271,21 @@ def unpatchify(patches):
 
 def rec_loss(pixels, target, region, count=None):
     """Mean absolute error over the corrupted pixels and channels (our choice: SiT, GMML). Eq. 1
-    divides by all pixels: this times the corrupted fraction, 0.52 on average, and times 3 if its
-    norm sums over the channels.
-    pixels, target: (B, 3, S, S), region: (B, S, S). count: corrupted pixels to divide by; default:
-    this region's. The target is the augmented, normalized view before its corruption, without
-    normalization by patch (our choice: SiT, GMML)."""
+    divides by all pixels: its value is ours times the corrupted fraction, 0.52 on average (times 3
+    if its norm is a sum over the channels).
+    pixels, target: (B, 3, S, S), region: (B, S, S); count: number of corrupted pixels to divide by,
+    default region.sum(). The target is the augmented, normalized view before its corruption,
+    without normalization by patch (our choice: SiT, GMML)."""
     count = region.sum() if count is None else count
     return ((pixels.float() - target).abs().sum(1) * region).sum() / (3 * count).clamp(min=1)
 
 
 def cls_loss(q, k, tau, first=0):
     """InfoNCE across views (eq. 3). q: (V+n_local, B, out_dim) of the student, global views first;
-    k: (V, batch_size, out_dim) of the teacher, from all processes (our choice: MoCo v3, SiT); ours
-    begin at row `first`. Mean over the 2(1+n_local) pairs v != g: to cross views is our choice
-    (SiT, MoCo v3; Fig. 3: "across views"). SiT and MoCo v3 sum both directions, times 2 tau; eq. 3
-    does not."""
+    k: (V, batch_size, out_dim) of the teacher, from all processes (our choice: MoCo v3, SiT); the
+    rows of this process start at `first`. Mean over the 2(1+n_local) pairs v != g: only different
+    views are paired (our choice: SiT, MoCo v3; Fig. 3: "across views"). SiT and MoCo v3 sum both
+    directions and multiply by 2 tau; eq. 3 does not."""
     q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
     label = torch.arange(first, first + q.shape[1], device=q.device)
     return torch.stack([F.cross_entropy(q[v] / tau @ k[g].T, label)          # (B, batch_size)
@@ -280,16 +294,16 @@ def cls_loss(q, k, tau, first=0):
 
 def patch_loss(Q, K, tau, group_size):
     """InfoNCE among patches (eq. 2). Q, K: (V*B, N, out_dim) of student (corrupted) and teacher
-    (intact), same views. The positive is the same patch, the negatives are all patches of the other
-    images of its group, in one view of one process (our choice). Other patches of the same image
-    are neither: repelling them would divide objects. All patches count, corrupted or not (eq. 2;
-    iBOT counts the masked ones)."""
+    (intact), of the same views. The positive is the same patch; the negatives are all patches of
+    the other images of its group, in the same view (our choice). Other patches of the same image
+    are ignored, so that patches of one object are not pushed apart. The loss is over all patches,
+    corrupted or not (eq. 2; iBOT's over the masked ones)."""
     N = Q.shape[1]
     image = torch.arange(group_size, device=Q.device).repeat_interleave(N)
     patch = torch.arange(group_size * N, device=Q.device)
-    neither = (image[:, None] == image) & (patch[:, None] != patch)      # square, group_size * N
+    ignored = (image[:, None] == image) & (patch[:, None] != patch)      # (group_size*N)^2
     Q, K = (F.normalize(z.float(), dim=-1).view(-1, group_size * N, z.shape[-1]) for z in (Q, K))
-    return torch.stack([F.cross_entropy((q / tau @ k.T).masked_fill_(neither, -torch.inf), patch)
+    return torch.stack([F.cross_entropy((q / tau @ k.T).masked_fill_(ignored, -torch.inf), patch)
                         for q, k in zip(Q, K)]).mean()
 
 
@@ -298,7 +312,7 @@ def patch_loss(Q, K, tau, group_size):
 
 def clip_per_tensor(parameters, max_norm):
     """Scales the gradient of each tensor to norm max_norm at most (0: no clipping). Returns the
-    norm of all gradients together, before clipping."""
+    global gradient norm before clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     if max_norm:
@@ -309,10 +323,10 @@ def clip_per_tensor(parameters, max_norm):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    B = cfg.batch_size // run.world                                          # of this process
+    B = cfg.batch_size // run.world                                          # images per process
     if B % cfg.group_size:
-        raise ValueError(f"--group-size {cfg.group_size} must divide the {B} images of a process")
-    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
+        raise ValueError(f"--group-size {cfg.group_size} must divide the {B} images per process")
+    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
@@ -328,25 +342,25 @@ def main():
         set_lr(opt, lr)
 
         # ---- the method ----------------------------------------------------------------------
-        when = cfg.seed, batch.epoch
-        how = [corruption(batch.index, cfg, cfg.group_size, *when, v) for v in range(2)]
-        x = torch.cat([corrupt(view, *h) for view, h in zip(batch.views, how)])   # (2B, 3, S, S)
-        region = torch.cat([region for region, *_ in how])                   # (2B, S, S)
+        key = cfg.seed, batch.epoch
+        random = [corruption(batch.index, cfg, cfg.group_size, *key, v) for v in range(2)]
+        x = torch.cat([corrupt(view, *r) for view, r in zip(batch.views, random)])  # (2B, 3, S, S)
+        region = torch.cat([region for region, *_ in random])                # (2B, S, S)
         intact = torch.cat(batch.views[:2])                                  # (2B, 3, S, S)
         crops = torch.cat(batch.views[2:]) if batch.views[2:] else None      # (n_local*B, 3, s, s)
-        drop = rng.uniform(batch.index, (2 + cfg.local_crops_number, 2 * cfg.depth), *when, "drop")
+        drop = rng.uniform(batch.index, (2 + cfg.local_crops_number, 2 * cfg.depth), *key, "drop")
         drop = drop.transpose(0, 1).flatten(0, 1)                    # ((2+n_local)*B, 2*depth)
 
-        # The teacher sees what the student does not: its tokens of corrupted patches are targets
-        # that can be reached only from the context.
+        # The teacher gets the intact image: the student can predict the teacher's tokens of
+        # corrupted patches only from their context.
         with run.autocast():
             with torch.no_grad():
-                k, K, _ = teacher(intact)        # in training mode: its own batch statistics (SiT)
+                k, K, _ = teacher(intact)        # train mode: statistics of the batch, as in SiT
             q, Q, pixels = student(x, crops, drop[:2 * B], drop[2 * B:])
 
-        parts = {}                               # fp32 from here on
+        parts = {}                                                           # in fp32
         if cfg.lambda_rec:
-            # One count for all processes: the mean of their losses is the mean over all pixels.
+            # One count for all processes: the mean of their losses is that over all such pixels.
             count = all_mean(region.sum().float())
             parts["loss_rec"] = rec_loss(pixels, intact, region, count)
         if cfg.lambda_cls:
@@ -364,7 +378,7 @@ def main():
         run.log(loss=loss, **parts, lr=lr, grad_norm=grad_norm)
         opt.step()
         opt.zero_grad()
-        ema_update(teacher, student, momentum)                               # with the new weights
+        ema_update(teacher, student, momentum)                               # after the step
         # ---- bookkeeping ---------------------------------------------------------------------
 
         if run.eval_due:
@@ -383,11 +397,11 @@ def main():
 
 
 def save_visualization(run, cfg, student, teacher, images, n=8):
-    """visualization.png: the intact view; what the student sees; the reconstruction; the similarity
-    of the teacher's token of each patch with that of the central one (cosine: the paper's
-    segmentation from one patch)."""
+    """visualization.png: test images; corrupted, as for the student; the reconstruction; the cosine
+    similarity of the teacher's patch tokens to that of the center patch (the paper's zero-shot
+    segmentation)."""
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
-    region, *fill = corruption(index, cfg, len(x), "picture")
+    region, *fill = corruption(index, cfg, len(x), "picture")     # pastes from all n images
     corrupted = corrupt(x, region, *fill)
     columns = {"intact": x, "corrupted": corrupted}
     with run.autocast():
@@ -398,7 +412,8 @@ def save_visualization(run, cfg, student, teacher, images, n=8):
     columns = {title: augment.denormalize(z) for title, z in columns.items()}
     z = F.normalize(patches.float(), dim=-1)                                 # (n, N, D)
     side = math.isqrt(z.shape[1])
-    similarity = z @ z[:, side // 2 * (side + 1), :, None]                   # (n, N, 1)
+    center = side // 2 * side + side // 2
+    similarity = z @ z[:, center, :, None]                   # (n, N, 1)
     similarity = F.interpolate(similarity.view(-1, 1, side, side), cfg.img_size)[:, 0]
     columns["similarity to the center"] = visualize.heat_map(similarity)
     visualize.save_grid(run, columns)

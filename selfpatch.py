@@ -24,26 +24,27 @@ for DINO's loss.
               - sum over k of P_g[k] log softmax(s_v / tau_s)[k],   n = 2 (1 + n_local)
     L_patch = mean over all crops of: mean over their patches i of
               - sum over k of Q_i[k] log softmax(w_i / tau_s)[k]
-    c, c_p <- m_c c + (1 - m_c) mean of t, of u over *all* crops, local ones included
+    c   <- m_c c   + (1 - m_c) mean of t over *all* crops, local ones included, after the step
+    c_p <- m_c c_p + (1 - m_c) mean of u over all patches of these
 
 The paper (ViT-S/16, ImageNet, DINO -> with SelfPatch): COCO box AP 40.8 -> 42.1, ADE20K mIoU
 (Semantic FPN) 38.3 -> 41.2 (epochs: 300 -> 200, supplement A), linear 75.1 -> 75.6 (300 each, D).
 
 Small data needs batch norms in the head, an option of the code (--use-bn-in-head): at first the
 logits of different images are nearly the same, the center removes what they have in common, and
-what is left is too small to be sharpened, so that the loss stays at ln K, chance level.
+what is left is too small to be sharpened, and the loss stays at ln K, that of a uniform guess.
 
 From the official code, not the paper: local crops go to the teacher and into both centers. L_patch
-alone trains no attention: only L_cls does, and the teacher applies it to positives. Unlike the
-code: its neighbors wrap around the border, so that a positive of a patch at the left edge may lie
-at the right edge; here a patch at the border has 5 neighbors, one in a corner 3, and no more
-positives than neighbors (--borders official: as in the code). Ours: keys and values of a patch are
-computed once for all its neighbors, one attention serves image and patches, and batch norms take
-(B, N, D), for which the code's fail. Left out: SelfPatch on MoBY.
+does not train the aggregation blocks, only L_cls does; the teacher reuses their moving average for
+the positives. Unlike in the code, where neighbors wrap around the border (a positive of a patch at
+the left edge may lie at the right edge), a patch at the border has 5 neighbors, one in a corner 3,
+and no more positives than neighbors (--borders official: as in the code). Ours: keys and values of
+a patch are computed once for all its neighbors, one attention serves image and patches, and batch
+norms take (B, N, D), for which the code's fail. Left out: SelfPatch on MoBY.
 
-    python selfpatch.py                                         minutes on a laptop, offline
-    python selfpatch.py --lambda-patch 0                        DINO without a class token
-    torchrun --nproc_per_node=8 selfpatch.py --data imagenet    the paper's (not run by us)
+    python selfpatch.py                    minutes on a laptop, offline; no local crops
+    python selfpatch.py --lambda-patch 0   DINO without a class token, local crops in its center
+    torchrun --nproc_per_node=8 selfpatch.py --data imagenet  as published except --borders, not run
 """
 import math
 from dataclasses import dataclass
@@ -61,58 +62,59 @@ from lib.distributed import BatchNorm, all_mean
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 from lib.weights import init_linear
 
-# B images of a process, 2 + n_local crops of each, N patches, D width, H heads, K prototypes, S and
-# s side of a global and a local crop; image and patches: logits t, u of the teacher, s, w of the
-# student, assignments P, Q of the teacher
+# B images per process and micro-batch, 2 + n_local crops of each, N patches of a crop, D width,
+# H heads, K and K_patch prototypes, S and S' sides of a global and a local crop; images, patches:
+# teacher's logits t, u, assignments P, Q, student's logits s, w
 
 
 @dataclass
 class Config(config.Settings):
     # the network (paper: ViT-S/16)
-    img_size: Size = 224            # pixels, side of a global crop (paper)
-    patch_size: Size = 16           # pixels (paper)
-    embed_dim: Size = 384           # width of the backbone (paper)
-    depth: Size = 12                # blocks (paper)
+    img_size: Size = 224            # image side in pixels (global crop; paper)
+    patch_size: Size = 16           # pixels per patch side (paper)
+    embed_dim: Size = 384           # encoder width, D (paper)
+    depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 6             # attention heads (paper)
-    pos: Literal["learned", "sincos_row"] = "learned"     # positions (paper; sincos: our choice)
-    init: Literal["trunc", "moco"] = "trunc"      # normal 0.02 (code) or Xavier (our choice)
-    drop_path: Fraction = 0.1       # stochastic depth, student only (code)
+    pos: Literal["learned", "sincos_row"] = "learned"  # positions (paper; sincos_row: our choice)
+    init: Literal["trunc", "moco"] = "trunc"  # weights: normal 0.02 (code) or Xavier (our choice)
+    drop_path: Fraction = 0.1       # rate of stochastic depth, student only (code)
     head_hidden_dim: Size = 2048    # width inside the head (DINO)
     bottleneck_dim: Size = 256      # width before the prototypes, L2-normalized (DINO)
-    out_dim: Several = 65536        # K of images (paper; COCO: 4096); small data: 1024
-    out_dim_selfpatch: Several = 4096      # K of patches (paper)
+    out_dim: Several = 65536        # prototypes of images, K (paper; COCO: 4096); small data: 1024
+    out_dim_selfpatch: Several = 4096      # prototypes of patches, K_patch (paper)
     use_bn_in_head: bool = False    # batch norms in the head (code: option); small data needs them
-    norm_last_layer: bool = True    # prototypes keep norm 1 (code)
+    norm_last_layer: bool = True    # keeps prototypes at norm 1 (code)
     # the objective
     lambda_patch: float = 0.1       # weight of L_patch (code)
-    num_positives: int = 4          # positives of a patch (paper; 2 for patches of 32 pixels)
-    borders: Literal["correct", "official"] = "correct"   # no neighbors across them (our choice);
-                                                          # official: neighbors wrap around (code)
-    student_temp: Positive = 0.1    # temperature (code)
-    warmup_teacher_temp: Positive = 0.04   # teacher's at first (code); lower if stuck at ln K
-    teacher_temp: Positive = 0.04   # ... and after its warm-up (code; DINO: 0.07)
-    warmup_teacher_temp_epochs: int = 0    # its linear increase, epoch by epoch (code; DINO: 30)
-    center_momentum: Fraction = 0.9 # of the center (code)
+    num_positives: int = 4          # positives per patch (paper; 2 for patches of 32 pixels)
+    borders: Literal["correct", "official"] = "correct"  # neighbors end at the border (our choice);
+                                                         # official: they wrap around it (code)
+    student_temp: Positive = 0.1    # softmax temperature of the student (code)
+    warmup_teacher_temp: Positive = 0.04   # initial teacher temperature (code); lower if stuck at
+                                           # ln K; unused if --warmup-teacher-temp-epochs is 0
+    teacher_temp: Positive = 0.04   # teacher temperature after warmup (code; DINO: 0.07)
+    warmup_teacher_temp_epochs: int = 0    # epochs of linear temperature warmup (code; DINO: 30)
+    center_momentum: Fraction = 0.9 # EMA momentum of the centers (code)
     freeze_last_layer: float = 1.0  # epochs in which the last layer is frozen (code)
     # the views
     global_crops_scale: tuple = (0.25, 1.0)   # area of a global crop (code;
                                               # without local crops 0.14 to 1: code)
     local_crops_scale: tuple = (0.05, 0.25)   # area of a local crop (code)
-    local_crops_number: int = 8     # n_local (paper; COCO: 2)
-    local_crops_size: Size = 96     # pixels, side of a local crop (paper)
+    local_crops_number: int = 8     # local crops per image, n_local (paper; COCO: 2)
+    local_crops_size: Size = 96     # side of a local crop in pixels (paper)
     color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (code)
-    blur_p: Fraction = 1.0          # blur of global crop 1; crop 2 a tenth, local ones half (code)
+    blur_p: Fraction = 1.0          # blur probability, crop 1; crop 2: a tenth, local: half (code)
     # the optimization
-    epochs: float = 200             # (paper; classification: 300)
-    warmup_epochs: float = 10.0     # linear increase of the learning rate (paper)
-    batch_size: Size = 1024         # global (paper)
-    lr: float = 5e-4                # peak, times batch/256 (paper)
-    min_lr: float = 1e-6            # end of its cosine (code)
-    weight_decay: float = 0.04      # AdamW, not of biases and norms (code)
-    weight_decay_end: float = 0.4   # increases to this by a cosine (code)
+    epochs: float = 200             # training epochs (paper; classification: 300)
+    warmup_epochs: float = 10.0     # linear warmup of the learning rate from 0 (paper)
+    batch_size: Size = 1024         # global batch size (paper)
+    lr: float = 5e-4                # peak learning rate, times batch/256 (paper)
+    min_lr: float = 1e-6            # final learning rate of the cosine (code)
+    weight_decay: float = 0.04      # AdamW's, not of biases and norms (code)
+    weight_decay_end: float = 0.4   # weight decay increases to this by a cosine (code)
     clip_grad: float = 3.0          # max gradient norm of each tensor (code); 0: off
-    momentum_teacher: Fraction = 0.996     # of the teacher, increasing to 1 by a cosine (code)
-    overfit_one_batch: bool = False # the first batch at every step, to see that it learns;
+    momentum_teacher: Fraction = 0.996     # teacher's EMA momentum, rises to 1 by a cosine (code)
+    overfit_one_batch: bool = False # train on the first batch only, to see that it learns;
                                     # photos: with --warmup-epochs 0 --freeze-last-layer 0
 
     def __post_init__(self):
@@ -131,8 +133,7 @@ class Config(config.Settings):
 
 
 def views(cfg):
-    """Two global crops, blurred and solarized with unequal probabilities as in BYOL, and local
-    ones."""
+    """Two global crops, blurred and solarized with BYOL's unequal probabilities, and local ones."""
     color = dict(jitter=cfg.color_jitter, jitter_p=0.8, gray_p=0.2)
     crop = dict(size=cfg.img_size, scale=cfg.global_crops_scale, **color)
     return [data.View(**crop, blur_p=cfg.blur_p),
@@ -145,7 +146,7 @@ def views(cfg):
 
 
 class Prototypes(nn.Module):
-    """A Linear whose K rows have norm g (weight norm): logits are cosines, times g."""
+    """A Linear whose K rows have norm g (weight norm): logits are g times cosines."""
 
     def __init__(self, dim, K, frozen):
         super().__init__()
@@ -187,12 +188,12 @@ class ClassAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, z, y, mask=None, weights=None):
-        """weights: a list, gets the softmax over the patches (B, H, n_queries, N)."""
+        """weights: a list, gets the attention to y only (B, H, n_queries, N): rows sum to < 1."""
         def heads(x):                                                        # (B, H, ., D/H)
             return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
-        own, y = self.norm1(z), self.norm1(y)
-        q, k, v = (heads(f(own)) for f in (self.q, self.k, self.v))  # (B, H, n_queries, D/H)
+        query, y = self.norm1(z), self.norm1(y)
+        q, k, v = (heads(f(query)) for f in (self.q, self.k, self.v))       # (B, H, n_queries, D/H)
         to_self, to_patches = (q * k).sum(-1, keepdim=True), q @ heads(self.k(y)).mT
         if mask is not None:
             to_patches = to_patches.masked_fill(~mask[:, None], -torch.inf)
@@ -206,8 +207,8 @@ class ClassAttention(nn.Module):
 
 
 class Aggregation(nn.Module):
-    """Aggregates patches by two class attentions (paper, section 3.2): all of a crop into its image
-    vector and, in the teacher, the positives of each patch into the target of that patch."""
+    """Two stacked class attentions that start from cls_token (paper, section 3.2), for two uses:
+    all patches give the image vector; in the teacher, a patch's positives give its target."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -218,8 +219,8 @@ class Aggregation(nn.Module):
         init_linear(self.cls_blocks, cfg.init)
 
     def forward(self, y, positives=None, weights=None):
-        """y: (B, N, D) of the last block. Returns (B, 1+N, D): the image vector and, with
-        positives (B, N, N) bool, their aggregates, else the patches themselves."""
+        """y: (B, N, D) of the last block. Returns (B, 1+N, D): the image vector, then for each
+        patch the aggregate of its positives (B, N, N) bool, or without them the patch itself."""
         n_queries, mask = 1, None
         if positives is not None:
             n_queries, mask = 1 + y.shape[1], F.pad(positives, (0, 0, 1, 0), value=True)
@@ -230,16 +231,16 @@ class Aggregation(nn.Module):
 
 
 def neighbor_mask(side, borders, device=None):
-    """(N, N) bool: the patches of a square grid that touch, be it at a corner."""
+    """(N, N) bool: which patches of a square grid touch at a side or a corner."""
     distance = [(x[:, None] - x).abs() for x in positions.coordinates((side, side), device)]
-    if borders == "official":                                                # a torus
+    if borders == "official":                                                # they wrap around
         distance = [torch.minimum(d, side - d) for d in distance]
     return torch.maximum(*distance) == 1
 
 
 def select_positives(y, neighbors, num_positives):
-    """(B, N, N) bool: of the neighbors (N, N) of each patch those most similar to it by the cosine
-    of their vectors y (B, N, D); all of them if they are no more than num_positives."""
+    """(B, N, N) bool: of the neighbors (N, N) of each patch the num_positives ones whose vectors y
+    (B, N, D) have the largest cosine similarity to its own; all of them if there are fewer."""
     with torch.autocast(y.device.type, enabled=False):                       # bf16 would make ties
         y = F.normalize(y.float(), dim=-1)
         similarity = (y @ y.mT).masked_fill(~neighbors, -torch.inf)
@@ -249,7 +250,7 @@ def select_positives(y, neighbors, num_positives):
 
 
 class Network(nn.Module):
-    """Backbone, aggregation and heads; as a teacher without drop path, and with positives."""
+    """Backbone, aggregation and heads; the teacher has no drop path, and aggregates positives."""
 
     def __init__(self, cfg, teacher=False):
         super().__init__()
@@ -259,13 +260,12 @@ class Network(nn.Module):
                                 class_token=False, final_norm=False)
         self.ca_head = Aggregation(cfg)
         self.c_head, self.p_head = Head(cfg, cfg.out_dim), Head(cfg, cfg.out_dim_selfpatch)
-        self.teacher, self.num_positives, self.borders = teacher, cfg.num_positives, cfg.borders
+        self.is_teacher, self.num_positives, self.borders = teacher, cfg.num_positives, cfg.borders
 
     def forward(self, x, crops=None, drop=None, drop_crops=None):
-        """x: (2B, 3, S, S); crops: (n_local*B, 3, s, s) or None; drop: random numbers that decide
-        the drop path. Returns logits of images ((2+n_local)*B, K) and, a list with an item for each
-        size of crops, of patches (2B or n_local*B, N, K). Crops of one size go through the backbone
-        together."""
+        """x: (2B, 3, S, S); crops: (n_local*B, 3, S', S') or None; drop, drop_crops: their random
+        numbers for drop path. Returns logits of images ((2+n_local)*B, K) and a list of logits of
+        patches: (2B, N, K_patch), of local crops (n_local*B, N, K_patch)."""
         tokens = [self.aggregate(self.backbone(x, drop=drop))]               # (2B, 1+N, D)
         if crops is not None:
             tokens.append(self.aggregate(self.backbone(crops, drop=drop_crops)))
@@ -273,34 +273,34 @@ class Network(nn.Module):
         return self.c_head(cls), [self.p_head(z[:, 1:]) for z in tokens]
 
     def aggregate(self, y, weights=None):
-        if not self.teacher:
+        if not self.is_teacher:
             return self.ca_head(y, weights=weights)
         neighbors = neighbor_mask(math.isqrt(y.shape[1]), self.borders, y.device)
         return self.ca_head(y, select_positives(y, neighbors, self.num_positives), weights)
 
 
 def assign(t, center, tau):
-    """The teacher's logits (..., K), centered and sharpened: assignments to the prototypes."""
+    """Assignments to the prototypes: the teacher's logits t (..., K), centered and sharpened."""
     return ((t - center) / tau).softmax(-1)
 
 
 def cls_loss(s, P, tau):
     """DINO's cross-entropy across crops. s: (n_crops, B, K) logits of the student, global crops
     first; P: (2, B, K) of the teacher. Mean over images and the 2(n_crops-1) pairs v != g."""
-    log_S = (s / tau).log_softmax(-1)
-    others = log_S.sum(0) - log_S[:2]                                        # (2, B, K): v != g
-    return -(P * others).sum(-1).mean() / (len(s) - 1)
+    log_p = (s / tau).log_softmax(-1)
+    log_p_sum = log_p.sum(0) - log_p[:2]                           # (2, B, K): sum over v != g
+    return -(P * log_p_sum).sum(-1).mean() / (len(s) - 1)
 
 
 def patch_loss(w, Q, tau):
-    """Cross-entropy of patches. w, Q: for each size of crops (2B or n_local*B, N, K), logits of the
-    student and assignments of the teacher. Mean over the patches of a crop, then over all crops."""
+    """Cross-entropy of patches. w, Q: for each size of crops, (2B or n_local*B, N, K_patch) logits
+    of student, assignments of teacher. Mean over the patches of a crop, then over all crops."""
     losses = [-(q * (x / tau).log_softmax(-1)).sum(-1).mean(1) for x, q in zip(w, Q)]
     return torch.cat(losses).mean()
 
 
 class Center(nn.Module):
-    """Running mean of the teacher's raw logits over the images of all processes."""
+    """Running mean of the teacher's raw logits, the rows of all processes together."""
 
     def __init__(self, K, momentum):
         super().__init__()
@@ -308,7 +308,7 @@ class Center(nn.Module):
         self.register_buffer("center", torch.zeros(1, K))
 
     def update(self, means):
-        """means: (K,) for each micro-batch. Once a step, after the loss, which uses the old one."""
+        """means: (K,) per micro-batch. Once per step, after the loss, which uses the old center."""
         mean = all_mean(torch.stack(means).mean(0))
         self.center.lerp_(mean, 1 - self.momentum)
 
@@ -317,22 +317,22 @@ class Center(nn.Module):
 
 
 def schedules(step, total, per_epoch, cfg):
-    """Of this step: learning rate, weight decay, momentum and temperature of the teacher."""
+    """Learning rate, weight decay, EMA momentum and teacher temperature of this step."""
     warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
-    if step < warmup:            # the peak is reached in its last step and again in the next (code)
+    if step < warmup:            # its last step has the peak, and so has the step after it (code)
         lr = peak * step / max(1, warmup - 1)
     else:
         lr = cosine(step - warmup, total - warmup, peak, cfg.min_lr)
     weight_decay = cosine(step, total, cfg.weight_decay, cfg.weight_decay_end)
     momentum = cosine(step, total, cfg.momentum_teacher, 1.0)
-    epoch, last = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1
-    done = epoch / max(1, last) if epoch <= last else 1.0
-    temp = cfg.warmup_teacher_temp + done * (cfg.teacher_temp - cfg.warmup_teacher_temp)
+    epoch, last_epoch = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1    # of the warmup
+    ramp = epoch / max(1, last_epoch) if epoch <= last_epoch else 1.0        # from 0 to 1
+    temp = cfg.warmup_teacher_temp + ramp * (cfg.teacher_temp - cfg.warmup_teacher_temp)
     return lr, weight_decay, momentum, temp
 
 
 def clip_per_tensor(parameters, max_norm):
-    """Scales the gradient of each tensor to norm max_norm at most (official code; 0: no clipping).
+    """Scales the gradient of each tensor to a norm of at most max_norm (official code; 0: not).
     Returns the norm of all gradients together, before clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
@@ -344,47 +344,47 @@ def clip_per_tensor(parameters, max_norm):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
     ema_update(teacher, student, 0.0)                                        # equal at the start
     center = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
-    center_p = Center(cfg.out_dim_selfpatch, cfg.center_momentum).to(run.device)     # of patches
+    center_patch = Center(cfg.out_dim_selfpatch, cfg.center_momentum).to(run.device)
     opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay), fused=True)
-    run.restore(student=student, teacher=teacher, center=center, center_p=center_p, opt=opt)
+    run.restore(student=student, teacher=teacher, center=center, center_p=center_patch, opt=opt)
     total, freeze = run.total_steps(loader), round(cfg.freeze_last_layer * len(loader))
     fixed_batch = next(loader.batches()) if cfg.overfit_one_batch else None
-    run.print0(f"loss at chance level: loss_cls ln K = {math.log(cfg.out_dim):.3f}, loss_patch "
-               f"{math.log(cfg.out_dim_selfpatch):.3f}")
+    run.print0(f"loss of a uniform prediction: loss_cls ln K = {math.log(cfg.out_dim):.3f}, "
+               f"loss_patch ln K_patch = {math.log(cfg.out_dim_selfpatch):.3f}")
 
     for step, batch in run.steps(loader):
         lr, weight_decay, momentum, temp = schedules(step, total, len(loader), cfg)
         set_lr(opt, lr)
-        opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases, norms
+        opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases and norms
 
         # ---- the method ----------------------------------------------------------------------
         means, stats = [], visualize.AssignmentStats()
-        means_p, stats_patch = [], visualize.AssignmentStats()
+        means_patch, stats_patch = [], visualize.AssignmentStats()
         for part in run.micro_batches(fixed_batch or batch):
             x = torch.cat(part.views[:2])                                    # (2B, 3, S, S)
-            crops = torch.cat(part.views[2:]) if part.views[2:] else None    # (n_local*B, 3, s, s)
+            crops = torch.cat(part.views[2:]) if part.views[2:] else None  # (n_local*B, 3, S', S')
             drop = rng.uniform(part.index, (2 + cfg.local_crops_number, 2 * cfg.depth),
                                cfg.seed, part.epoch, "drop")
             drop = drop.transpose(0, 1).flatten(0, 1)                # ((2+n_local)*B, 2*depth)
 
             with run.autocast():
-                # The teacher, an average of past students, is better than the student: it can
-                # afford to be the target. It sees local crops, too: the target of a patch is made
-                # of its neighbors in the same crop, so that no correspondence has to be computed.
+                # The teacher, an average of past students, is better than each of them, so its
+                # output is a useful target. It also sees local crops: the target of a patch is made
+                # of its neighbors in the same crop; patches of two crops are not matched.
                 with torch.no_grad():
-                    t, u = teacher(x, crops)         # ((2+n_local)*B, K), [(2B, N, K), ...]
+                    t, u = teacher(x, crops)     # ((2+n_local)*B, K), [(2B, N, K_patch), ...]
                 s, w = student(x, crops, drop[:len(x)], drop[len(x):])
             t = t.float().unflatten(0, (2 + cfg.local_crops_number, -1))     # fp32 from here on
             s = s.float().unflatten(0, (2 + cfg.local_crops_number, -1))
             u, w = [z.float() for z in u], [z.float() for z in w]
             P = assign(t[:2], center.center, temp)               # of global crops only, as in DINO
-            Q = [assign(z, center_p.center, temp) for z in u]
+            Q = [assign(z, center_patch.center, temp) for z in u]
             loss_cls = cls_loss(s, P, cfg.student_temp)
             loss_patch = patch_loss(w, Q, cfg.student_temp)
             loss = loss_cls + cfg.lambda_patch * loss_patch
@@ -392,7 +392,7 @@ def main():
 
             means.append(t.mean((0, 1)))                                     # DINO: of t[:2]
             stats.add(P)
-            means_p.append(torch.cat([z.flatten(0, 1) for z in u]).mean(0))
+            means_patch.append(torch.cat([z.flatten(0, 1) for z in u]).mean(0))
             stats_patch.add(Q[0])                                            # of global crops
             entropy = torch.special.entr(P).sum(-1).mean()
             run.log(loss=loss, loss_cls=loss_cls, loss_patch=loss_patch, entropy=entropy,
@@ -407,10 +407,10 @@ def main():
         opt.zero_grad()
         ema_update(teacher, student, momentum)                               # with the new weights
         center.update(means)
-        center_p.update(means_p)
+        center_patch.update(means_patch)
         # ---- bookkeeping ---------------------------------------------------------------------
 
-        entropy, mi = stats.compute()
+        mean_entropy, mi = stats.compute()
         entropy_patch, mi_patch = stats_patch.compute()
         run.log(mi=mi, entropy_patch=entropy_patch, mi_patch=mi_patch, lr=lr, grad_norm=grad_norm)
         if run.eval_due:
@@ -420,9 +420,9 @@ def main():
                 with run.autocast():
                     teacher.aggregate(teacher.backbone(part.views[0][:8]), maps)
                 visualize.save_self_distillation(
-                    run, part.views, maps[-1][:, :, 0], P[0],
-                    (s[1] / cfg.student_temp).softmax(-1), patch_columns(run, u[0], w[0], center_p))
-            visualize.warn_of_equal_assignments(run, "images", entropy, mi, cfg.out_dim)
+                    run, part.views, maps[-1][:, :, 0], P[0], (s[1] / cfg.student_temp).softmax(-1),
+                    patch_columns(run, u[0], w[0], center_patch))
+            visualize.warn_of_equal_assignments(run, "images", mean_entropy, mi, cfg.out_dim)
             visualize.warn_of_equal_assignments(run, "patches", entropy_patch, mi_patch,
                                                 cfg.out_dim_selfpatch)
         if run.save_due:
@@ -434,8 +434,8 @@ def main():
 
 def patch_columns(run, u, w, center, n=8):
     """Columns of visualization.png: the prototype (a color) with the largest logit for each patch
-    of the first crop; the teacher's, u (2B, N, K), for its positives, the student's, w, for the
-    patch itself. center: c_p."""
+    of the first crop: by the teacher's logits u (2B, N, K_patch), of its positives, and by the
+    student's, w, of the patch itself. center: c_p."""
     columns, side = {}, math.isqrt(u.shape[1])
     for title, logits in {"teacher": u[:n] - center.center, "student": w[:n]}.items():
         ids = logits.argmax(-1).unflatten(1, (side, side))                   # (n, side, side)

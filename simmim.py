@@ -1,39 +1,39 @@
 """SimMIM: a simple framework for masked image modeling (Xie et al., 2022, arXiv 2111.09886).
 
-Mask a random 60 % of the image, in squares of 32 x 32 pixels; replace every masked patch by
-one learned mask token; run *all* patches through a plain ViT; let one linear layer predict the raw
-pixels. No tokenizer, no decoder, no second view, no teacher.
+Mask a random 60% of the image, in squares of 32 x 32 pixels; replace every masked patch by one
+learned mask token; run *all* patches through a plain ViT. There is no tokenizer, no second view, no
+teacher, and no separate transformer decoder: one linear layer predicts the raw pixels.
 
     image -- patches -- mask token for -- ViT on -- Linear -- pixels    L1 on the masked ones
                         masked ones       all patches
-                                                  (one branch: the gradient is stopped nowhere)
+                                                  (one branch: no gradient is stopped)
 
     L = mean over masked pixels and colors of |x - y|                              (section 3.4)
 
-x is the normalized image (not by patch, as MAE's target is), y the reconstruction.
+x is the normalized image (not normalized by patch, as MAE's target is), y the reconstruction.
 
 The size of the squares matters: single patches of 16 pixels are predicted from their neighbors;
 squares of 32 pixels, or a high ratio, force the network to use distant patches (Fig. 3, Table 1).
-Compared with MAE the mask tokens go through the encoder, so a step costs more, and the last blocks
-act as the decoder: probe the mean patch token (the class token has no loss), for a linear probe
-that of block 8 of 12, or fine-tune. The paper reports for ViT-B, 800 epochs: 83.8 fine-tuned, 56.7
-by a linear probe (Table 6). full.pt beside encoder.pt holds all weights, under the names of the
-published file.
+(The default run, on toy, masks single patches: it is too short for larger squares.) Compared with
+MAE, the mask tokens go through the encoder, so a step costs more, and the last blocks act as the
+decoder: probe the mean patch token (the class token has no loss), in a linear probe that of block 8
+of 12, or fine-tune. The paper reports for ViT-B, 800 epochs: 83.8 fine-tuned, 56.7 by a linear
+probe (Table 6). full.pt, next to encoder.pt, holds all weights, under the names of the published
+file.
 
-The ViT is BEiT's: no absolute positions, one table of relative position biases shared by all
-blocks, layer scale, no key bias. The table starts at zero: before training the network cannot tell
-positions apart.
+The ViT is that of BEiT's released ImageNet-22k models: no absolute positions, one table of relative
+position biases shared by all blocks, layer scale, no key bias. The table starts at zero: before
+training the network cannot tell positions apart.
 
-Where paper and released configuration differ we follow the latter: learning rate 1e-4 for every 512
-images, constant after the warm-up, a tenth from 7/8 of the run on (paper: 8e-4 for a batch of 2048,
-and for ViT-B a cosine). We do not copy that its first two steps have the same rate, nor the 1e-5
-that it adds to the number of masked pixels.
+Where the paper and the released configuration differ, we follow the configuration: a learning rate
+that is constant after the warmup, 4e-4 at batch 2048, and a tenth of that after 7/8 of the run
+(paper: 8e-4 at batch 2048, and for ViT-B a cosine). We do not copy that the first two steps of the
+official code have the same learning rate, nor the 1e-5 that it adds to the number of masked pixels.
 
     python simmim.py                                       minutes on a laptop, offline
-    torchrun --nproc_per_node=8 simmim.py --data imagenet  the paper's ViT-B/16 (not run by us)
+    torchrun --nproc_per_node=8 simmim.py --data imagenet  released ViT-B/16 setup (not run by us)
 """
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -41,38 +41,40 @@ from torch import nn
 
 import data
 import vit
-from lib import augment, config, rng, visualize
+from lib import augment, checkpoints, config, rng, visualize
 from lib.config import Fraction, Size
 from lib.distributed import unwrap
 from lib.run import Run, param_groups, set_lr
 
-# B images of a process, N = h x w patches, D width, S image side, p patch side
+# B images of a process's micro-batch, N = h x w patches, D width, S image side, p patch side;
+# mask: (B, h, w), of patches; masked_pixels: (B, S, S), the same mask of pixels
 
 
 @dataclass
 class Config(config.Settings):
     # the network (paper, Table 6: ViT-B/16)
-    img_size: Size = 224            # pixels (paper)
-    patch_size: Size = 16           # pixels (paper)
-    embed_dim: Size = 768           # D (paper)
-    depth: Size = 12                # blocks (paper)
+    img_size: Size = 224            # image side in pixels (paper)
+    patch_size: Size = 16           # pixels per patch side (paper)
+    embed_dim: Size = 768           # encoder width, D (paper)
+    depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads (paper)
-    layer_scale: float = 0.1        # initial scale of every branch (official code); 0: off
-    drop_path: Fraction = 0.1       # stochastic depth, in pretraining, too (official code)
+    layer_scale: float = 0.1        # initial scale of residual branches (official code); 0: off
+    drop_path: Fraction = 0.1       # stochastic depth, also in pretraining (official code)
     # the mask
-    mask_patch_size: Size = 32      # pixels, side of the masked squares (paper)
-    mask_ratio: Fraction = 0.6      # fraction of the squares, rounded up: 30 of 49 (paper)
+    mask_patch_size: Size = 32      # side of the masked squares in pixels (paper)
+    mask_ratio: Fraction = 0.6      # fraction of squares masked, rounded up: 30 of 49 (paper)
     # the view
-    crop_min: Fraction = 0.67       # smallest area of the crop (paper)
+    crop_min: Fraction = 0.67       # smallest crop area, fraction of the image (paper)
     # the optimization
-    epochs: float = 800             # (paper)
-    warmup_epochs: float = 10.0     # linear increase of the learning rate (code; paper, ViT-B: 20)
-    batch_size: Size = 2048         # global (paper)
-    lr: float = 1e-4                # times batch/512, where others have 256 (code)
-    warmup_lr: float = 5e-7         # start of the increase, times batch/512 (code)
+    epochs: float = 800             # epochs (paper)
+    warmup_epochs: float = 10.0     # linear warmup from --warmup-lr (code; paper, ViT-B: 20)
+    batch_size: Size = 2048         # global batch size (paper)
+    lr: float = 1e-4                # peak learning rate, times batch/512, not batch/256 (code)
+    warmup_lr: float = 5e-7         # first learning rate of the warmup, times batch/512 (code)
     lr_drop_at: Fraction = 0.875    # fraction of the run after which lr is a tenth (code: 700/800)
-    weight_decay: float = 0.05      # AdamW (paper); of mask token and table, not class token (code)
-    clip_grad: float = 5.0          # max norm of the gradient (code); 0: off
+    weight_decay: float = 0.05      # AdamW's (paper); also of mask token and bias table, not of
+                                    # the class token (code)
+    clip_grad: float = 5.0          # max norm of the gradient (code); 0: no clipping
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -95,7 +97,7 @@ def views(cfg):
 
 def square_mask(u, ratio, times):
     """u: (B, h, w) uniform numbers, one for each square of times x times patches. Masks the
-    ceil(ratio h*w) squares with the smallest numbers, equally many in every image. Returns
+    ceil(ratio h*w) squares with the smallest numbers, the same number in every image. Returns
     (B, h*times, w*times) bool, True: masked."""
     rank = u.flatten(1).argsort(dim=1, stable=True).argsort(1)  # stable: the same on every device
     squares = (rank < math.ceil(ratio * rank.shape[1])).view_as(u)
@@ -108,7 +110,7 @@ def enlarge(mask, times):
 
 
 def draw_mask(index, cfg, *key):
-    """The masks (B, h, w) of the images with numbers index (B,); key: seed and epoch."""
+    """Masks (B, h, w) bool of the images `index` (B,). key: seed and epoch, or "picture"."""
     side = cfg.img_size // cfg.mask_patch_size
     u = rng.uniform(index, (side, side), *key, "mask")
     return square_mask(u, cfg.mask_ratio, cfg.mask_patch_size // cfg.patch_size)
@@ -118,7 +120,7 @@ def draw_mask(index, cfg, *key):
 
 
 class Network(nn.Module):
-    """Backbone, mask token, and the one-layer decoder (paper, Fig. 1)."""
+    """Backbone, mask token, and the linear layer that predicts pixels (paper, Fig. 1)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -128,24 +130,15 @@ class Network(nn.Module):
                                 qkv_bias="split", drop_path=cfg.drop_path, init="beit")
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        # A Linear on each patch; PixelShuffle arranges its 3pp numbers as colors of p x p pixels.
+        # A Linear on each patch; PixelShuffle arranges its 3pp outputs as colors of p x p pixels.
         self.decoder = nn.Sequential(nn.Conv2d(D, 3 * p * p, 1), nn.PixelShuffle(p))
 
     def forward(self, x, mask, drop=None):
-        """x: (B, 3, S, S), mask: (B, h, w) bool, drop: random numbers that decide the drop path.
-        Returns pixels (B, 3, S, S)."""
+        """x: (B, 3, S, S), mask: (B, h, w) bool, drop: (B, 2*depth) random numbers that decide the
+        drop path. Returns pixels (B, 3, S, S)."""
         tokens = self.backbone(x, mask=mask.flatten(1), mask_token=self.mask_token, drop=drop)
         _, patches = self.backbone.split(tokens)                             # (B, N, D)
         return self.decoder(patches.transpose(1, 2).unflatten(2, mask.shape[1:]))
-
-
-def official_names(net):
-    """The state dict of the network under the names of the published file."""
-    def rename(key):
-        key = re.sub(r"ls([12])\.gamma", r"gamma_\1", key.replace("backbone.", "encoder."))
-        return key.replace("mask_token", "encoder.mask_token")
-
-    return {rename(key): x for key, x in net.state_dict().items()}
 
 
 def rec_loss(pixels, target, masked):
@@ -158,7 +151,7 @@ def rec_loss(pixels, target, masked):
 
 
 def schedule(step, total, warmup, cfg):
-    """Learning rate: linear warm-up, constant, then a tenth."""
+    """Learning rate of a step: linear warmup, then constant, then a tenth."""
     scale = cfg.batch_size / 512
     if step < warmup:
         return scale * (cfg.warmup_lr + (cfg.lr - cfg.warmup_lr) * step / warmup)
@@ -168,7 +161,7 @@ def schedule(step, total, warmup, cfg):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for kNN only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
 
     model = run.place(Network(cfg))
     net = unwrap(model)
@@ -189,13 +182,13 @@ def main():
             drop = rng.uniform(part.index, 2 * cfg.depth, cfg.seed, part.epoch, "drop")
             with run.autocast():
                 pixels = model(x, mask, drop)                                # (B, 3, S, S)
-            # The loss is on masked pixels only: the visible ones are in the input, and copying
-            # them teaches nothing.
+            # From here on in fp32. Only masked pixels have a loss: the visible ones are in the
+            # input, and copying them teaches nothing.
             masked_pixels = enlarge(mask, cfg.patch_size)                    # (B, S, S)
-            loss = rec_loss(pixels, x, masked_pixels)                        # fp32 from here on
+            loss = rec_loss(pixels, x, masked_pixels)
             (loss / cfg.accum_iter).backward()
             run.log(loss=loss)
-        # eps 1e-6; 0: no clipping
+        # clip_grad_norm_ adds 1e-6 to the norm; 0: no clipping
         grad_norm = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad or math.inf)
         run.log(lr=lr, grad_norm=grad_norm)
         opt.step()
@@ -210,7 +203,7 @@ def main():
                 save_visualization(run, cfg, net, queries)
             visualize.warn_of_mean_color(run, loss, mean_color, "loss", "another --lr")
         if run.save_due:
-            run.save_encoder(net.backbone, full=official_names(net), branch="base")
+            run.save_encoder(net.backbone, full=checkpoints.simmim_names(net), branch="base")
             run.save()
 
 

@@ -1,22 +1,23 @@
 """The one Vision Transformer (Dosovitskiy et al., 2021) behind every method.
 
-    images (B, 3, H, W)
+    images (B, 3, height, width)
       | cut into patches, Linear                      patch_embed        (B, N, D)
-      | mask tokens inserted, positions added         mask, pos_embed
-      | some patches only, class token prepended      keep, cls_token    (B, L, D)
+      | masked patches replaced by mask_token         mask
+      | positions added                               pos_embed
+      | a selection of patches, class token in front  keep, cls_token    (B, L, D)
       | depth x { x + ls1 * attn(norm1(x))            drop path on both branches
       |           x + ls2 * mlp(norm2(x)) }
       | LayerNorm                                     norm
     tokens (B, L, D)            split() -> class token (B, D), patches (B, N, D)
 
 Shapes in all files of this repository:
-    B batch, N patches (row by row), L tokens (class token, if any, and patches), D width, H heads,
-    S image side, p patch side, K prototypes or codes, V global views, C classes
+    B batch, N patches (in raster order), L tokens (class token, if any, and patches), D width,
+    H heads, S image side, p patch side, K prototypes or codes, V global views, C classes
 
 Arguments of the published backbones, ViT(**SIZES["base"], ...):
 
     DeiT, DINO, iBOT      the defaults
-    MoCo v3               pos="sincos_row", init="moco"               (12 heads in ViT-S, too)
+    MoCo v3               pos="sincos_row", init="moco"               (ViT-S also has 12 heads)
     MAE                   pos="sincos_col", init="mae"
     SelfPatch             class_token=False, final_norm=False
     BEiT 22k, SimMIM      pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split",
@@ -24,12 +25,12 @@ Arguments of the published backbones, ViT(**SIZES["base"], ...):
     BEiT (paper; 1k)      qkv_bias="split", init="beit"
     BEiT, fine-tuning     as BEiT 22k, but rel_pos="block", final_norm=False
     CAE                   pos="sincos_row", layer_scale=0.1, qkv_bias="split",
-                          init="cae"                                  (12 heads in ViT-S, too)
+                          init="cae"                                  (ViT-S also has 12 heads)
 
-BEiT, SimMIM, CAE and the students of DINO, iBOT and SelfPatch train with drop_path=0.1. Parameter
-names are timm's: a state dict goes to create_model("vit_base_patch16_224", num_classes=0) and back
-unchanged. lib/checkpoints.py reads and writes files, ours and the official ones; lib/positions.py
-has the position tables.
+BEiT, SimMIM, CAE and the students of DINO, iBOT and SelfPatch train with drop_path=0.1. With the
+default arguments the parameter names are timm's: a state dict of a ViT-B can be loaded into
+create_model("vit_base_patch16_224", num_classes=0) and back, unchanged. lib/checkpoints.py reads
+our files and the official ones, and writes ours; lib/positions.py has the position tables.
 """
 import math
 from collections import OrderedDict
@@ -53,8 +54,8 @@ SIZES = {
 # Model
 
 class PatchEmbed(nn.Module):
-    """A convolution with stride = kernel size, computed as a Linear on each patch's pixels, which
-    is 4x faster on a CPU."""
+    """A convolution whose stride is its kernel size, computed as a Linear on each patch's pixels,
+    which is 4x faster on a CPU."""
 
     def __init__(self, patch_size, in_chans, dim):
         super().__init__()
@@ -69,10 +70,10 @@ class PatchEmbed(nn.Module):
 
 def attend(q, k, v, bias=None, weights=None):
     """softmax(q k^T / sqrt(d) + bias) v: (B, H, queries, d). q: (B, H, queries, d); k, v:
-    (B, H, L, d); bias: added to the logits (B, H, queries, L). weights: a list; the softmax is
-    appended to it."""
+    (B, H, L, d); bias: added to the logits, broadcastable to their shape (B, H, queries, L).
+    weights: None, or a list to which the softmax is appended."""
     bias = None if bias is None else bias.to(q.dtype)
-    # bf16 on CPU: for short sequences the explicit form is over twice as fast as the fused
+    # bf16 on CPU: for short sequences the explicit form is more than 2x faster than the fused
     short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 256
     if weights is None and not short:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -84,8 +85,9 @@ def attend(q, k, v, bias=None, weights=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. qkv_bias: "fused", "none", or "split" (BEiT): none for the key.
-    The split form computes the same function: a key bias cancels in the softmax."""
+    """Multi-head self-attention. qkv_bias: "fused" (one parameter), "none", or "split" (BEiT): two
+    parameters, for query and value. Split and fused can compute the same functions, because a key
+    bias cancels in the softmax."""
 
     def __init__(self, dim, num_heads, qkv_bias="fused"):
         super().__init__()
@@ -111,6 +113,8 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """A learned factor for each channel."""
+
     def __init__(self, dim, value):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(value)))
@@ -135,7 +139,8 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x, bias=None, drop=None, weights=None):
-        """x (B, L, D). drop (B, 2): a factor for each branch, 0 or 1/keep. Others: `attend`."""
+        """x: (B, L, D); bias and weights as in `attend`. drop: (B, 2), the factors of the attention
+        and the MLP branch, 0 or 1 / (1 - rate), from ViT.drop_factors; None: no drop path."""
         branch = self.ls1(self.attn(self.norm1(x), bias, weights))
         x = x + (branch if drop is None else branch * drop[:, 0, None, None])
         branch = self.ls2(self.mlp(self.norm2(x)))
@@ -143,14 +148,24 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """net.config holds all arguments: ViT(**net.config) builds the same architecture.
+    """A Vision Transformer encoder: images -> tokens. net.config contains all arguments, so that
+    ViT(**net.config) builds the same architecture.
 
-    img_size   side in pixels for which positions are made; for other sizes, square or not, they are
-               interpolated
-    drop_path  fraction of branches dropped in the last block, increasing linearly from 0 in the
-               first
-    resize     "dino" or "size", see positions.resize_positions; relative tables follow BEiT's rule
-    init       initial weights, see lib/weights.py
+    img_size     side in pixels for which positions are made; for other sizes, square or not, they
+                 are interpolated
+    class_token  whether there is one, in front of the patches
+    pos          absolute positions: "learned", "sincos_row" or "sincos_col" (fixed, see
+                 positions.sincos), "none"
+    rel_pos      relative position bias: None, "shared" (one table for all blocks) or "block" (a
+                 table per block)
+    layer_scale  initial value of LayerScale after each branch; None: no LayerScale
+    qkv_bias     "fused", "split" or "none", see Attention
+    drop_path    fraction of branches dropped in the last block, increasing linearly from 0 in the
+                 first
+    final_norm   whether a LayerNorm follows the last block
+    resize       rule for absolute positions, "dino" or "size", see positions.resize_positions;
+                 tables of relative positions are always resized by BEiT's rule
+    init         initial weights, see lib/weights.py
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
@@ -164,11 +179,11 @@ class ViT(nn.Module):
                              ("qkv_bias", ("fused", "split", "none")),
                              ("init", ("trunc", "beit", "mae", "cae", "moco"))):
             if config[name] not in choice:
-                raise ValueError(f"{name} is one of {choice}, not {config[name]!r}")
+                raise ValueError(f"{name} must be one of {choice}, not {config[name]!r}")
         if img_size % patch_size:
             raise ValueError(f"image size {img_size} is not a multiple of patch size {patch_size}")
         if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path is a fraction in [0, 1), not {drop_path}")
+            raise ValueError(f"drop_path must be a fraction in [0, 1), not {drop_path}")
         self.config, self.embed_dim, self.depth, self.patch_size = (
             config, embed_dim, depth, patch_size)
         self.grid, self.num_prefix = (img_size // patch_size,) * 2, int(class_token)
@@ -187,7 +202,7 @@ class ViT(nn.Module):
         self.rel_pos_bias = nn.Module() if rel_pos == "shared" else None
         owners = {None: [], "shared": [self.rel_pos_bias], "block": [b.attn for b in self.blocks]}
         for owner in owners[rel_pos]:
-            rows = (2 * self.grid[0] - 1) ** 2 + 3 * self.num_prefix             # zero at the start
+            rows = (2 * self.grid[0] - 1) ** 2 + 3 * self.num_prefix             # initialized to 0
             owner.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
         index = positions.relative_index(self.grid, self.num_prefix) if rel_pos else None
         self.register_buffer("index", index, persistent=False)
@@ -198,26 +213,30 @@ class ViT(nn.Module):
     def forward(self, x, keep=None, mask=None, mask_token=None, drop=None, attn_mask=None):
         """Images (B, 3, height, width) -> tokens (B, L, D) after the final norm.
 
-        keep       (B, n) patch numbers: the encoder gets only these n patches, in this order (MAE)
-        mask       (B, N) bool: patches replaced by mask_token (1, 1, D) before positions are added
-        drop       (B, 2*depth) numbers in [0, 1) that decide drop path: attention and MLP of block
-                   0, 1, ...; None: random. In training mode only
-        attn_mask  (L, L) bool, True where attention is allowed; for example local_mask()
+        keep       (B, n) patch indices: the blocks get only these n patches, in this order (MAE)
+        mask       (B, N) bool, True: this patch is replaced by mask_token, which is
+                   broadcast, before positions are added
+        drop       (B, 2*depth) uniform random numbers in [0, 1): a branch (attention and MLP of
+                   block 0, 1, ...) is dropped where its number is below its rate; None: torch's
+                   global generator. Used in training mode only
+        attn_mask  (L, L) bool, True: this query may attend to this key (the opposite of `mask`,
+                   where True hides); for example local_mask()
         """
         same = dict(keep=keep, mask=mask, mask_token=mask_token, drop=drop, attn_mask=attn_mask)
         return self.layers(x, [self.depth - 1], **same)[0][0]
 
     def layers(self, x, blocks=None, norm=True, attention=(), *, keep=None, mask=None,
                mask_token=None, drop=None, attn_mask=None):
-        """Tokens after `blocks` (from 0; default: all) and attention weights of `attention`.
+        """Tokens after the blocks in `blocks` (indices from 0; default: all) and attention weights
+        of the blocks in `attention`. Other arguments: see forward().
 
-        -> list of (B, L, D), after the final norm if `norm`; {block: (B, H, L, L)}. Later blocks
-        are not computed.
+        Returns a list of (B, L, D), after the final norm if `norm`, in the order of `blocks`; and
+        {block: (B, H, L, L)}. Blocks after the last one needed are not computed.
         """
         blocks = range(self.depth) if blocks is None else blocks
         wanted = {*blocks, *attention}
         if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
-            raise ValueError(f"blocks are 0 to {self.depth - 1}, not {sorted(wanted)}")
+            raise ValueError(f"blocks must be 0 to {self.depth - 1}, not {sorted(wanted)}")
         x, grid = self.embed(x, keep, mask, mask_token)
         factors = self.drop_factors(len(x), drop)
         outputs, maps = {}, {}
@@ -233,14 +252,14 @@ class ViT(nn.Module):
         return [outputs[i] for i in blocks], maps
 
     def split(self, tokens):
-        """(B, L, D) -> class token (B, D), or None in a model without; patches (B, N, D)."""
+        """(B, L, D) -> class token (B, D), or None if the model has none; patches (B, N, D)."""
         return (tokens[:, 0] if self.num_prefix else None), tokens[:, self.num_prefix:]
 
     def local_mask(self, window, grid=None):
         """An attn_mask (L, L): patches attend to window x window patches (Park et al., appendix D).
 
-        window is odd; attention from and to the class token is not restricted (our choice: the
-        paper leaves it open). grid (h, w) of the input, if it is not img_size.
+        window is odd. Attention from and to the class token is not restricted (our choice: Park et
+        al. leave it open). grid: (h, w) of the input, if its size is not img_size.
         """
         if window < 1 or window % 2 == 0:
             raise ValueError(f"the window must be an odd number of patches, not {window}")
@@ -248,10 +267,10 @@ class ViT(nn.Module):
         steps = torch.maximum((row[:, None] - row).abs(), (col[:, None] - col).abs())    # (N, N)
         return F.pad(steps <= window // 2, (self.num_prefix, 0, self.num_prefix, 0), value=True)
 
-    # parts of layers()
+    # ---- parts of layers()
 
     def embed(self, images, keep=None, mask=None, mask_token=None):
-        """Images -> input tokens (B, L, D) of the first block, and the grid (h, w)."""
+        """Images -> input tokens (B, L, D) of the first block, and the patch grid (h, w)."""
         p, (h, w) = self.patch_size, images.shape[2:]
         if h % p or w % p:
             raise ValueError(f"image size {h}x{w} is not a multiple of patch size {p}")
@@ -260,11 +279,11 @@ class ViT(nn.Module):
         x = x.to(self.patch_embed.proj.weight.dtype)       # the residual stays fp32 under autocast
         if mask is not None:
             if mask_token is None:
-                raise ValueError("a mask needs its mask_token (1, 1, D)")
+                raise ValueError("mask needs a mask_token (1, 1, D)")
             x = torch.where(mask[:, :, None], mask_token, x)
         if self.pos_embed is not None:
             pos = positions.resize_positions(self.pos_embed, self.grid, grid, self.num_prefix,
-                                   self.config["resize"])
+                                             self.config["resize"])
             x = x + pos[:, self.num_prefix:]
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))                 # (B, n, D)
@@ -274,7 +293,8 @@ class ViT(nn.Module):
         return x, grid
 
     def drop_factors(self, batch, drop=None):
-        """Stochastic depth (Huang et al., 2016): (B, 2*depth) factors, 0 or 1/keep; or None."""
+        """Stochastic depth (Huang et al., 2016): (B, 2*depth) factors of the branches, 0 or
+        1 / (1 - rate); None in eval mode or without drop path. drop: see forward()."""
         if not self.training or not self.config["drop_path"]:
             return None
         if drop is None:
@@ -282,9 +302,9 @@ class ViT(nn.Module):
         return (drop >= self.drop_rates) / (1 - self.drop_rates)
 
     def attention_bias(self, block, grid, keep=None, attn_mask=None):
-        """Sum of relative position bias and -inf where attn_mask is False; None without both.
+        """Relative position bias, plus -inf where attn_mask is False; None without both.
 
-        (1, H or 1, L, L), with `keep` (B, H or 1, L, L).
+        Its shape is (1, H or 1, L, L), or with `keep` (B, H or 1, L, L).
         """
         bias = None
         if self.config["rel_pos"]:
@@ -295,10 +315,10 @@ class ViT(nn.Module):
                 index = positions.relative_index(grid, self.num_prefix, table.device)
             bias = table[index].permute(2, 0, 1)                                         # (H, L, L)
         if attn_mask is not None:
-            closed = torch.zeros(attn_mask.shape, device=attn_mask.device)
-            closed = closed.masked_fill(~attn_mask, -math.inf)[None]                     # (1, L, L)
-            bias = closed if bias is None else bias + closed
+            blocked = torch.zeros(attn_mask.shape, device=attn_mask.device)
+            blocked = blocked.masked_fill(~attn_mask, -math.inf)[None]                   # (1, L, L)
+            bias = blocked if bias is None else bias + blocked
         if bias is None or keep is None:
             return None if bias is None else bias[None]
-        rows = F.pad(keep + self.num_prefix, (self.num_prefix, 0))          # (B, L) token numbers
+        rows = F.pad(keep + self.num_prefix, (self.num_prefix, 0))          # (B, L) token indices
         return bias[:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)

@@ -1,16 +1,16 @@
 """Image augmentations for self-supervised training, computed for a whole batch on its device.
 
     key = seed, epoch, view_number
-    u = rng.uniform(index, 22, *key, "box")                           # index: (B,) image numbers
+    u = rng.uniform(index, 22, *key, "box")                           # index: (B,) image indices
     boxes = crop_boxes(u, height, width, torch.tensor(view.scale), torch.tensor(view.ratio))
     params = sample_params(view, index, *key)                         # view: a data.View
     x = crop(pixels, boxes, view.size, view.interpolation, params["flip"])
     x = augment_colors(x, params)                                     # normalized, for the network
 
-All random numbers come from lib/rng.py and are sampled before any pixel is touched: a function here
-takes images and parameters, one row of parameters for each image, and is deterministic.
-The results equal torchvision's (crop, flip, jitter, gray, solarize) and Pillow's (resize kernels,
-blur) up to rounding; tests/test_augment.py compares them. data.py calls these functions.
+All random numbers come from lib/rng.py and are sampled before any pixel is computed. The functions
+that compute pixels take images and one row of parameters for each image, and are deterministic. The
+results equal torchvision's (crop, flip, jitter, gray, solarize) and Pillow's (resize kernels, blur)
+up to rounding; tests/test_augment.py compares them. data.py calls these functions.
 """
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def crop_boxes(u, height, width, scale, ratio):
 
     There are ten tries for area and aspect ratio. If none fits, the box is the largest central one
     of an allowed ratio, as in torchvision. height, width: of the image, in pixels. scale (area of
-    the crop / of the image), ratio (width / height): (2,) or (..., 2) tensors of min and max.
+    the crop / of the image), ratio (width / height): (2,) or (..., 2) tensors, minimum and maximum.
     """
     (s0, s1), (r0, r1) = scale[..., None].unbind(-2), ratio[..., None].unbind(-2)
     area = height * width * (s0 + (s1 - s0) * u[..., :10])
@@ -45,10 +45,10 @@ def crop_boxes(u, height, width, scale, ratio):
 
 
 def sample_params(view, index, *key):
-    """All random parameters of a data.View except the box, of the images with numbers index (B,).
+    """All random parameters of a data.View except the box, for the images with indices (B,).
 
-    Returns a dict of CPU tensors with B rows: flip, gray (bool), op and factor (the order and the
-    factors of `jitter`), radius (of the blur; 0: none), threshold (of solarize; 2: none).
+    Returns a dict of CPU tensors with B rows: flip and gray (bool), op and factor (the order and
+    the factors of `jitter`), radius (of the blur; 0: none), threshold (of solarize; 2: none).
     """
     def uniform(shape, low, high, purpose):
         return low + (high - low) * rng.uniform(index, shape, *key, purpose)
@@ -65,7 +65,7 @@ def sample_params(view, index, *key):
     return {"flip": chance(view.flip, "flip"),
             "op": op[:, :steps],
             "factor": factor.gather(1, op)[:, :steps],
-            "gray": chance(view.gray_p, "grey"),       # the spelling seeds the recorded results
+            "gray": chance(view.gray_p, "grey"),       # this spelling is part of the random key
             "radius": chance(view.blur_p, "blur") * uniform((), *view.blur_sigma, "radius"),
             "threshold": torch.where(chance(view.solarize_p, "solarize"), 128 / 255, 2.0)}
 
@@ -87,17 +87,18 @@ def crop(x, box, size, kernel="bicubic", flip=None):
 
 
 def resample_weights(start, length, size, out, kernel, flip=None):
-    """Weights (B, out, size) that resample the pieces [start, start + length) of an axis, both
+    """Weights (B, out, size) that resample the segments [start, start + length) of an axis, both
     (B,) in pixels, from `size` input pixels to `out` output pixels.
 
-    Row i mixes output pixel i. Where a piece shrinks, the kernel is wider by the same factor: this
-    is the antialiasing. Pixels outside of the piece have weight 0, as if it had been cut out first.
+    Row i has the weights of output pixel i. Where a segment shrinks, the kernel is wider by the
+    same factor: this is the antialiasing. Pixels outside the segment have weight 0, as if it had
+    been cut out first.
     """
     scale = length[:, None] / out                                                # (B, 1)
     stretch = scale.clamp(min=1)
     place = torch.arange(out, device=start.device) + 0.5
     if flip is not None:
-        place = torch.where(flip[:, None], out - place, place)     # mirroring here costs no time
+        place = torch.where(flip[:, None], out - place, place)     # mirroring here is free
     center = (start[:, None] + place * scale) / stretch                          # (B, out)
     pixel = torch.arange(size, device=start.device) + 0.5
     weight = KERNELS[kernel]((pixel / stretch)[:, None] - center[:, :, None])    # (B, out, size)
@@ -110,7 +111,7 @@ def triangle(x):
 
 
 def cubic(x):
-    """Keys' kernel with a = -1/2, as in Pillow, written as a sum of truncated powers: no branch."""
+    """Keys' kernel with a = -1/2, as in Pillow; a sum of truncated powers, so without branches."""
     near, far = (1 - x.abs_()).clamp_(min=0), (2 - x).clamp_(min=0)
     return (far * far).mul_(far.sub_(1)).mul_(0.5).add_((near * near).mul_(1 - 2 * near))
 
@@ -139,7 +140,7 @@ def augment_colors(x, params):
 def apply(transform, x, chosen, parameter):
     """x[chosen] = transform(x[chosen], parameter[chosen]), in place.
 
-    chosen and parameter, both (B,), are on the CPU, so the rows are known without a wait for the
+    chosen and parameter, both (B,), are on the CPU, so the rows are known without waiting for the
     GPU.
     """
     rows = chosen.nonzero().flatten()
@@ -153,9 +154,9 @@ def jitter(x, op, factor):
     """Color jitter, in place. op, factor: (B, steps) on the CPU, the operation of each step and its
     factor.
 
-    Brightness, contrast and saturation are one formula, x <- factor x + (1 - factor) other, where
-    other is black, the mean luma, or the luma. So one step serves all images of the batch, although
-    each has its own order of operations.
+    Brightness, contrast and saturation have one formula, x <- factor x + (1 - factor) other, where
+    other is black, the mean luma, or the luma. So one step handles all images of the batch,
+    although each has its own order of operations.
     """
     weight = torch.stack([(1 - factor) * (op != HUE), op == CONTRAST, op == SATURATION], -1)
     weight = weight.to(x.device, non_blocking=True)[..., None, None, None]       # (B, steps, 3, ..)
@@ -169,7 +170,7 @@ def jitter(x, op, factor):
 
 
 def luma(x):
-    """(B, 3, S, S) -> (B, 1, S, S): gray with the weights of ITU-R 601, as torchvision has them."""
+    """(B, 3, S, S) -> (B, 1, S, S): gray with the weights of ITU-R 601, rounded as torchvision."""
     return x[:, :1].mul(0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
 
 
@@ -179,7 +180,7 @@ def adjust_hue(x, turn):
     top, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = top - low
     per = 1 / chroma.clamp(min=1e-12)                                            # gray: any hue
-    # Hue in sixths, by which channel is the largest; lerp by 0 or 1 is torch.where, but 4 x faster.
+    # Hue in sixths, by which channel is the largest; lerp by 0 or 1 is torch.where, but 4x faster.
     not_red, not_green = (top - r).sign_(), (top - g).sign_()
     h = (b - r).mul_(per).add_(2).lerp_((r - g).mul_(per).add_(4), not_green)
     h = (g - b).mul_(per).lerp_(h, not_red)
@@ -226,6 +227,6 @@ def normalize(x, mean=MEAN, std=STD):
 
 
 def denormalize(x, mean=MEAN, std=STD):
-    """(..., 3, S, S) normalized -> uint8, for figures."""
+    """(..., 3, S, S) normalized -> uint8: the inverse of normalize(), up to rounding."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (mean, std))
     return (x.float() * std + mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)

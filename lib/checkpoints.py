@@ -31,15 +31,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                 # Image
 
 @dataclass
 class Layout:
-    """Keys of an official file, inside of its wrapper ("model", "state_dict" or none), and the
-    settings that the keys do not give."""
+    """Keys of an official file, inside its wrapper ("model", "state_dict" or none), and settings
+    that do not follow from the keys."""
     method: str
     branches: dict                       # branch -> prefix of its keys; the first is the default
     heads: dict = field(default_factory=dict)               # branch -> {head: prefix of its keys}
     drop: str = "(?!)"                   # keys that may be present and are not needed, a regex
     pos: str = "learned"                 # "none": a shared relative table instead
     resize: str = "size"
-    init: str = "trunc"                  # initialization of its code: for re-initialized blocks
+    init: str = "trunc"                  # its code's initialization, for re-initialized blocks
     twelve_heads: bool = False           # at every width below 1024, instead of width / 64
     mean: tuple = MEAN
     std: tuple = STD
@@ -81,6 +81,22 @@ LAYOUTS = {
 }
 
 
+def mae_names(net):
+    """The state dict of the network of mae.py or asl.py, under the names of MAE's published files;
+    ASL's aug_block keeps its name."""
+    return {key.removeprefix("encoder.").replace("decoder.mask_token", "mask_token")
+            .replace("decoder.", "decoder_"): x for key, x in net.state_dict().items()}
+
+
+def simmim_names(net):
+    """The state dict of the network of simmim.py, under the names of SimMIM's published files."""
+    def rename(key):
+        key = re.sub(r"ls([12])\.gamma", r"gamma_\1", key.replace("backbone.", "encoder."))
+        return key.replace("mask_token", "encoder.mask_token")
+
+    return {rename(key): x for key, x in net.state_dict().items()}
+
+
 def save_encoder(path, net, **info):
     """Writes an encoder checkpoint ("encoder.pt") atomically.
 
@@ -97,7 +113,7 @@ def save_encoder(path, net, **info):
 def write_atomic(path, write):
     """Calls write(file) for a temporary file next to `path`, then renames it to `path`.
 
-    So the file is either complete or as before. OSError with one sentence when it cannot be
+    So the file is either complete or as before. OSError with a readable message if it cannot be
     written, for example on a full disk.
     """
     temporary = f"{path}.tmp"
@@ -134,7 +150,7 @@ def copy_plain_data(x, where):
 
 
 class Ignored:
-    """Replaces objects in a file that are not weights. It accepts any state and does nothing."""
+    """Replaces objects in a file that are not weights: accepts any state and does nothing."""
 
     def __init__(self, *args):
         pass
@@ -294,8 +310,9 @@ def split_keys(flat, layout, branch):
 def infer_config(path, name, state, unexpected, num_heads):
     """ViT arguments of a published file, from the shapes of its weights.
 
-    num_heads: if known. No shape depends on it, and a wrong number would run without an error, so
-    it is given by the layout otherwise. ValueError: keys or shapes do not match the layout.
+    num_heads: the number of heads if the file contains it, else None: then the layout gives it. It
+    cannot be inferred from shapes, and a wrong value would cause no error, only wrong features.
+    ValueError: keys or shapes do not match the layout.
     """
     layout = LAYOUTS[name]
     table, fc1 = "rel_pos_bias.relative_position_bias_table", "blocks.0.mlp.fc1.weight"
@@ -369,15 +386,16 @@ def convert_npz(arrays):
              "pre_logits": "pre_logits.fc"}
     parts = {"LayerNorm_0": "norm1", "LayerNorm_2": "norm2", "MlpBlock_3/Dense_0": "mlp.fc1",
              "MlpBlock_3/Dense_1": "mlp.fc2", "MultiHeadDotProductAttention_1/out": "attn.proj"}
-    numbers = {m[1] for key in arrays if (m := re.match(r"Transformer/encoderblock_(\d+)/", key))}
-    for n in numbers:
+    block_numbers = {match[1] for key in arrays
+                     if (match := re.match(r"Transformer/encoderblock_(\d+)/", key))}
+    for n in block_numbers:
         stems |= {f"Transformer/encoderblock_{n}/{k}": f"blocks.{n}.{v}" for k, v in parts.items()}
     arrays, out = dict(arrays), {}
     for theirs, ours in (("cls", "cls_token"),
                          ("Transformer/posembed_input/pos_embedding", "pos_embed")):
         if theirs in arrays:
             out[ours] = arrays.pop(theirs)
-    for n in numbers:
+    for n in block_numbers:
         root = f"Transformer/encoderblock_{n}/MultiHeadDotProductAttention_1"
         for kind, name in (("kernel", "weight"), ("bias", "bias")):
             keys = [f"{root}/{part}/{kind}" for part in ("query", "key", "value")]
@@ -395,7 +413,7 @@ def convert_npz(arrays):
 
 
 def check_keys(path, name, missing, unexpected, misshapen):
-    """Raises ValueError with one sentence that lists the keys, if there are any."""
+    """Raises ValueError that lists the keys, if there are any."""
     problems = []
     for what, keys in (("missing", missing), ("unexpected", unexpected),
                        ("of another shape", misshapen)):
@@ -453,7 +471,7 @@ class Projector(nn.Module):
         self.prototypes = None
         if prototypes:
             weight = prototype_matrix(prototypes)                              # (K, bottleneck)
-            if narrow and len(weight) > weight.shape[1]:      # W = QR: |Wz| = |Rz|, angles as well
+            if narrow and len(weight) > weight.shape[1]:      # W = QR: |Wz| = |Rz|, equal angles
                 weight = torch.linalg.qr(weight, mode="r").R          # (bottleneck, bottleneck)
             self.prototypes = nn.Parameter(weight)
 
@@ -465,19 +483,20 @@ class Projector(nn.Module):
 
 
 def build_sequential(state, relu):
-    """nn.Sequential of Linear and BatchNorm1d layers from its state dict. A number without tensors
-    is an activation: ReLU, or GELU if not `relu`."""
+    """nn.Sequential of Linear and BatchNorm1d layers from its state dict. An index without
+    tensors is an activation: ReLU, or GELU if not `relu`."""
     layers = []
     for i in range(max(int(key.split(".")[0]) for key in state) + 1):
-        own = {key.split(".", 1)[1]: x for key, x in state.items() if key.startswith(f"{i}.")}
-        if not own:
+        layer_state = {key.split(".", 1)[1]: x for key, x in state.items()
+                       if key.startswith(f"{i}.")}
+        if not layer_state:
             layers.append(nn.ReLU() if relu else nn.GELU())
             continue
-        if "running_mean" in own:
-            layer = nn.BatchNorm1d(len(own["running_mean"]), affine="weight" in own)
+        if "running_mean" in layer_state:
+            layer = nn.BatchNorm1d(len(layer_state["running_mean"]), affine="weight" in layer_state)
         else:
-            layer = nn.Linear(*own["weight"].shape[::-1], bias="bias" in own)
-        layer.load_state_dict(own)
+            layer = nn.Linear(*layer_state["weight"].shape[::-1], bias="bias" in layer_state)
+        layer.load_state_dict(layer_state)
         layers.append(layer)
     return nn.Sequential(*layers)
 

@@ -1,4 +1,5 @@
-"""Settings of a run: dataclass <- section of configs/METHOD.yaml <- --config FILE <- command line.
+"""Settings of a run. Each source overrides those before it: the dataclass, the data set's section
+in configs/METHOD.yaml, with --resume the run's config.yaml, --config FILE, the command line.
 
     @dataclass
     class Config(config.Settings):
@@ -7,7 +8,7 @@
         pos: Literal["learned", "none"] = "learned"      # positions (paper: learned)
 
     cfg = config.parse(Config)         # cfg.img_size, ...; cfg.origin: which source set what
-    config.main(main)                  # runs a script; a user error is one sentence, exit code 2
+    config.main(main)                  # runs a script; a user error is one line, exit code 2
 """
 import argparse
 import dataclasses
@@ -26,36 +27,37 @@ import yaml
 
 from lib import distributed
 
-# Types of settings with their bounds; any other int or float is 0 or more.
+# Types of settings with their bounds. Any other int or float must be 0 or more.
 Size = typing.Annotated[int, (1, math.inf)]
 Several = typing.Annotated[int, (2, math.inf)]
 Fraction = typing.Annotated[float, (0, 1)]
 Positive = typing.Annotated[float, (math.ulp(0), math.inf)]
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Data sets without a section of their own; a folder of images takes imagenet100's.
+# The section for data sets that have none in configs/METHOD.yaml. Every name that is not listed
+# here, such as pets or a folder of images, takes imagenet100's.
 FALLBACK_SECTIONS = {"toy-scenes": "toy", "synthetic": "toy", "cifar100": "cifar10",
                      "stl10": "cifar10"}
 
 
 @dataclasses.dataclass
 class Settings:
-    """The settings that every method has; its own Config adds to them."""
-    data: str = "toy"            # a data set (docs/datasets.md lists them), or a folder of images
+    """The settings of every method. Each method's Config adds its own."""
+    data: str = "toy"            # data set (docs/datasets.md lists them), or a folder of images
     data_root: str = ""          # folder with the data sets; default: $DATA_ROOT, else datasets/
     out: str = ""                # folder of this run; default: out/METHOD-DATA
     resume: bool = False         # continue from the last checkpoint in the run's folder
     seed: int = 0                # seed of all random numbers
-    steps: int = 0               # optimizer steps; 0: given by --epochs
-    accum_iter: Size = 1         # micro-batches a step, where the method allows it: less memory
-    workers: int = 2             # processes that decode images, for each training process
-    device: str = "auto"         # cuda or cpu; auto: cuda if available
+    steps: int = 0               # optimizer steps of the run; 0: as many as --epochs gives
+    accum_iter: Size = 1         # micro-batches per step, to save memory; not every method can
+    workers: int = 2             # DataLoader workers, which decode images, per training process
+    device: str = "auto"         # cuda, cuda:1 or cpu; auto: cuda if available
     precision: str = "auto"      # bf16 or fp32; auto: bf16 where the hardware has it
-    compile: bool = False        # torch.compile, from the second step on
-    config: str = ""             # a YAML file that overrides the method's own section
+    compile: bool = False        # use torch.compile, after the first step without an evaluation
+    config: str = ""             # YAML file whose settings override the method's section
     log_every: Size = 10         # steps between log lines
     save_every: float = 5.0      # minutes between checkpoints; 0: after every step
-    evals: int = 10              # evaluations (kNN accuracy, visualization) during the run
+    evals: int = 10              # number of evaluations (kNN accuracy, visualization) per run
     tensorboard: bool = False    # also write TensorBoard files (pip install tensorboard)
 
     paper_data: typing.ClassVar[str] = "imagenet"        # section with the paper's settings
@@ -67,7 +69,7 @@ class Settings:
 
 def fields(cls):
     """{name: (type, default, help)} of a Config: the help is the comment on the field's line and
-    on the lines below it that are only a comment, far to the right."""
+    on lines below it that are only a comment, indented by 20 or more."""
     hints, comments = typing.get_type_hints(cls), {}
     for owner in [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]:
         for line in inspect.getsource(owner).splitlines():
@@ -75,8 +77,9 @@ def fields(cls):
                 name, comments[match[1]] = match[1], match[2]
             elif match := re.match(r"\s{20,}#\s*(.+)", line):
                 comments[name] += f" {match[1]}"
-    own = sorted(dataclasses.fields(cls), key=lambda f: f.name in Settings.__annotations__)
-    return {f.name: (hints[f.name], f.default, comments.get(f.name, "")) for f in own}
+    methods_first = sorted(dataclasses.fields(cls),
+                           key=lambda f: f.name in Settings.__annotations__)
+    return {f.name: (hints[f.name], f.default, comments.get(f.name, "")) for f in methods_first}
 
 
 def flag(name):
@@ -91,8 +94,8 @@ def metavar(kind):
 
 
 def check_bounds(cfg):
-    """Raises ValueError for a number outside of the bounds of its type (NaN is outside), and for
-    what is not one of the choices of a Literal."""
+    """Raises ValueError for a number outside the bounds of its type (NaN is outside), and for a
+    value that is not one of the choices of a Literal."""
     for name, hint in typing.get_type_hints(type(cfg), include_extras=True).items():
         low, high = getattr(hint, "__metadata__", [(0, math.inf)])[0]
         value = getattr(cfg, name)
@@ -106,7 +109,8 @@ def check_bounds(cfg):
 
 
 def convert(name, value, kind):
-    """A YAML or command-line value as the field's type: PyYAML reads 1e-6 as a string."""
+    """A YAML or command-line value, converted to the field's type: PyYAML reads 1e-6 as a string.
+    Raises ValueError."""
     kind = str if typing.get_origin(kind) is typing.Literal else kind
     try:
         if kind is bool:
@@ -125,15 +129,16 @@ def convert(name, value, kind):
 
 
 def read_yaml(path):
+    """The dict in a YAML file. Raises ValueError or FileNotFoundError."""
     try:
-        found = yaml.safe_load(Path(path).read_text()) or {}
+        content = yaml.safe_load(Path(path).read_text()) or {}
     except FileNotFoundError:
         raise FileNotFoundError(f"no config file {path}") from None
     except yaml.YAMLError as e:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} should hold lines of the form name: value")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should contain lines of the form name: value")
+    return content
 
 
 def nearest(name, known):
@@ -147,8 +152,8 @@ def nearest(name, known):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with two spellings of a flag (--img-size, --img_size), and whose message about an
-    unknown flag names the nearest known one. Exit code 2."""
+    """argparse that accepts two spellings of a flag (--img-size, --img_size) and names the known
+    flag nearest to an unknown one. An error ends the process with exit code 2."""
 
     def parse_known_args(self, args=None, namespace=None):
         def hyphens(arg):
@@ -169,10 +174,10 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, argv=None):
     """The settings of this run, an instance of `cls` (a Config).
 
-    Later sources override earlier ones: the dataclass, the data set's section of
-    configs/METHOD.yaml, with --resume the run's own config.yaml, --config FILE, the command line.
-    The result also has method, section, and origin {name: source}. Raises ValueError for unknown
-    keys (with the nearest known one), values of a wrong type or out of bounds."""
+    The sources and their order are given at the top of this file. A --config file has either
+    settings, or sections of them like configs/METHOD.yaml. The result also has method, section, and
+    origin {name: source}. Raises ValueError for unknown keys (with the nearest known one) and for
+    values of a wrong type or out of bounds."""
     method, known = Path(inspect.getfile(cls)).stem, fields(cls)
     parser = Parser(f"python {method}.py", description=sys.modules[cls.__module__].__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -183,31 +188,31 @@ def parse(cls, argv=None):
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
 
     sections = read_yaml(CONFIGS / f"{method}.yaml")
-    own = read_yaml(given["config"]) if "config" in given else {}
-    flat = not set(own) & set(sections)                              # or sections, as in configs/
-    top = {**(own if flat else {}), **given}
+    file = read_yaml(given["config"]) if "config" in given else {}
+    has_sections = bool(set(file) & set(sections))
+    top = {**({} if has_sections else file), **given}
     dataset = str(top.get("data", "toy"))
     section = dataset if dataset in sections else FALLBACK_SECTIONS.get(dataset, "imagenet100")
-    own = own if flat else own.get(section) or {}
+    file = (file.get(section) or {}) if has_sections else file
     out = Path(top.get("out") or f"out/{method}-{Path(dataset).resolve().name}").absolute()
     if Path.cwd() in out.parents:
         out = out.relative_to(Path.cwd())
 
     values, origin = {}, {}
 
-    def override(found, source):
-        for name, value in found.items():
+    def override(settings, source):
+        for name, value in settings.items():
             if name not in known:
                 raise ValueError(f"unknown key {name!r} in {source}{nearest(name, known)}")
             values[name], origin[name] = convert(name, value, known[name][0]), source
 
     override(sections[section] or {}, f"configs/{method}.yaml [{section}]")
-    resume = convert("resume", {**own, **given}.get("resume", False), bool)
+    resume = convert("resume", {**file, **given}.get("resume", False), bool)
     if resume and (out / "config.yaml").exists():
         override({k: v for k, v in read_yaml(out / "config.yaml").items()
                   if k != "method" and (k not in known or v != values.get(k, known[k][1]))},
                  "the run to resume")
-    override({k: v for k, v in own.items() if k != "method"}, given.get("config"))
+    override({k: v for k, v in file.items() if k != "method"}, given.get("config"))
     override(given, "flags")
     cfg = cls(**{**values, "out": str(out)})
     cfg.method, cfg.section, cfg.origin = method, section, origin
@@ -215,23 +220,27 @@ def parse(cls, argv=None):
 
 
 def main(function):
-    """Runs a script's main. A user error becomes one sentence on stderr and exit code 2; with
-    TRACEBACK=1 in the environment the traceback is printed instead."""
+    """Runs a script's main, and ends several processes together.
+
+    A ValueError or OSError counts as a user error, as do a full GPU memory and a killed DataLoader
+    worker: one line on stderr, exit code 2. Any other exception is not caught. If $TRACEBACK is not
+    empty, user errors are not caught either, so that Python prints the traceback."""
     try:
         function()
     except (ValueError, OSError, RuntimeError) as e:
         if isinstance(e, torch.OutOfMemoryError):
             e = "the GPU's memory is full: use a smaller --batch-size, or --accum-iter"
-        elif re.search(r"DataLoader worker \(pid", str(e)):     # not: an error in a decoder
-            e = "an image decoder died (memory or /dev/shm full?): fewer --workers, then --resume"
+        elif re.search(r"DataLoader worker \(pid", str(e)):     # killed, not an exception in it
+            e = ("a DataLoader worker was killed (memory or /dev/shm full?): use fewer --workers, "
+                 "then --resume")
         elif isinstance(e, RuntimeError):
             raise
         if os.environ.get("TRACEBACK"):
             raise
-        if str(e).startswith("Caught"):         # in a decoder, with its traceback
+        if str(e).startswith("Caught"):         # in a DataLoader worker: contains its traceback
             e = str(e).splitlines()[-1]
         print(f"error: {e}", file=sys.stderr, flush=True)
         if dist.is_initialized():
-            os._exit(2)                         # nccl's clean-up would wait for the other processes
+            os._exit(2)                         # NCCL's cleanup would wait for the other processes
         sys.exit(2)
     distributed.exit_together()

@@ -5,11 +5,11 @@
     images.pixels, images.paths, images.labels, images.classes        # see `Images`
     read_pixels(images.paths[17])                                     # (height, width, 3) uint8
 
-    small sets (toy, CIFAR, STL-10)   -> pixels: one uint8 tensor, whole on the device
+    small sets (toy, CIFAR, STL-10)   -> pixels: one uint8 tensor, all of it on the device
     all others (folders of files)     -> paths: decoded when needed, by the workers of data.py
 
-Data sets are read in their official layout (LAYOUT). Nothing is downloaded; if a data set is not
-there, the error shows the layout and where to get it. probes/annotations.py reads data sets that
+Data sets are read in their official layout (LAYOUT). Nothing is downloaded; if a data set is
+missing, the error shows the layout and where to get it. probes/annotations.py reads data sets that
 have more than one class per image, such as boxes or masks.
 """
 import codecs
@@ -62,7 +62,7 @@ LAYOUT = {                                  # files expected under the root, and
     "miniimagenet": ("miniimagenet/{images/*.jpg, train.csv, val.csv, test.csv}",
                      "a copy of 'miniImageNet' with the lists of Ravi and Larochelle"),
 }
-LISTS = {      # sets with official lists of their images: folders, list of train, list of test
+LISTS = {      # sets with official lists of images: folders, list of train, list of test
     "pets": (("oxford-iiit-pet", "pets/oxford-iiit-pet"),
              "annotations/trainval.txt", "annotations/test.txt"),
     "flowers": (("flowers-102", "flowers/flowers-102"), "setid.mat", "setid.mat"),
@@ -94,6 +94,10 @@ SUBSETS = {"imagenet100": IMAGENET100,         # imagenet10: SelfPatch, suppleme
 # Loading a data set
 
 
+class UnreadableImage(ValueError):
+    """An image file that cannot be read, where no other image may take its place."""
+
+
 @dataclass
 class Images:
     """A split of a data set, with either pixels (small sets, on the device) or paths (files)."""
@@ -108,7 +112,7 @@ class Images:
         return len(self.paths if self.pixels is None else self.pixels)
 
     def select(self, rows, split):
-        """The images with numbers rows (m,), as a split of that name. Only for sets with paths."""
+        """The images with indices rows (m,), as a split of that name. Only for sets with paths."""
         return replace(self, split=split, paths=[self.paths[i] for i in rows.tolist()],
                        labels=None if self.labels is None else self.labels[rows])
 
@@ -118,13 +122,13 @@ def load_images(name, root=None, split="train", size=64, limit=None, device="cpu
 
     root: folder that contains the official layout (default: $DATA_ROOT, else "datasets").
     split: train or test (val is the same), for stl10 also unlabeled. A folder without train/ and
-    val/ gives all its images for either. miniimagenet has three splits of different classes: train
+    val/ gives all its images for both. miniimagenet has three splits of different classes: train
     (64), val (16) and test (20).
     size: side of toy and synthetic images, in pixels.
     limit: number of images. Of a small set the first ones are taken; of files, which are sorted by
     class, evenly spaced ones; toy generates any number.
-    hold_out: of a folder without train/ and val/, every fifth image is test, the others train.
-    Raises FileNotFoundError that shows the expected layout; ValueError for an unknown name or
+    hold_out: in a folder without train/ and val/, every fifth image is test, the others are train.
+    Raises FileNotFoundError, which shows the expected layout, and ValueError for an unknown name or
     split and for damaged labels.
     """
     root = root_of(root)
@@ -139,7 +143,7 @@ def load_images(name, root=None, split="train", size=64, limit=None, device="cpu
                  for index in torch.arange(limit or toy.NUM_IMAGES[split]).split(256)]
         pixels, labels = (torch.cat([part[key] for part in parts]) for key in ("image", "label"))
         images = Images(name, split, list(toy.CLASSES), labels, pixels)
-    elif name == "synthetic":               # noise, to measure a training step without its input
+    elif name == "synthetic":               # noise, to measure training without reading images
         noise = torch.randint(256, (limit or 2048, 3, size, size), dtype=torch.uint8,
                               generator=rng.generator("synthetic", split))
         images = Images(name, split, pixels=noise)
@@ -151,10 +155,10 @@ def load_images(name, root=None, split="train", size=64, limit=None, device="cpu
         images = (Images(name, split, *read_list(name, root, split)) if name in LISTS else
                   load_tree(name, root, split))
         if hold_out and images.split == "all" and len(images) > 1:
-            tests = torch.arange(len(images)) % 5 == 0
-            images = images.select((tests == (split == "test")).nonzero()[:, 0], split)
+            is_test = torch.arange(len(images)) % 5 == 0
+            images = images.select((is_test == (split == "test")).nonzero()[:, 0], split)
             print(f"note: {name} has no train/ and val/: for probes, {len(images)} of its "
-                  f"{len(tests)} images are used as {split}", file=sys.stderr)
+                  f"{len(is_test)} images are used as {split}", file=sys.stderr)
         if limit and limit < len(images):
             images = images.select(torch.arange(limit) * len(images) // limit, images.split)
         return images
@@ -169,7 +173,7 @@ def root_of(given):
 
 
 def find(name, root, *places, layouts=LAYOUT):
-    """The first of the places under root that exists. FileNotFoundError, if none does."""
+    """The first of the places under root that exists. FileNotFoundError if none does."""
     for place in places:
         if os.path.exists(path := os.path.normpath(os.path.join(root, place))):
             return path
@@ -190,40 +194,40 @@ def missing_error(name, root, layouts=LAYOUT):
 def load_tree(name, root, split):
     """ImageNet, COCO or a path -> Images with paths.
 
-    The class of an image is the first folder of its path below the split. There are no labels if
-    an image has no such folder, or all have the same.
+    The class of an image is the first folder of its path below the split's folder. There are no
+    labels if any image is in no such folder, or all images are in the same one.
     """
     folder, split = find_tree(name, root, split)
     subset = SUBSETS.get(name, [""])
-    paths = sorted(os.path.join(at, file) for wnid in subset
-                   for at, _, files in os.walk(os.path.join(folder, wnid), followlinks=True)
+    paths = sorted(os.path.join(parent, file) for wnid in subset
+                   for parent, _, files in os.walk(os.path.join(folder, wnid), followlinks=True)
                    for file in files if file.lower().endswith(SUFFIXES) and file[0] != ".")
     if not paths:
         hint = f". Expected {LAYOUT[name][0]}" if name in LAYOUT else "; labels are not needed"
         raise FileNotFoundError(f"No images under {folder}: looked for {' '.join(SUFFIXES)} in it "
-                                f"and its sub-folders{hint}")
+                                f"and its subfolders{hint}")
 
     def first_folder(path):
         first, separator, _ = path[len(folder):].lstrip(os.sep).partition(os.sep)
         return first if separator else ""
 
     class_of = [first_folder(path) for path in paths]
-    found = sorted(set(class_of) - {""})
-    if name in SUBSETS and len(found) < len(subset):
-        print(f"note: only {len(found)} of the {len(subset)} classes are in {folder}",
+    folders = sorted(set(class_of) - {""})
+    if name in SUBSETS and len(folders) < len(subset):
+        print(f"note: only {len(folders)} of the {len(subset)} classes are in {folder}",
               file=sys.stderr)
-    classes = list(SUBSETS.get(name, found))
+    classes = list(SUBSETS.get(name, folders))
     if len(classes) < 2 or "" in class_of:
         if name == "imagenet":
             raise missing_error(name, folder)              # the official val archive is flat
         return Images(name, split, paths=paths)
-    number = {c: i for i, c in enumerate(classes)}
-    return Images(name, split, classes, torch.tensor([number[c] for c in class_of]), paths=paths)
+    label = {c: i for i, c in enumerate(classes)}
+    return Images(name, split, classes, torch.tensor([label[c] for c in class_of]), paths=paths)
 
 
 def find_tree(name, root, split):
     """-> the folder of a split and the name of the split, which is "all" for a folder of images
-    that has not both train/ and val/ (or test/)."""
+    that lacks train/ or val/ (or test/)."""
     if name in LAYOUT:
         folder = {"train": "train", "test": "val"}[split] + ("2017" if name == "coco" else "")
         places = (["coco", "", "coco/images", "images"] if name == "coco" else
@@ -239,14 +243,15 @@ def find_tree(name, root, split):
     if os.sep in name or name.startswith("."):
         raise FileNotFoundError(f"No folder {name}: give the path of a folder of images, or one of "
                                 f"{', '.join(NAMES)}")
-    close = difflib.get_close_matches(name, NAMES, 1, 0)[0]
-    raise ValueError(f"Unknown data set {name!r}, did you mean {close!r}? Known are "
-                     f"{', '.join(NAMES)}, or give the path of a folder of images")
+    close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
+    hint = f", did you mean {close[0]!r}?" if close else "."
+    raise ValueError(f"Unknown data set {name!r}{hint} Give one of {', '.join(NAMES)}, or the path "
+                     "of a folder of images")
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Unpickles numpy arrays and nothing else: a pickle file can call any function by name, so all
-    others are refused."""
+    """Unpickles numpy arrays and nothing else. A pickle file can call any function by name, so all
+    other functions are refused."""
     allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode, "bytes": bytes,
                "_reconstruct": np.zeros(1).__reduce__()[0],
                "_frombuffer": np.zeros(1).__reduce_ex__(5)[0]}
@@ -255,7 +260,7 @@ class ArraysOnly(pickle.Unpickler):
         modules = "numpy", "_codecs", "builtins", "__builtin__"
         if module.split(".")[0] not in modules or name not in self.allowed:
             raise pickle.UnpicklingError(f"it calls {module}.{name}, which is refused")
-        return self.allowed[name]           # numpy's versions keep it in different modules
+        return self.allowed[name]           # versions of numpy have it in different modules
 
 
 def read_cifar(name, root, split):
@@ -274,7 +279,7 @@ def read_cifar(name, root, split):
             with open(path, "rb") as f:     # latin1: for arrays pickled by Python 2
                 content = ArraysOnly(io.BytesIO(f.read()), encoding="latin1").load()
             return {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
-        except Exception as error:          # a damaged pickle raises nearly anything
+        except Exception as error:          # a damaged pickle can raise any exception
             raise ValueError(f"{path} is not a CIFAR file: {error}") from None
 
     try:
@@ -291,13 +296,14 @@ def read_cifar(name, root, split):
 def read_stl10(root, split):
     """-> classes, labels, pixels (n, 3, 96, 96). The files store each image column by column."""
     path = find("stl10", root, f"stl10_binary/{split}_X.bin", f"stl10/stl10_binary/{split}_X.bin")
-    pixels, labels, each = np.fromfile(path, np.uint8), None, 3 * 96 * 96
+    pixels, labels, image_size = np.fromfile(path, np.uint8), None, 3 * 96 * 96
     if split != "unlabeled":
         folder = os.path.dirname(path)
         labels = np.fromfile(find("stl10", folder, f"{split}_y.bin"), np.uint8).astype(np.int64) - 1
         with open(find("stl10", folder, "class_names.txt")) as file:
             classes = file.read().split()
-    if len(pixels) % each or labels is not None and len(pixels) != each * len(labels):
+    if (len(pixels) % image_size
+            or labels is not None and len(pixels) != image_size * len(labels)):
         raise ValueError(f"{path} is truncated, or does not match its labels: download it again")
     pixels = torch.from_numpy(pixels.reshape(-1, 3, 96, 96)).mT.contiguous()
     return (None, None, pixels) if labels is None else (classes, torch.from_numpy(labels), pixels)
@@ -306,8 +312,8 @@ def read_stl10(root, split):
 def read_list(name, root, split):
     """-> classes, labels, None, paths of a data set in LISTS.
 
-    Flowers-102: train is its train and val, 2,040 images, as is usual for transfer (the papers do
-    not specify it; our choice). iNaturalist 2018: test is its val, as the labels of its test are
+    Flowers-102: train is its train and val, 2,040 images, as is usual for transfer (our choice: the
+    papers do not specify it). iNaturalist 2018: test is its val, because the labels of its test are
     not public.
     """
     folders, *lists = LISTS[name]
@@ -328,7 +334,7 @@ def read_list(name, root, split):
         if not 0 <= labels.min() <= labels.max() < len(classes):
             raise ValueError(f"labels {labels.min()} to {labels.max()}, {len(classes)} classes")
         return list(classes), labels, None, [str(path) for path in paths]
-    except Exception as error:              # damaged lists raise nearly anything
+    except Exception as error:              # damaged lists can raise any exception
         what = f"{type(error).__name__}: {error}".split(". ")[0]     # without 'use download=True'
         raise ValueError(f"{path} or a file next to it does not have the format of {name} "
                          f"({what}): expected {LAYOUT[name][0]}") from None
@@ -339,8 +345,8 @@ def read_inaturalist(path, folder):
     with open(path, encoding="utf-8") as text:
         content = json.load(text)
     categories = sorted(content["categories"], key=lambda c: c["id"])            # 0 ... 8141
-    number = {category["id"]: i for i, category in enumerate(categories)}
-    label = {a["image_id"]: number[a["category_id"]] for a in content["annotations"]}
+    label_of = {category["id"]: i for i, category in enumerate(categories)}
+    label = {a["image_id"]: label_of[a["category_id"]] for a in content["annotations"]}
     return ([os.path.join(folder, image["file_name"]) for image in content["images"]],
             [label[image["id"]] for image in content["images"]],
             [category["name"] for category in categories])
@@ -375,8 +381,8 @@ def read_with_torchvision(name, root, split):
 
 
 def read_image(path):
-    """-> Pillow image in RGB, also of gray, CMYK and palette files. EXIF orientation is ignored.
-    ValueError for 16-bit and float images."""
+    """-> Pillow image in RGB, also for gray, CMYK and palette files. The EXIF orientation is
+    ignored. ValueError for 16-bit and float images."""
     with Image.open(path) as image:
         if image.mode[0] in "IF":              # Pillow would clip them at 255
             raise ValueError(f"more than 8 bits per color (mode {image.mode}): convert it")
@@ -388,15 +394,15 @@ def read_pixels(path):
     """-> (height, width, 3) uint8, with the pixels and the errors of `read_image`.
 
     JPEG is decoded by torchvision where it still can (since 0.29 it warns that this will be
-    removed): the pixels are the same, there is one copy less, and the loader is a quarter to a
-    third faster (10 crops, 1 crop).
+    removed): the pixels are the same, there is one copy less, and the loader is a quarter (10
+    crops) to a third (1 crop) faster.
     """
     try:
         from torchvision.io import decode_jpeg, read_file  # here: they are slow to import
         x = decode_jpeg(read_file(path))
         if len(x) == 3:                                    # Pillow converts gray and CMYK
             return x.permute(1, 2, 0)
-    except Exception:                                      # no JPEG, or damaged: Pillow's error
+    except Exception:                                      # not a JPEG, or damaged: as Pillow
         pass
     return torch.from_numpy(np.array(read_image(path)))
 
@@ -404,8 +410,8 @@ def read_pixels(path):
 def resize(x, size, kernel):
     """(height, width, 3) uint8 -> (3, size, size) uint8, antialiased.
 
-    torch's bilinear and bicubic equal Pillow's up to one of 256 levels, in a third of the time.
-    Only Pillow has Lanczos.
+    torch's bilinear and bicubic kernels equal Pillow's up to one of 256 levels and take a third of
+    the time. Only Pillow has Lanczos.
     """
     if kernel == "lanczos":
         image = Image.fromarray(x.numpy()).resize((size, size), Resampling.LANCZOS)

@@ -1,8 +1,8 @@
-"""Processes and devices. torchrun starts the processes (CPU or GPU, one node or several); one
-process without torchrun is the normal case, and every function here works for it, too.
+"""Processes and devices. torchrun starts the processes (CPU or GPU, one node or several). One
+process without torchrun is the normal case, in which every function here also works.
 
     device = pick_device("auto")
-    init_distributed(device)            # from here on rank() and world_size() are right
+    init_distributed(device)            # before any call of rank() and world_size()
     model = wrap_ddp(model, device)     # DDP if there are several processes
     keys = all_gather(keys)             # (B, ...) of each process -> (world*B, ...)
 """
@@ -22,13 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 # --------------------------------------------------------------------------------------------------
 # Devices
 
-# Dense bf16 peak in TFLOP/s by name of the GPU (data sheets); any other device is measured.
+# Dense bf16 peak in TFLOP/s by GPU name (data sheets). On other devices, and for fp32 on any
+# device, the peak is measured.
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125,
          "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
 
 
 def pick_device(name="auto"):
-    """auto: this process's GPU, else the CPU. Raises ValueError for a device that is not there."""
+    """auto: this process's GPU, else the CPU. Raises ValueError for a missing device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", name)
@@ -38,7 +39,7 @@ def pick_device(name="auto"):
         return torch.device("cpu")
     index = int(found[2] or os.environ.get("LOCAL_RANK", 0))
     if index >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: there is no GPU {index} here, torch sees "
+        raise ValueError(f"--device {name}: there is no GPU {index}, torch finds "
                          f"{torch.cuda.device_count()}; try --device cpu or fewer processes")
     return torch.device("cuda", index)
 
@@ -60,7 +61,7 @@ def device_name(device):
 
 
 def peak_flops(device, precision):
-    """FLOP/s that MFU refers to: the data sheet's, if it is known here, else measured."""
+    """FLOP/s that MFU refers to: from the data sheet (PEAKS), else measured."""
     listed = PEAKS if precision == "bf16" else {}
     for gpu, peak in listed.items():
         if re.search(rf"\b{gpu}\b(?! (NVL|Ti|Laptop))", device_name(device)):
@@ -84,13 +85,13 @@ def peak_memory(device):
     """Peak memory of this process in GiB; on a GPU, of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20                  # bytes there, else KiB
+    unit = 2**30 if sys.platform == "darwin" else 2**20                  # bytes on macOS, else KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def keep_memory():
     """Makes glibc keep freed memory instead of returning large tensors to the kernel: the page
-    faults cost a small ViT on a CPU a fifth of its speed. Does nothing elsewhere."""
+    faults cost a small ViT on a CPU a fifth of its speed. Does nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)                                        # mmap threshold
@@ -106,7 +107,7 @@ def init_distributed(device):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif world > 1:                                            # torchrun sets one thread a process
+    elif world > 1:                                       # torchrun sets one thread per process
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
             os.cpu_count() or 1)
@@ -116,8 +117,9 @@ def init_distributed(device):
 
 
 def exit_together():
-    """Ends this process when all processes have arrived here. Skips the clean-up of
-    torch.distributed, whose threads sometimes abort a process that has finished."""
+    """With several processes: waits for all of them, then ends this one with exit code 0, without
+    the cleanup of torch.distributed, whose threads sometimes abort a finished process. With one
+    process: returns."""
     if dist.is_initialized():
         dist.barrier()
         sys.stdout.flush()
@@ -147,7 +149,7 @@ def unwrap(module):
 
 
 def all_gather(x):
-    """(B, ...) of each process -> (world*B, ...) in the order of ranks. No gradient."""
+    """(B, ...) of each process -> (world*B, ...), in the order of the ranks. No gradient."""
     x = x.detach().contiguous()
     if world_size() == 1:
         return x
@@ -170,6 +172,8 @@ def all_mean(x):
 
 
 class SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over the processes, with gradient."""
+
     @staticmethod
     def forward(ctx, x):
         x = x.clone()

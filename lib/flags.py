@@ -20,7 +20,7 @@ from lib import config
 def flag(default, help, choices=None, at_least=None, only_for=(), group=None):
     """A field of a dataclass of flags.
 
-    default: None and () stand for "not given". A bool is a switch without a value. at_least: the
+    default: None and () mean "not given". A bool is a switch without a value. at_least: the
     smallest integer allowed. only_for: names of the tasks that use the flag; (): all of them.
     group: title of its section in --help.
     """
@@ -31,8 +31,8 @@ def flag(default, help, choices=None, at_least=None, only_for=(), group=None):
 def parse_flags(cls, argv=None, description="", epilog=""):
     """The dataclass `cls` filled from the command line (None: sys.argv).
 
-    Errors are printed to stderr, with exit code 2; that of an unknown flag names the nearest known
-    one.
+    Errors are printed to stderr, with exit code 2. The error about an unknown flag names the
+    nearest known one.
     """
     parser = config.Parser(description=description, epilog=epilog, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,23 +49,23 @@ def parse_flags(cls, argv=None, description="", epilog=""):
 
 
 def arguments(field, hint):
-    """What argparse's add_argument takes for a field with this type hint."""
+    """Keyword arguments of argparse's add_argument for a field with this type hint."""
     kind, several = value_type(hint)
     info, default = field.metadata, field.default
     text = f"{', '.join(info['only_for'])}: {info['help']}" if info["only_for"] else info["help"]
     if default not in (None, (), "") and kind is not bool:
         shown = " ".join(map(str, default)) if several else default
         text += f" [{shown}]"
-    found = dict(default=default, help=text.replace("%", "%%"))
+    keywords = dict(default=default, help=text.replace("%", "%%"))
     if kind is bool:
-        return found | dict(action="store_true")
+        return keywords | dict(action="store_true")
     if several:
-        found["nargs"] = "+"
+        keywords["nargs"] = "+"
     if info["choices"]:
-        return found | dict(choices=info["choices"])
+        return keywords | dict(choices=info["choices"])
     if info["at_least"] is not None:
         kind = integer_from(info["at_least"])
-    return found | dict(type=kind, metavar=field.name.upper())
+    return keywords | dict(type=kind, metavar=field.name.upper())
 
 
 def value_type(hint):
@@ -77,12 +77,12 @@ def value_type(hint):
     return hint, False
 
 
-def integer_from(least):
-    """A function from the text of a flag to an int of at least `least`."""
+def integer_from(minimum):
+    """A function that converts the text of a flag to an int of at least `minimum`."""
     def convert(text):
-        if not text.isdecimal() or int(text) < least:
+        if not text.isdecimal() or int(text) < minimum:
             raise argparse.ArgumentTypeError(
-                f"expected an integer of at least {least}, not {text!r}")
+                f"expected an integer of at least {minimum}, not {text!r}")
         return int(text)
     return convert
 

@@ -1,7 +1,13 @@
-"""The folder of a run, out/METHOD-DATA: only one run writes to it, and nothing in it is lost.
+"""The folder of a run, out/METHOD-DATA. Only one run at a time writes to it, and a new run renames
+the folder of an earlier one that has saved something.
 
-    config.yaml      all settings                  last.pt      the state that --resume continues
-    metrics.jsonl    a line for each log line      .lock        held by the process that writes
+    config.yaml          the method and all settings but resume and config
+    metrics.jsonl        a line for each log line
+    last.pt              the state that --resume continues from
+    encoder.pt           the encoder and its heads, for evaluation and other code
+    full.pt              some methods: also the decoder, under the names of the published files
+    visualization.png    images and what the network makes of them
+    .lock                locked by the process that writes; others: TensorBoard's (--tensorboard)
 """
 import dataclasses
 import errno
@@ -16,43 +22,51 @@ from lib import checkpoints
 
 
 class RunFolder:
-    """Used by lib.run.Run, in the first process; load() in all."""
+    """Used by lib.run.Run: check_resume() and load() in every process, the rest in process 0."""
 
     def __init__(self, cfg):
         self.cfg, self.path, self.lock = cfg, Path(cfg.out), None
 
     def check_resume(self):
+        """Raises ValueError if there is no last.pt."""
         if not (self.path / "last.pt").exists():
             raise ValueError(f"nothing to resume: there is no {self.path / 'last.pt'}; leave out "
                              f"--resume to start, or name the run's folder with --out")
 
     def open(self, resume):
-        """Creates and locks the folder. Without `resume` an earlier run in it is renamed; returns
-        its new path, or None. Raises ValueError or OSError with a sentence."""
-        kept = None
+        """Creates and locks the folder. Returns the new path of an earlier run, or None.
+
+        Without `resume`, a folder with last.pt or encoder.pt is an earlier run and is renamed; the
+        log of a run that ended before it saved anything is deleted. Raises ValueError or OSError
+        with a readable message."""
+        new_path = None
         try:
             self._lock()
-            there = {file.name for file in self.path.iterdir()}
-            if not resume and there & {"last.pt", "encoder.pt"}:
-                if "config.yaml" not in there or Path.cwd().is_relative_to(self.path.resolve()):
-                    raise ValueError(f"{self.path} contains other files, too; choose a folder of "
-                                     f"the run's own with --out")
+            files = {file.name for file in self.path.iterdir()}
+            if not resume and files & {"last.pt", "encoder.pt"}:
+                if "config.yaml" not in files:
+                    raise ValueError(f"{self.path} has last.pt or encoder.pt but no config.yaml, "
+                                     f"so it is not a run's folder; choose another one with --out")
+                if Path.cwd().is_relative_to(self.path.resolve()):
+                    raise ValueError(f"the current directory is inside {self.path}, so the earlier "
+                                     f"run there cannot be renamed; start from another directory, "
+                                     f"or choose another folder with --out")
                 names = (self.path.with_name(f"{self.path.name}.{n}") for n in range(1, 10**6))
-                kept = next(name for name in names if not name.exists())
-                self.path.rename(kept)
+                new_path = next(name for name in names if not name.exists())
+                self.path.rename(new_path)
                 self._lock()
             if not resume:
                 (self.path / "metrics.jsonl").unlink(missing_ok=True)
         except OSError as e:
             raise OSError(f"cannot write to {self.path} ({e.strerror or e}); choose a folder with "
                           f"--out") from None
-        return kept
+        return new_path
 
     def _lock(self):
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / ".lock", "w")               # released with the process
+        self.lock = open(self.path / ".lock", "w")               # released when the process ends
         try:
-            # not flock: decoders would inherit it, and hold it longer than a killed run lives
+            # not flock: DataLoader workers would inherit it and keep it after their run is killed
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"another run is writing to {self.path}; choose a folder with "
@@ -62,6 +76,7 @@ class RunFolder:
                 raise                                    # a file system without locks is accepted
 
     def write_config(self):
+        """Writes config.yaml, which --resume and --config read."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in
                  dataclasses.asdict(self.cfg).items() if k not in ("resume", "config")}
         text = yaml.safe_dump({"method": self.cfg.method, **plain}, sort_keys=False).encode()
@@ -72,7 +87,7 @@ class RunFolder:
             f.write(json.dumps(record) + "\n")
 
     def trim_log(self, step):
-        """Removes the lines after `step`, and one that a kill left incomplete."""
+        """Removes the lines after `step`, and an incomplete one of a process that was killed."""
         log = self.path / "metrics.jsonl"
         if log.exists():
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
@@ -81,45 +96,48 @@ class RunFolder:
             checkpoints.write_atomic(log, lambda f: f.write(text))
 
     def tensorboard(self):
+        """A SummaryWriter for this folder. Raises ValueError without the package."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
         return SummaryWriter(self.path)
 
-    def save(self, state, step, meter):
-        """Writes last.pt. state: {name: module or optimizer}; meter: {name: (sum, count)}."""
+    def save(self, state, step, sums):
+        """Writes last.pt. state: {name: module or optimizer}; sums: {name: (sum, count)} of what
+        was logged since the last line."""
         content = {"format": "training/1", "method": self.cfg.method, "step": step,
-                   "state": {name: x.state_dict() for name, x in state.items()}, "meter": meter}
+                   "state": {name: x.state_dict() for name, x in state.items()}, "meter": sums}
         checkpoints.write_atomic(self.path / "last.pt", lambda f: torch.save(content, f))
 
     def load(self, state):
-        """Loads last.pt into `state`, as in save(). Returns step and meter. Raises ValueError for a
-        file of another method or shape, OSError if it cannot be read now."""
+        """Loads last.pt into `state`. Returns step and sums; see save(). The hyperparameters of
+        optimizers stay those of this run. Raises ValueError for a file of another method or with
+        other shapes, OSError if it cannot be read now."""
         path = self.path / "last.pt"
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            kind, method, meter = saved["format"], saved["method"], saved["meter"]
+            kind, method, sums = saved["format"], saved["method"], saved["meter"]
         except (OSError, MemoryError) as e:
             raise OSError(f"cannot read {path} ({e}); nothing is lost: try again") from None
         except Exception as e:
-            raise ValueError(f"{path} is no checkpoint that can be resumed ({type(e).__name__}); "
-                             f"start again without --resume") from None
+            raise ValueError(f"{path} is not a checkpoint that can be resumed "
+                             f"({type(e).__name__}); start again without --resume") from None
         if (kind, method) != ("training/1", self.cfg.method):
             raise ValueError(f"{path} is of method {method}, not {self.cfg.method}; name the right "
                              f"folder with --out")
         if set(saved["state"]) != set(state):
-            raise ValueError(f"{path} contains {sorted(saved['state'])}, "
-                             f"needed are {sorted(state)}")
+            raise ValueError(f"{path} contains {', '.join(sorted(saved['state']))}, but this run "
+                             f"needs {', '.join(sorted(state))}; name the right folder with --out")
         for name, x in state.items():
-            own = [{k: v for k, v in group.items() if k != "params"}
-                   for group in getattr(x, "param_groups", [])]
+            groups = [{k: v for k, v in group.items() if k != "params"}
+                      for group in getattr(x, "param_groups", [])]
             try:
                 x.load_state_dict(saved["state"][name])
             except (RuntimeError, ValueError, KeyError) as e:
                 reason = str(e).splitlines()[-1].strip()
-                raise ValueError(f"{path} contains a {name} that does not fit ({reason}); resume "
+                raise ValueError(f"{path} contains a {name} that does not fit ({reason}); compare "
                                  f"with the settings in {self.path / 'config.yaml'}") from None
-            for group, now in zip(getattr(x, "param_groups", []), own):
-                group.update(now)                        # today's weight decay, not the saved one
-        return saved["step"], {name: list(entry) for name, entry in meter.items()}
+            for group, current in zip(getattr(x, "param_groups", []), groups):
+                group.update(current)       # lr, weight decay, ... of this run, not the saved ones
+        return saved["step"], {name: tuple(entry) for name, entry in sums.items()}

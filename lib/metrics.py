@@ -1,4 +1,4 @@
-"""Metrics: pure functions of tensors, independent of model and data set.
+"""Metrics: pure functions of tensors, independent of models and data sets.
 
     predicted = metrics.knn(bank, bank_labels, queries, k=(20,))[20]      # (queries,) class labels
     ap = metrics.retrieval(features, labels)                              # (items,), nan: no match
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 def sum_votes(similarity, labels, classes, tau=0.07):
     """Class scores from the k nearest neighbors: each adds exp(similarity / tau) to its class.
 
-    This is not a majority vote: one close neighbor outweighs several that are a little farther.
-    similarity, labels: (queries, k) -> (queries, C). Each row is divided by the largest weight,
-    which changes no decision and prevents overflow at a small tau.
+    This is not a majority vote: one close neighbor can outweigh several that are slightly farther.
+    similarity, labels: (queries, k) -> (queries, C). Each row is divided by its largest weight,
+    which does not change any decision and prevents overflow for a small tau.
     Source: Wu et al. 2018, section 3.4; DINO's kNN evaluation uses the same rule.
     """
     weights = ((similarity - similarity.amax(1, keepdim=True)) / tau).exp()
@@ -30,8 +30,8 @@ def knn(bank, bank_labels, queries, k=(10, 20), tau=0.07, classes=None, chunk=25
     """Weighted k-nearest-neighbor classification by cosine similarity.
 
     bank: (items, D), bank_labels: (items,) int64, queries: (queries, D) -> {k: predicted labels
-    (queries,)}. A k above the number of items is clipped to it. classes: their number; default:
-    largest label + 1. Memory is proportional to chunk * items, not to queries * items.
+    (queries,)}. A k above the number of items is clipped to it. classes: number of classes;
+    default: largest label + 1. Memory is proportional to chunk * items, not to queries * items.
     """
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     classes = classes or int(bank_labels.max()) + 1
@@ -60,20 +60,20 @@ def average_precision(scores, relevant):
     nan for a query without a relevant item. Items of equal score form one group, and the precision
     is taken after the whole group: the result does not depend on the order of the items.
     """
-    scores, order = scores.sort(dim=1)                            # ascending: a group begins where
-    relevant = relevant.gather(1, order)                          # searchsorted finds its score
-    first = torch.searchsorted(scores, scores)                    # (queries, items)
-    hits = relevant.flip(1).cumsum(1).flip(1).gather(1, first)    # relevant items, equal or higher
-    precision = hits / (scores.shape[1] - first).double()         # ... over all, equal or higher
+    scores, order = scores.sort(dim=1)                            # ascending
+    relevant = relevant.gather(1, order)
+    first = torch.searchsorted(scores, scores)                    # start of each item's group
+    hits = relevant.flip(1).cumsum(1).flip(1).gather(1, first)    # relevant, score equal or higher
+    precision = hits / (scores.shape[1] - first).double()         # hits / all, equal or higher
     return (precision * relevant).sum(1) / relevant.sum(1)
 
 
 def retrieval(features, labels, block=1024):
     """Average precision of each item as a query for the other items of its class, by cosine.
 
-    features: (items, D), labels: (items,) -> (items,) float64. A query is not in its own ranking.
-    nan: no other item of its class. `block` queries are processed at a time, or fewer, so that the
-    working memory stays near one gigabyte.
+    features: (items, D), labels: (items,) -> (items,) float64, nan if there is no other item of the
+    class. A query is not in its own ranking. At most `block` queries are processed at a time, and
+    fewer for many items, so that the working memory stays near one gigabyte.
     """
     features = F.normalize(features, dim=1)
     block = max(1, min(block, 2**24 // len(features)))
@@ -82,14 +82,14 @@ def retrieval(features, labels, block=1024):
         scores = features[index] @ features.T                     # (block, items)
         relevant = labels[index, None] == labels
         row = torch.arange(len(index), device=index.device)
-        scores[row, index] = -torch.inf                           # the query itself: ranked last
-        relevant[row, index] = False                              # and not relevant, so no effect
+        scores[row, index] = -torch.inf                           # the query itself is ranked last
+        relevant[row, index] = False                              # and not relevant: no effect
         aps.append(average_precision(scores, relevant))
     return torch.cat(aps)
 
 
 def class_means(values, labels):
-    """Mean of values (items,) over each class, without nan -> (number of classes present,)."""
+    """Mean of values (items,) over each class, nan left out -> (number of classes present,)."""
     return torch.stack([values[labels == c].nanmean() for c in labels.unique()])
 
 
@@ -111,8 +111,8 @@ def chance(labels):
 def f1_sweep(similarity, same, thresholds):
     """F1 of the classifier "same class if similarity > t", for each threshold t, over all pairs.
 
-    similarity, same (bool): any one shape -> (number of thresholds,) float64. F1 = 2 TP / (2 TP +
-    FP + FN). Predicting "same" for every pair gives 2 p / (1 + p), p being the fraction of pairs
+    similarity, same (bool): of the same shape -> (number of thresholds,) float64. F1 = 2 TP / (2 TP
+    + FP + FN). Predicting "same" for every pair gives 2 p / (1 + p), p being the fraction of pairs
     that are the same.
     """
     scores = []
@@ -127,30 +127,30 @@ def f1_sweep(similarity, same, thresholds):
 def revisited(ranking, positives, junk, ks=(1, 5, 10)):
     """AP and precision at k of one query, as in the revisited Oxford and Paris benchmarks.
 
-    ranking: (items,) item numbers, the most similar first; positives, junk: 1-d item numbers. Junk
+    ranking: (items,) item indices, the most similar first; positives, junk: 1-d item indices. Junk
     is removed from the ranking. AP is the area under the precision-recall curve by the trapezoid
-    rule; positives that are not in the ranking count as not found. In precision at k, k is at most
-    the rank of the last positive. Returns AP, [precision at k]; nan without a positive.
+    rule; positives that are not in the ranking have precision 0. In precision at k, k is at most
+    the rank of the last positive. Returns AP, [precision at k]; nan if there is no positive.
     """
     ranking = ranking[~torch.isin(ranking, junk)]
     ranks = torch.isin(ranking, positives).nonzero()[:, 0].double()     # from 0
     if not len(positives) or not len(ranks):
         return (0.0, [0.0] * len(ks)) if len(positives) else (torch.nan, [torch.nan] * len(ks))
-    found = torch.arange(len(ranks), dtype=torch.float64, device=ranks.device)
-    before = torch.where(ranks == 0, 1.0, found / ranks)           # precision just before each hit
-    ap = ((before + (found + 1) / (ranks + 1)) / 2).sum() / len(positives)
+    hits = torch.arange(len(ranks), dtype=torch.float64, device=ranks.device)
+    before = torch.where(ranks == 0, 1.0, hits / ranks)            # precision just before each hit
+    ap = ((before + (hits + 1) / (ranks + 1)) / 2).sum() / len(positives)
     clipped = [min(k, int(ranks[-1]) + 1) for k in ks]
     return ap.item(), [(ranks < k).sum().item() / k for k in clipped]
 
 
-def shape_bias(decided, shapes, textures):
+def shape_bias(predicted, shapes, textures):
     """Shape bias of the predictions for cue-conflict images, by shape category.
 
-    decided (predictions), shapes, textures: (images,) categories -> {shape: fraction of its
-    predictions that are the shape, among those that are shape or texture (nan: there are none)},
-    and the fraction of all predictions that are shape or texture.
+    predicted, shapes, textures: (images,) categories -> {shape category: of the predictions that
+    are the shape or the texture of the image, the fraction that are the shape (nan: there are
+    none)}, and the fraction of all predictions that are the shape or the texture.
     """
-    shape, texture = decided == shapes, decided == textures
+    shape, texture = predicted == shapes, predicted == textures
     bias = {}
     for c in shapes.unique().tolist():
         by_shape, by_texture = (x[shapes == c].sum().item() for x in (shape, texture))
@@ -164,18 +164,18 @@ def shape_bias(decided, shapes, textures):
 def confusion(predicted, labels, classes):
     """Confusion matrix: pixels by label (row) and prediction (column), (C, C) int64.
 
-    predicted, labels: integer tensors of one shape, the size of the image. Pixels of label 255 are
-    ignored. Sum the matrices over a data set: the scores are ratios of sums. ValueError: shapes
+    predicted, labels: integer tensors with the shape of the image. Pixels of label 255 are ignored.
+    Sum the matrices over a data set, because the scores are ratios of sums. ValueError: shapes
     differ, or a value is not a class.
     """
     if predicted.shape != labels.shape:
-        raise ValueError(f"Predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)}: "
+        raise ValueError(f"predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)}: "
                          "resize the predictions to the size of the labels")
     counted = labels != 255
     labels, predicted = labels[counted].long(), predicted[counted].long()
     for what, x in (("label", labels), ("prediction", predicted)):
         if len(x) and not 0 <= x.min() <= x.max() < classes:
-            raise ValueError(f"There are {classes} classes, 0 to {classes - 1}, but {what}s are "
+            raise ValueError(f"there are {classes} classes, 0 to {classes - 1}, but {what}s are "
                              f"from {x.min()} to {x.max()}")
     return (labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
 
@@ -205,8 +205,8 @@ def jaccard(a, b):
 
 
 def find_boundary(mask):
-    """Pixels where a mask (..., height, width) bool differs from its right, lower or lower-right
-    neighbor. Neighbors outside of the image are ignored: a full mask has no boundary."""
+    """Pixels where a mask (..., height, width) bool differs from the right, lower or lower-right
+    neighbor. Neighbors outside the image are ignored: a full mask has no boundary."""
     out = torch.zeros_like(mask)
     out[..., :-1] |= mask[..., :-1] ^ mask[..., 1:]
     out[..., :-1, :] |= mask[..., :-1, :] ^ mask[..., 1:, :]
@@ -225,11 +225,11 @@ def dilate(mask, radius):
 
 
 def contour_accuracy(predicted, truth, tolerance=0.008):
-    """F, the contour accuracy of a mask (height, width) bool, as a float.
+    """F, the contour accuracy of a mask (height, width) bool -> float.
 
     A boundary pixel is correct if the other boundary is at most ceil(tolerance * diagonal of the
     image) pixels away. F is the harmonic mean of the fractions of correct pixels (precision and
-    recall). F is 1 if neither mask has a boundary, 0 if only one has.
+    recall). F is 1 if neither mask has a boundary, 0 if only one has one.
     """
     radius = math.ceil(tolerance * math.hypot(*truth.shape))
     edges = [find_boundary(predicted), find_boundary(truth)]
@@ -252,10 +252,10 @@ def score_video(predicted, truth):
     truth = truth.where(truth != 255, 0)
     n_objects = int(truth[0].max())
     if predicted.shape != truth.shape or len(truth) < 3:
-        raise ValueError(f"Predictions {tuple(predicted.shape)} and truth {tuple(truth.shape)}: "
+        raise ValueError(f"predictions {tuple(predicted.shape)} and truth {tuple(truth.shape)}: "
                          "both must be (frames, height, width), with 3 or more frames")
     if predicted.max() > n_objects:
-        raise ValueError(f"Object {predicted.max()} is predicted, but there are only {n_objects}")
+        raise ValueError(f"object {predicted.max()} is predicted, but there are only {n_objects}")
     pairs = [(predicted[1:-1] == k, truth[1:-1] == k) for k in range(1, n_objects + 1)]
     j = [jaccard(*pair).cpu() for pair in pairs]
     f = [torch.tensor([contour_accuracy(*frame) for frame in zip(*pair)], dtype=torch.float64)
@@ -265,26 +265,29 @@ def score_video(predicted, truth):
 
 
 def quarter_bounds(n):
-    """The five bounds of the quarters of n frames: linspace(1, n, 5), rounded half up, minus 1."""
+    """The five bounds of the quarters of n frames, from 0: linspace(1, n, 5) rounded half up, minus
+    1.
+    """
     return [(i * (n - 1) + 2) // 4 for i in range(5)]
 
 
 def decay(values):
-    """Mean over the first quarter of the frames minus mean over the last; quarters share bounds."""
+    """Mean over the first quarter of the frames minus mean over the last. Bounds are in both
+    quarters that they separate."""
     bounds = quarter_bounds(len(values))
     return values[:bounds[1] + 1].mean() - values[bounds[3]:].mean()
 
 
 def video_scores(videos):
-    """[(J, F) of each video] -> dict of fractions: means over the objects of all videos.
+    """[(J, F) of each video] -> dict of fractions, each a mean over the objects of all videos.
 
     j, f: mean over frames; j&f: mean of the two. j_recall, f_recall: fraction of frames above 0.5.
     j_decay, f_decay: see `decay`.
     """
     statistics = {"": torch.mean, "_recall": lambda x: (x > 0.5).double().mean(), "_decay": decay}
     scores = {}
-    for name, of_videos in zip("jf", zip(*videos)):
-        objects = [values for video in of_videos for values in video]           # (frames - 2,) each
+    for name, measure in zip("jf", zip(*videos)):
+        objects = [values for video in measure for values in video]             # (frames - 2,) each
         for suffix, statistic in statistics.items():
             scores[name + suffix] = torch.stack([statistic(x) for x in objects]).mean().item()
     return {"j&f": (scores["j"] + scores["f"]) / 2} | scores
@@ -293,16 +296,16 @@ def video_scores(videos):
 # ---- COCO's average precision --------------------------------------------------------------------
 
 SIGMAS = [sigma / 1000 for sigma in (26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87,
-                                     89, 89)]    # of COCO's 17 joints: how far annotators disagree
+                                     89, 89)]    # of COCO's 17 joints: spread between annotators
 
 
 def oks(points, truth, boxes, areas, sigmas=SIGMAS):
     """Object keypoint similarity: mean of exp(-d^2 / (2 area (2 sigma)^2)) over labeled keypoints.
 
     points (..., keypoints, 2 or 3), truth (..., keypoints, 3) with v > 0 where labeled; boxes
-    (..., 4) x0 y0 x1 y1 and areas (...) of the truth. They broadcast -> (...). Without a labeled
-    keypoint the mean is over all keypoints, and d is the distance of a point to the box enlarged by
-    its own size on all sides (0 inside).
+    (..., 4) x0 y0 x1 y1 and areas (...) of the truth. They broadcast -> (...). If no keypoint is
+    labeled, the mean is over all keypoints, and d is the distance of a point to the box enlarged by
+    its width and height on all sides (0 inside).
     """
     labeled = truth[..., 2] > 0
     size = boxes[..., 2:] - boxes[..., :2]
@@ -317,13 +320,13 @@ def oks(points, truth, boxes, areas, sigmas=SIGMAS):
 
 
 def coco_ap(images, kind="bbox", sigmas=SIGMAS):
-    """COCO's AP and AR, computed by pycocotools: dict of fractions, -1 where there is no truth.
+    """COCO's AP and AR, computed by pycocotools: dict of fractions, -1 if there is no ground truth.
 
     images: iterable of pairs (truth, found), one for each image; both have attributes, for n
     objects or detections:
       truth  boxes (n, 4) x0 y0 x1 y1, areas (n,) of the masks, crowd (n,) bool
       found  scores (n,); boxes (n, 4) if kind is "bbox"
-      both   labels (n,) int64 (optional: without, there is one class); if kind is "segm", masks
+      both   labels (n,) int64 (optional; default: a single class); if kind is "segm", masks
              (n, height, width) bool or a list of n run-length encodings of pycocotools; if kind is
              "keypoints", points (n, keypoints, 3), where v of a detection is ignored
     Masks are run-length encoded one image at a time, so a generator saves memory. ValueError if
@@ -353,16 +356,16 @@ def coco_ap(images, kind="bbox", sigmas=SIGMAS):
         return int(item.labels[k]) if hasattr(item, "labels") else 0
 
     truths, results, sizes = [], [], []
-    for number, (truth, found) in enumerate(images):
-        sizes.append({"id": number, "height": 0, "width": 0})       # required, but not used
+    for image_id, (truth, found) in enumerate(images):
+        sizes.append({"id": image_id, "height": 0, "width": 0})       # required, but not used
         for k in range(len(truth.boxes)):   # ids start at 1: 0 means "not matched"
             truths.append({
-                "id": len(truths) + 1, "image_id": number, "category_id": label(truth, k),
+                "id": len(truths) + 1, "image_id": image_id, "category_id": label(truth, k),
                 "bbox": corner_and_size(truth.boxes[k]), "area": float(truth.areas[k]),
                 "iscrowd": int(truth.crowd[k]), **annotation(truth, k)})
             if kind == "keypoints":
                 truths[-1]["num_keypoints"] = int((truth.points[k][:, 2] > 0).sum())
-        results += [{"image_id": number, "category_id": label(found, k),
+        results += [{"image_id": image_id, "category_id": label(found, k),
                      "score": float(found.scores[k]), **annotation(found, k)}
                     for k in range(len(found.scores))]
     with contextlib.redirect_stdout(io.StringIO()):                 # pycocotools prints each step

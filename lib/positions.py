@@ -5,9 +5,9 @@
     index = positions.relative_index((14, 14))                        # (L, L), rows of a table
     table = positions.resize_table(table, (14, 14), (16, 16))         # a row for each offset
 
-A grid is (rows, columns) of patches; N patches are numbered row by row. L tokens are `prefix` class
+A grid is (rows, columns) of patches; the N patches are in raster order. L tokens are `prefix` class
 tokens (0 or 1) and the patches; D width, H heads. Each rule follows the code of the method that it
-is named after, because trained weights work with their own rule only.
+is named after, because trained weights only work with the rule of their method.
 """
 import functools
 
@@ -41,7 +41,7 @@ def resize_positions(pos, old, new, prefix=1, rule="dino"):
     """Positions (1, L, D) from grid `old` to grid `new`, bicubic; the class token's row is kept.
 
     Rule "size" gives interpolate() the new size (DeiT, MAE, BEiT). Rule "dino" (DINO, iBOT) gives
-    it a scale factor, with 0.1 added to the new side against rounding down. That also shifts the
+    it a scale factor, with 0.1 added to the new side to avoid rounding down. That also shifts the
     sampling points, so features of these models need this rule.
     """
     if new == old:
@@ -75,7 +75,7 @@ def _spline_matrix(old, new, dtype, device):
     """(new, old) matrix from values at `old` offsets to values at `new` offsets, by BEiT's rule.
 
     The old offsets are placed at 0, +-1, +-(1+q), +-(1+q+q^2), ... where q is such that the last
-    one is the largest new offset: near neighbors keep their bias, the biases of far ones are
+    one is the largest new offset: near neighbors keep their bias, and the biases of far ones are
     stretched. A not-a-knot cubic spline interpolates between them. It is linear in the values, so
     the result is one matrix.
     """
@@ -86,10 +86,10 @@ def _spline_matrix(old, new, dtype, device):
     x = np.cumsum(q ** np.arange(n))
     x = np.concatenate([-x[::-1], [0], x])
     y = np.arange(-reach, reach + 1).clip(x[0], x[-1])
-    x, y, knots = x / x[-1], y / x[-1], x[2:-2] / x[-1]    # to [-1, 1]: cubes keep their precision
+    x, y, knots = x / x[-1], y / x[-1], x[2:-2] / x[-1]    # to [-1, 1], so that cubes stay precise
 
-    def basis(at):                                         # 1, x, x^2, x^3, max(x - knot, 0)^3
-        return np.hstack([at[:, None] ** np.arange(4), np.maximum(at[:, None] - knots, 0) ** 3])
+    def basis(z):                                          # 1, z, z^2, z^3, max(z - knot, 0)^3
+        return np.hstack([z[:, None] ** np.arange(4), np.maximum(z[:, None] - knots, 0) ** 3])
 
     weights = np.linalg.solve(basis(x).T, basis(y).T).T
     return torch.from_numpy(weights).to(device, dtype)
@@ -101,7 +101,8 @@ def resize_table(table, old, new):
     The three rows of the class token, if any, are kept. ValueError: a side of `old` below 3.
     """
     if min(old) < 3:
-        raise ValueError(f"relative positions of a {old[0]}x{old[1]} grid are too few to resize")
+        raise ValueError(f"relative positions of a {old[0]}x{old[1]} grid cannot be resized: both "
+                         "sides must be 3 or more")
     (a, b), (c, d) = [(2 * h - 1, 2 * w - 1) for h, w in (old, new)]
     rows, cols = (_spline_matrix(*n, table.dtype, table.device) for n in ((a, c), (b, d)))
     offsets = torch.einsum("ca,db,abh->cdh", rows, cols, table[:a * b].unflatten(0, (a, b)))

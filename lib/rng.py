@@ -1,16 +1,16 @@
-"""Derived randomness: a random number is a function of a key and of the number of the image.
+"""Derived randomness: a random number is a function of a key and of the image's index.
 
     u = rng.uniform(index, 4, seed, epoch, "crop")     # (B, 4): four numbers for each image
 
-The numbers of image 17 do not depend on its place in the batch, on the number of processes or
-workers, or on whether the run was resumed. So a checkpoint holds no random state, and a
+The random numbers of image 17 do not depend on its place in the batch, on the number of processes
+or workers, or on whether the run was resumed. So a checkpoint contains no random state, and a
 visualization of image 17 can be reproduced later.
 
 The strings name purposes and are part of the key: renaming one changes the results of a run.
 
-It is a counter-based generator: hash (key, image, position) with the finalizer of SplitMix64
-(Steele, Lea and Flood, 2014) and read the top bits. Integer arithmetic on int64 tensors wraps
-around, so it runs in batches on any device: about 100 million numbers a second on two cores.
+The generator is counter-based: it hashes (key, image, position) with the finalizer of SplitMix64
+(Steele, Lea and Flood, 2014) and uses the top bits. Integer arithmetic on int64 tensors wraps
+around, so it runs in batches on any device: about 100 million numbers per second on two cores.
 """
 import hashlib
 import math
@@ -21,7 +21,7 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64       # 2^64 / golden ratio, odd: the increm
 
 
 def key(*parts):
-    """Hash any ints and strings to a stable signed 64-bit int. Their order matters."""
+    """A stable hash of ints and strings, a signed 64-bit int. Their order matters."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -32,7 +32,7 @@ def generator(*parts):
 
 
 def _shift(x, bits):
-    """Logical right shift: the >> of torch copies the sign bit."""
+    """Logical right shift: torch's >> copies the sign bit."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
@@ -44,7 +44,7 @@ def _mix(x):
 
 
 def _bits(index, shape, parts):
-    """(B,) image numbers -> (B, *shape) int64 with 64 random bits each."""
+    """(B,) image indices -> (B, *shape) int64 with 64 random bits each."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     start = _mix(index.long() * GOLDEN + key(*parts))        # (B,), one stream per image
     counter = torch.arange(1, math.prod(shape) + 1, device=index.device) * GOLDEN
@@ -52,12 +52,12 @@ def _bits(index, shape, parts):
 
 
 def uniform(index, shape, *parts):
-    """(B,) image numbers -> (B, *shape) float32 in [0, 1), in steps of 2^-24."""
+    """(B,) image indices -> (B, *shape) float32 in [0, 1), in steps of 2^-24."""
     return _shift(_bits(index, shape, parts), 40).float().mul_(2.0**-24)
 
 
 def normal(index, shape, *parts):
-    """(B,) image numbers -> (B, *shape) float32, standard normal.
+    """(B,) image indices -> (B, *shape) float32, standard normal.
 
     Box-Muller transform of two uniform numbers, taken from the top and the low end of 64 bits.
     """

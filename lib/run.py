@@ -1,26 +1,45 @@
-"""A training run: where it computes, where it writes, how far it is. The loop is the method's.
+"""A training run: its device and processes, its step count, its log and its checkpoints. The
+training loop itself is in each method's file; this is mae.py's, shortened:
 
     cfg = config.parse(Config)
     run = Run(cfg)                                     # device, processes, signals
     loader, bank, queries = data.training_sets(run, views(cfg))
-    model = run.place(Network(cfg))
-    run.restore(model=model, opt=opt)                  # what checkpoints hold; --resume loads it
+    model = run.place(Network(cfg))                    # on the device; DDP, if several processes
+    net = unwrap(model)
+    opt = torch.optim.AdamW(param_groups(net, cfg.weight_decay))
+    run.restore(model=model, opt=opt)                  # what a checkpoint holds; --resume loads it
+    total, warmup = run.total_steps(loader), round(cfg.warmup_epochs * len(loader))
+    peak_lr, N = cfg.lr * cfg.batch_size / 256, net.encoder.grid[0]**2
     for step, batch in run.steps(loader):              # continues after the last checkpoint
-        with run.autocast():
-            loss = ...
-        loss.backward()
+        lr = cosine(step, total, peak_lr, cfg.min_lr, warmup)
+        set_lr(opt, lr)
+        for part in run.micro_batches(batch):          # --accum-iter equal parts
+            x, = part.views                            # (B, 3, S, S)
+            noise = rng.uniform(part.index, N, cfg.seed, part.epoch, "mask")
+            with run.autocast():
+                pred, mask = model(x, noise)
+            loss = mae_loss(pred, targets(x, cfg.patch_size, cfg.norm_pix_loss), mask)     # fp32
+            (loss / cfg.accum_iter).backward()
+            run.log(loss=loss)                         # averaged until the next line is printed
+        run.log(lr=lr, grad_norm=grad_norm(net))
         opt.step()
         opt.zero_grad()
-        run.log(loss=loss, lr=lr)                      # averaged until the next line is printed
         if run.eval_due:
-            run.log(**visualize.knn(run, encoder, bank, queries))
+            run.log(**visualize.knn(run, net.encoder, bank, queries))
+            with run.evaluation(net):                  # eval mode, no gradients, not timed
+                save_visualization(run, cfg, net, queries)
         if run.save_due:
-            run.save_encoder(encoder)                  # out/METHOD-DATA/encoder.pt
-            run.save()                                 # out/METHOD-DATA/last.pt
+            run.save_encoder(net.encoder, branch="base")    # out/METHOD-DATA/encoder.pt
+            run.save()                                      # out/METHOD-DATA/last.pt
 
-One process is the normal case; many (torchrun, CPU or GPU, one node or several) run the same code
-with run.world > 1. Only the *global* batch size is a setting. Run knows no method; no line of it
-changes a loss, a gradient or a weight.
+One process is the normal case; several (torchrun, CPU or GPU, one node or more) run the same code
+with run.world > 1. Only the *global* batch size is a setting.
+
+Run contains nothing of a method: losses, schedules and optimizer steps are in the method's file.
+What it does to the training implicitly: Run() seeds torch and allows TF32, place() wraps in DDP,
+steps() seeds torch again before each step and compiles the placed modules (--compile),
+micro_batches() limits DDP's averaging to the last part, and restore() loads weights and optimizers
+(--resume).
 """
 import contextlib
 import math
@@ -36,7 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lib import checkpoints, distributed, rng
+from lib import checkpoints, datasets, distributed, rng
 from lib.folder import RunFolder
 
 # --------------------------------------------------------------------------------------------------
@@ -52,8 +71,8 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def param_groups(module, weight_decay, no_decay=()):
-    """Two groups for AdamW: without weight decay are vectors (biases, norms) and parameters whose
-    names end in one of `no_decay`."""
+    """Two parameter groups for AdamW. The second has no weight decay: vectors (biases, norms) and
+    parameters whose names end in one of `no_decay`. Frozen parameters are in neither."""
     decayed, others = dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -67,15 +86,15 @@ def set_lr(opt, lr):
 
 
 def grad_norm(module):
-    """Norm of all gradients together."""
+    """L2 norm of all gradients of a module, taken as one vector."""
     return torch.nn.utils.get_total_norm(
         [p.grad for p in module.parameters() if p.grad is not None])
 
 
 @torch.no_grad()
 def ema_update(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, for the parameters (not buffers)
-    that the teacher has. momentum 0 copies exactly."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, for each parameter of the teacher,
+    not for its buffers. With momentum 0 it is an exact copy."""
     source = dict(distributed.unwrap(student).named_parameters())
     names, target = zip(*distributed.unwrap(teacher).named_parameters())
     torch._foreach_lerp_(target, [source[name] for name in names], 1 - momentum)
@@ -86,8 +105,10 @@ def ema_update(teacher, student, momentum):
 
 
 class Run:
-    """step: steps done. Within the loop: total; eval_due, save_due: whether this step is followed
-    by an evaluation, by a checkpoint."""
+    """The state of a run, and what its loop calls (see the top of this file).
+
+    Methods read out, device, world and, in the body of the loop, eval_due and save_due: whether
+    this step's body should evaluate, and whether it should save."""
 
     def __init__(self, cfg):
         self.cfg, self.out, self.folder = cfg, Path(cfg.out), RunFolder(cfg)
@@ -95,32 +116,43 @@ class Run:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = distributed.pick_device(cfg.device)
         self.precision = distributed.pick_precision(cfg.precision, self.device)
-        self.step, self.saved, self.signal, self.meter = 0, None, 0, {}
-        self.modules, self.writer, self.flops = [], None, None
+        self.step = 0                       # completed steps; in the body: without the current one
+        self.total = 0                      # steps of the whole run, known in steps()
+        self.eval_due = self.save_due = False    # what the body of this step should do
+        self.signal = 0                     # the signal received last; 0: none
+        self.modules = []                   # of place(), for DDP and --compile
+        self.state = None                   # what checkpoints hold, from restore()
+        self.sums = {}                      # {logged name: (sum, count)} since the last line
+        self.interval = Interval(0)         # times since the last line
+        self.flops = None                   # of one image, forward and backward, once counted
+        self.peak_flops = 1.0               # FLOP/s of all devices, known in steps()
+        self.last_saved_step = None         # of the last checkpoint
+        self.last_save = 0.0                # time of the last checkpoint, or of the start
+        self.writer = None                  # TensorBoard's, in process 0
         if cfg.batch_size % (self.world * cfg.accum_iter):
             raise ValueError(f"--batch-size {cfg.batch_size} is the global batch: it must be a "
                              f"multiple of {self.world} processes x {cfg.accum_iter} micro-batches")
         if cfg.resume:
             self.folder.check_resume()
-        paper = "the paper's settings" + f": --data {cfg.paper_data}" * (
-            cfg.section != cfg.paper_data)
+        hint = "" if cfg.section == cfg.paper_data else f": --data {cfg.paper_data}"
         self.print0(f"{cfg.method} on {cfg.data}: configs/{cfg.method}.yaml [{cfg.section}]; "
-                    f"{paper}")
+                    f"the paper's settings{hint}")
         distributed.keep_memory()
         torch.set_float32_matmul_precision("high")                   # TF32 for a GPU's fp32 parts
         distributed.init_distributed(self.device)
-        torch.manual_seed(cfg.seed)                                  # equal weights everywhere
-        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(name, self._on_signal)
+        torch.manual_seed(cfg.seed)                                  # equal initial weights
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, frame):
-        if self.signal and number == signal.SIGINT:                  # a second Ctrl-C
+        if self.signal and number == signal.SIGINT:      # Ctrl-C after any signal: end at once
             raise KeyboardInterrupt
         self.signal = number
 
     def check_stop(self):
-        """Ends the process after a signal: for long work before the first step. Of several
-        processes maybe only one received it: it fails, and torchrun ends the others."""
+        """Exits if a signal was received: to be called in long work before the first step. With
+        several processes the exit code is 1, since perhaps only this process received the signal:
+        torchrun then ends the others."""
         if self.signal:
             self.print0(f"received {signal.Signals(self.signal).name} before the first step")
             sys.exit(int(self.world > 1))
@@ -134,7 +166,8 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def place(self, module):
-        """Moves it to the device; in DDP if there are several processes and weights to train."""
+        """The module on the device; in DDP, if there are several processes and it has parameters
+        to train."""
         module = distributed.wrap_ddp(module.to(self.device), self.device)
         self.modules.append(module)
         return module
@@ -142,17 +175,19 @@ class Run:
     # ---- the loop --------------------------------------------------------------------------------
 
     def total_steps(self, loader):
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run: --steps, or else --epochs in steps, at least 1."""
         return self.cfg.steps or max(1, round(self.cfg.epochs * len(loader)))
 
     def steps(self, loader):
-        """Yields (step, batch) from where the run stands to its end.
+        """Yields (step, batch) from the first step that is not done to the end of the run.
 
-        A signal (SIGTERM, SIGUSR1, Ctrl-C) makes the next step the last one, which is saved."""
+        After a signal (SIGTERM, SIGUSR1, Ctrl-C) the step in progress and at most one more are
+        completed and saved; then the process exits with code 0. Ctrl-C after any signal ends it at
+        once."""
         self.total = self.total_steps(loader)
         self._print_settings(len(loader))
-        self.peak = distributed.peak_flops(self.device, self.precision) * self.world
-        batches, begin, skipped = loader.batches(start=self.step), self.step, 0
+        self.peak_flops = distributed.peak_flops(self.device, self.precision) * self.world
+        batches, begin, skipped, compiled = loader.batches(start=self.step), self.step, 0, False
         bar = tqdm(total=self.total, initial=begin, leave=False, dynamic_ncols=True,
                    disable=self.rank > 0 or not sys.stderr.isatty())
         self.last_save = time.perf_counter()
@@ -168,19 +203,20 @@ class Run:
             evals = self.cfg.evals
             self.eval_due = step * evals // self.total < (step + 1) * evals // self.total
             self.save_due = bool(overdue or stop or last)
-            # The FLOPs of a step are counted once, at the first step without an evaluation.
+            # FLOPs are counted in the first step without an evaluation, which would add its own.
             count = self.flops is None and not self.eval_due
             with FlopCounterMode(display=False) if count else contextlib.nullcontext() as counter:
                 yield step, batch
             if count:
                 self.flops = counter.get_total_flops() * self.world / self.cfg.batch_size
-            if step == begin and self.cfg.compile:       # not before: FLOPs are counted uncompiled
+            if self.cfg.compile and not compiled and self.flops is not None:
+                compiled = True                          # not before: FLOPs are counted uncompiled
                 for module in self.modules:
                     module.compile()
             if loader.skipped > skipped:
                 skipped = loader.skipped
-                self.print0(f"unreadable images replaced so far: {skipped} (repeats count, other "
-                            f"processes do not)")
+                self.print0(f"{skipped} unreadable images replaced so far in process 0 (an image "
+                            f"counts each time)")
             self._print_if_due()
             self.step = step + 1
             bar.update()
@@ -196,61 +232,65 @@ class Run:
             self.print0(f"done after {self.total} steps; {self.out}/ contains {files}")
 
     def _max_over_processes(self, *numbers):
-        """The maximum of each number over the processes, so that all of them decide alike."""
+        """Maximum of each number over the processes, so that all processes decide alike."""
         numbers = torch.tensor([int(n) for n in numbers])            # on the CPU: no GPU wait
         if self.world > 1:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
 
     def micro_batches(self, batch):
-        """Yields the batch in --accum-iter equal parts. DDP averages gradients over the processes
-        in the backward pass of the last one only."""
+        """Yields the batch in --accum-iter equal parts. DDP averages the gradients over the
+        processes in the backward pass of the last part only, as with its no_sync()."""
         for i, part in enumerate(batch.split(self.cfg.accum_iter)):
             for module in self.modules:
                 if isinstance(module, DistributedDataParallel):
-                    module.require_backward_grad_sync = i + 1 == self.cfg.accum_iter    # no_sync()
+                    module.require_backward_grad_sync = i + 1 == self.cfg.accum_iter
             yield part
 
     # ---- the log ---------------------------------------------------------------------------------
 
     def log(self, **values):
-        """Adds numbers to the means that the next line prints and metrics.jsonl keeps. Raises
-        ValueError if the loss or the norm of the gradient is not finite; on a GPU not here, where
-        it would have to wait, but when the next line is printed or a checkpoint is saved."""
+        """Adds values to the means since the last line, which the next line and metrics.jsonl
+        contain. All processes must log the same names in the same order, because each mean is
+        taken over the processes. Raises ValueError if the loss or the gradient norm is not finite;
+        on a GPU, to avoid a wait here, when the next line is printed or a checkpoint is saved."""
         for name, x in values.items():
-            total, n = self.meter.get(name, (0.0, 0))
-            self.meter[name] = [total + (x.detach().double() if torch.is_tensor(x) else x), n + 1]
+            total, count = self.sums.get(name, (0.0, 0))
+            total = total + (x.detach().double() if torch.is_tensor(x) else x)
+            self.sums[name] = (total, count + 1)
         if self.device.type == "cpu":
             self._check_finite()
 
     def _check_finite(self):
-        found = {name: float(self.meter[name][0] / self.meter[name][1])
-                 for name in ("loss", "grad_norm", "lr") if name in self.meter}
-        if not math.isfinite(sum(found.values())):
-            kept = f"of step {self.saved}" if self.saved else "none"
-            raise ValueError(f"the loss is not finite by step {self.step + 1}: "
-                             f"{', '.join(f'{name} {x:.4g}' for name, x in found.items())}; last "
-                             f"good checkpoint: {kept}; try --precision fp32 or a lower --lr")
+        means = {name: float(self.sums[name][0] / self.sums[name][1])
+                 for name in ("loss", "grad_norm", "lr") if name in self.sums}
+        if not math.isfinite(sum(means.values())):
+            saved = f"after step {self.last_saved_step}" if self.last_saved_step else "none"
+            raise ValueError(f"the loss or the gradient norm is not finite by step "
+                             f"{self.step + 1}: "
+                             f"{', '.join(f'{name} {x:.4g}' for name, x in means.items())}; last "
+                             f"checkpoint: {saved}; try --precision fp32 or a lower --lr")
 
     def _mean(self, x):
+        """Mean of a number or scalar tensor over the processes."""
         x = torch.as_tensor(x, dtype=torch.float64, device=self.device)
         return distributed.all_mean(x).item()
 
     def _print_if_due(self):
         done = self.step + 1
         due = self.eval_due or done % self.cfg.log_every == 0 or done == self.total
-        if not due or not self.meter:
+        if not due or not self.sums:
             return
         self._check_finite()
         record = dict(step=done)
-        for name, (total, n) in self.meter.items():
-            record[name] = self._mean(total) / n
+        for name, (total, count) in self.sums.items():
+            record[name] = self._mean(total) / count
         seconds = max(1e-9, self.interval.seconds())
         steps = done - self.interval.first_step
         record["images_per_s"] = steps * self.cfg.batch_size / seconds
         record["data_time"] = self.interval.waited / steps
         if self.flops:
-            record["mfu"] = self.flops * record["images_per_s"] / self.peak
+            record["mfu"] = self.flops * record["images_per_s"] / self.peak_flops
         record["memory_gib"] = distributed.peak_memory(self.device)
         eta = tqdm.format_interval((self.total - done) * seconds / steps)
         values = (f"{name} {FORMATS.get(name, '{:.3f}').format(x)}" for name, x in record.items()
@@ -262,10 +302,11 @@ class Run:
                 for name, value in record.items():
                     self.writer.add_scalar(name, value, done)
                 self.writer.flush()
-        self.meter, self.interval = {}, Interval(done)
+        self.sums, self.interval = {}, Interval(done)
 
     def _print_settings(self, per_epoch):
-        """The numbers that reproductions get wrong first, once."""
+        """Prints once what reproductions most often get wrong: settings with their sources, steps,
+        epochs and parameters."""
         cfg = self.cfg
         for source in dict.fromkeys(cfg.origin.values()):
             values = (f"{k} {getattr(cfg, k)}" for k, by in cfg.origin.items() if by == source)
@@ -277,37 +318,39 @@ class Run:
                     f"torch {torch.__version__}")
         warmup = round(getattr(cfg, "warmup_epochs", 0) * per_epoch)
         if warmup >= self.total:
-            self.print0(f"the run ends within its warm-up of {warmup} steps: lower "
+            self.print0(f"the run ends within its warmup of {warmup} steps: lower "
                         f"--warmup-epochs")
 
     @contextlib.contextmanager
     def paused(self):
-        """What is done in here (evaluation, checkpoints) does not count as training time."""
+        """What runs within (evaluation, checkpoints) does not count as training time."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize()                     # the queued work does count
+            torch.cuda.synchronize()                     # training work still queued does count
         begin = time.perf_counter()
         yield
         self.interval.paused += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def evaluation(self, *modules):
-        """For what is computed beside training: paused(), these modules in eval mode, no gradients;
-        an unreadable image is reported, not the end of the run."""
+        """For computations next to training: paused(), these modules in eval mode, no gradients.
+        An unreadable image (datasets.UnreadableImage) ends the evaluation with a message, not the
+        run."""
         for module in modules:
             module.eval()
         with self.paused(), torch.no_grad():
             try:
                 yield
-            except ValueError as e:
-                tqdm.write(f"evaluation skipped: {e}", file=sys.stdout)  # maybe in one process
+            except datasets.UnreadableImage as e:        # perhaps in this process only: no print0
+                tqdm.write(f"evaluation skipped: {e}", file=sys.stdout)
         for module in modules:
             module.train()
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
     def restore(self, **state):
-        """Opens the run's folder, registers what a checkpoint holds (modules, optimizers, by name)
-        and, with --resume, loads it. Raises ValueError for a file of another method or shape."""
+        """Opens the run's folder, registers what checkpoints hold (modules and optimizers, by name)
+        and, with --resume, loads last.pt into them. Must be called before save(). Raises ValueError
+        for a file of another method or with other shapes, OSError if the folder is not writable."""
         self.state = {name: distributed.unwrap(x) for name, x in state.items()}
         problem = [None]
         try:
@@ -316,34 +359,38 @@ class Run:
         except (ValueError, OSError) as e:
             problem = [e]
         if self.world > 1:
-            dist.broadcast_object_list(problem)                      # all stop, or none
+            dist.broadcast_object_list(problem)          # either all processes stop or none
         if problem[0]:
             raise problem[0]
         if self.cfg.resume:
-            self.step, self.meter = self.folder.load(self.state)
-            self.saved = self.step
+            self.step, self.sums = self.folder.load(self.state)
+            self.last_saved_step = self.step
             self.print0(f"resumed from {self.out / 'last.pt'} after step {self.step}")
         if self.rank == 0:
             self.folder.write_config()
-            self.folder.trim_log(self.step)                          # lines later than last.pt
+            self.folder.trim_log(self.step)              # removes lines later than last.pt
             self.writer = self.folder.tensorboard() if self.cfg.tensorboard else None
 
     def save(self):
-        """Writes last.pt: what restore() was given and how far the run is. A kill at any instant
-        leaves the last complete file. Raises OSError with a sentence when the disk is full."""
+        """Writes last.pt: the state given to restore(), the step, and the means of the next line.
+        If the process is killed meanwhile, the previous file remains. Raises OSError with a
+        readable message, for example on a full disk, and RuntimeError without a restore()."""
+        if self.state is None:
+            raise RuntimeError("run.save() needs to know what to save: call run.restore(...) first")
         self._check_finite()
         self._print_if_due()                             # a checkpoint is never ahead of the log
         with self.paused():
-            meter = {name: (self._mean(total), n) for name, (total, n) in self.meter.items()}
+            sums = {name: (self._mean(total), count) for name, (total, count) in self.sums.items()}
             if self.rank == 0:
-                self.folder.save(self.state, self.step + 1, meter)
-        self.saved, self.last_save = self.step + 1, time.perf_counter()
+                self.folder.save(self.state, self.step + 1, sums)
+        self.last_saved_step, self.last_save = self.step + 1, time.perf_counter()
 
     def save_encoder(self, backbone, full=None, **info):
-        """Writes encoder.pt, which checkpoints.load_encoder and evaluate.py read. To be called
-        before save(), so that a kill in between is mended by --resume. info: branch, heads, ...
-        (checkpoints.save_encoder). full: a state dict under the names of the published files,
-        decoder included, for full.pt."""
+        """Writes encoder.pt, which checkpoints.load_encoder and evaluate.py read. Call it before
+        save(): if the process is killed in between, --resume writes both files again.
+
+        info: branch, heads, ... (see checkpoints.save_encoder). full: a state dict for full.pt,
+        with the decoder, under the names of the published files."""
         self._check_finite()
         if self.rank > 0:
             return
@@ -356,18 +403,18 @@ class Run:
                 checkpoints.write_atomic(self.out / "full.pt", lambda f: torch.save(content, f))
 
 
-# How the console prints a number, by its name; metrics.jsonl keeps all digits.
+# How the console prints a value, by its name; metrics.jsonl keeps all digits.
 FORMATS = {"lr": "{:.1e}", "grad_norm": "{:.2f}", "knn": "{:.1f}%", "knn_patch": "{:.1f}%",
            "images_per_s": "{:,.0f}", "mfu": "{:.0%}"}
 
 
 class Interval:
-    """Time since the last printed line, of which some was waited for data, some paused."""
+    """Wall time since the last printed line, with the seconds waited for data and those paused."""
 
     def __init__(self, first_step):
         self.first_step, self.begin = first_step, time.perf_counter()
         self.waited, self.paused = 0.0, 0.0
 
     def seconds(self):
-        """Seconds of training."""
+        """Seconds of training: without pauses, with waiting for data."""
         return time.perf_counter() - self.begin - self.paused

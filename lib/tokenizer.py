@@ -4,8 +4,10 @@ A tokenizer is an autoencoder with a discrete bottleneck. It is trained once and
 
     view -> u in [0.1, 0.9] -> encoder -> scores of K codes for each cell -> argmax -> ids
                                                                               |
-                               u' <- decoder <- codebook entry of each id <---+
+                               u' <- decoder <- code of each id <-------------+
 
+A cell is the square of the view that gets one token; there are as many cells as patches. A code is
+one of the K entries of the codebook, an id its index, and a token the code that a cell gets.
 Pretraining needs encoder and argmax only; the decoder is for visualizations. Three kinds:
 
 dalle  the published encoder of DALL-E (Ramesh et al., 2021), used by BEiT and CAE: 8192 codes,
@@ -13,7 +15,7 @@ dalle  the published encoder of DALL-E (Ramesh et al., 2021), used by BEiT and C
 vq     vector quantization (van den Oord et al., 2017); takes about a minute on toy. The encoder's
        output z and the codes c are unit vectors (as in BEiT v2) and ids = argmax z.c. The gradient
        is straight-through: the decoder gets z + stop(c - z). Codes are moving averages of their z,
-       and rarely used codes are re-initialized. Network and updates of the codes are our choice.
+       and rarely used codes are re-initialized. The network and the code updates are our choice.
            L = mean (u' - u)^2 + 0.25 mean (z - stop(c))^2
 dvae   DALL-E's algorithm with a small network: the decoder gets a mixture of codes, drawn by the
        Gumbel-softmax (Jang et al., 2017) at a temperature tau that decreases from 1 to 1/16
@@ -21,8 +23,8 @@ dvae   DALL-E's algorithm with a small network: the decoder gets a mixture of co
        with the logit-Laplace density f and the posterior q over codes. The last term keeps the
        codes in use (without it most never are); it is our choice, DALL-E has KL(q || uniform).
 
-BEiT's appendix reports that a tokenizer trained on ImageNet-1K instead of DALL-E's costs 0.2 points
-of accuracy.
+BEiT's appendix reports that accuracy is 0.2 points lower with a tokenizer trained on ImageNet-1K
+than with DALL-E's.
 """
 import hashlib
 import math
@@ -45,7 +47,7 @@ EPS = 0.1                    # distance of pixels from 0 and 1, where the logit 
 
 
 def map_pixels(v):
-    """[0, 1] -> [0.1, 0.9], the input of encoders instead of normalized images."""
+    """Pixels in [0, 1] -> [0.1, 0.9], the input of the encoders."""
     return (1 - 2 * EPS) * v + EPS
 
 
@@ -67,11 +69,11 @@ class Tokenizer(nn.Module):
     A subclass defines scores(u): (B, 3, S, S) -> (B, K, h, w), and decode_grid(ids): (B, h, w) ->
     pixels (B, 3, S, S) in [0, 1]."""
 
-    report = ""                               # of evaluate_tokenizer(), for one trained here
+    report = ""                               # result of evaluate_tokenizer(), if trained here
 
     @torch.no_grad()
     def ids(self, view):
-        """View (B, 3, S, S), normalized by the loader -> ids (B, N) int64, row by row."""
+        """View (B, 3, S, S), normalized by the loader -> ids (B, N) int64 in raster order."""
         return self.scores(map_pixels(unnormalize(view))).argmax(1).flatten(1)
 
     @torch.no_grad()
@@ -97,7 +99,7 @@ class Conv(nn.Module):
 
 
 class DalleBlock(nn.Module):
-    """A residual block of four convolutions, a quarter as wide as its output inside."""
+    """A residual block of four convolutions, whose inner width is a quarter of the output's."""
 
     def __init__(self, n_in, n_out, kernels):
         super().__init__()
@@ -140,8 +142,8 @@ def dalle_decoder():
 class Dalle(Tokenizer):
     """DALL-E's tokenizer. Without its decoder, decode() gives each code a color of its own.
 
-    It computes in fp32 (matrix products on a GPU in TF32), the official module in fp16: where two
-    scores are nearly equal, ids may differ."""
+    It computes in fp32 (on a GPU, matrix products in TF32), the official module on a GPU in fp16:
+    where two scores are nearly equal, ids may differ."""
     vocab_size, cell = 8192, 8
 
     def __init__(self, with_decoder=False):
@@ -242,8 +244,8 @@ def vq_loss(net, u):
 @torch.no_grad()
 def update_codes(codes, z, ids, momentum):
     """Replaces each used code by the L2-normalized average of the code (weight `momentum`) and the
-    mean direction of its z. codes (K, dim), in place; z (n, dim), ids (n,). Returns the number of
-    uses of each code (K,)."""
+    mean direction of its z. codes (K, dim), in place; z (n, dim); ids (n,), the code of each z.
+    Returns the number of uses of each code (K,)."""
     uses = torch.bincount(ids, minlength=len(codes)).to(z.dtype)
     mean = F.normalize(torch.zeros_like(codes).index_add_(0, ids, z), dim=1)
     average = F.normalize(torch.lerp(mean, codes, momentum), dim=1)
@@ -300,8 +302,8 @@ MOMENTUM = 0.9                                              # of vq's codes (our
 def train_tokenizer(cfg, run, images, view, cell):
     """A Small tokenizer, trained on `view` of the images: the same crops as in pretraining.
 
-    Raises ValueError when the loss is not finite."""
-    with torch.random.fork_rng([]):       # does not change the method's initial weights
+    Raises ValueError if the loss is not finite when it is printed, about five times."""
+    with torch.random.fork_rng([]):       # so the method's initial weights do not change
         torch.manual_seed(cfg.seed)
         net = Small(cfg.tokenizer_kind, cfg.vocab_size, cell).to(run.device)
     total, vq = cfg.tokenizer_steps, cfg.tokenizer_kind == "vq"
@@ -330,8 +332,9 @@ def train_tokenizer(cfg, run, images, view, cell):
         opt.step()
         if (step + 1) % (total // 5 or 1) == 0 or step + 1 == total:
             if not loss.isfinite():
+                other = "another --seed" if vq else "--tokenizer-kind vq"
                 raise ValueError(f"the tokenizer's loss is not finite at its step {step + 1}: try "
-                                 f"--tokenizer-kind vq, or give a trained one with --tokenizer")
+                                 f"{other}, or give a trained tokenizer with --tokenizer")
             run.print0(f"tokenizer: step {step + 1}/{total}  loss {loss.item():.4f}")
     return net.eval()
 
@@ -342,11 +345,11 @@ def flatten_cells(z):
 
 
 def evaluate_tokenizer(net, images, size, run, workers):
-    """Statistics of held-out images, resized to `size` pixels: {name: number}.
+    """Statistics on held-out images, resized to `size` pixels: {name: number}.
 
     used_codes: number of codes that occur. perplexity: exp of the entropy of the codes.
     token_max_freq: frequency of the most frequent code. mse: mean squared error of the
-    reconstruction. mse_mean_color: of the mean color of each cell, as a baseline."""
+    reconstruction. mse_mean_color: that of the mean color of each cell, as a baseline."""
     counts, errors, n = torch.zeros(net.vocab_size, device=run.device), torch.zeros(2), 0
     for x, _ in data.batches(images, size, device=run.device, workers=workers):
         ids, v = net.ids(x), unnormalize(x)
@@ -363,15 +366,15 @@ def evaluate_tokenizer(net, images, size, run, workers):
 class TokenCounts(nn.Module):
     """Frequencies of the K target tokens during training, over all processes.
 
-    They bound the loss and accuracy of a head that ignores its input. The counts are part of the
-    run's checkpoint."""
+    They give the best loss and accuracy of a head that ignores its input. The counts are part of
+    the run's checkpoint."""
 
     def __init__(self, vocab_size):
         super().__init__()
         self.register_buffer("hits", torch.zeros(vocab_size, dtype=torch.float64))
 
     def add(self, ids):
-        """Counts ids (any shape) of this and, in the same call, of all other processes."""
+        """Counts ids (any shape) of all processes, each of which calls this at the same time."""
         ones = torch.ones(ids.numel(), dtype=torch.float64, device=ids.device)
         here = torch.zeros_like(self.hits).index_add_(0, ids.flatten(), ones)
         self.hits += distributed.world_size() * distributed.all_mean(here)
@@ -387,31 +390,25 @@ class TokenCounts(nn.Module):
 
 
 def check_settings(cfg):
-    """Raises ValueError for settings of the tokenizer that are out of bounds or do not match the
-    patches. For Config.__post_init__ of BEiT and CAE, after config.check_bounds(cfg)."""
+    """Raises ValueError for settings of the tokenizer that do not match the patches. For
+    Config.__post_init__ of BEiT and CAE, after config.check_bounds(cfg)."""
     if cfg.img_size % cfg.patch_size:
         raise ValueError(f"image size {cfg.img_size} is not a multiple of patch size "
                          f"{cfg.patch_size}")
     side = cfg.img_size // cfg.patch_size
     cell = cfg.second_input_size // side
     if cfg.second_input_size % side or cell < 2 or cell & (cell - 1):
-        raise ValueError(f"--second-input-size must be {side} (patches a side) times 2, 4, 8, ... "
-                         f"pixels, not {cfg.second_input_size}: try {8 * side} or {4 * side}")
-    if cfg.tokenizer_kind not in ("vq", "dvae"):
-        raise ValueError(f"--tokenizer-kind must be vq or dvae, not {cfg.tokenizer_kind}")
-    if cfg.vocab_size < 2:
-        raise ValueError(f"--vocab-size must be 2 or more, not {cfg.vocab_size}")
-    if cfg.tokenizer_steps < 1:
-        raise ValueError(f"--tokenizer-steps must be 1 or more, not {cfg.tokenizer_steps}")
+        raise ValueError(f"--second-input-size must be {side} (patches per side) times 2, 4, 8, "
+                         f"..., not {cfg.second_input_size}: try {8 * side} or {4 * side}")
 
 
 def get_tokenizer(cfg, run, images, held_out, view):
     """The frozen tokenizer of a run, on its device.
 
-    It is loaded from the file given by --tokenizer. Without, it is trained on `view` of the images,
-    evaluated on the images `held_out`, and saved in the parent of the run's folder, where the next
-    run with the same data, seed and sizes finds it. Raises ValueError when the cells of a loaded
-    tokenizer do not match the patches."""
+    It is loaded from the file given by --tokenizer. Without a file, it is trained on `view` of the
+    images, evaluated on the images `held_out`, and saved in the parent of the run's folder, where
+    the next run with the same data, seed and sizes finds it. Raises ValueError if the cells of a
+    loaded tokenizer do not match the patches."""
     side = cfg.img_size // cfg.patch_size
     cell = cfg.second_input_size // side
     if cfg.tokenizer:
@@ -421,14 +418,14 @@ def get_tokenizer(cfg, run, images, held_out, view):
         if run.rank == 0 and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             run.print0(f"training a tokenizer ({cfg.tokenizer_kind}, {cfg.vocab_size} codes) once; "
-                       f"--tokenizer gives a trained one")
+                       f"--tokenizer takes a trained one")
             net, report = train_tokenizer(cfg, run, images, view, cell), ""
             try:
                 report = evaluate_tokenizer(net, held_out, cfg.second_input_size, run, cfg.workers)
             except ValueError as error:                              # an unreadable image
                 run.print0(f"the tokenizer is not evaluated: {error}")
             save_tokenizer(path, net, report)
-        while not path.exists():     # the other processes: a collective could time out
+        while not path.exists():     # other processes poll: a collective could time out
             run.check_stop()
             time.sleep(1)
         net = load_tokenizer(path)
@@ -443,31 +440,31 @@ def get_tokenizer(cfg, run, images, held_out, view):
 
 
 def cache_path(cfg, images, view):
-    """File of the tokenizer of these settings. Its name has a hash of all that it depends on."""
+    """File of the tokenizer for these settings. Its name has a hash of all that it depends on."""
     folder = os.path.isdir(cfg.data)
-    what = (os.path.abspath(cfg.data) if folder else cfg.data,
-            cfg.data_root and os.path.abspath(cfg.data_root), len(images), view, cfg.img_size,
-            cfg.patch_size, cfg.second_input_size, cfg.tokenizer_kind, cfg.vocab_size,
-            cfg.tokenizer_steps, cfg.seed)
-    name = f"tokenizer-{os.path.basename(what[0])}-{rng.key(*what) % 2**32:08x}.pt"
+    settings = (os.path.abspath(cfg.data) if folder else cfg.data,
+                cfg.data_root and os.path.abspath(cfg.data_root), len(images), view, cfg.img_size,
+                cfg.patch_size, cfg.second_input_size, cfg.tokenizer_kind, cfg.vocab_size,
+                cfg.tokenizer_steps, cfg.seed)
+    name = f"tokenizer-{os.path.basename(settings[0])}-{rng.key(*settings) % 2**32:08x}.pt"
     return Path(cfg.out).parent / name
 
 
 def save_tokenizer(path, net, report):
     """Writes the file atomically. If two runs train at the same time, the first file is kept."""
-    own = f"{path}.{os.getpid()}"
-    checkpoints.write_atomic(own, lambda file: torch.save(
+    temporary = f"{path}.{os.getpid()}"
+    checkpoints.write_atomic(temporary, lambda file: torch.save(
         {"format": "tokenizer/1", "config": net.config, "report": report,
          "model": {name: x.cpu() for name, x in net.state_dict().items()}}, file))
     if path.exists():
-        os.remove(own)
+        os.remove(temporary)
     else:
-        os.replace(own, path)
+        os.replace(temporary, path)
 
 
 class StateDictOnly(dict):
-    """Replaces the classes of modules in a pickled DALL-E. It becomes their state dict, and no code
-    of the file is run."""
+    """Replaces the module classes in DALL-E's pickled files: a module becomes its state dict, and
+    no code in the file is run."""
 
     def __setstate__(self, state):
         self.update(state["_parameters"])
@@ -483,10 +480,11 @@ ALLOWED = [(StateDictOnly, name) for name in (
 
 
 def load_tokenizer(path):
-    """The tokenizer of a file of ours, or DALL-E's.
+    """The tokenizer in a file, one of ours or DALL-E's.
 
     DALL-E's is the official encoder.pkl (a pickled module, of which no code is run) or its state
-    dict; a decoder.pkl in the same folder is used for decode(). ValueError for other files."""
+    dict; a decoder.pkl in the same folder is used for decode(). Raises ValueError for other
+    files."""
     path, raw = Path(path), read_state(path)
     try:
         if raw.get("format") == "tokenizer/1":
@@ -507,19 +505,20 @@ def load_tokenizer(path):
 
 
 def read_state(path):
-    """Content of a checkpoint file; of a pickled module its state dict."""
+    """Content of a checkpoint file; for a pickled module, its state dict."""
     with torch.serialization.safe_globals(ALLOWED):
         try:
             raw = checkpoints.read_file(path)
         except ValueError as error:
-            raise ValueError(f"{error}. If it is a module pickled by PyTorch before 1.6: save its "
+            raise ValueError(f"{error}. If it is a module pickled by PyTorch before 1.6, save its "
                              f"state_dict() in a file on a machine with dall_e") from None
     return raw.get("state_dict", raw)
 
 
 class Fingerprint:
-    """Hash of a tokenizer's weights, for a run's checkpoint: ids of another tokenizer have other
-    meanings, so a run must be resumed with its own. ValueError on loading another one's."""
+    """Hash of a tokenizer's weights, for a run's checkpoint. The ids of another tokenizer have
+    other meanings, so a run must be resumed with the same one: load_state_dict raises ValueError
+    for the hash of another."""
 
     def __init__(self, net):
         content = b"".join(x.cpu().numpy().tobytes() for name, x in net.state_dict().items()

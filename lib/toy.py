@@ -3,21 +3,21 @@
     out = toy.draw(torch.arange(64), "train", annotate=True)   # out["image"]: (64, 3, 64, 64) uint8
     python -m lib.toy        # writes out/toy.png: all classes, annotated scenes, a video
 
-Every part of a creature is one shape, a *spindle*: an axis that may be bent, with a radius at its
-root, middle and tip. A sausage, an egg, a horn, a leaf and a ball are spindles. The distance of a
-pixel to a spindle takes a dozen operations, is computed for a whole batch at once, and gives
-antialiased edges. A creature is a tree of bones (legs are attached to the torso, ears to the head)
-that swing: an image is one moment of a walk, and a video is the walk.
+A creature is a tree of bones: legs are attached to the torso, ears to the head. Every bone is drawn
+as a *spindle*: an axis that may be bent, with a radius at its root, middle and tip. Sausages, eggs,
+horns, leaves and balls are spindles. The distance of a pixel to a spindle takes about a dozen
+operations, is computed for a whole batch at once, and gives antialiased edges. Bones swing: an
+image is one moment of a walk, and a video is the walk.
 
-A class is a combination of part shapes (CLASS_PARTS, built from SHAPES) and nothing else: coat,
-pose, direction, rotation, size, position, light, clutter and occluders have the same distribution
-for all classes. Coats are marbled in all colors, and a little brighter than the gray background so
-that a person finds the creature quickly. The colors of an image as a whole do not predict its
-class. Raw pixels do to some extent (nearest neighbor: 26 %; by cosine after the mean image is
-subtracted: 53 %; chance: 6 %). What is left to learn is shape.
+A class is a combination of shapes of parts (CLASS_PARTS, built from SHAPES). Everything else, that
+is coat, pose, direction, rotation, size, position, light, clutter and occluders, has the same
+distribution for all classes. Coats are marbled in all colors, and a little brighter than the gray
+background so that a person finds the creature quickly. The colors of an image as a whole do not
+predict its class. Raw pixels do to some extent (accuracy of the nearest neighbor: 26%; by cosine
+after the mean image is subtracted: 53%; chance level: 6%). What is left to learn is shape.
 
 An image is a function of (seed, split, index) only (rng.py), in coordinates [-1, 1] x [-1, 1]:
-another size is the same image with other pixels.
+at another size it is the same image at another resolution.
 """
 import argparse
 import math
@@ -28,14 +28,16 @@ import torch.nn.functional as F
 
 from lib import rng
 
-# B images, S image side; dimensions of creatures (of an image), bones (of a creature), parts and
-# frames are written as words
+# Shapes: B images, S image side; creatures (of an image), bones (of a creature), parts and frames
+# are written as words.
 
 # ---- anatomy -------------------------------------------------------------------------------------
 
 NEXT = -1.0        # in the column `at`: this bone starts where the previous one ends
-SHAPES = {         # lengths: 1 is about a body. Angles: 0 forward, 90 down, -90 up, 180 backward
-    # at: position on the axis of the parent; bend: distance of the tip from the axis, in lengths
+# Part: {shape: its bones}. Lengths: 1 is about a body. Angles in degrees: 0 forward, 90 down, -90
+# up, 180 backward. at: position on the axis of the parent; bend: distance of the tip from the axis,
+# in lengths of the bone.
+SHAPES = {
     #            at   angle  length  radius: root, middle, tip   bend
     "torso": {
         "barrel":  [(0,     0,  .75,  .21, .23, .24,   0)],
@@ -117,7 +119,7 @@ SHAPES = {         # lengths: 1 is about a body. Angles: 0 forward, 90 down, -90
     "eye": {     # white and pupil: the same for all classes
         "round":   [(.50, -75,  .07,  .07, .07, .07,   0), (NEXT, 0, .03, .04, .04, .04, 0)]}}
 
-CLASS_PARTS = {     # class -> shapes of its parts: the only difference between classes
+CLASS_PARTS = {     # class: shapes of its parts, the only difference between classes
     "cat": dict(torso="barrel", head="ball", ear="pointed", leg="paw", tail="whip"),
     "rabbit": dict(torso="egg", head="ball", ear="long", leg="hop", tail="puff"),
     "elephant": dict(torso="barrel", head="dome", ear="flap", snout="trunk", leg="pillar",
@@ -142,15 +144,15 @@ CLASS_PARTS = {     # class -> shapes of its parts: the only difference between 
                    tail="thick", fin="spikes")}
 CLASSES = list(CLASS_PARTS)
 PARTS = ["torso", "head", "ear", "snout", "leg", "wing", "tail", "fin", "shell"]   # id: 1, 2, ...
-KEYPOINTS = PARTS                                                                  # one a part
+KEYPOINTS = PARTS                                                             # one per part
 NUM_IMAGES = {"train": 20000, "test": 2000}
 
-# The bones of every creature, parents before children: shape, row in SHAPES, index of the parent.
+# The bones of every creature, parents before children: part, row of its shape, index of the parent.
 SKELETON = [("torso", 0, 0), ("neck", 0, 0), ("head", 0, 1), ("eye", 0, 2), ("eye", 1, 2),
             ("ear", 0, 2), ("ear", 1, 2), ("snout", 0, 2), ("snout", 1, 2),
             *[("leg", i, 0) for i in (0, 1, 2, 3)] * 2, *[("wing", i, 0) for i in (0, 1)] * 2,
             *[("tail", i, 0) for i in (0, 1)], *[("fin", i, 0) for i in (0, 1, 2)], ("shell", 0, 0)]
-LAYERS = [     # drawing order, back to front: shape, first bone, last bone + 1, brightness
+LAYERS = [     # drawing order, back to front: part, first bone, last bone + 1, brightness
     ("wing", 17, 19, 0.75), ("leg", 9, 13, 0.75), ("tail", 21, 23, 1), ("fin", 23, 25, 1),
     ("ear", 5, 6, 0.75), ("torso", 0, 2, 1), ("shell", 26, 27, 1), ("leg", 13, 17, 1),
     ("head", 2, 3, 1), ("snout", 7, 9, 1), ("fin", 25, 26, 1), ("ear", 6, 7, 1),
@@ -161,7 +163,7 @@ KEYPOINT_BONES = [(0, 0.45), (2, 0.3), (6, 0.7), (7, 0.7), (13, 0.7),    # bone,
 SWING = dict(torso=2, neck=4, head=4, eye=0, ear=6, snout=2, leg=9, wing=10, tail=7, fin=5,
              shell=1)                                                # amplitude in degrees
 FAR = {9: 8, 10: 8, 11: 8, 12: 8, 17: 38, 18: 22}       # bone -> extra angle of far limbs, degrees
-CLUTTER, FRONT = 6, 2                   # numbers of objects behind and in front of the creatures
+CLUTTER, FRONT = 6, 2                   # number of objects behind and in front of the creatures
 # kind -> its string in the key of the random numbers: another string gives other images
 STREAMS = {"single": "single", "scene": "scene", "video": "film"}
 
@@ -170,8 +172,9 @@ def build_anatomy():
     """(C, bones, 7) rows of SHAPES, zeros where a class has no such bone."""
     table = torch.zeros(len(CLASSES), len(SKELETON), 7, dtype=torch.float64)
     for c, parts in enumerate(CLASS_PARTS.values()):
-        for j, (shape, row, _) in enumerate(SKELETON):
-            rows = SHAPES[shape].get({"neck": "short", "eye": "round", **parts}.get(shape), [])
+        for j, (part, row, _) in enumerate(SKELETON):
+            shape = {"neck": "short", "eye": "round", **parts}.get(part)
+            rows = SHAPES[part].get(shape, [])
             if row < len(rows):
                 table[c, j] = torch.tensor(rows[row])
                 table[c, j, 1] += FAR.get(j, 0) * (rows[row][0] != NEXT)
@@ -198,9 +201,9 @@ def pose_skeleton(cls, u, time):
     right. The rotation of a bone includes that of its parent: the ear turns with the head."""
     rest = ANATOMY.to(cls.device)[cls]
     out, turn = rest.new_zeros(*rest.shape[:2], 10), torch.zeros_like(rest[..., 0])
-    swing = torch.tensor([SWING[shape] for shape, *_ in SKELETON], device=cls.device)
+    swing = torch.tensor([SWING[part] for part, *_ in SKELETON], device=cls.device)
     swing = swing * (2 * math.pi * (u[..., 0] + 2 * time[:, None])).sin()       # two strides
-    for j, (shape, _, parent) in enumerate(SKELETON):
+    for j, (part, _, parent) in enumerate(SKELETON):
         at, angle, length, root, middle, tip, bend = rest[:, j].unbind(-1)
         chained = at == NEXT
         base = torch.where(chained[:, None], out[:, j - 1], out[:, parent])    # zeros for the torso
@@ -208,7 +211,7 @@ def pose_skeleton(cls, u, time):
         x, y = point_on_axis(base, torch.where(chained, 1, at))
         angle = (angle + turn[:, j]) * (math.pi / 180)
         length, width = length * (0.88 + 0.24 * u[:, j, 1]), 0.9 + 0.2 * u[:, j, 2]
-        bend = (bend + 0.3 * (u[:, j, 3] - 0.5) * (SWING[shape] > 5)) * length
+        bend = (bend + 0.3 * (u[:, j, 3] - 0.5) * (SWING[part] > 5)) * length
         out[:, j] = torch.stack([
             x, y, angle.cos(), angle.sin(), torch.ones_like(x), length, root * width,
             (4 * middle - 3 * root - tip) * width, 2 * (root + tip - 2 * middle) * width, bend], -1)
@@ -255,9 +258,9 @@ def hsv_color(u, saturation=(0, 1), value=(0, 1)):
 
 
 def sample_creatures(uniform, kind, time):
-    """Classes (B, creatures), spindles (B, creatures, bones, 10), absent (B, creatures, bones),
-    center (B, creatures, 2), half of the longer side, angle and mirror (B, creatures each), drift
-    of the camera (B, 1, 2)."""
+    """-> classes (B, creatures); spindles (B, creatures, bones, 10); absent (B, creatures, bones)
+    bool; center (B, creatures, 2); half of the longer side, angle and mirror, (B, creatures) each;
+    drift of the camera (B, 1, 2)."""
     n_creatures = {"single": 1, "scene": 4, "video": 3}[kind]
     u, pose = uniform("creature", n_creatures, 16), uniform("pose", n_creatures, len(SKELETON), 4)
     cls = (u[..., 0] * len(CLASSES)).long()
@@ -299,8 +302,8 @@ def sample_creatures(uniform, kind, time):
 
 
 def sample_coats(uniform, center, size, angle, mirror):
-    """Marbled coats (B, creatures, 3, 28, 28), and their coordinates as planes (B, creatures, 2,
-    3), so that a coat moves with its creature.
+    """Marbled coats (B, creatures, 3, 28, 28), and their coordinates as planes (B, creatures, 2, 3)
+    that follow the creature.
 
     The pattern is too fine to identify an image. Its mean is a little brighter than the background:
     a masked patch is predictable, and raw pixels predict the class poorly."""
@@ -334,11 +337,11 @@ def sample_objects(uniform, kind, center, drift):
 
 
 def sample_scene(index, split, seed, kind, time=None):
-    """(B,) image numbers -> dict of float32 scene parameters (B, ...) for `render`, classes
+    """(B,) indices of images -> dict of float32 scene parameters (B, ...) for `render`, classes
     (B, creatures), keypoints (B, creatures, parts, 3): x, y and whether the part exists.
 
-    kind: "single", "scene" or "video"; time: (B,) in [0, 1], default 0. Computed in float64: the
-    last bit of a sine may depend on the position in the batch, and float32 does not keep it."""
+    kind: "single", "scene" or "video"; time: (B,) in [0, 1], default 0. Computed in float64, then
+    rounded to float32, because the last bit of a sine may depend on the position in the batch."""
     def uniform(purpose, *shape):
         return rng.uniform(index, shape, seed, split, "toy", STREAMS[kind], purpose).double()
 
@@ -430,14 +433,14 @@ def render(scene, size, annotate):
         colors = {brightness: coat * brightness for brightness in (0.75, 1)}
         colors |= {gray: grid.new_tensor(gray) for *_, gray in LAYERS[FIRST_EYE_LAYER:]}
         bulge = -1 / (0.22 * w["size"][:, k, None])
-        for i, (shape, low, high, brightness) in enumerate(LAYERS):
+        for i, (part, low, high, brightness) in enumerate(LAYERS):
             if i == FIRST_EYE_LAYER:
                 apply_light(canvas, cover, height, w, k)
             high = max([low, *(j + 1 for j in range(low, high) if exists[j])])
             if high > low:
                 d = distance(bones[:, low:high], grid).amin(1, keepdim=True)    # of their union
-                part = PARTS.index("head" if shape == "eye" else shape) + 1
-                c = draw_layer(d, colors[brightness], k + 1, part)
+                part_id = PARTS.index("head" if part == "eye" else part) + 1
+                c = draw_layer(d, colors[brightness], k + 1, part_id)
                 height.lerp_(d.mul_(bulge).clamp_(0, 1), c)         # each part is a dome
                 torch.maximum(cover, c, out=cover)
     for i in range(CLUTTER, CLUTTER + FRONT):
@@ -462,14 +465,15 @@ def apply_light(canvas, cover, height, w, k):
 def sample_and_render(index, split, size, seed, kind, annotate, time=None):
     """Images, instances, parts (see `render`), classes and keypoints (see `sample_scene`)."""
     if index.ndim != 1 or index.dtype != torch.int64:
-        raise ValueError(f"toy: index must be a one-dimensional int64 tensor of image numbers, not "
+        raise ValueError(f"toy: index must be a one-dimensional int64 tensor, not "
                          f"{index.dtype} of shape {tuple(index.shape)}; try torch.arange(16)")
     if split not in NUM_IMAGES:
         raise ValueError(f"toy: no split {split!r}; choose {' or '.join(NUM_IMAGES)}")
     scene, cls, points = sample_scene(index, split, seed, kind, time)
     out = [torch.empty(len(index), *shape, size, size, dtype=torch.uint8, device=index.device)
            for shape in ((3,), (), ())]
-    # In blocks that fit the cache, sorted by class: bones that no image of a block has are skipped.
+    # Rendered in blocks that fit the cache, sorted by class, so that bones are skipped that no
+    # image of a block has.
     block = max(1, (1 << (16 if index.device.type == "cpu" else 23)) // size**2)
     for rows in cls[:, 0].argsort(stable=True).split(block):
         rendered = render({name: x[rows] for name, x in scene.items()}, size, annotate)
@@ -482,14 +486,14 @@ def sample_and_render(index, split, size, seed, kind, annotate, time=None):
 
 
 def draw(index, split="train", size=64, scenes=False, annotate=False, seed=0):
-    """(B,) int64 image numbers -> dict of tensors. An image has 1 creature; a scene has up to 4.
+    """(B,) int64 indices of images -> dict of tensors. An image has 1 creature, a scene 2 to 4.
 
     "image" (B, 3, S, S) uint8, "label" (B,) int64 (of a scene: the class of the creature with most
     visible pixels). annotate adds, for what is visible,
     "instances", "parts", "semantic" (B, S, S) uint8: creature 1, 2, ..., far to near; part 1, 2,
                  ...; class + 1; 0 is background
-    "keypoints"  (B, creatures, parts, 3) float32: x, y in pixels, v: 0 no such part, 1 occluded,
-                 2 visible
+    "keypoints"  (B, creatures, parts, 3) float32: x, y in pixels; v: 0 not labeled (no such part,
+                 or nothing of the creature is visible), 1 occluded, 2 visible
     "boxes"      (B, creatures, 4) float32: x0, y0, x1, y1 in pixels, zeros if nothing is visible
     "classes"    (B, creatures) int64, -1 if nothing is visible.
     ValueError: index is not (B,) int64, or there is no such split."""
@@ -525,12 +529,12 @@ def draw(index, split="train", size=64, scenes=False, annotate=False, seed=0):
 
 
 def video(index, frames=16, split="test", size=64, scenes=True, seed=0):
-    """(B,) int64 video numbers -> dict: "image" (B, frames, 3, S, S), "instances", "parts" (B,
-    frames, S, S), all uint8, and "classes" (B, creatures) int64, -1 for none. A scene has up to 3
-    creatures, else there is 1.
+    """(B,) int64 indices of videos -> dict: "image" (B, frames, 3, S, S), "instances", "parts" (B,
+    frames, S, S), all uint8, and "classes" (B, creatures) int64, -1 for none. A scene has 2 or 3
+    creatures; without scenes there is 1.
 
-    The creatures walk, two of them cross, the camera drifts, and instance numbers do not change.
-    `frames` is the temporal resolution: the motion does not depend on it."""
+    The creatures walk, two creatures of a scene cross, the camera drifts, and instance ids do not
+    change. `frames` is the temporal resolution: the motion does not depend on it."""
     time = torch.linspace(0, 1, frames, device=index.device, dtype=torch.float64).repeat(len(index))
     image, instances, parts, cls, _ = sample_and_render(
         index.repeat_interleave(frames), split, size, seed, "video" if scenes else "single", True,

@@ -1,7 +1,8 @@
-"""What a run shows of itself: kNN accuracy, statistics that reveal collapse, the warnings about it,
-and visualization.png, a grid of images and heat maps.
+"""Evaluation during a run: kNN accuracy, statistics that reveal a collapse, warnings, and
+visualization.png, a grid of images and heat maps.
 
-Nothing here changes a weight. Methods call these functions at the steps where `run.eval_due`.
+Methods call these functions in the steps where `run.eval_due` is true. None of them changes a
+weight.
 """
 import math
 
@@ -19,14 +20,17 @@ from lib import augment, checkpoints, distributed, metrics
 
 
 def knn(run, encoder, bank, queries, k=10):
-    """Weighted k-nearest-neighbor accuracy in percent, as in evaluate.py, and feat_std.
+    """Weighted k-nearest-neighbor accuracy in percent, and feat_std.
 
-    bank, queries: datasets.Images. Returns {"knn": by class token, "knn_patch": by mean patch
-    token}, if the two sets have the same classes and are not the same images; and {"feat_std":
-    standard deviation of the L2-normalized class tokens times sqrt(D): 1 if they are spread over
-    the sphere, 0 if they are all equal}. In a model without class token the mean patch token takes
-    its place."""
+    The accuracy is that of metrics.knn, which evaluate.py also uses; here k is 10, and in a run
+    bank and queries (datasets.Images) are 2,000 and 500 images. Returns {"knn": with the class
+    token, "knn_patch": with the mean patch token}, if the two sets have the same classes and are
+    different splits; and {"feat_std": standard deviation of the bank's L2-normalized class tokens
+    times sqrt(D): 1 if they are spread over the sphere, 0 if they are all equal}. In a model
+    without a class token the mean patch token takes its place. If only some of the processes can
+    read all images, {} is returned in all of them."""
     def embed(images):
+        """Class tokens and mean patch tokens, (2, images, D)."""
         parts = []
         for x, _ in data.batches(images, run.cfg.img_size, device=run.device,
                                  workers=run.cfg.workers):
@@ -34,7 +38,7 @@ def knn(run, encoder, bank, queries, k=10):
                 cls, patches = encoder.split(encoder(x))
             pat = patches.float().mean(1)
             parts.append(torch.stack([pat if cls is None else cls.float(), pat]))
-        return torch.cat(parts, 1)                                       # (2, images, D)
+        return torch.cat(parts, 1)
 
     found = {}
     with run.evaluation(encoder):
@@ -46,75 +50,84 @@ def knn(run, encoder, bank, queries, k=10):
             for name, b, q in zip(("knn", "knn_patch"), known, embed(queries)):
                 right = metrics.knn(b, labels, q, k=(k,))[k] == truth
                 found[name] = 100 * right.float().mean()
-    # An image that only one process cannot read: then no process logs, or all wait for ever.
+    # All processes must log the same names, or they would wait for each other forever. If only some
+    # of them can read all images, the numbers of values differ: their variance is not 0.
     n = distributed.all_mean(torch.tensor([len(found), len(found)**2.0], device=run.device))
     return found if n[1] == n[0]**2 else {}
 
 
 class AssignmentStats:
-    """Two numbers in nats that reveal a collapse of assignments to K prototypes, over everything
-    added and all processes: entropy, the mean entropy of an assignment; and mi, the mutual
-    information of image (or patch) and prototype: the entropy of the mean assignment less that."""
+    """Two statistics in nats that reveal a collapse of assignments to K prototypes, see compute().
+    They cover everything that was added, in all processes."""
 
     def __init__(self):
         self.rows, self.entropy, self.total = 0, 0, 0
 
     def add(self, P):
-        """P: (..., K), each row a distribution."""
+        """P: (..., K) assignments, each row a distribution."""
         P = P.flatten(0, -2)
         self.rows += P.new_full((), len(P))
         self.entropy += torch.special.entr(P).sum()
         self.total += P.sum(0)
 
     def compute(self):
+        """Returns entropy, the mean entropy of an assignment, and mi, the mutual information of
+        image (or patch) and prototype: the entropy of the mean assignment minus `entropy`. To be
+        called in all processes."""
         rows = distributed.all_mean(self.rows).clamp(min=1)
         entropy = distributed.all_mean(self.entropy) / rows
         mean = distributed.all_mean(self.total) / rows                   # (K,)
         return entropy, torch.special.entr(mean).sum() - entropy
 
 
+# The losses that warn_of_* get are those of the last micro-batch; only process 0 prints.
+
+
 def warn_of_equal_assignments(run, what, entropy, mi, K):
     """Prints a warning when all images (or patches) get the same assignment to K prototypes."""
     if mi > 0.05:
         return
-    kind, cure = (("uniform", "lower teacher temperatures (--warmup-teacher-temp, --teacher-temp), "
-                   "or --use-bn-in-head") if entropy > math.log(K) / 2 else
+    kind, cure = (("uniform", "a lower --teacher-temp (during its warmup --warmup-teacher-temp; "
+                   "for the patches of iBOT --teacher-patch-temp), or --use-bn-in-head")
+                  if entropy > math.log(K) / 2 else
                   ("one-hot", "a lower --center-momentum"))
     run.print0(f"collapsed: all {what} get the same assignment, {kind} (entropy {entropy:.2f}, "
                f"ln K {math.log(K):.2f}); try {cure}")
 
 
 def warn_of_equal_tokens(run, feat_std, name, loss, chance):
-    """Prints a warning when all class tokens are equal and the contrastive loss, logged as `name`,
-    is at chance level. (Batch norms can tell tokens of a small standard deviation apart: as long as
-    the loss falls, that is no collapse.)"""
+    """Prints a warning when all class tokens are nearly equal and the contrastive loss, logged as
+    `name`, is near or above `chance`. Nearly equal tokens alone are not a collapse: batch norms in
+    the heads can amplify small differences, and then the loss is lower."""
     if feat_std < 0.05 and loss > 0.98 * chance:
         run.print0(f"collapsed: all class tokens are nearly equal (feat_std near 0), and {name} is "
-                   f"at chance level, {chance:.2f}; try a lower --lr or more --warmup-epochs")
+                   f"at chance level ({chance:.2f}); try a lower --lr or more --warmup-epochs")
 
 
 def warn_of_flat_reconstruction(run, loss, flat, name="loss"):
-    """Prints a warning when the reconstruction is hardly better than the mean of each patch, whose
-    loss is `flat` (MAE, ASL)."""
+    """Prints a warning when the reconstruction is hardly better than the mean of each patch. `flat`
+    is the loss of that mean (MAE, ASL)."""
     if loss > 0.98 * flat:
-        run.print0(f"the reconstruction is still flat in every patch ({name} near {flat:.2f}): "
-                   f"train longer, or try another --lr or a lower --mask-ratio")
+        run.print0(f"the reconstruction is still flat in every patch ({name} not clearly below "
+                   f"{flat:.2f}): expected early in training; otherwise try another --lr or a "
+                   f"lower --mask-ratio")
 
 
 def warn_of_mean_color(run, loss, mean_color, name, cure):
-    """Prints a warning when the reconstruction is no better than one color for all masked pixels,
-    the mean of what is visible (SimMIM, hybrid)."""
+    """Prints a warning when the reconstruction is worse than the mean color of the visible pixels,
+    predicted for all masked ones (SimMIM, hybrid). mean_color: the loss of that prediction."""
     if loss > mean_color:
         run.print0(f"the reconstruction is no better than the mean color of what is visible "
-                   f"({name} above loss_mean_color): too early, or try {cure}")
+                   f"({name} above loss_mean_color): expected early in training; otherwise try "
+                   f"{cure}")
 
 
 def warn_of_token_frequencies(run, loss, token_entropy, name="loss"):
-    """Prints a warning when masked tokens are predicted no better than by their frequencies, whose
-    loss is token_entropy (BEiT, CAE)."""
+    """Prints a warning when masked tokens are predicted worse than by their frequencies, which
+    would give the loss token_entropy (BEiT, CAE)."""
     if loss > token_entropy:
-        run.print0(f"masked tokens are predicted no better than by their frequencies ({name} not "
-                   f"below token_entropy): too early, or try another --lr")
+        run.print0(f"masked tokens are predicted no better than by their frequencies ({name} above "
+                   f"token_entropy): expected early in training; otherwise try another --lr")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,20 +138,20 @@ def heat_map(x):
     """(n, h, w) in [0, 1] -> (n, 3, h, w) uint8, dark blue to yellow (safe for color blindness)."""
     ramp = torch.tensor([[25, 20, 80], [35, 95, 140], [40, 160, 135], [150, 210, 70],
                          [253, 231, 37]])
-    at = x.cpu().float().clamp(0, 1) * (len(ramp) - 1)
-    low = at.long().clamp(max=len(ramp) - 2)
-    color = ramp[low] + (ramp[low + 1] - ramp[low]) * (at - low)[..., None]
+    place = x.cpu().float().clamp(0, 1) * (len(ramp) - 1)
+    low = place.long().clamp(max=len(ramp) - 2)
+    color = ramp[low] + (ramp[low + 1] - ramp[low]) * (place - low)[..., None]
     return color.permute(0, 3, 1, 2).to(torch.uint8)
 
 
 def scaled_heat_map(x, size):
-    """(n, h, w), 0 or more -> heat maps (n, 3, size, size), the maximum of each in yellow."""
+    """Maps (n, h, w) of values >= 0 -> heat maps (n, 3, size, size), the maximum of each yellow."""
     x = x / x.amax((1, 2), keepdim=True).clamp(min=1e-9)
     return heat_map(F.interpolate(x[:, None], size)[:, 0])
 
 
 def last_attention(run, backbone, x):
-    """Attention weights (B, H, L, L) of a ViT's last block."""
+    """Attention weights (B, H, L, L) of the last block of a ViT."""
     last = backbone.depth - 1
     with run.autocast():
         _, maps = backbone.layers(x, [last], attention=[last])
@@ -146,7 +159,7 @@ def last_attention(run, backbone, x):
 
 
 def attention_map(weights, size):
-    """Attention of the class token to the patches, mean of the heads, as heat maps.
+    """Attention of the class token to the patches, averaged over the heads, as heat maps.
     weights: (n, H, N+1, N+1) of a block, or (n, H, N). Returns (n, 3, size, size) uint8."""
     weights = weights[:, :, 0, 1:] if weights.ndim == 4 else weights
     weights = weights.float().mean(1)                                    # (n, N)
@@ -155,15 +168,17 @@ def attention_map(weights, size):
 
 
 def assignment_map(P, Q, size):
-    """Bars: assignments (n, K) to the 16 prototypes that P uses most; P above, Q below."""
+    """Bars of assignments P and Q, both (n, K), to the 16 prototypes that P uses most: P above, Q
+    below. Returns (n, 3, size, size) uint8."""
     top = P.sum(0).topk(min(16, P.shape[1])).indices
     return scaled_heat_map(torch.stack([P, Q], 1)[:, :, top], size)
 
 
 def save_self_distillation(run, crops, attention, P, Q, extra=None, n=8):
-    """visualization.png of DINO, iBOT, SelfPatch: crops as the network sees them; what the teacher
-    attends to in the first one; assignments to the 16 most used prototypes, of the first crop by
-    the teacher (upper bars) and of the second by the student (lower bars).
+    """Writes visualization.png of DINO, iBOT and SelfPatch. Its columns are crops after the
+    augmentations; the teacher's attention in the first one; and assignments to the 16 most used
+    prototypes, of the first crop by the teacher (upper bars) and of the second by the student
+    (lower bars).
 
     crops: views (B, 3, S, S), global ones first; attention: see attention_map; P, Q: (B, K);
     extra: more columns {title: (n, 3, S, S) uint8}."""
@@ -179,8 +194,8 @@ def save_self_distillation(run, crops, attention, P, Q, extra=None, n=8):
 
 
 def token_columns(x, mask, ids, predicted, tokenizer):
-    """Columns of save_grid for BEiT and CAE: images x (n, 3, S, S), their visible patches, and what
-    the tokenizer decodes from the true tokens ids (n, N) and from the predicted ones (n, N).
+    """Columns of save_grid for BEiT and CAE: images x (n, 3, S, S), their visible patches, and the
+    tokenizer's reconstructions from the true tokens `ids` (n, N) and from `predicted` ones (n, N).
     mask: (n, N) bool, True: masked."""
     size, side = x.shape[3], math.isqrt(mask.shape[1])
     pixel_mask = F.interpolate(mask.view(-1, 1, side, side).float(), size) > 0
@@ -192,13 +207,25 @@ def token_columns(x, mask, ids, predicted, tokenizer):
 
 
 def prototype_map(ids, size):
-    """(n, h, w) numbers of prototypes -> (n, 3, size, size), a color each; -1 is dark."""
+    """Indices of prototypes (n, h, w) -> (n, 3, size, size) uint8, a color per prototype; -1 is
+    dark."""
     values = torch.where(ids < 0, 0, 0.2 + ids * 0.618 % 0.8)
     return heat_map(F.interpolate(values[:, None], size)[:, 0])
 
 
+def fill_patches(patches, mask, values):
+    """Patches (B, N, 3pp), the channel fastest, put together to images (B, 3, S, S); those where
+    `mask` (B, N) is True are replaced by `values`, a number or (B, N, 3pp)."""
+    values = torch.as_tensor(values, dtype=patches.dtype, device=patches.device)
+    x = torch.where(mask[:, :, None], values, patches)
+    side, p = math.isqrt(x.shape[1]), math.isqrt(x.shape[2] // 3)
+    x = x.unflatten(2, (p, p, 3)).unflatten(1, (side, side))             # (B, h, w, p, p, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
 def save_grid(run, columns, scale=2):
-    """Writes visualization.png: {title: (n, 3, S, S) uint8}, a column each, an image a row."""
+    """Writes visualization.png, with a column for each {title: (n, 3, S, S) uint8} and a row for
+    each image."""
     if run.rank > 0:
         return
     rows = torch.cat([F.pad(x.cpu(), (0, 4, 0, 4), value=255) for x in columns.values()], 3)

@@ -1,8 +1,10 @@
-"""Initial weights as in the official code of each method, from torch's global generator.
+"""Initial weights as in the official code of each method, from torch's global generator. Numbers
+after "normal" are standard deviations; "PyTorch's" means the layer's default.
 
-    trunc  normal 0.02 (the code truncates at 100 sigma), convolution as PyTorch (DINO, iBOT)
-    beit   normal 0.02 truncated at one sigma; attn.proj, mlp.fc2 of block i = 1.. / sqrt(2i)
-    mae    Xavier, q, k, v as one matrix; class token normal 0.02; convolution bias as PyTorch
+    trunc  normal 0.02 (the code truncates at 100 sigma); convolution PyTorch's (DINO, iBOT)
+    beit   normal 0.02, truncated at one sigma; attn.proj and mlp.fc2 of block i (from 1) divided by
+           sqrt(2i)
+    mae    Xavier, q, k, v as one matrix; class token normal 0.02; convolution bias PyTorch's
     cae    Linear layers as mae, the rest as beit
     moco   Xavier, q, k, v as three matrices; class token normal 1e-6; convolution bias 0
 """
@@ -16,7 +18,7 @@ from lib import positions
 
 @torch.no_grad()
 def init_vit(net, init):
-    """All weights of a vit.ViT, and the table of fixed positions."""
+    """Sets all weights of a vit.ViT, and its table of fixed positions."""
     def init_normal(weight, std=0.02):
         if init in ("beit", "cae"):
             nn.init.trunc_normal_(weight, std=std, a=-std, b=std)
@@ -39,13 +41,13 @@ def init_vit(net, init):
         table = positions.sincos(net.embed_dim, net.grid, net.config["pos"])
         net.pos_embed[0, net.num_prefix:] = table
     if init == "beit":
-        for number, block in enumerate(net.blocks, 1):
-            block.attn.proj.weight.div_(math.sqrt(2 * number))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+        for i, block in enumerate(net.blocks, 1):
+            block.attn.proj.weight.div_(math.sqrt(2 * i))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * i))
 
 
 def init_linear(module, init):
-    """All nn.Linear in a module (decoders, heads); biases 0."""
+    """Sets the weights of all nn.Linear in a module (also decoders and heads), and biases to 0."""
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue

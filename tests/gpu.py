@@ -1,11 +1,11 @@
-"""A GPU that is not there: its tensors have a shape, a type and a device, but no numbers.
+"""A simulated GPU for tests: its tensors have a shape, a type and a device, but no values.
 
     with gpu.stand_in() as waits:
-        (torch.ones(3, device="cuda") @ torch.ones(3)).item()          # fails, as it would there
+        (torch.ones(3, device="cuda") @ torch.ones(3)).item()          # fails, as on a GPU
 
-What mixes devices fails as on a GPU, and where the host waits for the GPU is counted. A number that
-is asked for is 1, a tensor brought back is all 0, a mask selects everything. What it cannot do:
-backward passes (`no_gradients`), speed, memory, precision.
+Operations that mix devices fail as on a GPU, and each wait of the host for the GPU is counted.
+item() returns 1, a tensor copied to the CPU is all 0, a mask selects everything. It does not
+simulate backward passes (see `no_gradients`), speed, memory and precision.
 """
 import collections
 import contextlib
@@ -28,7 +28,7 @@ class GPU(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.waits = collections.Counter()                  # {line of the product: times}
+        self.waits = collections.Counter()                  # {line of the repository: how often}
 
     def wait(self):
         frame = sys._getframe()
@@ -46,7 +46,7 @@ class GPU(TorchDispatchMode):
         target = kwargs.get("device") and torch.device(kwargs["device"]).type
         if not any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
             if target != "cuda":
-                return func(*args, **kwargs)                # all on the CPU: as ever
+                return func(*args, **kwargs)                # all on the CPU: as usual
             if func is aten._to_copy.default and not kwargs.get("non_blocking"):
                 self.wait()
             args = tree_map_only(torch.Tensor, self.fake.from_tensor, args)
@@ -74,7 +74,7 @@ class GPU(TorchDispatchMode):
             return self.new(kwargs.get("minlength") or more[-1], like=x)
         if func is aten._unique2.default:
             self.wait()
-            n = x.numel()                                   # values, where they are, how many
+            n = x.numel()                                   # values, inverse, counts
             return (self.new(n, like=x, dtype=x.dtype), self.new(*x.shape, like=x),
                     self.new(n, like=x))
         if func in INDEXING:
@@ -83,7 +83,7 @@ class GPU(TorchDispatchMode):
                 f"indices should be on the CPU or on {x.device}")
             if any(i.dtype == torch.bool for i in indices):
                 if func is not aten.index.Tensor:
-                    if more[1].numel() > 1:                 # one number for all is no selection
+                    if more[1].numel() > 1:                 # one value for all: no wait
                         self.wait()
                     return x
                 self.wait()
@@ -94,8 +94,8 @@ class GPU(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def elsewhere(make):
-    """torch.tensor and its like write to the device themselves: here by way of the CPU."""
+def made_on_the_cpu(make):
+    """torch.tensor or as_tensor, which would write to the device, made to copy from the CPU."""
     def made(data, *, dtype=None, device=None):
         x = data if isinstance(data, torch.Tensor) else make(data, dtype=dtype)
         return x.to(device=device or x.device, dtype=dtype or x.dtype)
@@ -105,15 +105,16 @@ def elsewhere(make):
 
 @contextlib.contextmanager
 def stand_in():
-    """Within, "cuda" is to be had; gives the counter of waits."""
-    facts = dict(_lazy_init=None, is_bf16_supported=True, synchronize=None, device_count=1,
+    """Within this context the device "cuda" can be used. Yields the counter of waits."""
+    answers = dict(_lazy_init=None, is_bf16_supported=True, synchronize=None, device_count=1,
                  get_device_name="NVIDIA H100", get_device_capability=(9, 0), set_device=None,
                  max_memory_allocated=0)
     with contextlib.ExitStack() as stack:
-        for name, fact in facts.items():
-            stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=fact))
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=answer))
         for name in ("tensor", "as_tensor"):
-            stack.enter_context(mock.patch.object(torch, name, elsewhere(getattr(torch, name))))
+            made = made_on_the_cpu(getattr(torch, name))
+            stack.enter_context(mock.patch.object(torch, name, made))
         for owner, name, answer in (
                 (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
                 (torch.Tensor, "pin_memory", lambda x, *_: x),
@@ -124,7 +125,8 @@ def stand_in():
 
 @contextlib.contextmanager
 def no_gradients(modules):
-    """What loss.backward() leaves in every parameter of these, and torch.autograd.grad gives."""
+    """Within this context loss.backward() sets all gradients of the modules to 0, and
+    torch.autograd.grad returns zeros."""
     def grad(loss, parameters):
         assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.ndim == 0
         return [torch.zeros_like(p) for p in parameters]

@@ -36,7 +36,7 @@ def outputs(net, drop=None):
 
 
 def gradients(net, loss):
-    """{name: gradient, None if the loss does not depend on it} of the trained parameters."""
+    """{name: gradient, or None if the loss does not depend on it} of the trained parameters."""
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, named.values(), retain_graph=True, allow_unused=True)
     return dict(zip(named, found))
@@ -98,13 +98,12 @@ def test_cosine_alignment_is_of_patches_and_class_token():
 
 
 @pytest.mark.parametrize("name", [
-    "random_masking", "Decoder", "official_names", "patchify", "unpatchify", "patch_stats",
-    "targets", "masked_mean", "mae_loss", "reconstruct"])
+    "random_masking", "Decoder", "patchify", "patch_stats", "targets", "masked_mean", "mae_loss"])
 def test_code_repeated_from_mae_is_identical(name):
     assert inspect.getsource(getattr(asl, name)) == inspect.getsource(getattr(mae, name))
 
 
-def test_first_branch_is_mae_and_with_an_identity_block_the_second_one_equals_it():
+def test_first_version_is_mae_and_with_an_identity_block_the_second_one_equals_it():
     ours, theirs = network(), network(method=mae)                      # equal weights; T is last
     x, noise = batch()
     pred, mask = theirs(x, noise)
@@ -119,9 +118,9 @@ def test_first_branch_is_mae_and_with_an_identity_block_the_second_one_equals_it
     assert loss_mae.item() == pytest.approx(mae.mae_loss(pred, target, mask).item(), rel=1e-6)
 
 
-def test_weights_are_maes_and_those_of_the_block():
+def test_weights_are_those_of_mae_and_of_the_block():
     def names(net):
-        return set(asl.official_names(net)), {name for name, _ in net.named_buffers()}
+        return set(checkpoints.mae_names(net)), {name for name, _ in net.named_buffers()}
 
     (ours, buffers), (theirs, same) = names(network()), names(network(method=mae))
     assert buffers == same
@@ -143,7 +142,7 @@ def test_each_term_of_L_SEM_has_a_gradient_to_one_side_only():
     assert gradients(net, to_b)["aug_block.norm1.weight"].abs().sum() > 0
     from_a, = torch.autograd.grad(to_b, a, allow_unused=True, retain_graph=True)
     assert from_a is None or (from_a == 0).all()
-    net.aug_block = StopGradient()                     # the only path from b to the encoder
+    net.aug_block = StopGradient()                     # cuts the only path from b to the encoder
     a, b, _, mask = outputs(net)
     found = gradients(net, asl.sem_loss(a[:, 1:].detach(), b[:, 1:] + 1, mask))
     assert found["encoder.norm.weight"] is None or (found["encoder.norm.weight"] == 0).all()
@@ -155,7 +154,7 @@ class StopGradient(nn.Module):
         return x.detach()
 
 
-def test_block_is_initialized_as_maes_blocks():
+def test_block_is_initialized_as_the_blocks_of_mae():
     for name, p in network().aug_block.named_parameters():
         if p.ndim == 1:
             assert (p == float("norm" in name and name.endswith("weight"))).all(), name
@@ -164,7 +163,7 @@ def test_block_is_initialized_as_maes_blocks():
             assert 0.97 * bound < p.abs().max() <= bound * (1 + 1e-6), name
 
 
-def test_gradient_of_the_block_is_from_L_SEM_only_without_mae_both():
+def test_block_gets_a_gradient_from_L_SEM_only_without_mae_both():
     net = network()
     found = outputs(net)
 
@@ -177,7 +176,7 @@ def test_gradient_of_the_block_is_from_L_SEM_only_without_mae_both():
     assert total(0, mae_both=True) > 0
 
 
-def test_mae_both_is_the_mean_of_the_branches():
+def test_mae_both_is_the_mean_of_both_versions():
     a, b, target, mask = outputs(network())
     both = asl.asl_losses(a, b, target, mask, mae_both=True)[0]
     first, second = (asl.asl_losses(x, x, target, mask)[0] for x in (a, b))
@@ -199,7 +198,7 @@ def test_class_token_has_a_loss_with_align_cls_only(align_cls):
 def test_removed_pixels_affect_L_MAE_only():
     net, (x, noise) = network(), batch()
     mask = asl.random_masking(noise, 0.75)[2]
-    removed = asl.unpatchify(mask[:, :, None].expand(-1, -1, 192)).bool()
+    removed = visualize.fill_patches(torch.zeros(len(x), 16, 192), mask, 1).bool()
     other = torch.where(removed, torch.randn_like(x), x)
     (mae1, sem1), (mae2, sem2) = (
         asl.asl_losses(*net(z, noise)[:2], asl.targets(z, 8, True), mask) for z in (x, other))
@@ -208,7 +207,7 @@ def test_removed_pixels_affect_L_MAE_only():
     assert asl.sem_loss(a[:, 1:], b[:, 1:], mask) != sem1
 
 
-# ---- the second branch ---------------------------------------------------------------------------
+# ---- the second version --------------------------------------------------------------------------
 
 
 def test_dle_gives_two_versions_and_without_dropout_both_are_mae():
@@ -221,7 +220,7 @@ def test_dle_gives_two_versions_and_without_dropout_both_are_mae():
     assert not torch.allclose(first, second, atol=1e-2) and not torch.allclose(first, a, atol=1e-2)
     swapped = net(x, noise, drop.flip(1))
     assert torch.allclose(swapped[0], second, atol=1e-6)
-    equal = net(x, noise, drop[:, :1].expand(-1, 2, -1, -1))           # one dropout, two passes
+    equal = net(x, noise, drop[:, :1].expand(-1, 2, -1, -1))           # the same dropout twice
     assert torch.allclose(equal[0], equal[1], atol=1e-6)
 
 
@@ -312,18 +311,21 @@ def test_block_is_in_full_pt_and_not_in_encoder_pt(run, tmp_path):
     vit.Block(24, 3).load_state_dict(full.source.heads["aug_block"])
 
 
-@pytest.mark.parametrize("rate, equal", [("0.75", False), ("1e-9", True)])   # 1e-9: drops nothing
-def test_equal_branches_get_a_warning(rate, equal, run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flags, warns", [                # a dropout rate of 1e-9 drops nothing
+    ("--dropout 0.75", False), ("--dropout 1e-9", True),
+    ("--dropout 1e-9 --lambda-sem 0 --mae-both", False)])
+def test_equal_predictions_get_a_warning_if_they_are_aligned(
+        flags, warns, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(visualize, "knn", lambda *_: {})
     monkeypatch.setattr(asl, "save_visualization", lambda *_: None)
-    run(tmp_path, "--dle", "--dropout", rate)
-    assert ("the two branches agree" in capsys.readouterr().out) == equal
+    run(tmp_path, "--dle", *flags.split())
+    assert ("the two predictions are nearly identical" in capsys.readouterr().out) == warns
 
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--dle --dropout 0", "must be above 0 and below 1"),
     ("--dle --dropout 1", "must be above 0 and below 1"),
-    ("--lambda-sem 0", "the second branch has no loss"),
+    ("--lambda-sem 0", "the second version has no loss"),
     ("--mask-ratio 1", "at least one must be removed"),
 ])
 def test_impossible_settings_are_refused(flags, sentence):
@@ -331,7 +333,7 @@ def test_impossible_settings_are_refused(flags, sentence):
         network(*flags.split())
 
 
-def test_settings_are_maes_where_the_paper_states_no_others():
+def test_settings_are_those_of_mae_where_the_paper_states_no_others():
     for name in ("toy", "cifar10", "imagenet100", "coco"):
         ours, theirs = (config.parse(method.Config, ["--data", name]) for method in (asl, mae))
         epochs = 7 if name == "toy" else theirs.epochs                 # as long as MAE's run

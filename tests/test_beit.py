@@ -63,7 +63,7 @@ def test_masks_are_blocks(masks):
     assert borders(masks.view(-1, 14, 14)) < 0.5 * borders(scattered.view(-1, 14, 14))
 
 
-def test_no_rectangle_spans_a_side_and_each_adds_patches():
+def test_no_rectangle_is_as_wide_or_high_as_the_grid_and_each_adds_patches():
     shapes = set()
     for area in range(20):
         for aspect in range(50):
@@ -131,14 +131,14 @@ def test_logits_and_labels_are_ordered_by_image_and_row():
 
 def test_every_parameter_gets_a_gradient_and_the_tokenizer_none():
     net, (x, mask) = network(*RELEASED), example()
-    dvae = tokenizer.Small("vq", 16, 4, width=8).requires_grad_(False)
-    beit.token_loss(net(x, mask), dvae.ids(x)[mask], mask.sum()).backward()
+    tok = tokenizer.Small("vq", 16, 4, width=8).requires_grad_(False)
+    beit.token_loss(net(x, mask), tok.ids(x)[mask], mask.sum()).backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
     assert {"mask_token", "backbone.cls_token", "backbone.blocks.0.ls1.gamma",
             "backbone.rel_pos_bias.relative_position_bias_table"} <= dict(
                 net.named_parameters()).keys()
-    assert all(p.grad is None for p in dvae.parameters())
+    assert all(p.grad is None for p in tok.parameters())
 
 
 def test_gradient_of_the_head_equals_its_closed_form():
@@ -208,8 +208,8 @@ def test_initial_loss_is_the_published_one():
 
 
 def train(monkeypatch, out, *flags):
-    """A run on 16 images in this process. Returns {function: arguments, named ones, result} of the
-    last call."""
+    """A run on 16 images in this process. Returns {name of a function: (arguments, keyword
+    arguments, result) of its last call}."""
     calls, pixels = {}, torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
 
     def watch(owner, name):
@@ -252,7 +252,7 @@ def test_a_step_combines_mask_tokens_loss_clipping_and_schedule(monkeypatch, tmp
     assert count == mask.sum() and max_norm == 2
     assert [group["weight_decay"] for group in opt.param_groups] == [0.05, 0.0]
     log = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
-    assert [line["lr"] for line in log] == pytest.approx([0, 5e-4, 1e-3, 6e-4])   # warm-up, cosine
+    assert [line["lr"] for line in log] == pytest.approx([0, 5e-4, 1e-3, 6e-4])   # warmup, cosine
     assert {group["lr"] for group in opt.param_groups} == {log[-1]["lr"]}
     right = logits.gather(1, labels[:, None])[:, 0] == logits.amax(1)
     assert log[-1]["mlm_acc"] == pytest.approx(right.float().mean().item()) and 0 < right.sum()
@@ -285,7 +285,8 @@ def test_tokenizer_and_network_have_the_same_view_in_two_sizes():
     ("--num-mask-patches 64", "below the 64 patches"),
     ("--num-mask-patches 4", "at least --min-mask-patches-per-block 5"),
     ("--num-mask-patches 0", "1 or more"), ("--min-mask-patches-per-block 0", "1 or more"),
-    ("--pos none", "add --rel-pos-bias"),
+    ("--pos none", "add --rel-pos-bias"), ("--tokenizer-kind gan", "must be vq or dvae, not gan"),
+    ("--vocab-size 1", "must be 2 or more, not 1"), ("--tokenizer-steps 0", "must be 1 or more"),
 ])
 def test_impossible_settings_are_refused(flags, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -36,7 +36,7 @@ def network(*flags, K=16, randomize=True):
 
 
 def example(B=4):
-    """Images, masks, numbers of the visible and of the masked patches."""
+    """Images, masks, indices of the visible and of the masked patches."""
     x = torch.randn(B, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     mask = cae.draw_mask(torch.arange(B), settings(), 0, 0)
     return x, mask, *cae.split_patches(mask, 32)
@@ -77,7 +77,7 @@ def test_masks_are_blocks():
     assert borders(mask.view(-1, 14, 14)) < 0.5 * borders(scattered.view(-1, 14, 14))
 
 
-def test_no_rectangle_spans_a_side_and_missing_patches_are_filled_up():
+def test_no_rectangle_is_as_wide_or_high_as_the_grid_and_missing_patches_are_filled_up():
     wide = (0.9, 0.0, 0.0, 0.0)                              # 5 x 17 patches: fails
     square = (0.0, 0.5, 0.5, 0.5)                            # 4 x 4
     assert cae.block_mask([wide], 14, 98, 16).flatten()[:98].all()
@@ -93,7 +93,7 @@ def test_masks_are_beits_except_that_attempts_do_not_end():
     assert all((b | ~a).all() and b.sum() == 75 for a, b in pairs)
 
 
-def test_visible_and_masked_patches_are_in_row_order():
+def test_visible_and_masked_patches_are_in_raster_order():
     mask = cae.draw_mask(torch.arange(4), settings(), 0, 0)
     visible, masked = cae.split_patches(mask, 32)
     for b in range(4):
@@ -153,8 +153,8 @@ def test_drop_path_of_the_regressor_multiplies_each_branch_of_each_image_by_its_
     x, z_v, pos, pos_v = (torch.randn(4, 3, 24, generator=g) for _ in range(4))
     block = cae.RegressorBlock(24, 4, 0.5)
     block.norm2.weight.data = torch.rand(24, generator=g)
-    drop = torch.tensor([[2.0, 3], [2, 0], [0, 3], [0, 0]])
-    out, both = block(x, z_v, pos, pos_v, drop), torch.cat([z_v, x], 1)
+    factors = torch.tensor([[2.0, 3], [2, 0], [0, 3], [0, 0]])
+    out, both = block(x, z_v, pos, pos_v, factors), torch.cat([z_v, x], 1)
     branch = 0.5 * block.cross_attn(block.norm1_q(x + pos), block.norm1_k(
         both + torch.cat([pos_v, pos], 1)), block.norm1_v(both))
     y = block.norm2(x + torch.tensor([2.0, 2, 0, 0])[:, None, None] * branch)
@@ -169,8 +169,8 @@ def test_drop_path_of_the_regressor_multiplies_each_branch_of_each_image_by_its_
 
 def test_every_parameter_gets_a_gradient_and_none_through_the_target():
     net, (x, _, visible, masked) = network().train(), example()
-    dvae = tokenizer.Small("vq", 16, 4, width=8).requires_grad_(False)
-    labels = dvae.ids(x).gather(1, masked)
+    tok = tokenizer.Small("vq", 16, 4, width=8).requires_grad_(False)
+    labels = tok.ids(x).gather(1, masked)
     logits, zhat, zbar = net(x, visible, masked)
     assert zhat.requires_grad and not zbar.requires_grad
 
@@ -192,7 +192,7 @@ def test_every_parameter_gets_a_gradient_and_none_through_the_target():
     assert {"encoder.cls_token", "mask_token", "regressor.0.cross_attn.q.bias"} <= set(names)
     assert "encoder.pos_embed" not in names
 
-    through = cae.align_loss(zhat, net.encode(x, masked))        # negative control: no stop
+    through = cae.align_loss(zhat, net.encode(x, masked))       # negative control: no stop-gradient
     assert not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(
         gradients(through), gradients(loss_align)))
 
@@ -285,8 +285,8 @@ def test_drop_path_of_each_part_is_decided_by_the_given_numbers():
 
 
 def train(monkeypatch, out, *flags):
-    """A run on 16 images in this process. Returns {function: arguments, named ones, result} of the
-    last call."""
+    """A run on 16 images in this process. Returns {name of a function: (arguments, keyword
+    arguments, result) of its last call}."""
     calls, pixels = {}, torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
 
     def watch(owner, name):
@@ -331,7 +331,7 @@ def test_a_step_combines_mask_tokens_losses_clipping_and_schedule(monkeypatch, t
     assert [group["weight_decay"] for group in opt.param_groups] == [0.05, 0.0]
     assert {p.ndim for p in opt.param_groups[1]["params"]} == {1}
     log = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
-    assert [line["lr"] for line in log] == pytest.approx([0, 5e-4, 1e-3, 6e-4])   # warm-up, cosine
+    assert [line["lr"] for line in log] == pytest.approx([0, 5e-4, 1e-3, 6e-4])   # warmup, cosine
     assert {group["lr"] for group in opt.param_groups} == {log[-1]["lr"]}
     right = logits.gather(2, labels[:, :, None])[:, :, 0] == logits.amax(2)
     assert log[-1]["mlm_acc"] == pytest.approx(right.float().mean().item()) and 0 < right.sum()

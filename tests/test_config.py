@@ -1,4 +1,4 @@
-"""Settings: where they come from, their bounds, and what a script makes of errors."""
+"""Settings: their sources and bounds, and the messages and exit codes of errors."""
 import dataclasses
 import math
 
@@ -61,20 +61,19 @@ def test_settings_of_an_earlier_run_count_only_if_it_is_resumed(tmp_path):
         assert cfg.seed == seed, (text, flags)
 
 
-def test_full_memory_and_dead_decoders_are_one_sentence_and_other_errors_are_not_hidden(capsys):
+def test_full_memory_and_killed_workers_are_one_line_and_other_errors_are_not_hidden(capsys):
     def failing(error):
         def function():
             raise error
         config.main(function)
 
-    for error, said in ((torch.OutOfMemoryError("CUDA out of memory."), "smaller --batch-size"),
-                        (RuntimeError("DataLoader worker (pid 7) is killed"), "fewer --workers")):
+    for error, message in ((torch.OutOfMemoryError("CUDA out of memory."), "smaller --batch-size"),
+                           (RuntimeError("DataLoader worker (pid 7) is killed"), "--workers")):
         with pytest.raises(SystemExit) as end:
             failing(error)
-        assert end.value.code == 2 and said in capsys.readouterr().err
+        assert end.value.code == 2 and message in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
         failing(RuntimeError("a bug"))
-
 
 
 @pytest.mark.parametrize("value, sentence", [

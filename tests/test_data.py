@@ -44,7 +44,7 @@ def test_a_view_with_impossible_settings_is_an_error():
     for scale in ((0.4, 0.2), (-0.1, 1), (0.5, 1.5), (0.5,)):
         with pytest.raises(ValueError, match="two fractions of the image.*the smaller one first"):
             View(8, scale=scale)
-    with pytest.raises(ValueError, match="four numbers, for brightness"):
+    with pytest.raises(ValueError, match="--color-jitter .*: give four numbers, for brightness"):
         View(8, jitter=(0.3,))
 
 
@@ -221,5 +221,5 @@ def test_batches_report_an_unreadable_file(tmp_path):
     images = datasets.load_images(write_tree(tmp_path))
     open(images.paths[2], "wb").write(b"\xff\xd8 no")
     for workers in (0, 1):
-        with pytest.raises(ValueError, match="^Cannot read .*n01_2.JPEG"):
+        with pytest.raises(datasets.UnreadableImage, match="^Cannot read .*n01_2.JPEG"):
             list(data.batches(images, 16, workers=workers))

@@ -388,6 +388,8 @@ def test_the_default_root_is_the_environment_variable(tmp_path, monkeypatch):
 def test_wrong_names_and_numbers_are_errors_with_the_next_step(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'cifar10'.*path of a folder"):
         datasets.load_images("cifar-10")
+    with pytest.raises(ValueError, match="Unknown data set 'xyzzy'. Give one of toy"):
+        datasets.load_images("xyzzy")                         # nothing is similar: no suggestion
     with pytest.raises(FileNotFoundError, match="No folder ./nowhere"):
         datasets.load_images("./nowhere")
     (tmp_path / "a.txt").write_text("text")

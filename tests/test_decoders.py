@@ -12,7 +12,7 @@ import simmim
 from diagnostics import decoders
 from diagnostics.decoders import build_mae_decoder, mask_and_reconstruct
 from diagnostics.inputs import MissingInput
-from lib import config, rng
+from lib import checkpoints, config, rng, visualize
 
 
 def zero_last_layers(block):
@@ -23,7 +23,7 @@ def zero_last_layers(block):
 
 
 @torch.no_grad()
-def test_mae_decoder_equals_that_of_the_network(tmp_path):
+def test_mae_decoder_equals_the_decoder_of_the_network(tmp_path):
     model, net = save_mae(tmp_path / "mae")
     decoder, x = build_mae_decoder(model), random(2, 3, 32, 32).float()
     tokens = net.encoder(x)
@@ -64,7 +64,7 @@ def test_a_decoder_of_width_512_without_settings_is_the_official_one(tmp_path, c
     model, _ = save_mae(tmp_path / "mae")
     (tmp_path / "mae/config.yaml").unlink()
     net = mae.Network(config.parse(mae.Config, [*TINY_FLAGS, "--decoder-embed-dim", "512"]))
-    torch.save(dict(model=mae.official_names(net)), tmp_path / "mae/full.pt")
+    torch.save(dict(model=checkpoints.mae_names(net)), tmp_path / "mae/full.pt")
     capsys.readouterr()
     assert build_mae_decoder(model).blocks[0].attn.num_heads == 16
     mask_and_reconstruct(model, torch.zeros(1, 3, 32, 32), 0)
@@ -80,7 +80,8 @@ def test_mae_reconstruction_from_the_last_block_is_that_of_the_network(tmp_path)
     pred, removed = net(x, noise)
     assert torch.equal(mask[:, 0, ::4, ::4].flatten(1), removed) and removed.sum() == 96
     assert torch.equal(visible, x.where(~mask, 0.0))
-    assert torch.allclose(reconstruct(2), mae.unpatchify(pred), atol=1e-5)
+    expected = visualize.fill_patches(pred, torch.zeros_like(removed), 0)
+    assert torch.allclose(reconstruct(2), expected, atol=1e-5)
     assert not torch.allclose(reconstruct(1), reconstruct(2), atol=1e-3)
     zero_last_layers(net.encoder.blocks[2])
     *_, reconstruct = mask_and_reconstruct(model, x, 0)
@@ -92,7 +93,7 @@ def test_simmim_reconstruction_is_that_of_the_network(tmp_path):
     cfg = config.parse(simmim.Config, [*TINY_FLAGS, "--mask-patch-size", "8"])
     torch.manual_seed(0)
     net = simmim.Network(cfg).eval()
-    torch.save(dict(model=simmim.official_names(net)), tmp_path / "full.pt")
+    torch.save(dict(model=checkpoints.simmim_names(net)), tmp_path / "full.pt")
     (tmp_path / "config.yaml").write_text(f"mask_patch_size: 8\nmask_ratio: {cfg.mask_ratio}\n")
     model, x = make_model(net.backbone, tmp_path / "encoder.pt"), random(2, 3, 32, 32).float()
     mask, visible, reconstruct = mask_and_reconstruct(model, x, 0)
@@ -139,7 +140,7 @@ def test_mmc_reconstruction_is_that_of_the_student_with_rectangles_of_noise(tmp_
 
 
 def test_last_pt_is_read_for_mmc_and_hybrid_only(tmp_path):
-    """It is large."""
+    """It is a large file."""
     model, _, x = save_student(mmc, tmp_path)
     model.source.method = "dino"
     with pytest.raises(MissingInput, match="no decoder found"):

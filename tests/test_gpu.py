@@ -1,5 +1,5 @@
-"""Scripts, probes and diagnostics on a GPU that is not there (gpu.py): what mixes devices fails,
-and a step of training does not wait for the GPU."""
+"""Scripts, probes and diagnostics on a simulated GPU (gpu.py): they do not mix devices, and a
+training step does not wait for the GPU."""
 import dataclasses
 
 import gpu
@@ -13,7 +13,7 @@ from lib.run import Run
 from probes.common import Options
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(),
-                                reason="a torch without CUDA knows no such device")
+                                reason="this torch is built without CUDA")
 
 
 def test_the_stand_in_fails_where_devices_are_mixed_and_counts_waits():
@@ -38,9 +38,9 @@ def test_the_stand_in_fails_where_devices_are_mixed_and_counts_waits():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
         method, run, few, tmp_path, monkeypatch):  # noqa: F811
-    """A mask that selects patches makes the host wait for their number: iBOT's three times, BEiT's
-    twice. The second of three steps counts, with its images and plumbing; after the third come kNN
-    and visualization, which do wait."""
+    """A mask that selects patches makes the host wait for their number: three times in iBOT, twice
+    in BEiT. Waits are counted in the second of three steps, including its data and log; kNN and the
+    visualization after the third do wait."""
     place, steps = Run.place, Run.steps
     placed, seen = [], []
 
@@ -70,8 +70,8 @@ def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
 @pytest.mark.parametrize("task", sorted(
     evaluate.TASKS.keys() - {"detection", "landmark_retrieval", "shape_bias", "video"}))
 def test_probes_mix_no_devices(task, tmp_path):
-    """But for detection, where numbers decide which boxes go on, shape_bias, which toy has no data
-    for, and those that would take minutes."""
+    """Except for detection, where values decide which boxes are kept, shape_bias, for which toy has
+    no data, and those that would take minutes."""
     users = {field.name: field.metadata["only_for"] for field in dataclasses.fields(Options)}
     short = [x for flag, n in (("epochs", "1"), ("iters", "2"))
              if task in users[flag] for x in (f"--{flag}", n)]
@@ -83,7 +83,8 @@ def test_probes_mix_no_devices(task, tmp_path):
 
 @pytest.mark.slow
 def test_diagnostics_mix_no_devices(tmp_path):
-    """But for those whose loops numbers end, that train, or read what was recorded."""
+    """Except for those whose loops depend on values, those that train, and those that read recorded
+    numbers."""
     names = {*analysis.STANDARD, "token_transform", "sv_images", "adjacent_count",
              "patch_retrieval", "feature_variance", "views"} - {"prompt_heatmap"}
     with gpu.stand_in() as waits:

@@ -313,7 +313,7 @@ def test_running_statistics_of_batch_norms_are_of_class_tokens_only():
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
         before(tokens[:, 1:])                                      # control: patches change them
         assert (found[0] - statistics(before)[0]).abs().max() > 1e-3
-        z = net.head.project_patches(tokens[:, 1:])                # batch statistics in eval(), too
+        z = net.head.project_patches(tokens[:, 1:])                # batch statistics also in eval()
         assert torch.equal(net.eval().head.project_patches(tokens[:, 1:]), z)
         assert not any(layer.training for layer in net.modules())
 

@@ -51,7 +51,7 @@ def test_random_masking_keeps_the_patches_of_lowest_noise_and_restore_inverts_th
         assert keep[n].tolist() == shuffle[:49]
         assert not mask[n, keep[n]].any()
         assert restore[n, shuffle].tolist() == list(range(196))
-    assert not torch.equal(mask[0], mask[1])                           # each image has its own
+    assert not torch.equal(mask[0], mask[1])                           # each image has its own mask
 
 
 @pytest.mark.parametrize("N, ratio, kept", [(196, 0.75, 49), (100, 0.8, 19), (100, 0.9, 9)])
@@ -62,14 +62,16 @@ def test_number_of_visible_patches_is_rounded_down_as_in_the_official_code(N, ra
 # ---- patches and targets -------------------------------------------------------------------------
 
 
-def test_patchify_orders_row_column_channel_and_unpatchify_inverts_it():
+def test_patchify_orders_row_column_channel_and_fill_patches_inverts_it():
     x = batch(2, 64, 16)[0]
     patches = mae.patchify(x, 16)
     assert patches.shape == (2, 16, 768)
     assert torch.equal(patches[0, 0].view(16, 16, 3), x[0, :, :16, :16].permute(1, 2, 0))
     assert torch.equal(patches[1, 6].view(16, 16, 3), x[1, :, 16:32, 32:48].permute(1, 2, 0))
-    assert torch.equal(mae.unpatchify(patches), x)
-    assert not torch.equal(mae.unpatchify(patches.transpose(1, 2).reshape(2, 16, 768)), x)
+    none = torch.zeros(2, 16, dtype=torch.bool)
+    assert torch.equal(visualize.fill_patches(patches, none, 0), x)
+    other = patches.transpose(1, 2).reshape(2, 16, 768)
+    assert not torch.equal(visualize.fill_patches(other, none, 0), x)
 
 
 def test_targets_are_normalized_by_unbiased_patch_statistics_with_eps_inside_the_root():
@@ -124,15 +126,13 @@ def test_predictions_of_visible_patches_get_no_gradient():
     assert (pred.grad[~mask] == 0).all() and (pred.grad[mask] != 0).any(1).all()
 
 
-def test_reconstruction_from_the_targets_is_the_image():
+def test_removed_patches_are_filled_and_visible_ones_stay():
     x, noise = batch()
     patches, mask = mae.patchify(x, 8), mae.random_masking(noise, 0.75)[2]
-    for norm_pix_loss in (True, False):
-        pred = mae.targets(x, 8, norm_pix_loss)
-        found = mae.reconstruct(pred, patches, mask, norm_pix_loss)
-        assert torch.allclose(found, x, atol=1e-5)
-    flat = mae.patchify(mae.reconstruct(torch.zeros_like(patches), patches, mask, True), 8)
-    assert torch.equal(flat[~mask], patches[~mask])                    # visible: the true pixels
+    mean, _ = mae.patch_stats(patches)
+    assert torch.equal(visualize.fill_patches(patches, mask, patches), x)
+    flat = mae.patchify(visualize.fill_patches(patches, mask, mean.expand_as(patches)), 8)
+    assert torch.equal(flat[~mask], patches[~mask])
     assert torch.allclose(flat[mask], patches[mask].mean(1, keepdim=True).expand(-1, 192))
 
 
@@ -154,7 +154,7 @@ def test_shapes_of_vit_b():
 def test_removed_pixels_do_not_affect_the_prediction():
     net, (x, noise) = network(), batch()
     keep, _, mask = mae.random_masking(noise, 0.75)
-    removed = mae.unpatchify(mask[:, :, None].expand(-1, -1, 192)).bool()
+    removed = visualize.fill_patches(torch.zeros(len(x), 16, 192), mask, 1).bool()
     other = torch.where(removed, torch.randn_like(x), x)
     assert torch.equal(net.encoder(x, keep=keep), net.encoder(other, keep=keep))
     assert torch.equal(net(x, noise)[0], net(other, noise)[0])
@@ -198,7 +198,7 @@ def test_loss_and_gradients_equal_those_recorded_from_the_official_code(
         norm_pix_loss, loss, cls_token, mask_token, patch_embed):
     net, zero, index = network(), torch.zeros(1, dtype=torch.long), torch.arange(3)
     with torch.no_grad():                              # the same weights as in the official code
-        for name, p in mae.official_names(net).items():
+        for name, p in checkpoints.mae_names(net).items():
             if not name.endswith("pos_embed"):
                 scale_of_norm = "norm" in name and name.endswith("weight")
                 p.copy_(0.2 * rng.normal(zero, p.shape, name)[0] + scale_of_norm)
@@ -246,7 +246,7 @@ def test_every_parameter_is_trained_except_the_positions():
         assert not torch.equal(p, before[name]), name
 
 
-def test_weight_decay_is_of_matrices_and_tokens_not_of_vectors():
+def test_weight_decay_applies_to_matrices_and_tokens_not_to_vectors():
     net = network()
     decayed, rest = ({id(p) for p in g["params"]} for g in param_groups(net, 0.05))
     for name, p in net.named_parameters():
@@ -292,7 +292,7 @@ def test_state_dict_has_the_published_names():
         "patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred")}
     for i in range(12):
         expected |= block(f"blocks.{i}") | (block(f"decoder_blocks.{i}") if i < 8 else set())
-    state = mae.official_names(vit_b())
+    state = checkpoints.mae_names(vit_b())
     assert state.keys() == expected
     assert {name: tuple(state[name].shape) for name in (
         "cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "decoder_pred.weight")} == {
@@ -342,10 +342,10 @@ def test_steps_of_a_run_equal_those_written_out(run, tmp_path, monkeypatch):
             assert (found[name] - x).norm() < 1e-4 * x.norm(), name
 
 
-def test_first_step_of_a_warm_up_changes_no_weight(run, tmp_path):
+def test_first_step_of_a_warmup_changes_no_weight(run, tmp_path):
     for warmup, equal in (("0.1", True), ("0", False)):
         run(tmp_path / warmup, "--warmup-epochs", warmup)
-        initial = mae.official_names(network())
+        initial = checkpoints.mae_names(network())
         found = checkpoints.read_file(tmp_path / warmup / "full.pt")["model"]
         assert all(torch.equal(found[name], x) for name, x in initial.items()) == equal
 
@@ -372,12 +372,14 @@ def test_visualization_shows_image_visible_patches_and_reconstruction(monkeypatc
         mae.save_visualization(run, settings(), net, images)
         pred, mask = net(x, rng.uniform(index, 16, "picture"))
     patches = mae.patchify(x, 8)
-    removed = mae.unpatchify(mask[:, :, None].expand_as(patches))                # (B, 3, S, S)
+    removed = visualize.fill_patches(0 * patches, mask, 1).bool()                # (B, 3, S, S)
     assert list(columns) == ["image", "visible", "reconstruction"]
     image, visible, found = columns.values()
     assert torch.equal(image, images.pixels)
     assert torch.equal(visible, torch.where(removed, augment.denormalize(0 * x), image))
-    assert torch.equal(found, augment.denormalize(mae.reconstruct(pred, patches, mask, True)))
+    mean, std = mae.patch_stats(patches)
+    expected = visualize.fill_patches(patches, mask, pred * std + mean)
+    assert torch.equal(found, augment.denormalize(expected))
     assert torch.equal(found[~removed], image[~removed]) and (found != image)[removed].any()
 
 

@@ -188,7 +188,7 @@ def test_impossible_settings_are_refused(method, flags, sentence, run, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_the_learning_rate_increases_during_the_warm_up(method, run, few, tmp_path):
+def test_the_learning_rate_increases_during_warmup(method, run, few, tmp_path):
     """Three steps of it; those of DINO's family reach the peak in its last step already."""
     run(method, "--out", tmp_path / "run", warmup_epochs=1.5, warmup_lr=0)
     lr = [line["lr"] for line in records(tmp_path / "run")]
@@ -197,10 +197,10 @@ def test_the_learning_rate_increases_during_the_warm_up(method, run, few, tmp_pa
     assert lr[3] > 0
 
 
-def test_a_run_that_ends_within_its_warm_up_gets_a_warning(run, few, tmp_path, capsys):
+def test_a_run_that_ends_within_its_warmup_gets_a_warning(run, few, tmp_path, capsys):
     for epochs, warning in ((3, True), (2, False)):                             # 6, 4 of 5 steps
         run("simmim", "--out", tmp_path / "run", warmup_epochs=epochs)
-        assert ("ends within its warm-up of 6 steps" in capsys.readouterr().out) == warning
+        assert ("ends within its warmup of 6 steps" in capsys.readouterr().out) == warning
 
 
 @pytest.mark.slow
@@ -332,7 +332,7 @@ def test_the_evaluated_network_is_saved_with_its_own_heads(
     assert net.source.interpolation == ("bilinear" if method == "moco_v3" else "bicubic")
 
 
-def test_a_resumed_run_has_the_weight_decay_of_today(run, few, tmp_path):
+def test_a_resumed_run_uses_the_current_weight_decay(run, few, tmp_path):
     for steps, resumed in ((1, []), (2, ["--resume", "--weight-decay", 0.3])):
         run("simmim", "--out", tmp_path, "--steps", steps, *resumed)
     groups = torch.load(tmp_path / "last.pt")["state"]["opt"]["param_groups"]
@@ -461,7 +461,7 @@ def test_evaluation_changes_nothing_that_is_saved(method, run, few, tmp_path):
     assert (looked / "visualization.png").exists()
     assert not (not_looked / "visualization.png").exists()
     one, other = (torch.load(out / "last.pt")["state"] for out in (looked, not_looked))
-    for name in one.keys() - {"opt", "tokenizer"}:                           # running means, too
+    for name in one.keys() - {"opt", "tokenizer"}:                           # also running means
         assert one[name].keys() == other[name].keys()
         assert all(torch.equal(x, other[name][key]) for key, x in one[name].items()), name
 

@@ -199,7 +199,7 @@ def test_segmentation_scores_without_labels_are_nan():
     ([[0, 3]], [[0, 1]], "3 classes, 0 to 2, but predictions are from 0 to 3"),
     ([[0, 1]], [[0, 254]], "3 classes, 0 to 2, but labels are from 0 to 254"),
     ([[0, -1]], [[0, 1]], "predictions are from -1 to 0"),
-    ([[0, 1, 1]], [[0, 1]], r"Predictions \(1, 3\) and labels \(1, 2\): resize"),
+    ([[0, 1, 1]], [[0, 1]], r"predictions \(1, 3\) and labels \(1, 2\): resize"),
 ])
 def test_confusion_rejects_values_that_are_not_classes(predicted, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -291,9 +291,9 @@ def test_objects_are_those_of_the_first_frame():
     late = video_masks()
     late[3, :5, :5] = 3
     assert len(metrics.score_video(video_masks() % 255, late)[0]) == 2
-    with pytest.raises(ValueError, match="Object 3 is predicted, but there are only 2"):
+    with pytest.raises(ValueError, match="object 3 is predicted, but there are only 2"):
         metrics.score_video(late % 255, late)
-    with pytest.raises(ValueError, match=r"Predictions \(2, 60, 80\) and truth .*3 or more frames"):
+    with pytest.raises(ValueError, match=r"predictions \(2, 60, 80\) and truth .*3 or more frames"):
         metrics.score_video(late[:2] % 255, late[:2])
     j, f = metrics.score_video(torch.zeros(4, 8, 8).byte(), torch.zeros(4, 8, 8).byte())
     assert j.shape == f.shape == (0, 2)

@@ -2,6 +2,7 @@
 import json
 import math
 import signal
+import textwrap
 
 import pytest
 import torch
@@ -67,6 +68,19 @@ def test_region_equals_one_rectangle_after_the_other(align):
     areas = region.float().mean((1, 2))
     assert (areas >= ratio).all() and areas[5] < 1  # the candidates were enough, and not all used
     assert not torch.equal(region[5], loop_of_rectangles(u[5], 112, 0.5, align))
+
+
+def test_the_loop_in_the_docstring_of_rectangles_gives_the_same_regions():
+    loop = textwrap.dedent(mmc.rectangles.__doc__.split("\n\n")[1])
+    assert "span(u_top" in loop
+    u = torch.rand(4, mmc.CANDIDATES, 4, generator=torch.Generator().manual_seed(2))
+    ratio = torch.tensor([0.0, 0.2, 0.5, 0.8])
+    for size, align in ((64, 1), (112, 16), (224, 1)):
+        fast = mmc.rectangles(u, size, ratio, align)
+        for i in range(4):
+            names = dict(torch=torch, span=mmc.span, u=u[i], size=size, ratio=ratio[i], align=align)
+            exec(loop, names)
+            assert torch.equal(names["region"], fast[i])
 
 
 def test_covered_area_reaches_its_target_and_aligned_regions_are_constant_on_patches():

@@ -1,4 +1,4 @@
-"""A run: its steps, log and checkpoints, and survival of kills, signals and bad input."""
+"""A run: its steps, log and checkpoints; killed processes, signals and bad input."""
 
 import errno
 import fcntl
@@ -106,7 +106,7 @@ def test_evaluations_are_due_at_the_end_of_each_part_of_a_run(evals, due, monkey
 
 @pytest.mark.parametrize("method", ["mae", "dino"])
 def test_compiled_networks_learn_the_same(method, monkeypatch, tmp_path):
-    """By torch's backend that compiles nothing, but goes the same way."""
+    """With torch's backend "eager", which takes the same path but compiles nothing."""
     script, found = importlib.import_module(method), {}
     real = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda net: (
@@ -124,6 +124,42 @@ def test_compiled_networks_learn_the_same(method, monkeypatch, tmp_path):
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.parametrize("start", [0, 4])
+def test_flops_are_counted_before_networks_are_compiled(start, monkeypatch, tmp_path):
+    """Steps 4 and 9 have an evaluation, in which they are not counted."""
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compiled.append(run.flops))
+    run, loader, net = small_run(monkeypatch, tmp_path, "--steps", 10, "--evals", 2, "--compile")
+    run.step, steps = start, 0
+    for step, batch in run.steps(loader):
+        assert bool(compiled) == (step > start + (start == 4))
+        net(batch.views[0].flatten(1)).mean().backward()
+        steps += 1
+    assert compiled == [2 * 2 * 768 * 10] and steps == 10 - start
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def test_an_unreadable_image_ends_the_evaluation_and_other_errors_end_the_run(
+        monkeypatch, tmp_path, capsys):
+    run, _, net = small_run(monkeypatch, tmp_path)
+    with run.evaluation(net):                                            # also before steps()
+        assert not net.training and not torch.is_grad_enabled()
+        raise datasets.UnreadableImage("Cannot read x.jpg")
+    assert "evaluation skipped: Cannot read x.jpg" in capsys.readouterr().out and net.training
+    with pytest.raises(ValueError, match="a bug"):
+        with run.evaluation(net):
+            raise ValueError("a bug")
+
+
+def test_a_run_that_was_not_restored_cannot_be_saved(monkeypatch, tmp_path):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    run = Run(config.parse(mmc.Config, [*TINY, "--out", str(tmp_path)]))
+    with pytest.raises(RuntimeError, match=r"call run.restore\(...\) first"):
+        run.save()
+
+
 # ---- time ----------------------------------------------------------------------------------------
 
 
@@ -139,7 +175,7 @@ def test_a_checkpoint_is_due_after_so_many_minutes_and_at_the_end(monkeypatch, t
     assert due == [False, False, True, False, True]
 
 
-def test_a_signal_makes_the_next_step_the_last_one(monkeypatch, tmp_path, capsys):
+def test_after_a_signal_the_current_step_and_one_more_are_completed(monkeypatch, tmp_path, capsys):
     run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 10, "--save-every", 999)
     due = []
     with pytest.raises(SystemExit) as end:
@@ -170,7 +206,7 @@ def test_speed_and_mfu_count_the_work_and_time_of_training_alone(monkeypatch, tm
         assert line["images_per_s"] == 8 and line["mfu"] == pytest.approx(flops * 8 / 1e12)
 
 
-# ---- kills and pre-emption -----------------------------------------------------------------------
+# ---- killed and preempted runs -------------------------------------------------------------------
 
 LONG = ["--log-every", 3, "--steps", 30, "--save-every", 0, "--warmup-epochs", 0,
         "--drop-path", 0.1]
@@ -195,13 +231,13 @@ for line in sys.stdin:                              # each line starts a run at 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_instants_ends_byte_identical(tmp_path):
-    """SIGKILL at 20 random instants, spread over resumed runs, then SIGTERM once."""
+    """SIGKILL at 20 random instants of resumed runs, then SIGTERM once."""
     whole, out, steps, dice = tmp_path / "whole", tmp_path / "killed", [], random.Random(0)
     forks = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, text=True, bufsize=1,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ended(folder, seconds=60):
-        """Whether a run came to its end in this time; if not, it is killed."""
+        """Whether a run ended within this time; if not, it is killed."""
         resume = ["--resume"] * (folder / "last.pt").exists()
         print(*TINY, *LONG, "--out", folder, *resume, file=forks.stdin)
         child = int(forks.stdout.readline())
@@ -218,10 +254,10 @@ def test_a_run_killed_at_random_instants_ends_byte_identical(tmp_path):
     seconds = (time.time() - start) / 2
     while len(steps) < 20:
         saved = (out / "last.pt").exists()
-        if ended(out, dice.uniform(0, seconds)):                # start again
+        if ended(out, dice.uniform(0, seconds)):                # start from scratch
             for file in out.iterdir():
                 file.unlink()
-        elif saved or (out / "last.pt").exists():               # once there, always readable
+        elif saved or (out / "last.pt").exists():               # if it exists, it is readable
             steps.append(torch.load(out / "last.pt", weights_only=True)["step"])
     forks.stdin.close(), forks.wait()
     assert min(steps) > 0 and len(set(steps)) > 4, steps
@@ -249,7 +285,7 @@ def test_preemption_saves_and_exits_with_zero(tmp_path, number):
     assert checkpoints.load_encoder(tmp_path / "encoder.pt", quiet=True).source.branch == "teacher"
 
 
-# ---- bad input: a sentence, exit code not 0 ------------------------------------------------------
+# ---- bad input: a readable message, exit code 2 --------------------------------------------------
 
 
 class Malicious:
@@ -262,7 +298,8 @@ def test_a_malicious_checkpoint_is_refused_and_not_executed(tmp_path):
     out = tmp_path / "bad"
     out.mkdir()
     (out / "last.pt").write_bytes(pickle.dumps(Malicious()))
-    assert "no checkpoint that can be resumed" in finish(run("--resume", "--out", out), code=2)
+    output = finish(run("--resume", "--out", out), code=2)
+    assert "is not a checkpoint that can be resumed" in output
     assert not (ROOT / "hacked").exists()
 
 
@@ -276,7 +313,7 @@ def test_an_earlier_run_is_kept(tmp_path):
     assert (out / "encoder.pt").read_bytes() != first
 
 
-def test_a_checkpoint_that_cannot_be_read_now_is_not_called_bad(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_invalid(tmp_path, monkeypatch):
     (tmp_path / "last.pt").write_bytes(b"")
 
     def stale(*_, **__):
@@ -293,16 +330,16 @@ def test_a_folder_with_other_files_is_not_moved_away(tmp_path, monkeypatch):
     (tmp_path / "weights.pt").write_bytes(b"")
     opened(tmp_path, resume=False).lock.close()                             # next to it
     (tmp_path / "encoder.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="contains other files, too"):         # somebody's encoder
+    with pytest.raises(ValueError, match="but no config.yaml, so it is not a run's folder"):
         opened(tmp_path, resume=False)
     (tmp_path / "config.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="contains other files, too"):       # the working directory
+    with pytest.raises(ValueError, match="the current directory is inside .* cannot be renamed"):
         opened(tmp_path, resume=False)
     assert (tmp_path / "weights.pt").exists()
 
 
-@pytest.mark.parametrize("flags, sentence", [
+@pytest.mark.parametrize("flags, message", [
     ("--batch-size 4096", "choose 1 to 2048"),
     ("--group-size 1", "--group-size must be 2 or more"),
     ("--batch-size 18", "must divide the 18 images"),
@@ -313,7 +350,7 @@ def test_a_folder_with_other_files_is_not_moved_away(tmp_path, monkeypatch):
     ("--lr nan", "--lr must be 0 or more"),
     ("--lambda-rec 0 --lambda-cls 0 --lambda-patch 0", "there is no loss"),
     ("--lr 1e30 --warmup-epochs 0 --clip-grad 0 --steps 9", "not finite")])
-def test_impossible_settings_are_one_sentence(tmp_path, flags, sentence, monkeypatch, capsys):
+def test_impossible_settings_are_errors_of_one_line(tmp_path, flags, message, monkeypatch, capsys):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     argv = ["mmc.py", *TINY, "--steps", "1", "--out", str(tmp_path), *flags.split()]
     monkeypatch.setattr(sys, "argv", argv)
@@ -323,22 +360,22 @@ def test_impossible_settings_are_one_sentence(tmp_path, flags, sentence, monkeyp
         signal.signal(number, handler)
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1
-    assert lines[0].startswith("error: ") and sentence in lines[0]
+    assert lines[0].startswith("error: ") and message in lines[0]
 
 
 @pytest.mark.slow
 def test_folders_without_images(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("not an image")
-    said = finish(run("--data", tmp_path / "texts", "--out", tmp_path / "o"), code=2)
-    assert "No images under" in said
+    output = finish(run("--data", tmp_path / "texts", "--out", tmp_path / "o"), code=2)
+    assert "No images under" in output
 
 
 @pytest.mark.slow
 def test_out_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    said = finish(run("--steps", 1, "--out", tmp_path / "file" / "run"), code=2)
-    assert "cannot write to" in said and "--out" in said
+    output = finish(run("--steps", 1, "--out", tmp_path / "file" / "run"), code=2)
+    assert "cannot write to" in output and "--out" in output
 
 
 @pytest.mark.slow
@@ -350,18 +387,18 @@ def test_a_full_disk_during_save_leaves_the_last_good_checkpoint(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    said = finish(run("--steps", 3, "--out", tmp_path, "--resume", preexec_fn=small_disk), code=2)
-    assert "cannot write" in said and "Traceback" not in said
+    output = finish(run("--steps", 3, "--out", tmp_path, "--resume", preexec_fn=small_disk), code=2)
+    assert "cannot write" in output and "Traceback" not in output
     assert (tmp_path / "last.pt").read_bytes() == good
     assert not list(tmp_path.glob("*.tmp"))
     finish(run("--steps", 3, "--out", tmp_path, "--resume"))
 
 
-# ---- one run a folder ----------------------------------------------------------------------------
+# ---- one run per folder --------------------------------------------------------------------------
 
 
 def opened(folder, resume=True):
-    """A run's folder as Run opens it, without the run."""
+    """A RunFolder, opened as Run does it."""
     run_folder = RunFolder(SimpleNamespace(out=folder))
     run_folder.open(resume)
     return run_folder
@@ -375,11 +412,11 @@ from test_run import opened
 run = opened(Path(sys.argv[1]))
 if os.fork():
     print("locked", flush=True)
-time.sleep(30)                           # the child is a decoder, which outlives its run
+time.sleep(30)                           # the child: like a worker that outlives its run
 """
 
 
-def test_a_folder_is_locked_until_its_run_ends_whatever_the_decoders_do(tmp_path):
+def test_a_folder_is_locked_until_its_run_ends_even_if_workers_live_on(tmp_path):
     with subprocess.Popen([sys.executable, "-c", OTHER, str(tmp_path)], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, start_new_session=True) as other:
         try:
@@ -406,8 +443,8 @@ def test_a_file_system_without_locks_is_accepted(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_error_in_a_decoder_is_one_sentence_and_ends_the_run(tmp_path):
-    """Decoders ignore SIGTERM, by which Python would end them at exit, and would wait for ever."""
+def test_an_error_in_a_worker_is_one_line_and_ends_the_run(tmp_path):
+    """Workers ignore SIGTERM, with which Python ends them at exit: it would wait forever."""
     for n in range(20):
         Image.new("RGB", (20, 20), (n, 0, 0)).save(tmp_path / f"{n}.png")
     script = ("import mmc\nfrom lib import config, datasets\n"
@@ -415,10 +452,10 @@ def test_an_error_in_a_decoder_is_one_sentence_and_ends_the_run(tmp_path):
               "datasets.resize = resize\n"
               "config.main(mmc.main)")
     flags = [*TINY, "--data", tmp_path, "--workers", 2, "--steps", 3, "--out", tmp_path / "out"]
-    said = finish(subprocess.Popen([sys.executable, "-c", script, *map(str, flags)], cwd=ROOT,
+    output = finish(subprocess.Popen([sys.executable, "-c", script, *map(str, flags)], cwd=ROOT,
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
                   code=2)
-    assert said.strip().splitlines()[-1] == "error: ValueError: odd view"
+    assert output.strip().splitlines()[-1] == "error: ValueError: odd view"
 
 
 @pytest.mark.slow

@@ -295,7 +295,7 @@ def test_centers_are_means_over_all_crops_and_over_all_patches(train, monkeypatc
     class Fixed(selfpatch.Network):
         def forward(self, *x):
             found = super().forward(*x)
-            return (t, u) if self.teacher else found
+            return (t, u) if self.is_teacher else found
 
     monkeypatch.setattr(selfpatch, "Network", Fixed)
     state, _ = train("selfpatch", "--steps", 1, *SMALL)

@@ -165,7 +165,7 @@ def test_network_is_permutation_equivariant_only_while_the_table_is_zero():
 def test_full_pt_is_loaded_as_the_official_file(tmp_path):
     net = network()
     torch.nn.init.normal_(net.backbone.rel_pos_bias.relative_position_bias_table)
-    state = simmim.official_names(net)
+    state = checkpoints.simmim_names(net)
     assert {"encoder.mask_token", "encoder.cls_token", "encoder.blocks.0.gamma_1",
             "encoder.blocks.2.attn.v_bias", "encoder.norm.weight", "decoder.0.weight",
             "encoder.rel_pos_bias.relative_position_bias_table"} <= state.keys()
@@ -212,7 +212,7 @@ def test_every_parameter_gets_a_gradient():
     assert net.backbone.rel_pos_bias.relative_position_bias_table.grad.any()
 
 
-def test_weight_decay_is_of_the_same_parameters_as_in_the_official_code():
+def test_weight_decay_applies_to_the_same_parameters_as_in_the_official_code():
     net = network()
     decayed, others = param_groups(net, 0.05, no_decay=("cls_token",))
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
@@ -226,7 +226,7 @@ def test_weight_decay_is_of_the_same_parameters_as_in_the_official_code():
                                                       "mlp.fc2")}
 
 
-def test_learning_rate_has_a_linear_warm_up_and_a_step():
+def test_learning_rate_has_a_linear_warmup_and_a_step():
     cfg = config.parse(simmim.Config, ["--data", "imagenet"])
 
     def at(epoch):

@@ -37,5 +37,3 @@ def test_a_run_trains_on_its_images_and_is_evaluated_on_labeled_ones(monkeypatch
     assert [(x.name, x.split[1]) for x in (loader.images, bank, queries)] == [
         (split, None), ("train", 2000), ("test", 500)]
     assert (loader.batch_size, loader.rank, loader.world) == (8, 1, 2)
-
-

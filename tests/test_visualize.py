@@ -1,4 +1,4 @@
-"""What runs show of themselves: kNN accuracy, statistics of assignments, images."""
+"""Evaluation during a run: kNN accuracy, statistics of assignments, images."""
 import contextlib
 import math
 from dataclasses import replace

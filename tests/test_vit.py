@@ -100,7 +100,7 @@ def test_explicit_attention_equals_fused_and_its_rows_sum_to_one(rel_pos, local)
         assert not local or (a[:, :, ~mask] == 0).all() and (a[:, :, mask] > 0).all()
 
 
-def test_local_mask_is_a_window_around_each_patch_and_the_class_token_sees_all():
+def test_local_mask_is_a_window_around_each_patch_and_does_not_restrict_the_class_token():
     model = build()
     for grid in ((4, 4), (2, 5)):
         mask = model.local_mask(3, grid)
@@ -114,7 +114,7 @@ def test_local_mask_is_a_window_around_each_patch_and_the_class_token_sees_all()
         model.local_mask(4)
 
 
-def test_local_mask_cuts_what_a_token_can_know():
+def test_local_mask_removes_the_influence_of_distant_patches():
     model, a = build(class_token=False, depth=1), images()
     b = a.clone()
     b[:, :, 24:, 24:] += 1                                    # only the last patch differs
@@ -291,8 +291,8 @@ def test_sizes_and_blocks_that_do_not_fit_are_refused():
                         (lambda: model.layers(images(), []), "0 to 1"),
                         (lambda: vit.ViT(img_size=30), "multiple of patch size"),
                         (lambda: build(num_heads=5), "multiple of 5 heads"),
-                        (lambda: build(pos="sincos"), "pos is one of"),
-                        (lambda: build(qkv_bias=True), "qkv_bias is one of"),
+                        (lambda: build(pos="sincos"), "pos must be one of"),
+                        (lambda: build(qkv_bias=True), "qkv_bias must be one of"),
                         (lambda: build(drop_path=1.0), "drop_path")):
         with pytest.raises(ValueError, match=words):
             call()
