@@ -9,7 +9,9 @@
                        distance, NMI               similarities, spectra, Fourier         images
 
 z_0 is the embedding; u_l and z_l are the residual stream after the attention and after the MLP of
-block l, before the final norm. Images are not masked, and only patch tokens are measured.
+block l, before the final norm. Curves are measured on whole images and on patch tokens.
+Exceptions: layer_reconstruction, feature_variance and views mask images; nmi, attention_maps,
+feature_variance and knn also use the class token.
 
 One function computes the numbers of a diagnostic: measure_... (curves), show_... (images) or
 read_... (recorded by training and evaluate.py), in diagnostics/. DIAGNOSTICS lists them. Formulas
@@ -36,8 +38,9 @@ from probes.common import CommonOptions, default_data, load_models
 
 # ---- the diagnostics -----------------------------------------------------------------------------
 
-DIAGNOSTICS = {          # name: function of (model, opt) -> {name: numbers}; with names of
-    #                      STATISTICS: function of (model, opt, shared pass that measures them)
+# name: function of (model, opt) -> {name: numbers}, and "". With names of shared_pass.STATISTICS,
+# or "decoder", as the second entry: function of (model, opt, the SharedPass that measures these).
+DIAGNOSTICS = {
     "attention_distance": (attention.measure_attention_distance, "attention_distance"),
     "nmi": (attention.measure_nmi, "nmi class_token_attention"),
     "head_similarity": (attention.measure_head_similarity, "head_similarity"),
@@ -79,14 +82,14 @@ def run_diagnostics(model, opt):
     if opt.center and "token_similarity" in statistics:
         statistics.add("centered_similarity")
     shared = run_shared_pass(model, opt, statistics) if statistics else None
-    found, missing = {}, {}
+    results, missing = {}, {}
     for name in opt.what:
         function, needed = DIAGNOSTICS[name]
         try:
-            found[name] = function(model, opt, shared) if needed else function(model, opt)
+            results[name] = function(model, opt, shared) if needed else function(model, opt)
         except MissingInput as error:
             missing[name] = str(error)
-    return found, missing
+    return results, missing
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -96,28 +99,30 @@ def run_diagnostics(model, opt):
 class Options(CommonOptions):
     """The flags of analysis.py."""
     what: tuple[str, ...] = flag(
-        (), "diagnostics to run, see the list below, or all; default: the standard report")
+        (), "diagnostics to run (see the list below), or all; default: the standard report")
     baseline: tuple[str, ...] = flag(
         (), "also analyze a ViT with random weights", choices=("untrained",), group="models")
     img_size: int | None = flag(
-        None, "side of the input images in pixels; default: as in pre-training", at_least=1,
+        None, "side of the input images in pixels; default: as in pretraining", at_least=1,
         group="models")
-    precision: str = flag("fp32", "of the encoder; sums are float64 either way",
+    precision: str = flag("fp32", "precision of the encoder; sums over images are always float64",
                           choices=("auto", "bf16", "fp32"), group="models")
     limit: int | None = flag(
-        None, "number of test images; default: 256, sv_images 2048 or 4 x width, patch_retrieval "
-        "1000, feature_variance 64", at_least=1, group="data")
+        None, "number of test images; default: 256; for sv_images 2048, or 4 x width if that is "
+        "more; for patch_retrieval 1000; for feature_variance 64", at_least=1, group="data")
     batch_size: int = flag(64, "images per forward pass", at_least=1, group="data")
-    image: int = flag(0, "index of the first image in the figures; of files --limit images are "
-                      "taken evenly, so another --limit gives another file", group="data")
-    seed: int = flag(0, "of masks, crops, k-means and t-SNE, and of untrained weights",
+    image: int = flag(
+        0, "index of the first image in the figures; of image files, --limit evenly spaced ones "
+        "are taken, so another --limit gives another file", group="data")
+    seed: int = flag(0, "random seed of masks, crops, k-means, t-SNE and untrained weights",
                      group="models")
     window: int | None = flag(
-        None, "curves: patches attend to a window of this many patches a side (odd number; Park et "
-        "al., appendix D.1)", at_least=1, group="settings of a diagnostic")
-    center: bool = flag(False, "token_similarity: also without the mean token of all images",
-                        group="settings of a diagnostic")
-    copies: int = flag(128, "feature_variance: number of views of an image", at_least=1,
+        None, "curves: patches attend only within a square window with this side in patches (odd "
+        "number; Park et al., appendix D.1)", at_least=1, group="settings of a diagnostic")
+    center: bool = flag(
+        False, "token_similarity: measure it also after the mean token of all images is subtracted",
+        group="settings of a diagnostic")
+    copies: int = flag(128, "feature_variance: number of views per image", at_least=2,
                        group="settings of a diagnostic")
     threshold: float = flag(0.95, "adjacent_count: smallest cosine of similar neighbors",
                             group="settings of a diagnostic")
@@ -134,9 +139,7 @@ def parse(argv=None):
         if name not in DIAGNOSTICS:
             raise ValueError(f"unknown diagnostic {name!r}{config.nearest(name, DIAGNOSTICS)}")
     if opt.image < 0:
-        raise ValueError(f"--image {opt.image}: images are counted from 0")
-    if opt.copies < 2:
-        raise ValueError(f"--copies {opt.copies}: a variance needs at least 2 views")
+        raise ValueError(f"--image {opt.image}: give an index from 0")
     return dataclasses.replace(opt, what=what or STANDARD)
 
 
@@ -144,7 +147,7 @@ def parse(argv=None):
 
 
 def to_json_data(x):
-    """Tensors as lists; numbers that are not finite as None; without the images of figures."""
+    """Tensors become lists, numbers that are not finite None; images of figures are left out."""
     if torch.is_tensor(x):
         return to_json_data(x.tolist())
     if isinstance(x, dict):
@@ -182,7 +185,7 @@ def write_numbers(folder, name, results, opt):
 
 
 def different_settings(results):
-    """The settings of evaluate.py in which the recorded results of the models differ, as text."""
+    """Texts: the settings of evaluate.py in which the recorded results of the models differ."""
     used = {r.model.name: r.numbers["settings_compared"] for r in results
             if "settings_compared" in r.numbers}
     return [f"--{key.replace('_', '-')} " + ", ".join(
@@ -211,7 +214,7 @@ def import_pyplot():
 
 
 def print_scalars(name, result):
-    """One line: the numbers of a diagnostic that are no lists."""
+    """Prints one line: the numbers of a diagnostic that are not lists."""
     scalars = {key: x for key, x in to_json_data(result.numbers).items()
                if isinstance(x, (int, float))}
     text = ", ".join(f"{key} {x:.4g}" for key, x in scalars.items())
@@ -219,32 +222,34 @@ def print_scalars(name, result):
 
 
 def main(argv=None):
-    opt, begin = parse(argv), time.perf_counter()
+    opt = parse(argv)
+    begin = time.perf_counter()
     distributed.keep_memory()
-    folder, plt = make_folder(Path(opt.out) / "analysis"), import_pyplot()
+    folder = make_folder(Path(opt.out) / "analysis")
+    plt = import_pyplot()
     models = load_models(opt)
     opt = dataclasses.replace(opt, data=opt.data or default_data(models))
     results, missing = {name: [] for name in opt.what}, {}
     for position, model in enumerate(models):
-        found, left_out = run_diagnostics(model, opt)
-        for name, numbers in found.items():
+        measured, left_out = run_diagnostics(model, opt)
+        for name, numbers in measured.items():
             results[name].append(Result(model, numbers, position))
         for name, reason in left_out.items():
             missing.setdefault((name, reason), []).append(model.name)
         seconds = time.perf_counter() - begin
-        print(f"{model.name}: {len(found)} diagnostics, after {seconds:.0f} s")
-    results = {name: of_models for name, of_models in results.items() if of_models}
-    for name, of_models in results.items():
-        write_numbers(folder, name, of_models, opt)
+        print(f"{model.name}: {len(measured)} diagnostics, after {seconds:.0f} s")
+    results = {name: model_results for name, model_results in results.items() if model_results}
+    for name, model_results in results.items():
+        write_numbers(folder, name, model_results, opt)
         if plt:
-            figures.save_figure(plt, folder / f"{name}.png", name, of_models)
-        for result in of_models:
+            figures.save_figure(plt, folder / f"{name}.png", name, model_results)
+        for result in model_results:
             print_scalars(name, result)
-    notes = [f"{name} left out ({', '.join(of)}): {reason}"
-             for (name, reason), of in missing.items()]
+    notes = [f"{name} left out ({', '.join(model_names)}): {reason}"
+             for (name, reason), model_names in missing.items()]
     notes += [f"{name}: measured with different settings: {', '.join(differences)}"
-              for name, of_models in results.items()
-              if (differences := different_settings(of_models))]
+              for name, model_results in results.items()
+              if (differences := different_settings(model_results))]
     names = ", ".join(model.name for model in models)
     head = f"{names}; test images of {opt.data}; {models[0].precision}"
     figures.write_page(folder / "index.html", head, results, notes, bool(plt))

@@ -1,4 +1,4 @@
-"""Evaluates what a checkpoint, ours or an official one, has learned: one task, or all of them.
+"""Measures what a checkpoint, ours or an official one, has learned: one task, or all of them.
 
     python evaluate.py                                        # kNN of the newest run in out/
     python evaluate.py --task linear --checkpoint out/mmc-toy mae_pretrain_vit_base.pth
@@ -10,8 +10,8 @@ results.jsonl next to its checkpoint. The tasks are functions in probes/, the fl
 probes/common.py.
 
 torchrun --nproc_per_node=8 evaluate.py ...: the processes share the encoding of images and the
-training of finetune, segmentation and detection. The other tasks of single patches
-(linear_segmentation, zero_shot_segmentation, video, pose) run in the first process only.
+training of finetune, segmentation and detection. The dense tasks (linear_segmentation,
+zero_shot_segmentation, video, pose) run in the first process only.
 """
 import json
 import os
@@ -67,11 +67,11 @@ TASKS = {
     "video": video.video,
     "pose": pose.pose,
 }
-END_TO_END = {"finetune", "segmentation", "detection"}             # these train the encoder, too
+END_TO_END = {"finetune", "segmentation", "detection"}             # these also train the encoder
 FROZEN = [task for task in TASKS if task not in END_TO_END]        # what --task all runs
 FIRST_PROCESS = set(DENSE)                                         # not shared by processes
-# With --task all, unless --epochs and --limit are given: heads are trained for fewer epochs, and of
-# toy's splits fewer images are used, except by tasks that have a smaller limit of their own.
+# --task all, unless --epochs and --limit are given: heads are trained for fewer epochs, and fewer
+# images of toy's splits are used, except by tasks that have a smaller limit of their own.
 ALL_EPOCHS, ALL_IMAGES = 10, 2000
 OWN_LIMIT = {*DENSE, "part_retrieval"}
 
@@ -87,11 +87,28 @@ def parse(argv=None) -> Options:
     lines = [f"  {name:<24}{task.__doc__.splitlines()[0]}" for name, task in TASKS.items()]
     lines.append(f"  {'all':<24}All tasks with a frozen encoder that fit the model and the data.")
     lines.append(f"{'':<26}Heads are trained for {ALL_EPOCHS} epochs, on toy with {ALL_IMAGES:,} "
-                 f"images,\n{'':<26}unless --epochs and --limit are given.")
+                 f"images,\n{'':<26}unless --epochs and --limit are given; features are kept in "
+                 f"--out/features.")
     opt = parse_flags(Options, argv, description=__doc__, epilog="\n".join(["tasks:", *lines]))
     if opt.task not in (*TASKS, "all"):
         raise ValueError(f"unknown task {opt.task!r}{config.nearest(opt.task, TASKS)}")
     return opt
+
+
+def refuse_ineffective(opt):
+    """ValueError for a flag that has no effect because of another one. Not for --task all, where a
+    flag may be meant for some of the tasks."""
+    if opt.task == "part_classification":
+        if opt.head == "attentive" and (opt.feature or opt.hyber_norm == "joint"):
+            raise ValueError("the attentive head takes all tokens: leave out --feature and "
+                             "--hyber-norm, or choose --head linear")
+        if opt.head != "attentive" and opt.bn == "batch":
+            raise ValueError("--bn is for the attentive head: add --head attentive, or leave it "
+                             "out")
+    uses_hyber = opt.feature == "hyber" or (opt.task == "knn" and not opt.feature)
+    if opt.hyber_norm == "joint" and not uses_hyber:
+        raise ValueError("--hyber-norm is for the feature hyber only: add --feature hyber, or "
+                         "leave it out")
 
 
 def main(argv=None):
@@ -99,6 +116,7 @@ def main(argv=None):
     is_first = os.environ.get("RANK", "0") == "0"
     if opt.task != "all":
         refuse_unused(opt, opt.task)
+        refuse_ineffective(opt)
     if opt.task not in FIRST_PROCESS:
         distributed.init_distributed(distributed.pick_device(opt.device))
     elif not is_first:
@@ -118,7 +136,7 @@ def main(argv=None):
     print_results(opt, models, results, skipped)
     seconds = time.perf_counter() - begin
     print(f"{seconds:.1f} s, results appended to {', '.join(paths)}", flush=True)
-    if error:                                            # after the table of the models before
+    if error:                                            # after the table of the earlier models
         raise error
 
 
@@ -126,7 +144,7 @@ def main(argv=None):
 
 
 def run_tasks(opt, models, is_first):
-    """Runs the task, or with --task all every one of FROZEN, on each model.
+    """Runs the task, or with --task all each one of FROZEN, on each model.
 
     -> list of Result, notes on tasks that were skipped, files that were written, the error that
     ended the run (or None). With --task all a task is skipped if it does not fit the model or the
@@ -167,7 +185,8 @@ def run_tasks(opt, models, is_first):
 
 
 def options_for_task(opt, task):
-    """The options of one task. With --task all, tasks share features and train heads briefly."""
+    """The options of one task. --task all: tasks share features (as --cache) and train heads
+    briefly."""
     if opt.task != "all":
         return opt
     own_limit = task in OWN_LIMIT or not is_toy(opt.data)
@@ -183,11 +202,11 @@ def add_notes(report, task, model, opt):
     if not model.encoder:
         report.notes.append("pixels: the image averaged to at most 32 x 32, no encoder")
     elif not model.encoder.num_prefix and task not in DENSE:
-        report.notes.append(f"{model.name} has no class token: cls is its patch mean")
+        report.notes.append(f"{model.name} has no class token: cls is its mean patch token")
 
 
 def result_files(opt, models):
-    """The file for the results of each model; baselines: that of the checkpoint before them."""
+    """The file for the results of each model; that of a baseline: of the checkpoint before it."""
     files, folder = [], Path(opt.out)
     for model in models:
         if model.source.path:
@@ -241,17 +260,20 @@ def print_results(opt, models, results, skipped):
     if opt.reference:
         for task in tasks:
             published = paper_results(task, opt.data)
-            if published:
-                print(f"\n{task}: numbers of the papers, not measured here")
-                print_table(published)
-            else:
+            if not published:
                 print(f"\n{task}: no numbers in the papers")
+                continue
+            found = any(r.model.endswith(f"; {opt.data})") for r in published)
+            print(f"\n{task}: numbers of the papers, not measured here"
+                  + f"; none for {opt.data}, these are for other data sets" * (not found))
+            print_table(published)
     if not run_all:
-        for r in results:                                # the best feature by the first column
-            rows = r.report.rows
-            column = next(iter(next(iter(rows.values()))))
-            feature = max(rows, key=lambda name: rows[name].get(column, -1))
-            print(f"{r.model}: {r.task} {rows[feature][column]:.1f} % ({column}, {feature})")
+        for r in results:                                # the first column of every feature
+            column = next(iter(next(iter(r.report.rows.values()))))
+            numbers = [f"{feature} {row[column]:.1f}" for feature, row in r.report.rows.items()
+                       if column in row]
+            unit = "points" if column == "mean drop" else "%"
+            print(f"{r.model}: {r.task}, {column} ({unit}): {', '.join(numbers)}")
 
 
 def print_table(results):
@@ -283,7 +305,7 @@ def print_summary(results):
 
 
 def print_aligned(lines, left):
-    """Lines of cells in columns: the first `left` ones to the left, the others to the right."""
+    """Prints lines of cells in columns: the first `left` ones left-aligned, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         cells = [cell.ljust(width) if i < left else cell.rjust(width)
@@ -292,7 +314,7 @@ def print_aligned(lines, left):
 
 
 def paper_results(task, name):
-    """The papers' results (probes/papers.yaml): of the data set if there are any, else of all."""
+    """The papers' results (probes/papers.yaml) for the data set; if there are none, for all."""
     tables = config.read_yaml(Path(__file__).parent / "probes/papers.yaml").get(task, [])
     results = []
     for table in [table for table in tables if table["data"] == name] or tables:

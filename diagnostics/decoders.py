@@ -3,8 +3,8 @@
     mask, visible, reconstruct = mask_and_reconstruct(model, x, seed)
     reconstruct(block)                                  # (B, 3, S, S) from that block's tokens
 
-encoder.pt holds no decoder. It is read from the file itself (official full files), from full.pt
-beside it (MAE, ASL, SimMIM), or from the student in last.pt (MMC, hybrid).
+encoder.pt does not hold a decoder. It is read from the checkpoint itself (official full files),
+from full.pt next to it (MAE, ASL, SimMIM), or from the student in last.pt (MMC, hybrid).
 """
 import math
 from pathlib import Path
@@ -20,8 +20,8 @@ from lib import checkpoints, positions, rng
 
 
 def load_pretraining_state(model):
-    """The state dict of pre-training that holds a decoder, in official names, and the settings of
-    the run from config.yaml; {} for what is not there."""
+    """The state dict that holds a decoder, and the settings of the run from config.yaml; {} for
+    what is missing. Keys are official names, or in last.pt those of the student."""
     path, method = Path(model.source.path or ""), model.source.method
     files = [path, path.with_name("full.pt")] if model.source.path else []
     if method in ("mmc", "hybrid"):                            # last.pt is large
@@ -48,21 +48,22 @@ class MAEDecoder(nn.Module):
 
     def __init__(self, state, num_heads):
         super().__init__()
-        own = strip_prefix(state, "decoder_")
-        self.pos_embed, self.mask_token = own.pop("pos_embed"), state["mask_token"]
-        width, dim = own["embed.weight"].shape
-        depth = len({key.split(".")[1] for key in own if key.startswith("blocks.")})
+        weights = strip_prefix(state, "decoder_")
+        self.pos_embed = weights.pop("pos_embed")
+        self.mask_token = state["mask_token"]
+        width, dim = weights["embed.weight"].shape
+        depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
         self.embed = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(vit.Block(width, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, 1e-6)
-        self.pred = nn.Linear(width, len(own["pred.bias"]))
-        self.load_state_dict(own)
+        self.pred = nn.Linear(width, len(weights["pred.bias"]))
+        self.load_state_dict(weights)
 
     def embed_tokens(self, tokens, restore=None):
         """The input of the first block (B, L, width of the decoder).
 
-        tokens: (B, L, D), all of them; or visible ones with restore (B, N), the rank of each patch
-        among visible and masked patches: then mask tokens are inserted.
+        tokens: (B, L, D), all of them. Or only the visible ones, with restore (B, N), the position
+        of each patch in the list of visible, then masked patches: mask tokens are inserted.
         """
         x = self.embed(tokens)
         if restore is not None:
@@ -82,22 +83,22 @@ def build_mae_decoder(model):
     unknown: the weights do not determine it."""
     state, config = load_pretraining_state(model)
     if "decoder_embed.weight" not in state:
-        raise MissingInput("no decoder of MAE found: it needs full.pt beside encoder.pt, or an "
+        raise MissingInput("no decoder of MAE found: it needs full.pt next to encoder.pt, or an "
                            "official full file")
     width = len(state["decoder_embed.weight"])
     num_heads = config.get("decoder_num_heads", 16 if width == 512 else None)        # the official
     if num_heads is None:
-        raise MissingInput("config.yaml of the run is missing beside its weights: the number of "
-                           f"heads of a decoder of width {width} is unknown (MAE's own, of width "
-                           "512, has 16)")
+        raise MissingInput("config.yaml is missing next to the weights, and the number of heads of "
+                           f"a decoder of width {width} is unknown (MAE's has width 512 and 16 "
+                           "heads): add config.yaml of the run")
     return MAEDecoder(state, num_heads).to(next(model.encoder.parameters()).device).eval()
 
 
 def mask_and_reconstruct_mae(model, x, seed, state, config):
     decoder, p = build_mae_decoder(model), model.encoder.patch_size
     if "norm_pix_loss" not in config:
-        print("note: no config.yaml beside the decoder; the settings of MAE's official one are "
-              "assumed (norm_pix_loss, mask ratio 0.75)")
+        print("note: no config.yaml next to the decoder; the settings of MAE's official decoder "
+              "are assumed (norm_pix_loss, mask ratio 0.75)")
     g = x.shape[-1] // p
     num_visible = int(g * g * (1 - config.get("mask_ratio", 0.75)))
     u = rng.uniform(torch.arange(len(x), device=x.device), g * g, seed, "hide")
@@ -127,7 +128,7 @@ def to_pixel_shuffle_order(z, g):
 
 
 def mask_and_reconstruct_simmim(model, x, seed, state, config):
-    """Also of the hybrid, whose state, from last.pt, is not in official names."""
+    """For SimMIM and the hybrid, whose state is from last.pt and has other names."""
     encoder, p = model.encoder, model.encoder.patch_size
     g = x.shape[-1] // p
     side = max(1, config.get("mask_patch_size", 32) // p)      # of a masked square, in patches
@@ -148,15 +149,16 @@ def mask_and_reconstruct_simmim(model, x, seed, state, config):
 
 
 def mask_and_reconstruct_mmc(model, x, seed, state, config):
-    """By the student, whose tokens the head was trained on; encoder.pt holds the teacher. Masked
-    rectangles are filled with noise."""
+    """Reconstructs from tokens of the student, on which the head was trained (encoder.pt holds the
+    teacher). Masked rectangles are filled with noise."""
     student = vit.ViT(**model.encoder.config).to(x.device).eval()
     student.load_state_dict(strip_prefix(state, "backbone."))
     head = checkpoints.build_sequential(strip_prefix(state, "head_rec."), relu=False)
     head = head.to(x.device).eval()
     index, S = torch.arange(len(x)), x.shape[-1]
     u = rng.uniform(index, (255, 4), seed, "hide")
-    mask = torch.stack([draw_rectangles(of, S, config.get("noise_ratio", 0.75)) for of in u])
+    ratio = config.get("noise_ratio", 0.75)
+    mask = torch.stack([draw_rectangles(candidates, S, ratio) for candidates in u])
     mask = mask[:, None].to(x.device)
     visible = rng.normal(index, x.shape[1:], seed, "noise").to(x.device).where(mask, x)
     layers, _ = student.layers(visible)
@@ -191,7 +193,7 @@ RECONSTRUCTIONS = {                     # a key of the state dict that identifie
 
 
 def mask_and_reconstruct(model, x, seed):
-    """Masks images x (B, 3, S, S) as in pre-training and prepares their reconstruction.
+    """Masks images x (B, 3, S, S) as in pretraining and prepares their reconstruction.
 
     -> mask (B, 1, S, S) bool; visible (B, 3, S, S), the input of the encoder; reconstruct(block) ->
     (B, 3, S, S), from that block's tokens: later blocks are skipped, the final norm is applied as
@@ -201,5 +203,5 @@ def mask_and_reconstruct(model, x, seed):
     key = next((key for key in RECONSTRUCTIONS if key in state), None)
     if not key:
         raise MissingInput("no decoder found: it needs full.pt of MAE, ASL or SimMIM, or last.pt "
-                           "of MMC or the hybrid, beside encoder.pt")
+                           "of MMC or the hybrid, next to encoder.pt")
     return RECONSTRUCTIONS[key](model, x, seed, state, config)

@@ -2,12 +2,12 @@
 
 Shapes as in vit.py: B images, H heads, N = h x w patches in row-major order, L tokens (class token
 and patches), D width, S image side, p patch side, C classes, V views. A state (B, N, D) holds the
-patch tokens at one place of the residual stream, before the final norm. Attention weights are taken
+patch tokens at one point of the residual stream, before the final norm. Attention weights are taken
 after the softmax; their last axis is the keys. Results are per image, so that a caller can give
 every image the same weight in a mean.
 
-"Park et al." is "What Do Self-Supervised Vision Transformers Learn?" (2023). Where the paper and
-its published notebooks differ, or are silent, the docstring states what is done here.
+"Park et al." is "What Do Self-Supervised Vision Transformers Learn?" (2023). Where that paper and
+its published notebooks differ or leave something open, the docstring states what is done here.
 """
 import math
 
@@ -21,7 +21,8 @@ from lib.positions import coordinates
 
 
 def patch_attention(weights, num_prefix, eps):
-    """Attention weights (..., L, L) -> patches only (..., N, N): eps added, rows sum to 1 again."""
+    """Attention weights (..., L, L) -> those between patches (..., N, N): eps is added to every
+    entry, and rows are normalized to sum 1 again."""
     a = weights[..., num_prefix:, num_prefix:].float() + eps
     return a / a.sum(-1, keepdim=True)
 
@@ -48,8 +49,8 @@ def nmi(a):
     a: (..., N, N) with rows that sum to 1 -> (...). I / sqrt(H(q) H(k)) with uniform queries and
     I = H(k) - mean over queries of H(row). 0: all queries have the same attention map. 1: any
     permutation, so this measures dependence on the query, not locality. If all attention goes to
-    one key the value is 0/0; it is set to 0. Source: Park et al., fig. 4; as in the notebook, 1e-8
-    is added to every entry before the rows are normalized.
+    one key the value is 0/0; it is set to 0. Source: Park et al., fig. 4. As in the notebook,
+    callers add 1e-8 to every entry before the rows are normalized (`patch_attention`).
     """
     h_key = torch.special.entr(a.mean(-2)).sum(-1)
     mutual = (h_key - torch.special.entr(a).sum(-1).mean(-1)).clamp(min=0)
@@ -58,25 +59,26 @@ def nmi(a):
 
 
 def class_token_attention(weights, num_prefix):
-    """(B, H, L, L) -> (B, H) fraction of a patch's attention that goes to the class token.
+    """(B, H, L, L) -> (B, H): the fraction of a patch's attention that goes to the class token,
+    mean over patches.
 
-    It qualifies `nmi`: where it is close to 1, the added 1e-8 makes the remaining attention to
-    patches nearly uniform.
+    Where it is close to 1, `nmi` is too low: the 1e-8 that `patch_attention` adds makes the
+    remaining attention to patches nearly uniform.
     """
     return weights[..., num_prefix:, :num_prefix].float().sum(-1).mean(-1)
 
 
-def kernel_density(values, at):
-    """Density of a few numbers (n,) at the places (m,) -> (m,). Gaussian kernels with Scott's
-    bandwidth, at least 0.01 (the paper does not state its bandwidth)."""
+def kernel_density(values, points):
+    """Density of the values (n,) at the points (m,) -> (m,). Gaussian kernels with Scott's
+    bandwidth, at least 0.01 (Park et al. do not state their bandwidth)."""
     h = max(values.std().item() * len(values) ** -0.2, 0.01) if len(values) > 1 else 0.01
-    z = (at[:, None] - values) / h
+    z = (points[:, None] - values) / h
     return (-0.5 * z * z).exp().mean(1) / (h * math.sqrt(2 * math.pi))
 
 
 def top_mass_mask(weights, mass):
-    """(..., N) weights -> bool: the largest weights, which together hold the fraction `mass` of the
-    sum (the masks of the attention figures of DINO and iBOT)."""
+    """(..., N) weights -> (..., N) bool: the largest weights, which together hold the fraction
+    `mass` of the sum (the masks in DINO's and iBOT's figures of attention)."""
     ascending, index = (weights / weights.sum(-1, keepdim=True)).double().sort(-1)
     kept = (ascending.cumsum(-1) > 1 - mass + 1e-12) & (ascending > 0)
     return torch.zeros_like(kept).scatter(-1, index, kept)
@@ -99,7 +101,7 @@ def head_similarity(outputs):
     """Mean cosine of the outputs of two heads for a token: (B, H, N, D/H) -> (B,), nan if H is 1.
 
     Park et al., fig. 5a, does not name the tensor; here it is taken before the output projection
-    (our choice). Each head has its own subspace, so the value depends on the basis, as in the
+    (our choice). Each head has its own subspace, so the value depends on the basis, as in their
     paper.
     """
     return mean_pairwise_cosine(outputs.transpose(1, 2)).mean(1)
@@ -132,7 +134,8 @@ def common_update(before, after):
 
 def principal_components(x, n=3):
     """(M, D) -> the n leading right singular vectors (n, D) of x - mean, and the fraction of the
-    variance of each (n,). The sign is arbitrary; here the largest entry is positive."""
+    variance that each explains (n,). The sign is arbitrary; here the entry with the largest
+    absolute value is positive."""
     _, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     v = v[:n] * v[:n].gather(1, v[:n].abs().argmax(1, keepdim=True)).sign()
     return v, (s.square() / s.square().sum())[:n]
@@ -154,16 +157,16 @@ def project_to_common_basis(before, after):
 
 
 def clipped_log(values):
-    """Log of descending values (..., R), clipped at 1e-12 of the first: smaller ones are rounding
-    errors."""
+    """Log of descending values (..., R), clipped at 1e-12 times the first: smaller values are
+    rounding errors."""
     return values.maximum((1e-12 * values[..., :1]).clamp(min=1e-300)).log()
 
 
 def log_spectrum(z):
     """Log singular values of the covariance of an image's tokens: (B, N, D) -> (B, min(N - 1, D)).
 
-    Park et al., fig. 7a. According to the author's reply it is the covariance (a variance: twice
-    the log of the data's own singular values), and the mean over images is taken of the logs.
+    Park et al., fig. 7a. According to the author's reply these are values of the covariance (twice
+    the log of the data's singular values, up to a constant), and logs are averaged over images.
     Computed from the smaller of the two square matrices.
     """
     z = z.double() - z.double().mean(1, keepdim=True)
@@ -179,8 +182,8 @@ class RunningCovariance:
         self.n, self.mean, self.scatter = 0, 0.0, 0.0
 
     def add(self, x):
-        """x: (B, D). The scatter, the sum of (x - mean)(x - mean)^T, never contains the square of
-        the mean, so nothing cancels."""
+        """x: (B, D). The scatter is the sum of (x - mean)(x - mean)^T. It never contains the square
+        of the mean, so no digits cancel."""
         x, n = x.double(), self.n
         mean = x.mean(0)
         step, self.n = mean - self.mean, n + len(x)
@@ -195,14 +198,14 @@ class RunningCovariance:
 
 
 def relative_to_second(log_values):
-    """(..., R) minus the second largest; the first is often a common offset. The paper writes "the
-    (second) largest", its fig. E.3 plots the second, its notebook takes no difference."""
+    """(..., R) minus the second largest; the first is often a common offset. Park et al. write "the
+    (second) largest", their fig. E.3 uses the second, their notebook subtracts nothing."""
     return log_values - log_values[..., 1:2]
 
 
 def plotted_ranks(count):
-    """The two ranks that are plotted over depth: 64 and 128 (paper); with fewer than 129 values,
-    one third and two thirds of their number."""
+    """The two ranks that are plotted over depth: 64 and 128 (Park et al.); with fewer than 129
+    values, one third and two thirds of their number."""
     return (64, 128) if count >= 129 else (max(1, count // 3), max(1, 2 * count // 3))
 
 
@@ -271,7 +274,7 @@ def pair_similarity_histogram(z, labels, bins=200):
 
     Row 0: pairs within a class, row 1: pairs across classes. Columns: counts in equal bins over
     [-1, 1], then the sum of the cosines. Label 0 is background, which counts in pairs across
-    classes only; patches with label -1 are left out. MMC, fig. 5, defines no more than "intra- and
+    classes only; patches with label -1 are left out. MMC, fig. 5, states only "intra- and
     inter-object".
     """
     z = F.normalize(z.double(), dim=-1)
@@ -285,35 +288,38 @@ def pair_similarity_histogram(z, labels, bins=200):
 
 def histogram_overlap(p, q):
     """Area under the minimum of two histograms (bins,), each scaled to area 1. 0: separable, 1:
-    equal. A small sample makes it too small: two draws of 500 give about 0.8 instead of 1."""
+    equal. It is too small for small samples: two samples of 500 values from one distribution give
+    about 0.8 instead of 1."""
     return torch.minimum(p / p.sum(), q / q.sum()).sum()
 
 
-def iou(found, truth):
+def iou(predicted, truth):
     """Intersection over union of two bool masks of the same shape -> float; 0 if both are empty."""
-    return ((found & truth).sum() / (found | truth).sum().clamp(min=1)).item()
+    return ((predicted & truth).sum() / (predicted | truth).sum().clamp(min=1)).item()
 
 
 def roc_auc(scores, inside, outside):
     """Area under the ROC curve of an object: the probability that a point of the object has a
-    higher score than a point outside it. No threshold is needed.
+    higher score than a point outside it. It does not need a threshold.
 
     scores: (N,) of patches; inside, outside: (N,) the fractions of each patch that are object and
-    that are not -> float. 0.5 is chance level; ties count half; nan if one of the two is empty.
+    that are outside -> float. 0.5 is chance level; ties count half; nan if one of the two is empty.
     """
-    scores, at = scores.unique(return_inverse=True)                                   # ascending
-    inside, outside = (torch.zeros(len(scores)).double().index_add(0, at, part.double())
+    scores, rank = scores.unique(return_inverse=True)                                 # ascending
+    inside, outside = (torch.zeros(len(scores)).double().index_add(0, rank, part.double())
                        for part in (inside, outside))
     below = outside.cumsum(0) - outside / 2
     return ((inside @ below) / (inside.sum() * outside.sum())).item()
 
 
 def kmeans(x, k=3, restarts=10, iterations=100, seed=0):
-    """(N, D) -> labels (N,), largest cluster first; inertia after each step of the best restart.
+    """(N, D) -> labels (N,), 0 being the largest cluster; inertia in each iteration of the best
+    restart.
 
-    MMC, fig. 6, states k = 3 and no more; here with k-means++ (Arthur and Vassilvitskii, 2007).
+    MMC, fig. 6, states only k = 3; here with k-means++ (Arthur and Vassilvitskii, 2007).
     """
-    g, x, runs = rng.generator(seed, "kmeans"), x.double(), []
+    g = rng.generator(seed, "kmeans")
+    x, runs = x.double(), []
     for _ in range(restarts):
         centers = x[torch.randint(len(x), (1,), generator=g)]
         for _ in range(k - 1):
@@ -341,8 +347,8 @@ def kmeans(x, k=3, restarts=10, iterations=100, seed=0):
 def extract_windows(x):
     """(B, 3, S, S) -> (49 B, 3, S, S): windows of side S/4 at stride S/8, enlarged to side S.
 
-    Window i of an image is in row i // 7, column i % 7. As in the part-aware study's code, the
-    image is enlarged four times and then cut.
+    Window i of an image is in row i // 7, column i % 7. As in the code of Zhu et al. (2023), the
+    image is enlarged four times, then cut.
     """
     S = x.shape[-1]
     windows = F.interpolate(x, scale_factor=4, mode="bicubic")
@@ -351,8 +357,8 @@ def extract_windows(x):
 
 
 def nearest_rows(bank, query, k=24, leave_out=None):
-    """The k rows of bank (M, D) with the highest cosine to row `query` -> row numbers (k,), cosines
-    (k,). The query itself and the rows leave_out (M,) bool are never among them."""
+    """The k rows of bank (M, D) with the highest cosine to row `query` -> row indices (k,), cosines
+    (k,). The query itself and the rows in leave_out (M,) bool are never among them."""
     s = F.normalize(bank.float(), dim=1) @ F.normalize(bank[query].float(), dim=0)
     s[query] = -2
     s = s if leave_out is None else s.masked_fill(leave_out, -2)
@@ -360,9 +366,9 @@ def nearest_rows(bank, query, k=24, leave_out=None):
 
 
 def view_variance(z):
-    """Variance of the features of V views (V, ..., D): over views (divisor V - 1), mean over the
-    rest -> the variance, and the variance divided by the mean square of the features, since the
-    former depends on their scale. MMC, table 10.
+    """Features of V views (V, ..., D) -> their variance over views (divisor V - 1), mean over all
+    other axes; and this variance divided by the mean square of the features, which does not depend
+    on their scale. MMC, table 10.
     """
     z = z.double()
     raw = z.var(0).mean().item()
@@ -370,8 +376,8 @@ def view_variance(z):
 
 
 def neighbor_purity(z, image, label, k=10):
-    """Fraction of the k nearest tokens that are of the same image, and of the k nearest tokens of
-    other images the fraction of the same class. z: (n, D); image, label: (n,) -> two floats."""
+    """The fraction of the k nearest tokens that are of the same image; and, of the k nearest tokens
+    in other images, the fraction of the same class. z: (n, D); image, label: (n,) -> two floats."""
     d = torch.cdist(z.float(), z.float()).fill_diagonal_(math.inf)
     same = image[d.topk(k, largest=False).indices] == image[:, None]
     others = d.masked_fill_(image[:, None] == image, math.inf).topk(k, largest=False).indices
@@ -381,8 +387,8 @@ def neighbor_purity(z, image, label, k=10):
 def tsne(x, perplexity=20, iterations=1000, seed=0):
     """Exact t-SNE (van der Maaten and Hinton, 2008), (n, D) -> (n, 2).
 
-    As in scikit-learn, from a random start: momentum 0.5, then 0.8, exaggeration 12 for the first
-    250 steps, learning rate n/48 but at least 50.
+    As in scikit-learn, with a random initialization: momentum 0.5, then 0.8; exaggeration 12 for
+    the first 250 steps; learning rate n/48, at least 50.
     """
     n = len(x)
     d = torch.cdist(x.float(), x.float()).square().fill_diagonal_(math.inf)
@@ -401,7 +407,7 @@ def tsne(x, perplexity=20, iterations=1000, seed=0):
     y = 1e-4 * torch.randn(n, 2, generator=rng.generator(seed, "tsne"))
     rate = max(n / 48, 50)
     for step in range(iterations):
-        if step in (0, 250):                           # the second phase starts from rest, too
+        if step in (0, 250):                           # the second phase also starts from rest
             speed, gain = torch.zeros_like(y), torch.ones_like(y)
         length = y.square().sum(1)
         near = torch.addmm(length[:, None] + length, y, y.T, alpha=-2).add_(1).reciprocal_()

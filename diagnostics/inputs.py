@@ -1,6 +1,7 @@
 """Inputs of the diagnostics: test images, a class for every pixel, encoded patches, masks, crops.
 
-All functions take the `model` (probes.common.Model) and give the same images for every model.
+The same images are used for every model; only their size and normalization are those of the model
+(probes.common.Model).
 """
 import functools
 import itertools
@@ -16,16 +17,18 @@ from probes import annotations, common
 
 
 class MissingInput(ValueError):
-    """Model or data set lack what a diagnostic needs. The report prints the reason in one line and
-    continues with the other diagnostics."""
+    """The model or the data set lacks what a diagnostic needs. The report prints the reason in one
+    line and continues with the other diagnostics."""
 
 
 # ---- images --------------------------------------------------------------------------------------
 
 
 def iterate_images(model, opt, limit, pixel_labels=False):
-    """Yields the first `limit` test images in batches: x (B, 3, S, S) normalized, image numbers
-    (B,), and labels (B, S, S), a class for every pixel, if asked for and available, else None."""
+    """Yields `limit` test images in batches: x (B, 3, S, S) normalized, their indices (B,), and
+    labels (B, S, S), a class for every pixel, or None. Of small sets the first images are taken, of
+    files evenly spaced ones. There are labels if pixel_labels is set and the data set has them, and
+    always if it is a segmentation data set only."""
     if opt.data not in datasets.NAMES and opt.data in annotations.SEGMENTATION or (
             pixel_labels and not why_no_pixel_labels(opt.data, opt.data_root)):
         yield from iterate_annotated_images(model, opt, limit)
@@ -42,14 +45,14 @@ def iterate_batches(model, opt, images):
 
 
 def annotation_level(name):
-    """The level of a data set's pixel labels that is used: objects if available."""
+    """The level of pixel labels that is used: object if available, else scene, else part."""
     levels = annotations.SEGMENTATION[name][1]
     return next(level for level in ("object", "scene", "part") if level in levels)
 
 
 @functools.lru_cache
 def why_no_pixel_labels(name, root):
-    """The reason why a data set has no class for every pixel; None if it has one."""
+    """The reason why a data set has no pixel labels; None if it has them."""
     if name not in annotations.SEGMENTATION:
         return (f"{name} has no class for every pixel: choose --data "
                 f"{' or '.join(annotations.SEGMENTATION)}")
@@ -82,15 +85,15 @@ def iterate_annotated_images(model, opt, limit):
 
 
 def load_first_images(model, opt, n):
-    """n test images from number --image on: (n, 3, S, S) normalized; fewer at the end of the data
-    set. MissingInput if there is none."""
-    end, found = opt.image + n, []
-    limit = max(opt.limit or 256, end)         # as in the shared pass: files are taken evenly
+    """The n test images from index --image on: (n, 3, S, S) normalized; fewer at the end of the
+    data set. MissingInput if there is none."""
+    end, parts = opt.image + n, []
+    limit = max(opt.limit or 256, end)         # as in the shared pass, so that files are the same
     for x, index, _ in iterate_images(model, opt, limit):
-        found.append(x)
+        parts.append(x)
         if index[-1] >= end - 1:
             break
-    x = torch.cat(found)[opt.image:end]
+    x = torch.cat(parts)[opt.image:end]
     if not len(x):
         raise MissingInput(f"--image {opt.image} is beyond the end of the data set")
     return x
@@ -125,7 +128,7 @@ def expand_mask(mask, S):
 
 
 def expand_patches(values, p):
-    """(N,) values of patches -> (S, S): of the pixels in them."""
+    """(N,) values of patches -> (S, S): each pixel has the value of its patch."""
     g = math.isqrt(len(values))
     return values.view(g, g).repeat_interleave(p, 0).repeat_interleave(p, 1)
 

@@ -18,11 +18,13 @@ from probes.patches import deepest_patch
 
 
 def measure_adjacent_count(model, opt, shared):
-    """By features after the final norm, and by label vectors: the published 4.3, whose +- is over
-    patches (our reading), of the patches with any label. Over depth: before the norm."""
-    depth, n = shared.means["similar_neighbors_by_state"][::2], torch.arange(9.0).double()
-    out = dict(count=list(range(9)), threshold=opt.threshold, depth=list(range(len(depth))),
-               at_depth=depth)
+    """Counts by features after the final norm, and by label vectors. SelfPatch's 4.3 +- 1.2 is by
+    labels, over the patches with any label, with the standard deviation over patches (our reading).
+    Counts over depth are by features before the norm."""
+    by_depth = shared.means["similar_neighbors_by_state"][::2]
+    n = torch.arange(9.0).double()
+    out = dict(count=list(range(9)), threshold=opt.threshold, depth=list(range(len(by_depth))),
+               at_depth=by_depth)
     for name, key in (("features", "similar_neighbors"), ("labels", "similar_label_neighbors")):
         if key in shared.means:
             fraction = shared.means[key][0]                                              # (9,)
@@ -36,19 +38,19 @@ def measure_adjacent_count(model, opt, shared):
 def measure_intra_inter(model, opt, shared):
     """MMC, fig. 5: cosines of pairs of patches of the same object and of different objects.
 
-    Our choices where the paper is silent: pairs within an image of the size of pre-training (MMC's
+    Our choices, which MMC does not state: pairs within an image of the size of pretraining (MMC's
     prompts: --img-size 480), after the final norm; a patch has the label of at least half of its
-    pixels; background counts only in pairs of different objects.
+    pixels; background is used only in pairs of different objects.
     """
     if "pairs" not in shared.means:
         raise MissingInput(inputs.why_no_pixel_labels(opt.data, opt.data_root))
-    found = shared.means["pairs"][0] * shared.num_images                             # (2, 201)
-    bins, total = found[:, :-1], found[:, :-1].sum(1)
+    sums = shared.means["pairs"][0] * shared.num_images                              # (2, 201)
+    bins, total = sums[:, :-1], sums[:, :-1].sum(1)
     if not total.all():
         raise MissingInput("no image has two patches of one object and two of different ones: "
                            "raise --limit")
     return dict(overlap=formulas.histogram_overlap(*bins).item(),
-                intra=(found[0, -1] / total[0]).item(), inter=(found[1, -1] / total[1]).item(),
+                intra=(sums[0, -1] / total[0]).item(), inter=(sums[1, -1] / total[1]).item(),
                 pairs=total.tolist(), cosine=torch.linspace(-0.995, 0.995, 200),
                 densities=bins / total[:, None] * 100)
 
@@ -57,8 +59,9 @@ def measure_intra_inter(model, opt, shared):
 
 
 def show_kmeans(model, opt, num_images=6):
-    """k-means with k = 3 on the patches of each image alone (MMC, fig. 6): L2-normalized, after the
-    final norm, images of the size of pre-training (our choices; MMC's prompts: --img-size 480)."""
+    """k-means with k = 3 on the patches of each image separately (MMC, fig. 6). Our choices: tokens
+    after the final norm, L2-normalized; the image size of pretraining (MMC's prompts: --img-size
+    480)."""
     x = inputs.load_first_images(model, opt, num_images)
     segments = torch.stack([formulas.kmeans(z, seed=opt.seed)[0]
                             for z in inputs.encode_patches(model, x, opt.batch_size)])
@@ -69,8 +72,8 @@ def show_kmeans(model, opt, num_images=6):
 
 
 def show_pca(model, opt, num_images=6):
-    """The first three principal components of the patches of all these images as red, green, blue;
-    0 and 1 are the 2nd and the 98th percentile."""
+    """The first three principal components of the patches of all these images as red, green, blue,
+    each scaled so that 0 and 1 are its 2nd and 98th percentile."""
     x = inputs.load_first_images(model, opt, num_images)
     z = inputs.encode_patches(model, x, opt.batch_size).double()                     # (B, N, D)
     v, explained = formulas.principal_components(z.flatten(0, 1))
@@ -91,19 +94,22 @@ def show_prompt_heatmap(model, opt, num_shown=4):
     """Cosine of all patches with a prompt, a patch of an object. IoU of the patches above a
     threshold with the object: mean over prompts, one for each class in an image.
 
-    Our choice: images of the size of pre-training, center crop. MMC has them 480 x 480 (--img-size
-    480) and whole; the protocol of its table 1 is evaluate.py --task zero_shot_segmentation, whose
-    numbers are not comparable. The prompt is the patch deepest in the object (our choice); an
-    object that covers less than half of it is skipped. The baseline is the IoU of the whole image:
-    a model whose tokens are all equal reaches it. The AUC needs no threshold. Without pixel labels
-    the prompt is the center patch, and there are no scores.
+    Our choice: the image size of pretraining, center crop. MMC has whole images of 480 x 480
+    (--img-size 480); the protocol of its table 1 is evaluate.py --task zero_shot_segmentation,
+    whose numbers are not comparable. The prompt is the patch deepest in the object (our choice); an
+    object that covers less than half of it is skipped. The baseline is the IoU of the whole image,
+    which a model reaches whose tokens are all equal. The AUC does not need a threshold. Without
+    pixel labels the prompt is the center patch, and there are no scores.
     """
-    limit, p = max(opt.limit or 256, opt.image + num_shown), model.encoder.patch_size
-    scores, skipped, tiles, heatmaps = [], 0, [], []
-    for x, numbers, labels in inputs.iterate_images(model, opt, limit, pixel_labels=True):
-        z, g = inputs.encode_patches(model, x, opt.batch_size), x.shape[-1] // p
+    limit = max(opt.limit or 256, opt.image + num_shown)
+    p = model.encoder.patch_size
+    skipped = 0
+    scores, tiles, heatmaps = [], [], []
+    for x, index, labels in inputs.iterate_images(model, opt, limit, pixel_labels=True):
+        z = inputs.encode_patches(model, x, opt.batch_size)
+        g = x.shape[-1] // p
         for i, image in enumerate(inputs.to_uint8(model, x)):
-            to_show = numbers[i] >= opt.image and len(tiles) < 2 * num_shown
+            to_show = index[i] >= opt.image and len(tiles) < 2 * num_shown
             for target in [None] if labels is None else object_masks(labels[i]):
                 place = (g // 2, g // 2) if target is None else deepest_patch(target, p)
                 if place is None:
@@ -142,12 +148,12 @@ def object_masks(labels):
     first, on the CPU."""
     classes, area = labels[labels > 0].unique(return_counts=True)
     classes = classes[area.argsort(descending=True, stable=True)]
-    return [(labels == one).cpu() for one in classes]
+    return [(labels == label).cpu() for label in classes]
 
 
 def score_heatmap(heatmap, prompt, target, known, p):
-    """-> IoU at each of THRESHOLDS, IoU of the whole image, AUC. heatmap: (N,) cosines; prompt: its
-    patch number; target, known: (S, S) bool; unknown pixels do not count."""
+    """-> IoU at each of THRESHOLDS, IoU of the whole image, AUC. heatmap: (N,) cosines; prompt:
+    index of its patch; target, known: (S, S) bool; unknown pixels are not counted."""
     pixels = inputs.expand_patches(heatmap, p)
     inside, outside = (F.avg_pool2d(part[None].float(), p).flatten()
                        for part in (target, known & ~target))
@@ -162,14 +168,16 @@ def score_heatmap(heatmap, prompt, target, known, p):
 
 def show_patch_retrieval(model, opt, num_queries=3):
     """The crops of all images that are nearest to a query crop, by the encoder (mean patch token
-    after the final norm) and by the projection head (`checkpoints.projector`: what enters the loss,
-    for DINO and iBOT the logits).
+    after the final norm) and by the projection head (`checkpoints.projector`: the features in the
+    loss, for DINO and iBOT the logits).
 
-    Every crop is encoded separately, since tokens of a whole image contain their surroundings. 24
-    crops are shown, as in the part-aware study; its script shows 84. Crops of the query's own image
-    are left out (our choice, for few images: its windows overlap; the script keeps them).
+    Every crop is encoded separately, because tokens of a whole image contain their surroundings. 24
+    crops are shown, as in Zhu et al. (2023), whose script shows 84. Other crops of the query's
+    image are left out: they overlap with it (our choice, for sets of few images; the script keeps
+    them).
     """
-    head, images, bank = checkpoints.projector(model.encoder), [], {}
+    head = checkpoints.projector(model.encoder)
+    images, bank = [], {}
     limit = max(opt.limit or 1000, opt.image + num_queries)
     for x, *_ in inputs.iterate_images(model, opt, limit):
         images.append(augment.denormalize(x, model.mean, model.std).cpu())
@@ -184,8 +192,8 @@ def show_patch_retrieval(model, opt, num_queries=3):
     owner = torch.arange(len(images)).repeat_interleave(49)
 
     out, rows = dict(queries=[], crops=len(owner)), []
-    for number in range(opt.image, min(opt.image + num_queries, len(images))):
-        query = 49 * number + 24                             # the center of the image
+    for i in range(opt.image, min(opt.image + num_queries, len(images))):
+        query = 49 * i + 24                                  # the center of the image
         out["queries"].append(query)
         for name, z in bank.items():
             nearest, cosine = formulas.nearest_rows(z, query, 24, owner == owner[query])
@@ -198,8 +206,8 @@ def show_patch_retrieval(model, opt, num_queries=3):
 
 
 def retrieval_tile(images, query, nearest):
-    """One tile: the image with its query crop framed, the query crop, the nearest crops. Crops are
-    numbered 49 to an image."""
+    """One tile: the image with its query crop framed, the query crop, the nearest crops. query,
+    nearest: indices of crops, 49 per image."""
     S = images.shape[-1]
     crops = [formulas.extract_windows(images[i // 49, None].float())[i % 49]
              for i in (query, *nearest)]
@@ -214,9 +222,9 @@ def retrieval_tile(images, query, nearest):
 
 
 def measure_tsne(model, opt, num_classes=3, images_per_class=6):
-    """t-SNE of the patches of 3 classes x 6 images, from the last block without the final norm, as
-    the paper states (its notebook shows block 5 of 16 images). The purity of the nearest neighbors
-    is measured before t-SNE."""
+    """t-SNE of the patches of 6 images of each of 3 classes, from the last block without the final
+    norm, as Park et al. state (their notebook shows block 5 of 16 images). The purity of the
+    nearest neighbors is measured before t-SNE."""
     images = load_class_images(model, opt, num_classes, images_per_class)
     if images is None:
         x = inputs.load_first_images(model, opt, num_classes * images_per_class)
@@ -234,8 +242,8 @@ def measure_tsne(model, opt, num_classes=3, images_per_class=6):
 
 
 def load_class_images(model, opt, num_classes, images_per_class):
-    """The first test images of the first classes (datasets.Images); None if the data set has no
-    classes of images. MissingInput if it has too few."""
+    """The first test images of the first classes (datasets.Images); None if the images of the data
+    set have no class. MissingInput if there are too few."""
     if opt.data not in datasets.NAMES and opt.data in annotations.SEGMENTATION:
         return None
     limit = 1000 if common.is_toy(opt.data) else None        # files are not read here

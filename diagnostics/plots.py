@@ -1,7 +1,10 @@
 """How results are drawn: line plots, bars, scatter plots, grids of images.
 
-Colors are those of Okabe and Ito and the color map cividis: both can be told apart by the
-color-blind. matplotlib.pyplot is an argument, so everything else works without it installed.
+The colors of Okabe and Ito and the color map cividis suit color-blind readers. matplotlib.pyplot is
+an argument, so everything else works without matplotlib.
+
+plot_... functions draw into an axes. line_plot, depth_plot, bar_plot, axes_figure and image_figure
+return a function that draws.
 """
 import math
 import textwrap
@@ -12,17 +15,17 @@ import torch
 from probes.common import Model
 
 COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
-MARKERS = "osD^vP*X"                        # one more than colors: together they mark 56 models
+MARKERS = "osD^vP*X"                        # one more than colors: 56 different pairs
 QUERY_COLORS = COLORS[1], COLORS[0]         # of the first and the second query
 PINK = COLORS[3]
 
 
 @dataclass
 class Result:
-    """What one diagnostic found in one model."""
+    """The result of one diagnostic for one model."""
     model: Model
     numbers: dict                           # {name: number, nested lists or tensor}
-    position: int = 0                       # of the model; decides its style in all figures
+    position: int = 0                       # index of the model; sets its style in all figures
 
     @property
     def color(self):
@@ -37,12 +40,12 @@ class Result:
         return "/" * (self.position // len(COLORS))
 
 
-# ---- content of one axes: a function (axes, results) ---------------------------------------------
+# ---- content of one axes: functions (axes, results) ----------------------------------------------
 
 
-def plot_lines(x, y, xlabel, ylabel, level=None):
-    """A line for each model: numbers y over x. Dashed: those of its decoder, or without the mean
-    token; dotted: a reference curve, or a reference level."""
+def line_plot(x, y, xlabel, ylabel, level=None):
+    """A function that draws a line for each model: numbers y over x. Dashed: those of its decoder,
+    or without the mean token. Dotted: a reference curve, or a reference level."""
     def draw(ax, results):
         for r in (r for r in results if y in r.numbers):
             style = dict(color=r.color, markersize=4,
@@ -59,7 +62,7 @@ def plot_lines(x, y, xlabel, ylabel, level=None):
                         label="default run" if len(results) == 1 else None)
         for value in sorted({round(r.numbers[level], 1) for r in results if level}):
             ax.axhline(value, color="0.5", linestyle=":", label=f"{level}, {value} px")
-            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])            # room for the topmost mark
+            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])            # space for the topmost marker
         if x in ("block", "depth") or x.endswith("count"):
             ax.xaxis.get_major_locator().set_params(integer=True)
         labels = dict.fromkeys(ylabel.format(**r.numbers) for r in results)  # ranks vary with width
@@ -67,8 +70,8 @@ def plot_lines(x, y, xlabel, ylabel, level=None):
     return draw
 
 
-def plot_depths(x, y, xlabel, ylabel):
-    """Of one model, a line for each depth."""
+def depth_plot(x, y, xlabel, ylabel):
+    """A function that draws a line for each depth of one model."""
     def draw(ax, results):
         from matplotlib import colormaps
         [r] = results
@@ -79,8 +82,8 @@ def plot_depths(x, y, xlabel, ylabel):
     return draw
 
 
-def plot_bars(xlabel, ylabel):
-    """Grouped bars, one in each group for each model."""
+def bar_plot(xlabel, ylabel):
+    """A function that draws grouped bars, in each group one for each model."""
     def draw(ax, results):
         names, width = list(dict.fromkeys(n for r in results for n in r.numbers["bars"])), 0.8
         for i, r in enumerate(results):
@@ -94,16 +97,16 @@ def plot_bars(xlabel, ylabel):
 
 
 def plot_loss(ax, results):
-    """Loss of one run with that of the default run, and their distance."""
-    plot_lines("step", "loss", "step", "loss")(ax, results)
+    """Loss of one run and of the default run, and the mean relative difference."""
+    line_plot("step", "loss", "step", "loss")(ax, results)
     if "relative_distance" in results[0].numbers:
         ax.set_title("mean difference from the default run: {relative_distance:.1%}".format(
             **results[0].numbers))
 
 
 def plot_head_density(ax, results):
-    """Density over the heads of one block, and a mark on the axis for each head."""
-    plot_lines("density_at", "density", "NMI of a head", "density")(ax, results)
+    """Density over the heads of one block, and a marker on the axis for each head."""
+    line_plot("density_at", "density", "NMI of a head", "density")(ax, results)
     for r in results:
         ax.plot(r.numbers["density_of"], [0] * r.numbers["heads"], r.marker, color=r.color,
                 markersize=5, alpha=0.7, clip_on=False)
@@ -121,7 +124,8 @@ def plot_token_plane(ax, results):
 
 
 def plot_tsne(ax, results):
-    """Tokens at their t-SNE positions: a color for each class, or each image without classes."""
+    """Tokens at their t-SNE positions: a color for each class, or for each image if there are
+    none."""
     from matplotlib import colormaps
     numbers = results[0].numbers
     labels = numbers["label"].unique()
@@ -144,12 +148,12 @@ def plot_pair_densities(ax, results):
            title="overlap {overlap:.2f}; means {intra:.2f}, {inter:.2f}".format(**numbers))
 
 
-# ---- whole figures: a function (pyplot, results) -> figure ---------------------------------------
+# ---- whole figures: functions (pyplot, results) -> figure ----------------------------------------
 
 
-def draw_axes(*shared, each=None, same_scale=True):
-    """A figure of axes: one for each model, drawn by `each`, with one scale if `same_scale`; then
-    the `shared` ones, which show all models."""
+def axes_figure(*shared, each=None, same_scale=True):
+    """A function that makes a figure of axes: first one for each model, drawn by `each`, with one
+    scale if `same_scale`; then the `shared` ones, which show all models."""
     def draw(plt, results):
         parts = [(each, [r]) for r in results if each] + [(part, results) for part in shared]
         columns, rows = min(4, len(parts)), -(-len(parts) // 4)
@@ -165,16 +169,17 @@ def draw_axes(*shared, each=None, same_scale=True):
                 ax.set_title(title, fontsize=9, color=chosen[0].color)
         for ax in axes.flat[len(parts):]:
             ax.set_axis_off()
-        found = {label: line for ax in axes.flat
-                 for line, label in zip(*ax.get_legend_handles_labels())}
-        if found:
-            fig.legend(found.values(), found, loc="outside right upper", fontsize=8, frameon=False)
+        legend = {label: line for ax in axes.flat
+                  for line, label in zip(*ax.get_legend_handles_labels())}
+        if legend:
+            fig.legend(legend.values(), legend, loc="outside right upper", fontsize=8,
+                       frameon=False)
         return fig
     return draw
 
 
 class Tile:
-    """One image of a figure, with marks.
+    """One image of a figure, with frames, outlines and a star.
 
     image: (S, S, 3) array, (g, g) numbers drawn in colors with limits=(low, high), or None for a
     gap. star: (x, y). boxes: [(x, y, side, color)]. outlines: [((S, S) bool, color)].
@@ -206,11 +211,12 @@ class ImageRow:
     """A row of tiles in a figure."""
     label: str
     tiles: list[Tile]
-    once: bool = False                      # the same for all models: drawn for the first one only
+    once: bool = False                      # same for all models: drawn only for the first one
 
 
-def draw_images(width=1.4, height=1.4, colorbar=None):
-    """A figure of the `image_rows` of each model. colorbar: label of the color scale, if any."""
+def image_figure(width=1.4, height=1.4, colorbar=None):
+    """A function that makes a figure of the `image_rows` of each model. colorbar: label of the
+    color scale, if any."""
     def draw(plt, results):
         rows = [(r, row) for i, r in enumerate(results) for row in r.numbers["image_rows"]
                 if not (i and row.once)]

@@ -1,5 +1,5 @@
-"""Numbers that training and evaluate.py recorded: the log of a run, and results.jsonl beside a
-checkpoint. Nothing is computed here."""
+"""Numbers that training and evaluate.py recorded: the log of a run, and results.jsonl next to a
+checkpoint. No model is run here."""
 import json
 from pathlib import Path
 
@@ -8,14 +8,15 @@ from lib import config
 
 
 def read_loss(model, opt):
-    """Loss and kNN of the run's own log; for a run on toy also those of its method's default run,
-    from curves.yaml. relative_distance: of the two losses, mean over the steps that both have (our
-    choice)."""
+    """Loss and kNN accuracy from the log of the run. For a run on toy also those of its method's
+    default run, from curves.yaml, and relative_distance: the mean of |loss - default| / default
+    over the steps that both have (our choice)."""
     log = Path(model.source.path).with_name("metrics.jsonl") if model.source.path else None
     lines = log.read_text().splitlines() if log and log.is_file() else ()
-    lines = [json.loads(line) for line in lines if line.endswith("}")]   # a kill can cut the last
+    # The last line is incomplete if the process was killed while it wrote it.
+    lines = [json.loads(line) for line in lines if line.endswith("}")]
     if not lines:
-        raise MissingInput("no log found: it needs metrics.jsonl of the run beside encoder.pt")
+        raise MissingInput("no log found: it needs metrics.jsonl of the run next to encoder.pt")
     evals = [line for line in lines if "knn" in line]
     out = dict(step=[line["step"] for line in lines], loss=[line["loss"] for line in lines],
                knn_step=[line["step"] for line in evals], knn=[line["knn"] for line in evals])
@@ -36,10 +37,11 @@ COMPARED_SETTINGS = "epochs limit recipe img_size seed feature k".split()
 
 
 def read_results(model, opt, task, more_flags=""):
-    """Lines of results.jsonl beside the checkpoint that are of its file, branch and step, and of
-    this task and data set, the latest last; each with `settings_compared`, its COMPARED_SETTINGS.
-    MissingInput if there is none."""
-    path, weights = Path(model.source.path or ""), (model.source.branch, model.source.step)
+    """Lines of results.jsonl next to the checkpoint whose file, branch, step, task and data set
+    match, the latest last; each with `settings_compared`, its COMPARED_SETTINGS. MissingInput if
+    there is none."""
+    path = Path(model.source.path or "")
+    weights = model.source.branch, model.source.step
     file = path.with_name("results.jsonl") if model.source.path else None
     lines = map(json.loads, file.open()) if file and file.is_file() else ()
     lines = [line for line in lines if line["task"] == task and line["data"] == opt.data
@@ -60,16 +62,17 @@ def read_latest(model, opt, task):
 
 def read_layerwise(model, opt):
     metrics, settings = read_latest(model, opt, "layerwise")
-    top1 = {int(name.split()[1]): found["top-1"] for name, found in metrics.items()}
-    blocks = sorted(top1)                                                    # of "block 3 patch"
+    top1 = {int(name.split()[1]): scores["top-1"]                            # "block 3 patch"
+            for name, scores in metrics.items()}
+    blocks = sorted(top1)
     return dict(block=blocks, top1=[top1[block] for block in blocks], settings_compared=settings)
 
 
 def read_frequency_noise(model, opt):
     """Accuracy with noise in a frequency band minus accuracy without."""
     metrics, settings = read_latest(model, opt, "frequency_noise")
-    [found] = metrics.values()
-    drop = {float(name.split()[0]): x for name, x in found.items() if name.endswith(" pi")}
+    [scores] = metrics.values()
+    drop = {float(name.split()[0]): x for name, x in scores.items() if name.endswith(" pi")}
     frequencies = sorted(drop)
     return dict(frequency=frequencies, change=[-drop[f] for f in frequencies],
                 settings_compared=settings)
@@ -77,44 +80,45 @@ def read_frequency_noise(model, opt):
 
 def read_shape_bias(model, opt):
     metrics, settings = read_latest(model, opt, "shape_bias")
-    [found] = metrics.values()
-    return dict(bars={name: x for name, x in found.items() if name != "either"},
+    [scores] = metrics.values()
+    return dict(bars={name: x for name, x in scores.items() if name != "either"},
                 settings_compared=settings)
 
 
 def read_knn(model, opt):
     metrics, settings = read_latest(model, opt, "knn")
-    return dict(bars={feature: next(iter(found.values()))                    # the smallest k
-                      for feature, found in metrics.items()}, settings_compared=settings)
+    return dict(bars={feature: next(iter(scores.values()))                   # the smallest k
+                      for feature, scores in metrics.items()}, settings_compared=settings)
 
 
 def read_accuracy_similarity(model, opt, shared):
-    """ASL, fig. 1, which gives no formula: here the similarity of the last block's tokens after the
-    final norm."""
+    """ASL, fig. 1, which gives no formula: here the similarity of patch tokens after the final
+    norm.
+    """
     metrics, settings = read_latest(model, opt, "linear")
-    [found] = metrics.values()
-    return dict(linear=[found["top-1"]], similarity=shared.means["final_similarity"],
+    [scores] = metrics.values()
+    return dict(linear=[scores["top-1"]], similarity=shared.means["final_similarity"],
                 settings_compared=settings)
 
 
 def read_reinit(model, opt):
-    """Accuracy after fine-tuning with the first or last m blocks re-initialized, minus that of
-    m = 0, as far as there are results; those without --reinit count as m = 0. Only runs with the
-    settings of the latest are compared."""
+    """Accuracy after fine-tuning with the first or last m blocks re-initialized, minus the accuracy
+    for m = 0 (a run without --reinit counts as m = 0), for each m that has a result. Only runs with
+    the settings of the latest run are compared."""
     lines = read_results(model, opt, "finetune", " --reinit first:0 (then first:1, last:1, ...)")
     settings = lines[-1]["settings_compared"]
     top1 = {}                                                                # (end, m): accuracy
     for line in (line for line in lines if line["settings_compared"] == settings):
         end, m = (line["settings"]["reinit"] or "first:0").split(":")
-        [found] = line["metrics"].values()
-        top1[end if int(m) else "none", int(m)] = found["top-1"]
+        [scores] = line["metrics"].values()
+        top1[end if int(m) else "none", int(m)] = scores["top-1"]
     baseline = top1.pop(("none", 0), None)
     if baseline is None or not top1:
         raise MissingInput("run evaluate.py --task finetune with --reinit first:0 and with other "
                            "numbers of blocks, all with the settings of the latest run")
     out = dict(settings_compared=settings)
     for end in ("first", "last"):
-        change = {0: 0.0} | {m: x - baseline for (of, m), x in top1.items() if of == end}
+        change = {0: 0.0} | {m: x - baseline for (part, m), x in top1.items() if part == end}
         change = dict(sorted(change.items()))
         out |= {f"{end}_count": list(change), f"{end}_change": list(change.values())}
     return out

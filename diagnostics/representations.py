@@ -1,4 +1,4 @@
-"""What representations look like from block to block: similarity, spectra, frequencies, variance.
+"""Representations from block to block: similarity, spectra, frequencies, variance.
 
 Each function returns {name: numbers} of one model. `shared` is the SharedPass with the statistics
 that analysis.DIAGNOSTICS lists for it.
@@ -12,30 +12,32 @@ from lib import augment, rng
 
 
 def measure_depth_similarity(model, opt, shared):
-    found = shared.means["depth_similarity"]
-    return dict(block=list(range(1, len(found) + 1)), similarity=found)
+    similarity = shared.means["depth_similarity"]
+    return dict(block=list(range(1, len(similarity) + 1)), similarity=similarity)
 
 
 def measure_token_similarity(model, opt, shared):
-    """Park et al., fig. 5c, "in the self-attentions": after them (our choice); also of z_l."""
-    found = shared.means["token_similarity"]                 # z_0, u_1, z_1, ... u_L, z_L
-    depth = len(found) // 2
-    out = dict(block=list(range(1, depth + 1)), after_attention=found[1::2],
-               depth=list(range(depth + 1)), after_block=found[::2])
+    """Park et al., fig. 5c, "in the self-attentions": measured after them (our choice), and after
+    each block."""
+    similarity = shared.means["token_similarity"]            # of z_0, u_1, z_1, u_2, z_2, ...
+    depth = len(similarity) // 2
+    out = dict(block=list(range(1, depth + 1)), after_attention=similarity[1::2],
+               depth=list(range(depth + 1)), after_block=similarity[::2])
     if "centered_similarity" in shared.means:
-        found = shared.means["centered_similarity"]
-        out |= dict(centered_after_attention=found[1::2], centered_after_block=found[::2])
+        centered = shared.means["centered_similarity"]
+        out |= dict(centered_after_attention=centered[1::2], centered_after_block=centered[::2])
     return out
 
 
 def measure_token_transform(model, opt, shared):
-    """How far attention changes all tokens of an image alike, for each block; and two images in a
-    common basis before and after the last attention. center_ratio: distance of their centers after
-    it over before it, in all dimensions (our choice).
+    """How far attention changes all tokens of an image alike, for each block; and the tokens of two
+    images before and after the last attention, in a common basis (a pass of its own). center_ratio:
+    distance of the centers of the two images after the attention, divided by that before it, in all
+    dimensions (our choice).
 
-    The paper shows MoCo's last block and SimMIM's first; here it is the last of every model.
+    Park et al. show MoCo's last block and SimMIM's first; here it is the last block of every model.
     """
-    found, encoder = shared.means["common_update"], model.encoder
+    update, encoder = shared.means["common_update"], model.encoder
     tokens, grid = encoder.embed(inputs.load_first_images(model, opt, 2))
     mask = encoder.local_mask(opt.window, grid) if opt.window else None
     *_, last = iterate_blocks(
@@ -43,8 +45,8 @@ def measure_token_transform(model, opt, shared):
         lambda block: encoder.attention_bias(block, grid, attn_mask=mask), with_weights=False)
     states = last.before, last.after_attention                                       # (2, N, D)
     before, after = (z[0].mean(0) - z[-1].mean(0) for z in states)
-    return dict(block=list(range(1, len(found) + 1)), common=found[:, 0],
-                variance_ratio=found[:, 1], center_ratio=(after.norm() / before.norm()).item(),
+    return dict(block=list(range(1, len(update) + 1)), common=update[:, 0],
+                variance_ratio=update[:, 1], center_ratio=(after.norm() / before.norm()).item(),
                 plane=formulas.project_to_common_basis(*states).cpu())
 
 
@@ -52,7 +54,7 @@ def measure_token_transform(model, opt, shared):
 
 
 def summarize_spectra(log_spectra):
-    """log_spectra: (depth + 1, ranks), means over images, of z_0 ... z_L."""
+    """log_spectra: (depth + 1, ranks), means over images, of the embedding and each block."""
     delta = formulas.relative_to_second(log_spectra)
     first, second = formulas.plotted_ranks(log_spectra.shape[1])
     return dict(rank=list(range(1, log_spectra.shape[1] + 1)), delta=delta,
@@ -66,8 +68,11 @@ def measure_sv_tokens(model, opt, shared):
 
 
 def measure_sv_images(model, opt):
-    """Mean patch tokens of many images, one covariance for each depth (fig. 7b). A separate pass,
-    because it takes more images: 2048 or 4 D (our choice; the paper: the validation set)."""
+    """Spectrum of the mean patch tokens of many images at each depth (Park et al., fig. 7b).
+
+    A separate pass, because it takes more images: 2048, or 4 D if that is more (our choice; Park et
+    al.: the validation set).
+    """
     encoder = model.encoder
     covariances = [formulas.RunningCovariance() for _ in range(encoder.depth + 1)]
     for x, *_ in inputs.iterate_images(model, opt, opt.limit or max(2048, 4 * encoder.embed_dim)):
@@ -85,8 +90,9 @@ def measure_sv_images(model, opt):
 
 
 def measure_fourier(model, opt, shared):
-    found = shared.means["fourier"]                               # (2 depth + 1, frequencies)
-    delta, frequencies = (found - found[:, :1])[::2], formulas.diagonal_frequencies(shared.grid)
+    log_amplitude = shared.means["fourier"]                       # (2 depth + 1, frequencies)
+    delta = (log_amplitude - log_amplitude[:, :1])[::2]
+    frequencies = formulas.diagonal_frequencies(shared.grid)
     return dict(frequency=frequencies, delta=delta, depth=list(range(len(delta))),
                 highest=delta[:, -1], highest_at=frequencies[-1])
 
@@ -99,10 +105,10 @@ def measure_decoder(model, opt, shared):
     out = dict(highest_at=formulas.diagonal_frequencies(shared.grid)[-1])
     for prefix, means, start in (("", shared.means, 0),
                                  ("decoder_", shared.decoder, model.encoder.depth)):
-        found = means["fourier"][::2]
-        out |= {f"{prefix}depth": list(range(start, start + len(found))),
-                f"{prefix}block": list(range(start + 1, start + len(found))),
-                f"{prefix}highest": found[:, -1] - found[:, 0],
+        log_amplitude = means["fourier"][::2]
+        out |= {f"{prefix}depth": list(range(start, start + len(log_amplitude))),
+                f"{prefix}block": list(range(start + 1, start + len(log_amplitude))),
+                f"{prefix}highest": log_amplitude[:, -1] - log_amplitude[:, 0],
                 f"{prefix}nmi": means["nmi"].mean(1),
                 f"{prefix}pixels": means["attention_distance"].mean(1)}
     return out
@@ -112,13 +118,15 @@ def measure_decoder(model, opt, shared):
 
 
 def measure_feature_variance(model, opt):
-    """Variance of the class token over random crops, and of patches when other patches are masked.
+    """Variance of the class token over random crops, and of the patch tokens over masked views: of
+    all patches, each of which is masked in about half of the views.
 
-    MMC, table 10: 128 views of an image. Our choices: no final norm; crops of 0.4 to 1 of the area,
-    no flip; noise in half of the patches, drawn one by one where MMC masks blocks; 64 images, not
-    all. Without a class token the mean patch token takes its place.
+    MMC, table 10: 128 views per image. Our choices: no final norm; crops of 0.4 to 1 of the area,
+    no flip; masked patches are noise, half of the patches of each view, drawn independently where
+    MMC masks blocks; 64 images, not all. Without a class token the mean patch token is used.
     """
-    V, found, encoder = opt.copies, [], model.encoder
+    V, encoder = opt.copies, model.encoder
+    variances = []
 
     def encode_last_block(x):
         """-> class tokens (V, D) or None, patches (V, N, D), without the final norm."""
@@ -126,19 +134,21 @@ def measure_feature_variance(model, opt):
                  for part in x.split(opt.batch_size)]
         return encoder.split(torch.cat(parts))
 
-    for x, numbers, _ in inputs.iterate_images(model, opt, opt.limit or 64):
-        S, views, g = x.shape[-1], torch.arange(V), x.shape[-1] // encoder.patch_size
-        for image, number in zip(x, numbers.tolist()):
-            crops = inputs.sample_crops(model, image, V, (0.4, 1.0), opt.seed, number)
+    for x, index, _ in inputs.iterate_images(model, opt, opt.limit or 64):
+        S, g = x.shape[-1], x.shape[-1] // encoder.patch_size
+        views = torch.arange(V)
+        for image, i in zip(x, index.tolist()):
+            crops = inputs.sample_crops(model, image, V, (0.4, 1.0), opt.seed, i)
             cls, patches = encode_last_block(augment.normalize(crops, model.mean, model.std))
-            order = rng.uniform(views, g * g, opt.seed, number, "hide").argsort(1)
-            noise = rng.normal(views, (3, S, S), opt.seed, number, "noise").to(x.device)
+            order = rng.uniform(views, g * g, opt.seed, i, "hide").argsort(1)
+            noise = rng.normal(views, (3, S, S), opt.seed, i, "noise").to(x.device)
             mask = inputs.expand_mask(order < g * g // 2, S).to(x.device)
             masked = encode_last_block(torch.where(mask, noise, image))[1]
-            found.append((*formulas.view_variance(patches.mean(1) if cls is None else cls),
-                          *formulas.view_variance(masked)))
-    crops, crops_relative, masked, masked_relative = torch.tensor(found).double().mean(0).tolist()
+            variances.append((*formulas.view_variance(patches.mean(1) if cls is None else cls),
+                              *formulas.view_variance(masked)))
+    means = torch.tensor(variances).double().mean(0).tolist()
+    crops, crops_relative, masked, masked_relative = means
     token = "class token" if encoder.num_prefix else "mean patch token"
-    return dict(crops=crops, masked_patches=masked, images=len(found), views=V, bars={
+    return dict(crops=crops, masked_patches=masked, images=len(variances), views=V, bars={
         f"{token}, random crops": crops_relative,
         "patches, half of them masked": masked_relative})

@@ -1,11 +1,13 @@
-"""The shared pass: every curve of analysis.py from one forward pass over the images.
+"""The shared pass: most curves of analysis.py from one forward pass over the images.
 
     images -> z_0 -> [ attention A_l, heads o_l -> u_l -> MLP -> z_l ] x depth -> norm -> patches
                        |                           |             |                         |
                        attention                   block         state                     final
 
-A block is measured as soon as it is computed and then discarded. Kept are sums over images in
-float64, so memory does not grow with the number of images. A statistic is one line of STATISTICS.
+The output of a block is measured as soon as it is computed, then discarded. Sums over images are
+kept in float64, so memory does not grow with the number of images. Each statistic is an entry of
+STATISTICS. --center needs a second pass; sv_images, feature_variance, the scatter plots of
+token_transform and the diagnostics that show images have passes of their own.
 """
 import functools
 from collections.abc import Iterator
@@ -32,10 +34,10 @@ class BlockOutput:
 
 def iterate_blocks(model, blocks, x, num_prefix, get_bias=lambda block: None,
                    with_weights=True) -> Iterator[BlockOutput]:
-    """Passes tokens x (B, L, D) through blocks and yields what a method's forward does not keep.
+    """Passes tokens x (B, L, D) through blocks and yields tensors that ViT.forward does not keep.
 
-    get_bias: block -> what is added to its attention logits. with_weights: attention weights are
-    computed explicitly, which is slower; else weights is None.
+    get_bias: block -> bias of its attention logits. with_weights: attention weights are computed
+    explicitly, which is slower; else `weights` is None.
     """
     for number, block in enumerate(blocks, 1):
         weights, heads = [] if with_weights else None, []
@@ -56,7 +58,7 @@ def iterate_blocks(model, blocks, x, num_prefix, get_bias=lambda block: None,
 
 @dataclass
 class Context:
-    """What statistics need besides the tensors of the model."""
+    """What statistics need in addition to the tensors of the model."""
     num_prefix: int
     grid: tuple
     distances: torch.Tensor             # between patches, in pixels (N, N)
@@ -65,46 +67,47 @@ class Context:
 
 
 # name: (kind of tensors, function of them and the Context -> (B, ...), a value for each image).
-# attention: weights. block: BlockOutput. state: z_0, u_1, z_1, ... u_L, z_L; centered state: minus
-# its mean token over all images. final: patches after the norm; labels: these, and the fractions of
-# the classes in each (B, N, C).
+# Kinds: "attention" weights; "block" BlockOutput; "state" z_0, u_1, z_1, u_2, z_2, ...; "centered
+# state" a state minus its mean token over all images; "final" patches after the norm; "labels"
+# these patches, and the fractions of the classes in each patch (B, N, C).
 STATISTICS = {
-    "attention_distance": ("attention", lambda a, at: formulas.attention_distance(
-        formulas.patch_attention(a, at.num_prefix, 1e-32), at.distances)),
-    "nmi": ("attention", lambda a, at: formulas.nmi(
-        formulas.patch_attention(a, at.num_prefix, 1e-8))),
-    "class_token_attention": ("attention", lambda a, at: formulas.class_token_attention(
-        a, at.num_prefix)),
-    "head_similarity": ("block", lambda b, at: formulas.head_similarity(b.heads)),
-    "depth_similarity": ("block", lambda b, at: formulas.depth_similarity(
+    "attention_distance": ("attention", lambda a, context: formulas.attention_distance(
+        formulas.patch_attention(a, context.num_prefix, 1e-32), context.distances)),
+    "nmi": ("attention", lambda a, context: formulas.nmi(
+        formulas.patch_attention(a, context.num_prefix, 1e-8))),
+    "class_token_attention": ("attention", lambda a, context: formulas.class_token_attention(
+        a, context.num_prefix)),
+    "head_similarity": ("block", lambda b, context: formulas.head_similarity(b.heads)),
+    "depth_similarity": ("block", lambda b, context: formulas.depth_similarity(
         b.before, b.after_attention)),
-    "common_update": ("block", lambda b, at: formulas.common_update(b.before, b.after_attention)),
-    "token_similarity": ("state", lambda z, at: formulas.token_similarity(z)),
-    "centered_similarity": ("centered state", lambda z, at: formulas.token_similarity(z)),
-    "mean_token": ("state", lambda z, at: z.mean(1)),
-    "sv_tokens": ("state", lambda z, at: formulas.log_spectrum(z)),
-    "fourier": ("state", lambda z, at: formulas.log_amplitude(z, at.grid)),
-    "similar_neighbors_by_state": ("state", lambda z, at: formulas.count_similar_neighbors(
-        z, at.grid, at.threshold).mean(1)),
-    "similar_neighbors": ("final", lambda z, at: count_fractions(
-        formulas.count_similar_neighbors(z, at.grid, at.threshold))),
-    "final_similarity": ("final", lambda z, at: formulas.token_similarity(z)),
-    "similar_label_neighbors": ("labels", lambda z, y, at: count_fractions(
-        formulas.count_similar_neighbors(y, at.grid), y.any(2))),
-    "pairs": ("labels", lambda z, y, at: torch.stack([
+    "common_update": ("block", lambda b, context: formulas.common_update(
+        b.before, b.after_attention)),
+    "token_similarity": ("state", lambda z, context: formulas.token_similarity(z)),
+    "centered_similarity": ("centered state", lambda z, context: formulas.token_similarity(z)),
+    "mean_token": ("state", lambda z, context: z.mean(1)),
+    "sv_tokens": ("state", lambda z, context: formulas.log_spectrum(z)),
+    "fourier": ("state", lambda z, context: formulas.log_amplitude(z, context.grid)),
+    "similar_neighbors_by_state": ("state", lambda z, context: formulas.count_similar_neighbors(
+        z, context.grid, context.threshold).mean(1)),
+    "similar_neighbors": ("final", lambda z, context: count_fractions(
+        formulas.count_similar_neighbors(z, context.grid, context.threshold))),
+    "final_similarity": ("final", lambda z, context: formulas.token_similarity(z)),
+    "similar_label_neighbors": ("labels", lambda z, y, context: count_fractions(
+        formulas.count_similar_neighbors(y, context.grid), y.any(2))),
+    "pairs": ("labels", lambda z, y, context: torch.stack([
         formulas.pair_similarity_histogram(*image)
         for image in zip(z, formulas.majority_label(y))])),
 }
 
 
 def count_fractions(counts, known=None):
-    """(B, N) neighbor counts 0 ... 8 -> (B, 9) fraction of the patches with each count. With known
-    (B, N) bool only these patches count, and images without any are left out of the rows."""
-    found = F.one_hot(counts.long(), 9).double()                                     # (B, N, 9)
+    """(B, N) neighbor counts 0 ... 8 -> (B, 9) fraction of the patches with each count. known (B,
+    N) bool: only these patches are counted, and images without such a patch have no row."""
+    onehot = F.one_hot(counts.long(), 9).double()                                    # (B, N, 9)
     if known is None:
-        return found.mean(1)
-    found, known = (x[known.any(1)] for x in (found, known))
-    return (found * known[..., None]).sum(1) / known.sum(1, keepdim=True)
+        return onehot.mean(1)
+    onehot, known = (x[known.any(1)] for x in (onehot, known))
+    return (onehot * known[..., None]).sum(1) / known.sum(1, keepdim=True)
 
 
 class Means:
@@ -126,7 +129,8 @@ class Means:
             self.add("centered state", layer, z - context.mean_tokens[layer], context)
 
     def add_blocks(self, model, blocks, x, context, get_bias=lambda block: None):
-        """Measures tokens x (B, L, D) on their way through blocks -> output of the last block."""
+        """Measures tokens x (B, L, D) while they pass through blocks -> output of the last
+        block."""
         with_weights = any(STATISTICS[name][0] == "attention" for name in self.names)
         self.add_state(0, x[:, context.num_prefix:].float(), context)
         for block in iterate_blocks(model, blocks, x, context.num_prefix, get_bias, with_weights):
@@ -146,7 +150,7 @@ class Means:
 
 @dataclass
 class SharedPass:
-    """What the shared pass found."""
+    """Results of the shared pass."""
     means: Means                                   # of the encoder
     decoder: Means | MissingInput | None           # of MAE's decoder, or why there is none
     grid: tuple
@@ -158,10 +162,11 @@ def run_shared_pass(model, opt, names):
     """One forward pass per batch that measures the STATISTICS in `names` -> SharedPass. The name
     "decoder" adds those of MAE's decoder.
 
-    Park et al. use the validation set, and their notebooks the mean over batches, of which they run
-    one; here 256 images by default, each with the same weight.
+    Park et al. use the validation set; their notebooks average over batches, and run one. Here 256
+    images are used by default, and each has the same weight.
     """
-    encoder, decoder, decoder_means, mean_tokens = model.encoder, None, None, None
+    encoder = model.encoder
+    decoder = decoder_means = mean_tokens = None
     if "decoder" in names:
         try:
             decoder = decoders.build_mae_decoder(model)
@@ -169,7 +174,7 @@ def run_shared_pass(model, opt, names):
         except MissingInput as error:
             decoder_means = error
     means = Means([name for name in STATISTICS if name in names])
-    if "centered_similarity" in names:                         # takes a pass of its own
+    if "centered_similarity" in names:                         # needs a separate pass before
         mean_tokens = run_shared_pass(model, opt, ["mean_token"]).means["mean_token"]
         mean_tokens = mean_tokens.float().to(model.device)
     pixel_labels = any(STATISTICS[name][0] == "labels" for name in means.names)

@@ -1,4 +1,4 @@
-"""Files of annotated data sets: where they are, and how they are opened.
+"""Files of annotated data sets: their paths, and how they are opened.
 
     path = find_path("coco", root, "coco/annotations/instances_val2017.json")
     with name_damaged_file("coco", path), open(path) as file:      # any error names path and layout
@@ -63,12 +63,15 @@ COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69,
 
 
 def find_path(name, root, *places):
-    """The first of the places under root that exists. root None: $DATA_ROOT, else "datasets"."""
+    """The first of the places under root that exists. root None: $DATA_ROOT, else "datasets".
+
+    FileNotFoundError names the expected layout.
+    """
     return datasets.find(name, datasets.root_of(root), *places, layouts=LAYOUT)
 
 
 def list_prefixes(*folders):
-    """The places of a data set under the root: in one of these folders, or directly there ("")."""
+    """Path prefixes of a data set under the root: one of these folders, or the root itself ("")."""
     return [f"{folder}/" for folder in folders] + [""]
 
 
@@ -77,7 +80,7 @@ def name_damaged_file(name, path):
     """Turns any error inside into a ValueError that names the annotation file and the layout."""
     try:
         yield
-    except Exception as error:              # damaged annotations raise nearly anything
+    except Exception as error:              # damaged files can raise any exception
         raise ValueError(f"{path} is damaged or does not have the format of {name} "
                          f"({type(error).__name__}: {error}): expected {LAYOUT[name][0]}") from None
 
@@ -87,7 +90,7 @@ def load_image(path):
     try:
         return pil_to_tensor(datasets.read_image(path))
     except Exception as error:
-        raise ValueError(f"Cannot read {path}: {error}. Restore the file") from None
+        raise ValueError(f"cannot read {path}: {error}; restore the file") from None
 
 
 def read_ids(name, path):
@@ -97,7 +100,7 @@ def read_ids(name, path):
 
 
 def import_optional(module, what):
-    """Imports a module of an optional package, or says in a ValueError how to install it."""
+    """Imports a module of an optional package. ValueError: how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -106,9 +109,9 @@ def import_optional(module, what):
 
 
 def select_evenly(items, limit, order=None):
-    """`limit` items of a list (None: all), evenly spaced, as lists are often sorted by class.
+    """`limit` evenly spaced items of a list (None: all), because lists are often sorted by class.
 
-    order: a function of the number of selected items -> which of them to take, in which order.
+    order: a function (number of selected items) -> indices of those to take, in their order.
     """
     n = len(items)
     if limit is not None and limit < n:

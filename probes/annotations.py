@@ -1,21 +1,20 @@
-"""Annotated data sets for the probes: keypoints, boxes, masks, label maps, videos, landmarks, cue
-conflicts.
+"""Annotated data sets: keypoints, boxes, masks, label maps, videos, landmarks, cue conflicts.
 
     for item in annotations.keypoints("cub", root="/data", split="test"):
         item.image, item.points                # a KeypointImage, see below
-    names = annotations.part_names("cub")      # of the keypoints, in their order
+    names = annotations.part_names("cub")      # names of the keypoints, in order
     for item in annotations.segmentation("ade20k", "/data", "test", level="object"):
         item.image, item.labels                # a SegmentationImage
 
-Each function serves all data sets that have its kind of annotation, and gives the same type of item
+Each function reads all data sets that have its kind of annotation, and yields the same type of item
 for all of them: one item per image, read when the iterator reaches it. Data sets with one class per
 image are in lib/datasets.py. Data sets are read in their official layout (annotation_files.LAYOUT);
 nothing is downloaded. Coordinates are pixels of the stored image, x to the right and y down, as in
 the annotation; boxes are x0, y0, x1, y1.
 
-FileNotFoundError shows the expected layout and where to get the data set. ValueError, in one
-sentence: an unknown data set or split, an annotation or image that cannot be read, a missing
-package (scipy reads .mat files, pycocotools reads COCO's masks).
+FileNotFoundError shows the expected layout and where to get the data set. ValueError: an unknown
+data set or split, an annotation or image that cannot be read, a missing package (scipy reads .mat
+files, pycocotools reads COCO's masks).
 """
 import glob
 import json
@@ -47,27 +46,27 @@ from probes.annotation_files import (
 )
 
 # --------------------------------------------------------------------------------------------------
-# Items: what the iterators give
+# Items of the iterators
 
 
 @dataclass(frozen=True)
 class KeypointImage:
     """An image with keypoints of its objects (birds, persons, creatures)."""
-    id: int                        # number of the image in the data set
+    id: int                        # of the image in the data set
     image: torch.Tensor            # (3, height, width) uint8
-    points: torch.Tensor           # (objects, parts, 3) float32 x, y, v; v: 2 visible, 1 labeled
-    #                                but occluded, 0 absent
+    points: torch.Tensor           # (objects, parts, 3) float32 x, y, v; v: 0 not labeled,
+    #                                1 occluded, 2 visible
     boxes: torch.Tensor            # (objects, 4) float32
-    areas: torch.Tensor | None     # (objects,) float32, pixels of the masks; None: not known
-    crowd: torch.Tensor            # (objects,) bool: a region of many objects; has no points
+    areas: torch.Tensor | None     # (objects,) float32, pixels of the masks; None: unknown
+    crowd: torch.Tensor            # (objects,) bool: a region of many objects, without points
 
 
 @dataclass(frozen=True)
 class BoxImage:
     """An image with boxes. It may have no objects."""
-    id: int                        # number of the image in the data set
+    id: int                        # of the image in the data set
     image: torch.Tensor            # (3, height, width) uint8
-    boxes: torch.Tensor            # (objects, 4) float32; some of COCO's are below a pixel wide
+    boxes: torch.Tensor            # (objects, 4) float32; some in COCO are less than a pixel wide
     labels: torch.Tensor           # (objects,) int64 from 0, in the order of `box_classes`
     areas: torch.Tensor            # (objects,) float32, pixels of the masks
     crowd: torch.Tensor            # (objects,) bool: a region of many objects, to ignore
@@ -76,13 +75,13 @@ class BoxImage:
 @dataclass(frozen=True)
 class MaskImage(BoxImage):
     """An image with masks. They may overlap: which object is in front is not annotated."""
-    masks: torch.Tensor            # (objects, height, width) bool; of a crowd all its objects
+    masks: torch.Tensor            # (objects, height, width) bool; a crowd has one mask
 
 
 @dataclass(frozen=True)
 class SegmentationImage:
     """An image with a class for every pixel."""
-    id: int | str                  # the data set's number or name of the image
+    id: int | str                  # number or name of the image in the data set
     image: torch.Tensor            # (3, height, width) uint8
     labels: torch.Tensor           # (height, width) uint8, in the order of `segmentation_classes`;
     #                                255: ignored in training and evaluation
@@ -108,17 +107,17 @@ class Video:
     frames: Frames | torch.Tensor  # frames[t]: (3, height, width) uint8
     masks: torch.Tensor            # (frames, height, width) uint8: 0 background and void, then the
     #                                objects; an object may be absent in some frames
-    objects: int                   # the largest number in the first mask; an object that appears
-    #                                later is not among them
+    objects: int                   # largest label in the first mask; objects that appear later
+    #                                are not counted
 
 
 @dataclass(frozen=True)
 class Landmarks:
-    """Queries and a database of images of landmarks. Lists of numbers may be empty."""
+    """Queries and a database of images of landmarks. Lists of indices may be empty."""
     database: list                 # paths
     queries: list                  # 70 paths
     boxes: torch.Tensor            # (queries, 4) float32, of the landmark in the query
-    easy: list                     # for each query an int64 tensor of numbers in the database
+    easy: list                     # for each query an int64 tensor of database indices
     hard: list
     junk: list
 
@@ -127,7 +126,7 @@ class Landmarks:
 class CueConflict:
     """Images with the shape of one object and the texture of another."""
     paths: list
-    shapes: torch.Tensor           # (images,) int64, numbers in classes
+    shapes: torch.Tensor           # (images,) int64, indices of classes
     textures: torch.Tensor         # (images,) int64
     classes: list                  # 16 names
 
@@ -140,41 +139,43 @@ def keypoints(name, root=None, split="test", limit=None, size=256):
     """Iterator of KeypointImage, of the images with any keypoint.
 
     split: train or test (val is the same); for cub also None, all images. limit: number of images,
-    evenly spaced. size: side of toy images, in pixels; in smaller ones parts are close together.
+    the first of toy, evenly spaced ones of files. size: side of toy images in pixels; parts are
+    close together in small ones.
     """
-    reader, split = view(name, split, KEYPOINTS, "keypoints")
+    reader, split = find_reader(name, split, KEYPOINTS, "keypoints")
     return reader(root, split, limit, size)
 
 
 def part_names(name):
-    """Names of the keypoints, in order, with _ for spaces. left and right are the animal's."""
+    """Names of the keypoints, in order, with _ for spaces. left and right are as seen by the animal
+    or person."""
     return list(KEYPOINTS[name][1])
 
 
 def boxes(name, root=None, split="test", limit=None, size=256):
     """Iterator of BoxImage. split, limit, size: as in `keypoints`."""
-    reader, split = view(name, split, BOXES, "boxes")
+    reader, split = find_reader(name, split, BOXES, "boxes")
     return reader(root, split, limit, size)
 
 
 def box_classes(name):
-    """Names in the order of the labels. COCO has 80: its numbers 1 ... 90 without the gaps."""
+    """Names in the order of the labels. COCO has 80: its ids 1 ... 90 without the gaps."""
     return list(BOXES[name][1])
 
 
 def masks(name, root=None, split="test", limit=None, size=256, order=None):
     """Iterator of MaskImage. split, limit, size: as in `keypoints`.
 
-    order: a function of the number of images -> which of them to read, in which order.
+    order: a function (number of images) -> indices of those to read, in their order.
     """
-    reader, split = view(name, split, MASKS, "masks")
+    reader, split = find_reader(name, split, MASKS, "masks")
     return reader(root, split, limit, size, order)
 
 
 def segmentation(name, root=None, split="test", limit=None, level=None, size=256):
     """Iterator of SegmentationImage. split, limit, size: as in `keypoints`.
 
-    level: which classes there are, by default the first of the data set:
+    level: the set of classes; default: the first one of the data set:
       toy, toy-scenes  object (16 creatures and background), part (9)
       ade20k           scene (150), object (the 59 that have parts), part (209: see
                        label_maps.load_ade20k_parts)
@@ -184,13 +185,14 @@ def segmentation(name, root=None, split="test", limit=None, level=None, size=256
       cityscapes       scene (19)
       coco             object (80 and background; crowds ignored), scene (80 things, 91 stuff)
     """
-    reader, split = view(name, split, SEGMENTATION, "segmentation")
+    reader, split = find_reader(name, split, SEGMENTATION, "segmentation")
     return reader(check_level(name, level), root, split, limit, size)
 
 
 def segmentation_classes(name, level=None, root=None):
-    """Names in the order of the labels. Level part of ade20k needs root: its parts are counted."""
-    view(name, "test", SEGMENTATION, "segmentation")
+    """Names in the order of the labels. Level part of ade20k needs root, as its parts are
+    counted."""
+    find_reader(name, "test", SEGMENTATION, "segmentation")
     classes = SEGMENTATION[name][1][check_level(name, level)]
     if classes is None:
         return [part for _, part in label_maps.load_ade20k_parts(root)]
@@ -202,17 +204,17 @@ def videos(name, root=None, split="test", limit=None, size=256):
 
     split, limit, size: as in `keypoints`.
     """
-    reader, split = view(name, split, VIDEOS, "videos")
+    reader, split = find_reader(name, split, VIDEOS, "videos")
     return reader(root, split, limit, size)
 
 
 def landmarks(name, root=None):
     """Landmarks of Revisited Oxford and Paris (Radenovic et al., 2018), roxford5k and rparis6k.
 
-    The images are not checked: some are truncated, and the lists decide what belongs to the set.
+    The images are not checked: some are truncated, and the lists define the set.
     """
     if name not in ("roxford5k", "rparis6k"):
-        raise ValueError(f"No landmarks of {name!r} here: choose roxford5k or rparis6k")
+        raise ValueError(f"no landmarks of {name!r} here: choose roxford5k or rparis6k")
     path = find_path(name, root, f"{name}/gnd_{name}.pkl", f"gnd_{name}.pkl")
     folder = find_path(name, root, f"{name}/jpg", "jpg")
     with name_damaged_file(name, path), open(path, "rb") as file:
@@ -222,8 +224,8 @@ def landmarks(name, root=None):
                              for key in ("imlist", "qimlist"))
         lists = {key: [torch.tensor(query[key], dtype=torch.int64) for query in truth]
                  for key in ("easy", "hard", "junk")}
-        numbers = torch.cat(sum(lists.values(), []))
-        if len(truth) != len(queries) or not ((0 <= numbers) & (numbers < len(database))).all():
+        index = torch.cat(sum(lists.values(), []))
+        if len(truth) != len(queries) or not ((0 <= index) & (index < len(database))).all():
             raise ValueError("the ground truth does not match the lists of images")
         boxes = torch.tensor([query["bbx"] for query in truth], dtype=torch.float32)
         return Landmarks(database, queries, boxes.view(len(truth), 4), **lists)
@@ -236,17 +238,18 @@ oven truck""".split()
 def cue_conflict(root=None):
     """The CueConflict images of Geirhos et al. (2019): cat7-dog3.png is a cat with a dog's texture.
 
-    Where both are equal (80 of the 1,280 images) there is no conflict: such images are not scored.
+    Images in which both are equal (80 of 1,280) have no conflict and are not scored.
     """
     folder = find_path("cue-conflict", root, "cue-conflict", "cue_conflict",
                        "style-transfer-preprocessed-512",
                        "stimuli/style-transfer-preprocessed-512")
-    paths = sorted(os.path.join(at, file) for at, _, files in os.walk(folder, followlinks=True)
+    paths = sorted(os.path.join(parent, file)
+                   for parent, _, files in os.walk(folder, followlinks=True)
                    for file in files if file.lower().endswith(".png") and file[0] != ".")
     if not paths:
         raise datasets.missing_error("cue-conflict", folder, LAYOUT)
     pairs = []
-    for path in paths:                      # some copies have a number and more in front
+    for path in paths:                      # names have a prefix with a number in some copies
         pair = re.search(r"(?:^|_)([a-z]+)\d+-([a-z]+)\d+\.png$", os.path.basename(path).lower())
         if not pair or not set(pair.groups()) <= set(SHAPES):
             raise ValueError(f"{path} is not named <shape><i>-<texture><j>.png, like "
@@ -256,20 +259,21 @@ def cue_conflict(root=None):
     return CueConflict(paths, shapes, textures, list(SHAPES))
 
 
-def view(name, split, sets, what):
-    """Checks a request -> the reader of the data set, and the split as train, test or None."""
-    if name not in sets:
-        raise ValueError(f"No {what} of {name!r} here: choose {' or '.join(sets)}")
+def find_reader(name, split, readers, what):
+    """-> the reader of a data set, and the split as train, test or None. ValueError: `readers` has
+    no such data set, or there is no such split."""
+    if name not in readers:
+        raise ValueError(f"no {what} of {name!r} here: choose {' or '.join(readers)}")
     split = "test" if split == "val" else split
     if split not in ("train", "test") and (name, split) != ("cub", None):
-        raise ValueError(f"No split {split!r} of {name}: choose train or test")
-    return sets[name][0], split
+        raise ValueError(f"no split {split!r} of {name}: choose train or test")
+    return readers[name][0], split
 
 
 def check_level(name, level):
     levels = list(SEGMENTATION[name][1])
     if level not in (None, *levels):
-        raise ValueError(f"No level {level!r} of {name}: choose {' or '.join(levels)}")
+        raise ValueError(f"no level {level!r} of {name}: choose {' or '.join(levels)}")
     return level or levels[0]
 
 
@@ -279,16 +283,16 @@ def check_level(name, level):
 
 def read_toy(kind, scenes, root, split, limit, size, order=None):
     """toy, toy-scenes. Creatures that are not visible at all are left out."""
-    numbers = select_evenly(range(limit or toy.NUM_IMAGES[split]), None, order)
-    for index in torch.tensor(numbers, dtype=torch.int64).split(64):
+    ids = select_evenly(range(limit or toy.NUM_IMAGES[split]), None, order)
+    for index in torch.tensor(ids, dtype=torch.int64).split(64):
         out = toy.draw(index, split, size, scenes, annotate=True)
         creature = torch.arange(1, out["classes"].shape[1] + 1)[:, None, None]
         masks = out["instances"][:, None] == creature              # (B, creatures, S, S)
         areas = masks.sum((2, 3)).float()
-        for i, number in enumerate(index.tolist()):
+        for i, image_id in enumerate(index.tolist()):
             seen = out["classes"][i] >= 0
             values = dict(
-                id=number, image=out["image"][i], points=out["keypoints"][i, seen],
+                id=image_id, image=out["image"][i], points=out["keypoints"][i, seen],
                 boxes=out["boxes"][i, seen], areas=areas[i, seen], labels=out["classes"][i, seen],
                 masks=masks[i, seen], crowd=torch.zeros(int(seen.sum()), dtype=torch.bool))
             yield kind(**{field.name: values[field.name] for field in fields(kind)})
@@ -299,7 +303,7 @@ right_leg right_wing tail throat""".split()
 
 
 def read_cub(root, split, limit, size):
-    """CUB-200-2011 (Wah et al., 2011): one bird per image. Areas are not known."""
+    """CUB-200-2011 (Wah et al., 2011): one bird per image. Areas are unknown."""
     files = "images.txt", "train_test_split.txt", "bounding_boxes.txt", "parts/part_locs.txt"
     paths = [find_path("cub", root, f"CUB_200_2011/{file}", file) for file in files]
     images, trains, boxes, parts = (read_rows("cub", path) for path in paths)
@@ -310,9 +314,9 @@ def read_cub(root, split, limit, size):
     for number in select_evenly(chosen, limit):
         with name_damaged_file("cub", folder):
             [[file]], [box] = images[number], boxes[number]
-            found = {int(part): [float(x), float(y), 2 * int(visible)]
+            point = {int(part): [float(x), float(y), 2 * int(visible)]
                      for part, x, y, visible in parts[number]}
-            points = torch.tensor([[found[i + 1] for i in range(len(CUB_PARTS))]])
+            points = torch.tensor([[point[i + 1] for i in range(len(CUB_PARTS))]])
             box = to_corners([[float(side) for side in box]])
         yield KeypointImage(number, load_image(os.path.join(folder, "images", file)), points, box,
                             areas=None, crowd=torch.zeros(1, dtype=torch.bool))
@@ -336,7 +340,7 @@ LABELS = {number: label for label, number in enumerate(COCO_IDS)}      # 1 ... 9
 def read_coco(kind, root, split, limit, size, order=None):
     """COCO 2017 (Lin et al., 2014), crowds included. kind: KeypointImage, BoxImage or MaskImage."""
     if kind is MaskImage:
-        import_optional("pycocotools.mask", "The masks of coco are polygons and run lengths")
+        import_optional("pycocotools.mask", "the masks of coco are polygons and run lengths")
     people = kind is KeypointImage
     year = {"train": "train2017", "test": "val2017"}[split]
     path = find_path("coco", root, *(
@@ -344,8 +348,8 @@ def read_coco(kind, root, split, limit, size, order=None):
         for at in ("coco/", "")))
     folder = find_path("coco", root, *(at + year for at in (
         "coco/", "", "coco/images/", "images/")))
-    rows = coco_json(path)
-    with name_damaged_file("coco", path):   # half of the images have no person: they are not read
+    rows = read_coco_json(path)
+    with name_damaged_file("coco", path):   # images without keypoints, half of them, are not read
         rows = [row for row in rows if not people or any(a["num_keypoints"] for a in row[2])]
     for number, file, annotations in select_evenly(rows, limit, order):
         with name_damaged_file("coco", path):
@@ -370,9 +374,10 @@ def read_coco(kind, root, split, limit, size, order=None):
 
 
 @lru_cache(maxsize=2)                       # hundreds of megabytes: parsed once
-def coco_json(path):
-    """-> [(number of the image, file name, its annotations), ...] of instances or keypoints, by
-    file name, as in datasets.load_images, so that --limit takes the same images of both."""
+def read_coco_json(path):
+    """-> [(id of the image, file name, its annotations), ...] of instances or keypoints, sorted by
+    file name as in datasets.load_images, so that --limit takes the same images as there (except of
+    keypoints, where images without any are left out first)."""
     with name_damaged_file("coco", path), open(path, encoding="utf-8") as file:
         content = json.load(file)
         rows = {image["id"]: (image["id"], image["file_name"], []) for image in content["images"]}
@@ -384,8 +389,8 @@ def coco_json(path):
 def decode_mask(segmentation, shape):
     """Polygons (the mask is their union) or run lengths -> (height, width) bool, by pycocotools.
 
-    What pycocotools accepts but misreads is refused: an odd number of coordinates, run lengths that
-    do not cover the image.
+    ValueError for what pycocotools accepts but reads incorrectly: an odd number of coordinates, run
+    lengths that do not cover the image.
     """
     from pycocotools import mask
     if isinstance(segmentation, list):
@@ -431,7 +436,8 @@ def read_ade20k_maps(level, *rest):
 
 
 def read_coco_maps(level, root, split, limit, size):
-    """Level object is made from the masks: crowds (ignored) first, then large before small ones."""
+    """Level object is made from the masks, drawn in this order: crowds (label 255), then objects
+    from large to small."""
     if level == "scene":
         yield from read_label_maps("coco", label_maps.list_coco_stuff, level, root, split, limit,
                                    size)
@@ -446,12 +452,12 @@ def read_coco_maps(level, root, split, limit, size):
 
 
 def read_toy_maps(scenes, level, root, split, limit, size):
-    """toy, toy-scenes. Level part ignores the background: parts are compared among themselves."""
+    """toy, toy-scenes. At level part the background is ignored: only parts are compared."""
     for index in torch.arange(limit or toy.NUM_IMAGES[split]).split(64):
         out = toy.draw(index, split, size, scenes, annotate=True)
         labels = out["semantic"] if level == "object" else out["parts"] - 1     # uint8: 0 -> 255
-        for number, image, label in zip(index.tolist(), out["image"], labels):
-            yield SegmentationImage(number, image, label)
+        for image_id, image, label in zip(index.tolist(), out["image"], labels):
+            yield SegmentationImage(image_id, image, label)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -465,9 +471,10 @@ def read_davis(root, split, limit, size):
         "DAVIS", "davis", "DAVIS-2017-trainval-480p/DAVIS")))
     top = lists[:-len(f"ImageSets/2017/{part}.txt")]
     for name in select_evenly(read_ids("davis", lists), limit):
-        images, labels = (sorted(glob.glob(os.path.join(glob.escape(os.path.join(
-            top, kind, "480p", name)), ending))) for kind, ending in (
-            ("JPEGImages", "*.jpg"), ("Annotations", "*.png")))
+        images = sorted(glob.glob(os.path.join(
+            glob.escape(os.path.join(top, "JPEGImages", "480p", name)), "*.jpg")))
+        labels = sorted(glob.glob(os.path.join(
+            glob.escape(os.path.join(top, "Annotations", "480p", name)), "*.png")))
         with name_damaged_file("davis", os.path.join(top, "Annotations", "480p", name)):
             if not images or [os.path.basename(path)[:-4] for path in images] != [
                     os.path.basename(path)[:-4] for path in labels]:
@@ -488,24 +495,27 @@ def read_toy_videos(scenes, root, split, limit, size):
     for index in range(limit or 30):                               # 30: as many as DAVIS has
         video = toy.video(torch.tensor([index]), 24, split, size, scenes)
         masks = video["instances"][0]
-        number_of = torch.zeros(256, dtype=torch.uint8)            # appears later: background
-        for number, creature in enumerate(masks[0][masks[0] > 0].unique().tolist(), 1):
-            number_of[creature] = number
-        masks = number_of[masks.long()]
+        label_of = torch.zeros(256, dtype=torch.uint8)             # 0: creatures that appear later
+        for label, creature in enumerate(masks[0][masks[0] > 0].unique().tolist(), 1):
+            label_of[creature] = label
+        masks = label_of[masks.long()]
         yield Video(f"{split}-{index}", video["image"][0], masks, objects=int(masks[0].max()))
 
 
 # --------------------------------------------------------------------------------------------------
-# Which reader and which names a data set has
+# Readers and names of the data sets
 
-TOY = {"toy": False, "toy-scenes": True}                   # with several creatures and occlusion
+TOY = {"toy": False, "toy-scenes": True}                   # data set: are there several creatures?
 KEYPOINTS = {                                              # data set: reader, names of the parts
     **{name: (partial(read_toy, KeypointImage, scenes), toy.PARTS) for name, scenes in TOY.items()},
     "cub": (read_cub, CUB_PARTS),
     "coco": (partial(read_coco, KeypointImage), COCO_PARTS)}
-BOXES, MASKS = ({                                          # data set: reader, names of the classes
-    **{name: (partial(read_toy, kind, scenes), toy.CLASSES) for name, scenes in TOY.items()},
-    "coco": (partial(read_coco, kind), COCO_CLASSES)} for kind in (BoxImage, MaskImage))
+BOXES = {                                                  # data set: reader, names of the classes
+    **{name: (partial(read_toy, BoxImage, scenes), toy.CLASSES) for name, scenes in TOY.items()},
+    "coco": (partial(read_coco, BoxImage), COCO_CLASSES)}
+MASKS = {
+    **{name: (partial(read_toy, MaskImage, scenes), toy.CLASSES) for name, scenes in TOY.items()},
+    "coco": (partial(read_coco, MaskImage), COCO_CLASSES)}
 SEGMENTATION = {                                           # data set: reader, {level: classes}
     **{name: (partial(read_toy_maps, scenes),
               {"object": ["background", *toy.CLASSES], "part": toy.PARTS})
@@ -513,7 +523,7 @@ SEGMENTATION = {                                           # data set: reader, {
     "ade20k": (read_ade20k_maps, {
         "scene": label_maps.ADE,
         "object": [label_maps.ADE[number - 1] for [number], _ in label_maps.ADE_OBJECTS],
-        "part": None}),                                    # counted by label_maps
+        "part": None}),                                    # see label_maps.load_ade20k_parts
     "pascal": (partial(read_label_maps, "pascal", label_maps.list_pascal),
                {"object": list(label_maps.PASCAL_PARTS), "part": label_maps.PASCAL_CLASSES}),
     "voc": (partial(read_label_maps, "voc", label_maps.list_voc), {"object": label_maps.VOC}),

@@ -1,4 +1,4 @@
-"""Probes of image classes: a frozen encoder, and a vote of neighbors or a small trained head.
+"""Probes of image classes: a frozen encoder, and nearest neighbors or a small trained head.
 
     python evaluate.py --task knn --k 10 20
     python evaluate.py --task linear --recipe dino
@@ -18,6 +18,7 @@ from probes.common import (
     Report,
     all_tokens,
     block_features,
+    describe_output,
     describe_view,
     extract_features,
     load_labeled,
@@ -54,8 +55,8 @@ def knn(model: Model, opt: Options) -> Report:
         rows[name] = {f"k={n}": 100 * (predicted[n] == truth).double().mean().item() for n in k}
     clipped = [f"k is at most {len(labels)}, the number of training images"] * (max(opt.k) > k[-1])
     return Report(rows, "top-1; votes of the k nearest neighbors by cosine, weighted by "
-                  f"exp(cosine / 0.07); last block, after the final norm; "
-                  f"{describe_view(model, opt)}", dict(train=len(labels), test=len(truth)), clipped)
+                  f"exp(cosine / 0.07); {describe_output(model)}{describe_view(model, opt)}",
+                  dict(train=len(labels), test=len(truth)), clipped)
 
 
 def linear(model: Model, opt: Options) -> Report:
@@ -66,12 +67,13 @@ def linear(model: Model, opt: Options) -> Report:
     How much lower the result is than with the papers' protocol, and whether equally for all models,
     was not measured. Also our choice: a batch of at most 1/32 of the images, so that a small set
     gets enough steps; standardization by all training features, to which the recipes' BatchNorm
-    without affine converges; a cosine schedule by step; a sweep of lr. The released code reports
-    the best epoch on the test images. Here a tenth of the training images is held out to choose lr
-    and epoch, and the test images are evaluated once.
+    without affine parameters converges; a cosine schedule per step; a sweep of seven learning
+    rates. The released code reports the best epoch on the test images. Here a tenth of the training
+    images is held out to choose lr and epoch, and the test images are evaluated once.
+
     --recipe park --paper-lr uses lr 1 (at any batch; the table calls it a base rate) and weight
-    decay 0.05 of the paper's table A.1, without a sweep. It is not the default because each step
-    shrinks the weights by 5 %, with momentum by ten times that: a head keeps little of what it
+    decay 0.05 of Park et al., table A.1, without a sweep. It is not the default because each step
+    shrinks the weights by 5%, with momentum by ten times that: a head keeps little of what it
     learned.
     """
     recipe_name, recipe = choose_linear_recipe(opt)
@@ -80,9 +82,10 @@ def linear(model: Model, opt: Options) -> Report:
     tests, truth, _ = extract_features(model, opt, "test", names, encode)
     optimizer = ("LARS" if recipe["lars"] else "SGD") + ", standardized" * recipe["standardize"]
     return Report({name: head.evaluate(*tests.values(), truth)},
-                  f"linear head, recipe {recipe_name} ({optimizer}, {head.epochs} epochs), after "
-                  f"the final norm; {describe_view(model, opt)} and its mirror image, no random "
-                  f"crops; {describe_selection(recipe)}", dict(train=num_train, test=len(truth)),
+                  f"linear head, recipe {recipe_name} ({optimizer}, {head.epochs} epochs)"
+                  f"{', after the final norm' * bool(model.encoder)}; {describe_view(model, opt)} "
+                  f"and its mirror image, no random crops; {describe_selection(recipe)}",
+                  dict(train=num_train, test=len(truth)),
                   [f"{model.name}: lr {head.lr:.2g} at batch 256, epoch {head.epoch} of "
                    f"{head.epochs}"])
 
@@ -92,10 +95,11 @@ def layerwise(model: Model, opt: Options) -> Report:
 
     Park et al., figure 11, a curve without numbers: the accuracy of masked models is highest before
     the last blocks, that of contrastive ones rises to the end. Recipe park. Our choice, as in
-    `linear`: its settings, one pass over the images and a held-out tenth; also the patch mean
-    (--feature cls for the class token) without the final norm, each dimension standardized, as the
-    scales of the blocks differ. All blocks come from one pass, so n x 2 x depth x D numbers must
-    fit in memory. --paper-lr: the paper's lr and weight decay, see `linear`.
+    `linear`: its settings, one pass over the images and a held-out tenth. Also our choice: the mean
+    patch token (--feature cls for the class token) without the final norm, each dimension
+    standardized, as the scales of the blocks differ. All blocks come from one pass, so n x 2 x
+    depth x D numbers must fit in memory. --paper-lr: the lr and weight decay of Park et al., see
+    `linear`.
     """
     feature, depth = opt.feature or "patch", model.encoder.depth if model.encoder else 0
     recipe = LINEAR_RECIPES["park paper" if opt.paper_lr else "park"]
@@ -119,15 +123,15 @@ def layerwise(model: Model, opt: Options) -> Report:
 def attentive(model: Model, opt: Options) -> Report:
     """Classifier with one learned query that attends to all tokens (CAE's attentive probe).
 
-    For models without a trained class token. Part-aware study, table 1, with CAE's head and recipe:
-    the query attends once to all tokens, class token included, after the final norm. Our choice, as
-    in `linear`: the test view and its mirror image instead of random crops, encoded once; small
-    batches; lr and epoch chosen on a held-out tenth. Also our choice: lr ends at 0 (CAE: 1e-6); the
-    last layer is initialized with standard deviation 0.01, as in the study's code for parts (CAE:
-    0.02, times 0.001); running statistics of the batch norm at test time. The published code uses
-    those of the test batch, so that a prediction depends on the other images in it: --bn batch,
-    with batches of 256 in the order of the data set. All tokens are kept in memory, in 16 bits, by
-    each process, and twice while they are sorted.
+    For models without a trained class token. Zhu et al. (2023), table 1, with CAE's head and
+    recipe: the query attends once to all tokens, including the class token, after the final norm.
+    Our choice, as in `linear`: the test view and its mirror image instead of random crops, encoded
+    once; small batches; a sweep of seven learning rates; lr and epoch chosen on a held-out tenth.
+    Also our choice: lr ends at 0 (CAE: 1e-6); the last layer is initialized with standard deviation
+    0.01, as in the code of Zhu et al. for parts (CAE: 0.02, times 0.001); running statistics of the
+    batch norm at test time. The published code uses those of the test batch, so that a prediction
+    depends on the other images in it: --bn batch, with batches of 256 in the order of the data set.
+    All tokens are kept in memory, in 16 bits, by each process, and twice while they are sorted.
     ValueError: pixels as a baseline; more than 48 GiB of tokens.
     """
     require_tokens(model, opt.task)
@@ -158,10 +162,11 @@ def few_shot(model: Model, opt: Options) -> Report:
 
     MMC, table 8: the class token. Accuracy: the prediction is the most similar of five images, one
     of each class. F1: two images are predicted to have the same class if their similarity exceeds a
-    threshold T; the best T of 0.1, 0.2 ... 0.9. Our choice, as the paper does not state them: 600
-    episodes with 15 queries of each class, from the test split; accuracy with its 95 % interval; F1
-    over the pairs of all episodes together. At chance level accuracy is 20 %; predicting "same" for
-    all pairs gives an F1 of 33.3 %.
+    threshold T; the best T of 0.1, 0.2 ... 0.9, chosen on the evaluated pairs themselves. Our
+    choice, as the paper does not state them: 600 episodes with 15 queries of each class, from the
+    test split; accuracy with its 95% interval; F1 over the pairs of all episodes together; square
+    images are not cropped. At chance level accuracy is 20%; predicting "same" for all pairs gives
+    an F1 of 33.3%.
     """
     ways, queries, thresholds = 5, 15, [t / 10 for t in range(1, 10)]
     names, encode = select_features(opt, "cls")
@@ -197,14 +202,14 @@ def few_shot(model: Model, opt: Options) -> Report:
                       "F1": 100 * f1.max().item(), "T x 100": 100 * thresholds[int(f1.argmax())],
                       **{f"F1 {t}": 100 * value for t, value in zip(thresholds, f1.tolist())}}
     return Report(rows, f"5-way 1-shot, {opt.episodes} episodes, 15 queries of each class, "
-                  f"cosine; last block, after the final norm; {describe_view(model, opt, whole)}; "
-                  f"accuracy +- 95 % interval; F1 of predicting the same class above T; chance "
-                  f"level 20.0 and 33.3", dict(test=len(labels)),
+                  f"cosine; {describe_output(model)}{describe_view(model, opt, whole)}; accuracy "
+                  f"+- 95% interval; F1 of predicting the same class above T, at the best T on "
+                  f"these pairs; chance level 20.0 and 33.3", dict(test=len(labels)),
                   [f"{len(members)} classes of {opt.data}, test split"])
 
 
 def images_are_square(model, opt):
-    """Whether the images are square, so that none needs a center crop; judged by the first one."""
+    """Whether the first image file is square. Then all are taken to be, and none is cropped."""
     paths = load_split(opt.data, opt.data_root, "test", model.img_size, opt.limit,
                        model.device).paths
     return bool(paths) and len(set(datasets.read_image(paths[0]).size)) == 1

@@ -13,7 +13,7 @@ images, in the order and with the bits of a single process:
                             process 1: 1 3 ..    --+- all_gather -- 0 1 2 3 4 ..  in both
 
 All of them then compute the same vote, ranking or head: waiting for one process would take as long,
-and nothing has to be sent.
+and no result has to be sent.
 """
 import functools
 from dataclasses import dataclass, field
@@ -40,7 +40,8 @@ from probes.annotation_files import LAYOUT
 LINEAR = ("linear", "shape_bias", "frequency_noise")           # tasks with a linear classifier
 PARTS = ("part_retrieval", "part_classification")
 VECTORS = ("knn", "few_shot", "object_retrieval", *PARTS, "landmark_retrieval")
-DENSE = ("linear_segmentation", "zero_shot_segmentation", "video", "pose")     # frozen, per patch
+# The dense tasks: the encoder is frozen, and a prediction is made from every patch token.
+DENSE = ("linear_segmentation", "zero_shot_segmentation", "video", "pose")
 
 
 @dataclass(frozen=True)
@@ -50,31 +51,33 @@ class CommonOptions:
         (), "checkpoint files, or folders of runs; default: the newest run in --out",
         group="models")
     baseline: tuple[str, ...] = flag(
-        (), "models to compare with: raw pixels, a ViT with random weights",
+        (), "models to compare with: raw pixels, or a ViT with random weights",
         choices=("pixels", "untrained"), group="models")
     branch: str | None = flag(
         None, "which weights to load from a checkpoint that holds several",
         choices=("teacher", "student", "base", "momentum"), group="models")
     img_size: int | None = flag(
-        None, "side of the input images in pixels; default: as in pre-training, but the protocol's "
-        "for detection, zero_shot_segmentation and video, and 224 (longer side) for "
-        "landmark_retrieval. segmentation, linear_segmentation and pose have a fixed size on all "
-        "data sets but toy", at_least=1, group="models")
-    precision: str = flag("auto", "of the encoder; auto: bf16 where the device supports it",
+        None, "side of the input images in pixels. Default: as in pretraining; on toy twice that "
+        "for linear_segmentation, zero_shot_segmentation, video and pose; on other data sets the "
+        "protocol's for these, segmentation and detection, and 224 (longer side) for "
+        "landmark_retrieval. Not for linear_segmentation, segmentation and pose, except on toy",
+        at_least=1, group="models")
+    precision: str = flag("auto", "precision of the encoder; auto: bf16 if the device supports it",
                           choices=("auto", "bf16", "fp32"), group="models")
-    device: str = flag("auto", "cuda, cuda:1, cpu or auto", group="models")
+    device: str = flag("auto", "cuda, cuda:1, cpu or auto (a GPU if there is one)", group="models")
     data: str | None = flag(
         None, "data set by name, or a folder; default: that of the first checkpoint that names one "
         "(official files do not), else toy", group="data")
     data_root: str | None = flag(
         None, "folder of the data sets; default: $DATA_ROOT, else datasets/", group="data")
     limit: int | None = flag(
-        None, "number of images to use of each split; default: all, on toy a fixed number in some "
+        None, "number of images of each split; default: all of them, on toy a fixed number in some "
         "tasks", at_least=1, group="data")
     batch_size: int = flag(256, "images per forward pass", at_least=1, group="data")
     workers: int = flag(2, "processes that decode images", group="data")
-    out: str = flag("out", "folder of the runs, and for images that are written", group="output")
-    seed: int = flag(0, "of random choices in a probe, and of untrained weights", group="models")
+    out: str = flag("out", "folder of the runs, and of figures that are written", group="output")
+    seed: int = flag(0, "seed of random choices in a probe, and of untrained weights",
+                     group="models")
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,12 @@ class Options(CommonOptions):
     json: str | None = flag(
         None, "file to append results to; default: results.jsonl next to the checkpoint",
         group="output")
-    cache: bool = flag(False, "store features in --out/features and reuse them", group="output")
+    cache: bool = flag(
+        False, "store the features of images in --out/features and reuse them; --task all does so "
+        "anyway. No effect on dense tasks and on tasks that train the encoder", group="output")
     reference: bool = flag(False, "also print the numbers of the papers", group="output")
-    show: bool = flag(False, "write example images to --out", group="output",
+    show: bool = flag(False, "write figures of what a task used or predicted to --out",
+                      group="output",
                       only_for=("part_retrieval", "segmentation", "detection", *DENSE))
 
     feature: str | None = flag(
@@ -99,16 +105,16 @@ class Options(CommonOptions):
         only_for=(*LINEAR, *VECTORS))
 
     recipe: str | None = flag(
-        None, "training settings of a paper, the first by default. linear: mae, dino, park; "
-        "shape_bias, frequency_noise: park, mae, dino; finetune: mae, simmim, mmc; "
-        "linear_segmentation: parts, mmc; segmentation: selfpatch (fpn), mae or selfpatch "
-        "(upernet); detection: 1x, 100ep, vitdet",
+        None, "training settings of a paper; default: the first in the list of the task. "
+        "linear: mae, dino, park; shape_bias, frequency_noise: park, mae, dino; finetune: mae, "
+        "simmim, mmc; linear_segmentation: parts, mmc; segmentation: selfpatch (fpn), mae or "
+        "selfpatch (upernet); detection: 1x, 100ep, vitdet",
         choices=("mae", "dino", "park", "simmim", "mmc", "parts", "selfpatch", "1x", "100ep",
                  "vitdet"),
         group="training", only_for=(*LINEAR, "finetune", "segmentation", "linear_segmentation",
                                     "detection"))
     paper_lr: bool = flag(
-        False, "use the learning rate and weight decay of recipe park as printed in the paper",
+        False, "use the learning rate and weight decay of recipe park as printed by Park et al.",
         group="training", only_for=(*LINEAR, "layerwise"))
     epochs: int | None = flag(
         None, "training epochs; default: the recipe's, 5 for finetune on toy", at_least=1,
@@ -118,8 +124,8 @@ class Options(CommonOptions):
         None, "training iterations; default: the protocol's, 200 to 600 on toy", at_least=1,
         group="training", only_for=("segmentation", "linear_segmentation", "pose", "detection"))
     lr: tuple[float, ...] = flag(
-        (), "learning rate; linear_segmentation takes several and trains a layer with each; "
-        "default: the recipe's, three on toy", group="training",
+        (), "learning rate; linear_segmentation takes several and trains one layer with each; "
+        "default: the recipe's (linear_segmentation on toy: three)", group="training",
         only_for=("segmentation", "linear_segmentation"))
     head: str | None = flag(
         None, "type of head. part_classification: linear (default), attentive; segmentation: fpn "
@@ -138,18 +144,20 @@ class Options(CommonOptions):
 
     k: tuple[int, ...] = flag((10, 20), "numbers of neighbors", at_least=1, group="protocol",
                               only_for=("knn",))
-    episodes: int = flag(600, "number of episodes", at_least=1, group="protocol",
+    episodes: int = flag(600, "number of 5-way 1-shot episodes", at_least=1, group="protocol",
                          only_for=("few_shot",))
     max_aspect: float = flag(1.2, "largest ratio of the longer to the shorter side of a box",
                              group="protocol", only_for=("object_retrieval",))
     min_side: int = flag(64, "smallest shorter side of a box in pixels", at_least=1,
                          group="protocol", only_for=("object_retrieval",))
     max_items: int | None = flag(
-        None, "number of items, drawn at random; default: all", at_least=1, group="protocol",
+        None, "number of images or crops, drawn at random; default: all of them", at_least=1,
+        group="protocol",
         only_for=("object_retrieval", "part_retrieval"))
-    crop: str = flag("code", "geometry of the part crops: that of the released code, or of the "
-                     "paper's text", choices=("code", "paper"), group="protocol", only_for=PARTS)
-    parts: tuple[str, ...] = flag((), "names of keypoints, or all; default: those of the study",
+    crop: str = flag("code", "geometry of the part crops of Zhu et al. (2023): that of their "
+                     "released code, or of their text", choices=("code", "paper"),
+                     group="protocol", only_for=PARTS)
+    parts: tuple[str, ...] = flag((), "names of keypoints, or all; default: those of Zhu et al.",
                                   group="protocol", only_for=PARTS)
     multiscale: bool = flag(False, "average the features of 3 image sizes", group="protocol",
                             only_for=("landmark_retrieval",))
@@ -163,14 +171,15 @@ class Options(CommonOptions):
         False, "noise of equal energy in all bands; default: of equal density", group="protocol",
         only_for=("frequency_noise",))
     level: str | None = flag(
-        None, "which classes to segment; default: the first level that the data set has",
+        None, "classes to segment: objects, parts, or all of the scene; default: the first of "
+        "these levels that the data set has",
         choices=("object", "part", "scene"), group="protocol",
         only_for=("segmentation", "linear_segmentation", "zero_shot_segmentation"))
     prompt: str = flag(
-        "deepest", "which patch of the target is the query", choices=("deepest", "random"),
-        group="protocol", only_for=("zero_shot_segmentation",))
+        "deepest", "query patch: the one deepest inside the target, or a random one",
+        choices=("deepest", "random"), group="protocol", only_for=("zero_shot_segmentation",))
     target: str = flag(
-        "category", "what is segmented: all masks of a category, one mask, or a stuff class",
+        "category", "target to segment: all masks of a category, one mask, or a stuff class",
         choices=("category", "instance", "stuff"), group="protocol",
         only_for=("zero_shot_segmentation",))
 
@@ -197,7 +206,8 @@ class Model:
 
 @dataclass
 class Report:
-    """What a probe returns. rows: {feature: {column: percent}}; images: their number, by role."""
+    """What a probe returns. rows: {feature: {column: number}}, in percent unless the protocol
+    gives another unit; images: their number, by role."""
     rows: dict[str, dict[str, float]]
     protocol: str
     images: dict[str, int] = field(default_factory=dict)
@@ -215,8 +225,8 @@ def load_models(opt: CommonOptions) -> list[Model]:
     """The given checkpoints, or the newest run in --out; then the baselines, on the device.
 
     Baselines have the architecture of the first checkpoint. Without any checkpoint and baseline the
-    model is an untrained ViT. ValueError: an image size that is no multiple of the patch size; else
-    the errors of checkpoints.load_encoder.
+    model is an untrained ViT. ValueError: an image size that is not a multiple of the patch size;
+    also the errors of checkpoints.load_encoder.
     """
     device = distributed.pick_device(opt.device)
     precision = distributed.pick_precision(opt.precision, device)
@@ -252,7 +262,7 @@ def default_data(models):
 
 
 def choose_recipe(opt, recipes):
-    """Name and settings of --recipe, by default of the first. ValueError: an unknown recipe."""
+    """Name and settings of --recipe; default: the first one. ValueError: an unknown recipe."""
     name = opt.recipe or next(iter(recipes))
     if name not in recipes:
         raise ValueError(f"{opt.task} has no recipe {name}; choose --recipe {', '.join(recipes)}")
@@ -275,9 +285,9 @@ def require_tokens(model, task):
 def pooled_features(encoder, x):
     """x (B, 3, S, S) -> three features of an image, after the final norm: {name: (B, D or 2D)}.
 
-    cls: class token. patch: mean of the patch tokens. hyber: both, each L2-normalized first, as the
-    shorter one would hardly count otherwise (the name is MMC's, the scaling our choice; iBOT's is
-    in `jointly_normalized`).
+    cls: class token; of a model without one the mean patch token. patch: mean patch token. hyber:
+    both, each L2-normalized first, as the shorter one would hardly count otherwise (the name is
+    MMC's, the scaling our choice; iBOT's is in `jointly_normalized`).
     """
     return pool_tokens(encoder, encoder(x))
 
@@ -285,42 +295,43 @@ def pooled_features(encoder, x):
 def pool_tokens(encoder, tokens):
     cls, patches = encoder.split(tokens)
     patch = patches.float().mean(1)
-    cls = patch if cls is None else cls.float()          # without a class token: the patch mean
+    cls = patch if cls is None else cls.float()
     return {"cls": cls, "patch": patch,
             "hyber": torch.cat([F.normalize(cls), F.normalize(patch)], 1)}
 
 
 def jointly_normalized(encoder, x):
     """`pooled_features` with iBOT's hyber: concatenated first, then L2-normalized."""
-    found = pooled_features(encoder, x)
-    return found | {"hyber": F.normalize(torch.cat([found["cls"], found["patch"]], 1))}
+    features = pooled_features(encoder, x)
+    return features | {"hyber": F.normalize(torch.cat([features["cls"], features["patch"]], 1))}
 
 
 load_projector = functools.lru_cache(maxsize=1)(checkpoints.projector)      # once for each model
 
 
 def projected_features(encoder, x):
-    """`pooled_features` and "projected": the class token after the checkpoint's projection head.
+    """`pooled_features` and "projected": the output of the checkpoint's projection head.
 
-    "projected" is missing if the checkpoint has no such head. The part-aware study compares the
-    two: encoded features represent parts, projected ones objects.
+    "projected" is missing if the checkpoint has no such head; `checkpoints.projector` lists what is
+    projected. Zhu et al. (2023) compare the two: encoded features represent parts, projected ones
+    objects.
     """
     tokens, head = encoder(x), load_projector(encoder)
-    found = pool_tokens(encoder, tokens)
+    features = pool_tokens(encoder, tokens)
     if head:
         with torch.autocast(x.device.type, enabled=False):
-            found["projected"] = head(tokens.float())
-    return found
+            features["projected"] = head(tokens.float())
+    return features
 
 
 def block_features(encoder, x):
-    """Class token and patch mean of every block's output, without the final norm."""
+    """Class token and mean patch token of every block's output, without the final norm."""
     outputs, _ = encoder.layers(x, norm=False)
-    found = {}
+    features = {}
     for number, tokens in enumerate(outputs, 1):
         z = pool_tokens(encoder, tokens)
-        found |= {f"block {number} {name}": z[name] for name in ("cls", "patch")}
-    return found
+        features |= {f"block {number} {name}": z[name] for name in ("cls", "patch")}
+    return features
 
 
 def all_tokens(encoder, x):
@@ -330,7 +341,7 @@ def all_tokens(encoder, x):
 
 def dino_features(encoder, x):
     """Input of DINO's linear probe, after the final norm. Narrow models (ViT-S): class tokens of
-    the last four blocks. Wide ones (ViT-B): class token and patch mean of the last block."""
+    the last four blocks. Wide ones (ViT-B): class token and mean patch token of the last block."""
     if encoder.embed_dim >= 768:
         z = pooled_features(encoder, x)
         return {"cls+patch": torch.cat([z["cls"], z["patch"]], 1)}
@@ -347,8 +358,8 @@ def pixel_features(_, x):
 
 
 def select_features(opt, *protocol):
-    """Names of the features of a probe (--feature, or the protocol's), and the function that makes
-    them."""
+    """Names of the features of a probe (--feature, or the protocol's), and the function that
+    computes them."""
     names = [opt.feature] if opt.feature else list(protocol)
     if opt.hyber_norm == "joint" and "hyber" in names:
         return names, jointly_normalized
@@ -363,11 +374,10 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
                    total=None, key=None):
     """One pass over (x (B, 3, S, S), numbers (B,)) -> {name: (n, ...)}, numbers (n,).
 
-    batches: those of this process, see `own_items`; the result holds all of them. numbers: anything
-    that belongs to the images, such as labels or indices. names: the features to keep; a model
-    without any of them (pixels have no class token) gives all that it has. encode: encoder, x ->
-    features. total: number of images, for the progress bar. key: describes the images; with --cache
-    they are encoded only once.
+    batches: those of this process, see `own_items`; the result holds all of them. numbers: labels
+    or indices of the images. names: the features to keep; if a model has none of them (pixels have
+    no class token), all of its features are kept. encode: encoder, x -> features. total: number of
+    images, for the progress bar. key: describes the images; with --cache they are encoded once.
     ValueError: no images, features that are not finite, an image that cannot be read.
     """
     encode = encode if model.encoder else pixel_features
@@ -375,7 +385,7 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
     if all(gather_objects(bool(path) and path.is_file())):
         content = torch.load(path, map_location=model.device, weights_only=True)
         return keep_features(model, content["features"], names), content["numbers"]
-    found, error = {}, None
+    features, error = {}, None
     bar = tqdm(total=total, unit="img", desc=f"{model.name}: encoding", delay=5, leave=False,
                dynamic_ncols=True, disable=distributed.rank() > 0 or None)   # None: not a terminal
     try:
@@ -383,25 +393,26 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
             with model.autocast():
                 z = encode(model.encoder, x)
             for name, value in (z if path else keep_features(model, z, names)).items():
-                found.setdefault(name, []).append(value if name == "tokens" else value.float())
-            found.setdefault("numbers", []).append(number.to(x.device))
+                features.setdefault(name, []).append(value if name == "tokens" else value.float())
+            features.setdefault("numbers", []).append(number.to(x.device))
             bar.update(len(x) * distributed.world_size())
     except (ValueError, FileNotFoundError) as e:         # an image that cannot be read
         error = e
     bar.close()
     for problem in filter(None, gather_objects(error)):  # in all processes, or some would wait
         raise problem
-    found = gather_batches(found, model.device)
-    if not found:
+    features = gather_batches(features, model.device)
+    if not features:
         raise ValueError(f"{opt.task}: no images to evaluate; raise --limit or change --data")
-    numbers = found.pop("numbers")
-    if not all(z.isfinite().all() for z in found.values()):
+    numbers = features.pop("numbers")
+    if not all(z.isfinite().all() for z in features.values()):
         raise not_finite(model)
     if path and distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = dict(features={name: z.cpu() for name, z in found.items()}, numbers=numbers.cpu())
+        content = dict(features={name: z.cpu() for name, z in features.items()},
+                       numbers=numbers.cpu())
         checkpoints.write_atomic(path, lambda file: torch.save(content, file))
-    return keep_features(model, found, names), numbers
+    return keep_features(model, features, names), numbers
 
 
 def not_finite(model):
@@ -422,14 +433,14 @@ def gather_objects(value):
     return values
 
 
-def gather_batches(found, device):
+def gather_batches(features, device):
     """{name: [(B, ...), ...] batches of this process} -> {name: (n, ...)} of all, interleaved."""
-    own = {name: ([len(z) for z in batches], batches[0].shape[1:], batches[0].dtype)
-           for name, batches in found.items()}
-    layouts, rows = gather_objects(own), {}
+    layout = {name: ([len(z) for z in batches], batches[0].shape[1:], batches[0].dtype)
+              for name, batches in features.items()}
+    layouts, rows = gather_objects(layout), {}
     for name, (_, shape, dtype) in {k: v for layout in layouts for k, v in layout.items()}.items():
         sizes = [layout[name][0] if name in layout else [] for layout in layouts]
-        z = torch.cat(found.pop(name, [torch.empty(0, *shape, dtype=dtype, device=device)]))
+        z = torch.cat(features.pop(name, [torch.empty(0, *shape, dtype=dtype, device=device)]))
         if len(layouts) > 1:                             # all_gather needs equal lengths
             padding = z.new_zeros(max(map(sum, sizes)) - len(z), *shape)
             parts = distributed.all_gather(torch.cat([z, padding])).chunk(len(layouts))
@@ -439,19 +450,21 @@ def gather_batches(found, device):
     return rows
 
 
-def keep_features(model, found, names):
+def keep_features(model, features, names):
     """The features with these names, or all if there is none of them."""
-    if list(names) == ["projected"] and "projected" not in found and model.encoder:
+    if list(names) == ["projected"] and "projected" not in features and model.encoder:
         raise ValueError(f"{model.name} has no projection head in its checkpoint; take a file with "
-                         f"one (MoCo v3; DINO and iBOT: the full checkpoint), or another --feature")
-    return {name: z for name, z in found.items() if name in names} or found
+                         f"one (encoder.pt of dino, ibot, selfpatch, moco_v3, mmc or hybrid; "
+                         f"official files: MoCo v3, full checkpoints of DINO and iBOT), or another "
+                         f"--feature")
+    return {name: z for name, z in features.items() if name in names} or features
 
 
 def cache_path(model, opt, encode, key):
     """File in which --cache keeps these features; None: they are not cached.
 
-    The name holds a hash of everything that they depend on. The data set is assumed not to change:
-    if it does, delete the folder.
+    The name contains a hash of everything that they depend on. The data set is assumed not to
+    change: if it does, delete the folder.
     """
     if not opt.cache or key is None:
         return None
@@ -462,8 +475,8 @@ def cache_path(model, opt, encode, key):
 
 
 def hash_settings(model, opt, what):
-    """16 hexadecimal digits of a model and of what is computed with it. A checkpoint counts as the
-    same as long as its size and time of modification are."""
+    """16 hexadecimal digits of a model and of what is computed with it. A checkpoint counts as
+    unchanged if its path, size and time of modification are."""
     path = model.source.path
     if path:
         stat = Path(path).stat()
@@ -483,8 +496,8 @@ def load_split(name, root, split, img_size, limit, device):
 def load_labeled(model, opt, split):
     """A split whose images have labels (datasets.Images), and its number of classes.
 
-    Each split numbers its classes by itself, so training and test images must have the same
-    classes. few_shot trains nothing and does not load the training split.
+    Each split numbers its own classes, so training and test images must have the same classes.
+    few_shot trains nothing and does not load the training split.
     ValueError: no labels; other classes in train than in test.
     """
     if opt.data in LAYOUT and opt.data not in datasets.NAMES:
@@ -494,11 +507,11 @@ def load_labeled(model, opt, split):
     images = load_split(*where, split, model.img_size, opt.limit, model.device)
     if images.labels is None:
         raise ValueError(f"{opt.data} has no labels, and {opt.task} needs them: choose another "
-                         f"--data, or give each class a sub-folder of its own")
+                         f"--data, or give each class its own subfolder")
     if split == "train":
         tests = load_split(*where, "test", model.img_size, opt.limit, model.device)
         if tests.labels is not None and tests.classes != images.classes:
-            n, m = (len(some.classes or []) for some in (images, tests))
+            n, m = (len(split.classes or []) for split in (images, tests))
             raise ValueError(f"the training and test images of {opt.data} have different classes "
                              f"({n} and {m}), and {opt.task} needs the same ones in both")
     return images, len(images.classes or range(int(images.labels.max()) + 1))
@@ -509,8 +522,8 @@ def extract_features(model, opt, split, names=("cls", "patch", "hyber"), encode=
     """One pass over a split in the standard test view -> {name: (n, D)}, labels (n,), number of
     classes.
 
-    mirror: encode the mirror image of every image as well -> {name: (n, 2, D)}. change: a function
-    of a batch x and the indices of its images, applied before encoding. whole: no center crop.
+    mirror: also encode the mirror image of every image -> {name: (n, 2, D)}. change: a function of
+    a batch x and the indices of its images, applied before encoding. whole: no center crop.
     """
     images, num_classes = load_labeled(model, opt, split)
     batches = data.batches(images, model.img_size, opt.batch_size, model.device, mean=model.mean,
@@ -521,17 +534,24 @@ def extract_features(model, opt, split, names=("cls", "patch", "hyber"), encode=
         batches = ((torch.cat([x, x.flip(-1)]), index.repeat(2)) for x, index in batches)
     if change:
         batches = ((change(x, index), index) for x, index in batches)
-    found, index = encode_batches(model, opt, batches, names, encode, len(images) * (1 + mirror),
-                                  None if change else (split, mirror, whole))
+    features, index = encode_batches(model, opt, batches, names, encode,
+                                     len(images) * (1 + mirror),
+                                     None if change else (split, mirror, whole))
     if mirror:                                           # both rows of an image next to each other
         order = index.argsort(stable=True)
-        found = {name: z[order].unflatten(0, (-1, 2)) for name, z in found.items()}
+        features = {name: z[order].unflatten(0, (-1, 2)) for name, z in features.items()}
         index = index[order][::2]
-    return found, images.labels.to(index.device)[index], num_classes
+    return features, images.labels.to(index.device)[index], num_classes
+
+
+def describe_output(model, output="last block, after the final norm"):
+    """What the features are taken from, in words for a protocol; of pixels: nothing."""
+    return f"{output}; " if model.encoder else ""
 
 
 def describe_view(model, opt, whole=False):
-    """The standard test view in words: center crop of files, small data sets in memory whole.
+    """The standard test view in words: a center crop of files; small data sets in memory are used
+    whole.
 
     The latter is our choice: CIFAR could be resized and cropped like files, 32 -> 256 -> 224 px,
     and lose its border. whole: files are not cropped either.
@@ -545,8 +565,8 @@ def describe_view(model, opt, whole=False):
 # ---- input and output ----------------------------------------------------------------------------
 
 def input_side(model, opt, default):
-    """Side of the input of a dense task in pixels: --img-size, else on toy twice the size of
-    pre-training, else the protocol's `default`; rounded down to a multiple of the patch."""
+    """Side of the input of a dense task in pixels: --img-size, else on toy twice the size in
+    pretraining, else the protocol's `default`; rounded down to a multiple of the patch."""
     side = opt.img_size or (2 * model.img_size if is_toy(opt.data) else default)
     return side // model.encoder.patch_size * model.encoder.patch_size
 

@@ -11,14 +11,13 @@ Mask R-CNN (He et al., 2017) with the ViT as its backbone, fine-tuned end to end
                                                   +- of each proposal: mask of 28 x 28
                                                      box and mask AP of COCO (pycocotools)
 
-torchvision has the detector: anchors, RPN, RoI heads, the FPN, their losses, resizing in the test.
-This file has what adapts a ViT to it: feature pyramids, attention in windows, input, recipes and
-the training loop.
+torchvision has the detector: anchors, RPN, RoI heads, FPN, losses, resizing at test time. This file
+adapts a ViT to it: feature pyramids, attention in windows, input, recipes and the training loop.
 
-torchvision differs from what the papers used: RoIAlign is not aligned to half pixels (its
+torchvision differs from the code of the papers: RoIAlign is not aligned to half pixels (its
 MultiScaleRoIAlign has no such flag), the box loss is a smooth L1 with beta 1/9, and the last layers
-have PyTorch's initialization. So a difference to the papers' numbers in the second digit means
-nothing.
+have PyTorch's initialization. Differences from the published numbers in the second digit therefore
+mean nothing.
 """
 import functools
 import itertools
@@ -72,10 +71,11 @@ from probes.training import Progress, copy_encoder, layer_decay_groups
 # Shapes: B images, N patches, D width, p patch side; (height, width) in pixels, (rows, columns) of
 # patches. Boxes are x0 y0 x1 y1 in pixels.
 
-# 1x: SelfPatch. 100ep: Li et al. (2021), which the numbers of ASL follow. vitdet: Li et al. (2022).
+# 1x: SelfPatch. 100ep: Li et al. (2021), whose protocol ASL uses. vitdet: Li et al. (2022).
 # blocks: of 12, counted from 1, scaled linearly for other depths; vitdet makes all levels from one
-# map. steps: fractions of the run after which lr falls to a tenth; none: cosine to 0. side: of the
-# canvas, 1x: short side in the test. convs: of the RPN; of the box head, before its FC layers.
+# map. steps: fractions of the run at which lr is divided by 10; (): cosine to 0. side: of the
+# canvas in pixels; 1x: short side at test time. convs: number of convolutions of the RPN, and of
+# the box head before its FC layers.
 DETECTION_RECIPES = {
     "1x":     dict(blocks=(4, 6, 8, 12), windows=False, norm="BN", fpn=None, convs=(1, 0),
                    heads=None, input="multi-scale", side=800, batch=8, epochs=12, lr=5e-5,
@@ -87,10 +87,11 @@ DETECTION_RECIPES = {
     "vitdet": dict(blocks=(12,), windows=True, norm="LN", fpn="LN", convs=(2, 4),
                    heads="LN", input="jitter", side=1024, batch=64, epochs=100, lr=1e-4,
                    decay=0.1, layer_decay=0.7, drop_path=0.1, warmup=250, steps=(8 / 9, 26 / 27))}
-# channels: of the pyramid and the heads; fc_dim: of the box head's FC layers; per image, proposals:
-# boxes from the RPN, samples: those that are trained on. scales: of large-scale jitter.
+# channels: of the pyramid and the heads; fc_dim: width of the box head's FC layers; proposals:
+# boxes of the RPN per image; samples: proposals per image that are trained on; scales: range of the
+# factor of large-scale jitter.
 DETECTOR = dict(channels=256, fc_dim=1024, proposals=1000, samples=512, scales=(0.1, 2.0))
-# Our choice: what two CPU cores can train in minutes.
+# Our choice: a detector that two CPU cores can train in minutes.
 TOY_DETECTION = dict(channels=64, fc_dim=256, proposals=100, samples=32, scales=(0.7, 1.4), batch=8,
                      lr=1e-3, iters=300)
 TOY_DETECTION_IMAGES = dict(train=600, test=100)         # unless --limit is given
@@ -101,29 +102,33 @@ NORMS = {None: None, "BN": nn.BatchNorm2d, "GN": functools.partial(nn.GroupNorm,
 def detection(model, opt):
     """Mask R-CNN, fine-tuned end to end: average precision of boxes and masks of objects.
 
-    SelfPatch, supplement, table 3 (--recipe 1x), ASL, tables 1, 3, 5 (100ep: ASL cites it, and
-    MAE's row is its published number) and ViTDet (vitdet), for comparison. Our choices. In all: no
-    decay of biases; images padded to a multiple of 4 patches, so that anchors lie on the cells of
-    all levels; images and views without any object are skipped in training; BN synchronized on GPUs
-    only. 100ep, vitdet: the class token is removed; windows as large as the grid in pre-training
-    (14 x 14 of ViT-B/16), at most half the input; vitdet, too, has a table of relative position
-    biases in each block, where the paper has decomposed ones; those of the global blocks have the
-    window's size, too, and are resized to the whole grid. On toy: the encoder's size, a small
-    detector, few iterations. ValueError: the pixels baseline, a data set without masks, no
-    pycocotools, a batch that the processes cannot share.
+    SelfPatch, supplement, table 3 (--recipe 1x); ASL, tables 1, 3, 5 (100ep: ASL cites Li et al.
+    (2021), and its row for MAE is their published number); ViTDet (vitdet), for comparison. Our
+    choices for all recipes: no decay of biases; images padded to a multiple of 4 patches, so that
+    anchors lie on the cells of all levels; images and views without any object are skipped
+    in training; BN synchronized on GPUs only. 100ep, vitdet: the class token is removed; windows as
+    large as the grid in pretraining (14 x 14 of ViT-B/16), at most half the input; each block has a
+    table of relative position biases (the ViTDet paper has decomposed ones); tables of global
+    blocks have the size of a window and are resized to the whole grid. On toy: the encoder's size,
+    a small detector, few iterations. ValueError: the pixels baseline, a data set without masks, no
+    pycocotools, a patch side that is not a power of two, a batch that the processes cannot share.
     """
     require_tokens(model, opt.task)
-    annotations.view(opt.data, "train", annotations.MASKS, "masks")
+    if opt.data not in annotations.MASKS:
+        raise ValueError(f"detection needs masks of objects, and {opt.data} has none; choose "
+                         f"--data {' or '.join(annotations.MASKS)}")
     metrics.coco_ap([])                                  # reports a missing pycocotools
     p = model.encoder.patch_size
     if p < 4 or p & (p - 1):
-        raise ValueError(f"detection needs patches of 4, 8, 16 or 32 px, {model.name} has {p}")
-    on_toy, rank, world = is_toy(opt.data), distributed.rank(), distributed.world_size()
+        raise ValueError(f"detection needs a patch side that is a power of two and at least 4 px, "
+                         f"and {model.name} has {p}")
+    on_toy = is_toy(opt.data)
+    rank, world = distributed.rank(), distributed.world_size()
     recipe_name, recipe = choose_recipe(opt, DETECTION_RECIPES)
     recipe = DETECTOR | recipe | (TOY_DETECTION if on_toy else {})
     side = (opt.img_size or (model.img_size if on_toy else recipe["side"])) // p * p
     names = annotations.box_classes(opt.data)
-    if recipe["batch"] % world:                          # or the run would be longer or shorter
+    if recipe["batch"] % world:                          # else the length of the run would change
         raise ValueError(f"{world} processes cannot share {recipe['batch']} images: take a number "
                          f"that divides them")
 
@@ -149,13 +154,13 @@ def detection(model, opt):
     net.eval()
     pairs, rows = [], []
     for item in progress_bar(read("test", lambda n: range(rank, n, world)), model):
-        found = predict_objects(net, item.image, model.device)
+        predicted = predict_objects(net, item.image, model.device)
         if opt.show and rank == 0 and len(rows) < 8:
-            best = slice(len(item.boxes))                # found objects are ordered by their scores
-            rows.append([
-                draw_objects(item.image, item.boxes, item.labels, item.masks),
-                draw_objects(item.image, found.boxes[best], found.labels[best], found.masks[best])])
-        pairs.append((pack_objects(item), pack_objects(found)))
+            best = slice(len(item.boxes))                # predictions are ordered by their scores
+            rows.append([draw_objects(item.image, item.boxes, item.labels, item.masks),
+                         draw_objects(item.image, predicted.boxes[best], predicted.labels[best],
+                                      predicted.masks[best])])
+        pairs.append((pack_objects(item), pack_objects(predicted)))
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, pairs)
@@ -168,8 +173,8 @@ def detection(model, opt):
     scores = {kind: metrics.coco_ap(pairs, coco) for kind, coco in (("box", "bbox"),
                                                                    ("mask", "segm"))}
     progress.delete()
-    blocks, global_blocks = (" ".join(str(i + 1) for i in numbers)
-                             for numbers in (net.backbone.blocks, net.backbone.global_blocks))
+    blocks, global_blocks = (" ".join(str(i + 1) for i in index)
+                             for index in (net.backbone.blocks, net.backbone.global_blocks))
     attention = (f"attention in windows of {net.backbone.window} patches, global in blocks "
                  f"{global_blocks}, bias tables" if recipe["windows"] else "global attention")
     small = " of a small detector (our choice)" if on_toy else ""
@@ -185,7 +190,8 @@ def detection(model, opt):
 
 
 def count_iters(recipe, n_images, opt):
-    """--iters; else --epochs or the recipe's epochs of the images, on toy a fixed number."""
+    """Iterations: --iters; else those of --epochs or of the recipe's epochs, on toy a fixed number.
+    """
     if opt.iters or "iters" in recipe and not opt.epochs:
         return opt.iters or recipe["iters"]
     return max(1, round((opt.epochs or recipe["epochs"]) * n_images / recipe["batch"]))
@@ -196,9 +202,11 @@ def count_iters(recipe, n_images, opt):
 
 def make_mask_rcnn(model, classes, recipe, side):
     """torchvision's Mask R-CNN on the Pyramid; class 0 is the background."""
-    p, channels, fc_dim = model.encoder.patch_size, recipe["channels"], recipe["fc_dim"]
+    p = model.encoder.patch_size
+    channels, fc_dim = recipe["channels"], recipe["fc_dim"]
     rpn_convs, box_convs = recipe["convs"]
-    strides, norm = [p // 4, p // 2, p, 2 * p, 4 * p], NORMS[recipe["heads"]]
+    strides = [p // 4, p // 2, p, 2 * p, 4 * p]
+    norm = NORMS[recipe["heads"]]
     box_head = FastRCNNConvFCHead((channels, 7, 7), [channels] * box_convs, [fc_dim], norm) if (
         box_convs) else TwoMLPHead(channels * 7 * 7, fc_dim)
     return MaskRCNN(
@@ -220,7 +228,8 @@ def make_mask_rcnn(model, classes, recipe, side):
 
 
 def make_backbone(encoder, recipe):
-    """A copy of the encoder to train. With windows: a bias table in each block, 0 if it is new."""
+    """A trainable copy of the encoder. With windows, each block has a bias table; new ones are
+    0."""
     start = copy_encoder(encoder, recipe["drop_path"])
     config = dict(start.config)
     if recipe["windows"]:
@@ -238,18 +247,22 @@ class Pyramid(nn.Module):
     """(B, 3, height, width) normalized -> {"0" ... "3", "pool": (B, channels, rows, columns)} of
     strides p/4 ... 4p.
 
-    With an FPN (1x, 100ep) each of four blocks gives a level, and the FPN adds the coarser to the
-    finer ones; without (vitdet: the simple pyramid) all levels are made from the last block. Blocks
-    are taken before the final norm. The encoder runs in bf16 if asked for, all else in fp32.
+    With an FPN (1x, 100ep) each of four blocks gives a level, and the FPN adds coarser levels to
+    finer ones; without it (vitdet: the simple pyramid) all levels are made from the last block.
+    Outputs of blocks are taken before the final norm. With bf16 the encoder runs in bf16, all else
+    in fp32.
     """
 
     def __init__(self, encoder, recipe, side, bf16=False):
         super().__init__()
-        D, depth, norm = encoder.embed_dim, encoder.depth, NORMS[recipe["norm"]]
-        self.encoder, self.bf16, self.out_channels = encoder, bf16, recipe["channels"]
+        D, depth = encoder.embed_dim, encoder.depth
+        norm = NORMS[recipe["norm"]]
+        self.encoder = encoder
+        self.bf16 = bf16
+        self.out_channels = recipe["channels"]
         self.blocks = [max(1, round(block * depth / 12)) - 1 for block in recipe["blocks"]]
         self.window = recipe["windows"] and min(encoder.grid[0], side // encoder.patch_size // 2)
-        every = max(2, depth // 4)                       # the last of 3 blocks of ViT-B, 6 of ViT-L
+        every = max(2, depth // 4)                       # every 3rd block of ViT-B, 6th of ViT-L
         self.global_blocks = sorted({*range(every - 1, depth, every), depth - 1})
         simple = len(self.blocks) == 1
         half, quarter = (D // 2, D // 4) if simple else (D, D)
@@ -285,10 +298,12 @@ class Pyramid(nn.Module):
 
     def windowed_blocks(self, images):
         """-> patch tokens (B, N, D) of self.blocks. Only the global blocks attend beyond a window.
-        As in ViTDet, windows are zero-padded, and the padding is attended to."""
+        As in ViTDet, windows are zero-padded, and tokens also attend to the padding."""
         encoder, window = self.encoder, (self.window, self.window)
+        prefix = encoder.num_prefix
         x, grid = encoder.embed(images)
-        x, prefix, outputs = x[:, encoder.num_prefix:], encoder.num_prefix, {}
+        x = x[:, prefix:]
+        outputs = {}
         factors = encoder.drop_factors(len(x))
         for i, block in enumerate(encoder.blocks):
             attends_to_all = i in self.global_blocks
@@ -307,8 +322,8 @@ class Pyramid(nn.Module):
 
 
 def split_windows(x, grid, window):
-    """(B, N, D) -> (B * number of windows, window patches, D), row by row, zero-padded. grid,
-    window: their (rows, columns)."""
+    """(B, N, D) -> (B * number of windows, patches of a window, D), windows in raster order,
+    zero-padded. grid, window: (rows, columns) in patches."""
     (h, w), (a, b) = grid, window
     x = F.pad(x.unflatten(1, (h, w)), (0, 0, 0, -w % b, 0, -h % a))
     x = x.unflatten(2, (-1, b)).unflatten(1, (-1, a))                        # (B, m, a, n, b, D)
@@ -324,9 +339,11 @@ def join_windows(x, grid, window):
 
 
 def make_roi_align(size, p):
-    """RoIAlign to size x size cells, each a mean of as many samples as it covers cells of a map.
+    """RoIAlign to size x size cells; the samples of a cell are as many as the cells of the map that
+    it covers.
 
-    The scales are set by hand: torchvision would infer them from the first batch and keep them.
+    The scales are set here, because torchvision would infer them from the first batch and keep
+    them.
     """
     pool = MultiScaleRoIAlign(["0", "1", "2", "3"], size, sampling_ratio=0)
     finest = p.bit_length() - 3                          # log2 of p/4
@@ -342,26 +359,31 @@ class TrainingViews(IterableDataset):
     """Endless random views (image, target) of the training images, in a new order in every epoch.
 
     read: as in `detection`; keep: read once and keep all items in memory. first_epoch: a resumed
-    run starts with the epoch in which it was killed. The images of an epoch are split over
-    processes and their workers, each of which makes batches of its own: with another number of
-    workers other images share a batch, so a run differs.
+    run starts with the epoch in which it was interrupted. The images of an epoch are split over
+    processes and their workers, and each worker makes its own batches: with another number of
+    workers, batches have other images, and the result differs.
     """
 
     def __init__(self, read, recipe, side, mean, seed, keep):
-        self.read, self.recipe, self.side, self.mean, self.seed = read, recipe, side, mean, seed
+        self.read = read
+        self.recipe = recipe
+        self.side = side
+        self.mean = mean
+        self.seed = seed
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.kept = list(read("train")) if keep else None
         self.n_images, self.first_epoch = None, 0
 
     def __iter__(self):
         worker = get_worker_info()
-        n_workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        n_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
         for epoch in itertools.count(self.first_epoch):
             def order(n_images, epoch=epoch):
-                self.n_images, g = n_images, rng.generator(self.seed, "order", epoch)
-                numbers = torch.randperm(n_images, generator=g).tolist()
-                part = numbers[own + n_workers * self.rank::n_workers * self.world]
-                return part or numbers                   # too few images to be split
+                self.n_images = n_images
+                g = rng.generator(self.seed, "order", epoch)
+                index = torch.randperm(n_images, generator=g).tolist()
+                part = index[worker_id + n_workers * self.rank::n_workers * self.world]
+                return part or index                     # too few images to be split
 
             items = (self.read("train", order) if self.kept is None else
                      (self.kept[i] for i in order(len(self.kept))))
@@ -379,9 +401,9 @@ class TrainingViews(IterableDataset):
 
 def training_view(item, recipe, side, mean):
     """-> image (3, height, width) uint8; boxes (objects, 4), labels (objects,) from 1, masks
-    (objects, height, width) uint8 of what remains of the objects.
+    (objects, height, width) uint8 of the objects that remain in the view.
 
-    Crowds are left out, and so are boxes with a side of less than a pixel.
+    Crowds are left out, and also boxes with a side of less than a pixel.
     """
     single = ~item.crowd
     sample = dict(
@@ -395,15 +417,15 @@ def training_view(item, recipe, side, mean):
     masks = sample["masks"].as_subclass(torch.Tensor)
     remain = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1) & (masks > 0).flatten(1).any(1)
     boxes, masks = boxes[remain], masks[remain]
-    if recipe["input"] == "jitter":                      # the box of a cropped object may be too
-        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])     # large: made again (ViTDet)
+    if recipe["input"] == "jitter":                      # tight boxes of cropped objects (ViTDet)
+        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
     return sample["image"].as_subclass(torch.Tensor), dict(
         boxes=boxes, labels=item.labels[single][remain] + 1, masks=masks)
 
 
 def multi_scale(sample, zoom=1.0):
-    """1x, as in DETR: the short side from 480 to 800 px, the long one at most 1333; in half of the
-    cases of a random crop. zoom: factor of all these sizes."""
+    """1x, as in DETR: the short side is 480 to 800 px, the long side at most 1333 px; with
+    probability 1/2 of a random crop. zoom: factor of all these sizes."""
     def resize_short_side(sizes, max_long=None):
         return v2.RandomShortestSize([round(s * zoom) for s in sizes],
                                      max_long and round(max_long * zoom))(sample)
@@ -418,8 +440,9 @@ def multi_scale(sample, zoom=1.0):
 
 
 def large_scale_jitter(sample, side, scales, mean):
-    """100ep, vitdet: resized to fit into the canvas, times 0.1 to 2; cropped at random where it is
-    larger, padded with the mean color on the right and at the bottom where it is smaller."""
+    """100ep, vitdet: resized to fit into the canvas, times a random factor in the range `scales`;
+    cropped at random if larger, padded with the mean color on the right and at the bottom if
+    smaller."""
     sample = v2.ScaleJitter((side, side), scales)(sample)
     sample = random_crop(sample, side, side)
     height, width = sample["image"].shape[1:]
@@ -439,7 +462,7 @@ def random_crop(sample, height, width):
 
 
 def parameter_groups(net, recipe):
-    """Groups for AdamW: encoder layers as in fine-tuning; everything new has the full lr."""
+    """Groups for AdamW: encoder layers as in fine-tuning; all new layers have the full lr."""
     named = [(name.removeprefix("backbone."), p) for name, p in net.named_parameters()
              if p.requires_grad]
     return layer_decay_groups(named, net.backbone.encoder.depth, recipe["layer_decay"],
@@ -447,7 +470,8 @@ def parameter_groups(net, recipe):
 
 
 def lr_factor(step, iters, recipe):
-    """Linear from 0.001 over the warm-up (at most a tenth of the run), then steps or a cosine."""
+    """The factor of lr: a linear warmup from 0.001 to 1 (at most a tenth of the run), times steps,
+    or times half a cosine from 1 to 0, which begins at step 0."""
     warmup = min(recipe["warmup"], iters // 10)
     up = 0.001 + 0.999 * step / warmup if step < warmup else 1.0
     if recipe["steps"]:
@@ -457,12 +481,12 @@ def lr_factor(step, iters, recipe):
 
 @torch.enable_grad()
 def train_detector(net, optimizer, progress, batches, recipe, iters, device, opt):
-    """End to end. The loss is torchvision's sum of five: objectness and box of the RPN; class, box
-    and mask of the heads."""
+    """Trains end to end. The loss is torchvision's sum of five: objectness and box of the RPN;
+    class, box and mask of the heads."""
     parallel, losses = distributed.wrap_ddp(net, device), []
     net.train()
     for step, batch in progress.steps(shorten_worker_errors(batches), iters):
-        torch.manual_seed(rng.key(opt.seed, "detection", step, distributed.rank()))  # of sampling
+        torch.manual_seed(rng.key(opt.seed, "detection", step, distributed.rank()))  # for samples
         lr = recipe["lr"] * lr_factor(step, iters, recipe)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
@@ -487,8 +511,8 @@ def train_detector(net, optimizer, progress, batches, recipe, iters, device, opt
 
 
 def shorten_worker_errors(batches):
-    """The batches. An exception in a worker arrives with its traceback as text: only the message in
-    its last line is kept."""
+    """The batches. The text of an exception in a worker is its traceback; only the message in its
+    last line is kept."""
     try:
         yield from batches
     except ValueError as error:
@@ -496,21 +520,21 @@ def shorten_worker_errors(batches):
         raise ValueError(line.removeprefix("ValueError: ")) from None
 
 
-# ---- the test ------------------------------------------------------------------------------------
+# ---- prediction ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def predict_objects(net, image, device):
     """(3, height, width) uint8 -> scores (objects,), boxes (objects, 4), labels (objects,) from 0,
     masks (objects, height, width) bool."""
-    found = net([image.to(device).float() / 255])[0]
-    return SimpleNamespace(scores=found["scores"].cpu(), boxes=found["boxes"].cpu(),
-                           labels=found["labels"].cpu() - 1,
-                           masks=(found["masks"][:, 0] > 0.5).cpu())
+    output = net([image.to(device).float() / 255])[0]
+    return SimpleNamespace(scores=output["scores"].cpu(), boxes=output["boxes"].cpu(),
+                           labels=output["labels"].cpu() - 1,
+                           masks=(output["masks"][:, 0] > 0.5).cpu())
 
 
 def pack_objects(item):
-    """What the score depends on: without the image, and with masks as COCO's run lengths."""
+    """The fields that the score depends on, without the image; masks are COCO's run lengths."""
     from pycocotools import mask
     runs = mask.encode(np.asfortranarray(item.masks.permute(1, 2, 0).byte().numpy()))
     return SimpleNamespace(**{name: x for name, x in vars(item).items() if name in (
@@ -518,8 +542,8 @@ def pack_objects(item):
 
 
 def draw_objects(image, boxes, labels, masks):
-    """The image with boxes and masks, a color for each class (its key seeds the random colors)."""
-    colors = (rng.uniform(labels, 3, "colour") * 256).int().tolist()
+    """The image with boxes and masks, in a random color for each class."""
+    colors = (rng.uniform(labels, 3, "colour") * 256).int().tolist()    # this key seeds the colors
     for box, mask, color in zip(boxes, masks, map(tuple, colors)):
         # One by one: torchvision leaves black pixels where masks overlap.
         image = draw_segmentation_masks(image, mask, colors=color)

@@ -1,7 +1,7 @@
-"""Fine-tuning: how good is pre-training as an initialization, if all weights are trained?
+"""Fine-tuning: how good are pretrained weights as an initialization, if all weights are trained?
 
     python evaluate.py --task finetune --recipe simmim --checkpoint out/simmim-toy
-    python evaluate.py --task finetune --reinit last:2     # how much did the last two blocks learn?
+    python evaluate.py --task finetune --reinit last:2     # contribution of the last two blocks
 
     image -> ViT -> mean of the patch tokens -> LayerNorm -> linear layer -> class
 """
@@ -23,10 +23,12 @@ from probes.training import Progress, copy_encoder, layer_decay_groups
 
 # Shapes: B images, N patches, D width, C classes, S image side
 
-# lr: at a batch of lr_batch, else scaled linearly. clip: norm of the gradient. mae, simmim: their
-# released code. mmc: Wu et al., table 7, where "64 on 4 GPUs" for ImageNet and "on 2" for others is
-# read as 64 on each; what it leaves open (lr scaled linearly, end of the cosine, mixing, erasing,
-# drop path, no clip, head) is as in mae: our choice.
+# lr: at a batch of lr_batch; scaled linearly to `batch`, and with the square root from there to the
+# smaller batches of small data sets (see below). clip: largest norm of the gradient. augment: a key
+# of AUGMENTATIONS. mae, simmim: their released code. mmc: Wu et al., table 7, where "64 on 4 GPUs"
+# for ImageNet and "on 2" for others is read as 64 per GPU. What they leave open is our choice: lr
+# scaled linearly, end of the cosine, mixing, erasing, drop path and no clip as in mae; head: see
+# Classifier.
 FINETUNE_RECIPES = {
     "mae":    dict(lr=5e-4, lr_batch=256, batch=1024, epochs=100, warmup=5, clip=None,
                    augment="RandAugment"),
@@ -35,9 +37,9 @@ FINETUNE_RECIPES = {
     "mmc":    dict(lr=5e-4, lr_batch=256, batch=256, epochs=100, warmup=5, clip=None,
                    augment="RandAugment")}
 MMC_NOT_IMAGENET = dict(batch=128, epochs=200, augment="ThreeAugment")       # on other data sets
-CROP_SCALE = 0.08, 1.0                                   # area of the crop / of the image
-# On toy, our choice: minutes, not hours, so crops of most of the image, no mixing, no erasing.
-TOY_FINETUNE = dict(batch=64, epochs=5, crop_scale=(0.6, 1.0), augment="large crops and flips only")
+CROP_SCALE = 0.08, 1.0                                   # area of the crop / area of the image
+# On toy, our choice, to train in minutes: crops of most of the image, no mixing, no erasing.
+TOY_FINETUNE = dict(batch=64, epochs=5, crop_scale=(0.6, 1.0), augment=None)
 LAYER_DECAY, WEIGHT_DECAY, DROP_PATH = 0.65, 0.05, 0.1   # of all three recipes
 
 
@@ -45,16 +47,17 @@ def finetune(model, opt):
     """End-to-end fine-tuning as a classifier: top-1 and top-5 accuracy.
 
     With --reinit some blocks are re-initialized first, which shows how much of the accuracy comes
-    from what they learned (Park et al., F.3). The result is that of the best epoch on the test
-    images, as in the released code of linear probes (the papers do not state it for fine-tuning).
-    That is optimistic, so the last epoch is reported as well. A run that is killed is resumed, see
-    training.Progress.
+    from their pretrained weights (Park et al., F.3). The result is that of the best epoch on the
+    test images, as in the released code of linear probes (the papers do not state it for
+    fine-tuning). That is optimistic, so the last epoch is also reported. The same command resumes
+    an interrupted run, see training.Progress. ValueError: the pixels baseline, wrong --reinit, too
+    few images.
     """
     recipe_name, published = choose_recipe(opt, FINETUNE_RECIPES)
     if recipe_name == "mmc" and opt.data != "imagenet":
         published = published | MMC_NOT_IMAGENET
     recipe = published | (TOY_FINETUNE if is_toy(opt.data) else {})
-    cls_too = recipe_name == "mmc"                       # its head takes the class token as well
+    with_cls = recipe_name == "mmc"                      # the head also takes the class token
     if not model.encoder:
         raise ValueError("finetune trains an encoder, and pixels have none: leave out that "
                          "--baseline, or take untrained")
@@ -62,12 +65,12 @@ def finetune(model, opt):
     (images, classes), (tests, _) = (load_labeled(model, opt, s) for s in ("train", "test"))
 
     # Our choice for small data sets: a batch of at most 1/64 of the images, so that there are
-    # enough steps, and lr scaled with its square root, as suits AdamW; scaled linearly, lr would be
-    # too small to train much.
+    # enough steps, and lr scaled with the square root of the batch, as suits AdamW; scaled
+    # linearly, lr would be too small.
     rank, world = distributed.rank(), distributed.world_size()
     batch_size = min(recipe["batch"], max(16, world, len(images) // 64)) // world * world
     if len(images) < batch_size or len(tests) < world:
-        raise ValueError(f"finetune needs {batch_size} training and {world} test images at least, "
+        raise ValueError(f"finetune needs at least {batch_size} training and {world} test images, "
                          f"and {opt.data} has {len(images)} and {len(tests)}: raise --limit or "
                          f"change --data")
     crop = data.View(model.img_size, scale=recipe.get("crop_scale", CROP_SCALE))     # and a flip
@@ -83,17 +86,19 @@ def finetune(model, opt):
         schedule, end = cosine, 1e-6
 
     torch.manual_seed(opt.seed)
-    encoder = copy_encoder(model.encoder, DROP_PATH, reinit, cls_too, model.img_size)
-    net = Classifier(encoder, classes, cls_too).to(model.device)
+    encoder = copy_encoder(model.encoder, DROP_PATH, reinit, with_cls, model.img_size)
+    net = Classifier(encoder, classes, with_cls).to(model.device)
     optimizer = torch.optim.AdamW(
         layer_decay_groups(net.named_parameters(), encoder.depth, LAYER_DECAY, WEIGHT_DECAY),
         betas=(0.9, 0.999), fused=True)
     progress = Progress(model, opt, net, optimizer)
     parallel = distributed.wrap_ddp(net, model.device)
-    transform, mix = AUGMENTATIONS.get(recipe["augment"]), make_mixing(classes)
-    curve, losses = progress.curve, []                   # curve: (top-1, top-5) of every epoch
+    transform = AUGMENTATIONS[recipe["augment"]] if recipe["augment"] else None
+    mix = make_mixing(classes)
+    curve = progress.curve                               # (top-1, top-5) of every epoch
+    losses = []
     for step, batch in progress.steps(loader.batches(progress.step), total):
-        torch.manual_seed(rng.key(opt.seed, "finetune", step, rank))         # torchvision's numbers
+        torch.manual_seed(rng.key(opt.seed, "finetune", step, rank))         # augment, drop path
         lr = schedule(step, total, peak, end, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
@@ -132,11 +137,12 @@ def finetune(model, opt):
     row = {"top-1": best[0], "top-5": best[1], "last epoch": last[0], "last top-5": last[1]}
     start = f", blocks {opt.reinit} re-initialized" if opt.reinit else ""
     few_images = batch_size < published["batch"] // world * world
-    return Report({"cls+patch" if cls_too else "patch": row},
+    augmentation = (f"{recipe['augment']}, mixup, cutmix, erasing" if recipe["augment"] else
+                    "large crops and flips only")
+    return Report({"cls+patch" if with_cls else "patch": row},
                   f"fine-tuned end to end, recipe {recipe_name}{start}: AdamW, batch {batch_size}, "
                   f"lr {peak:.2g}{' (both our choice, for few images)' * few_images}, layer decay "
-                  f"{LAYER_DECAY}, {epochs} epochs, {recipe['augment']}"
-                  f"{', mixup, cutmix, erasing' if transform else ''}, drop path {DROP_PATH}; "
+                  f"{LAYER_DECAY}, {epochs} epochs, {augmentation}, drop path {DROP_PATH}; "
                   f"top-1, top-5 of the epoch that is best on the test images, and of the last; "
                   f"{describe_view(model, opt)}", dict(train=len(images), test=len(tests)),
                   [f"{model.name}: best epoch {curve.index(best) + 1} of {epochs}"])
@@ -149,42 +155,42 @@ class Classifier(nn.Module):
     """Encoder, pooled feature, linear head (B, C), initialized near zero.
 
     The feature is the mean of the patch tokens after a new LayerNorm (fc_norm), which replaces the
-    encoder's. cls_too (MMC): class token and patch mean, concatenated; our choice: after the
-    encoder's norm, which stays.
+    encoder's final norm. with_cls (MMC): class token and patch mean, concatenated; our choice:
+    after the encoder's final norm, which is kept, and without fc_norm.
     """
 
-    def __init__(self, encoder, classes, cls_too=False):
+    def __init__(self, encoder, classes, with_cls=False):
         super().__init__()
         width, eps = encoder.embed_dim, encoder.config["norm_eps"]
-        self.encoder, self.cls_too = encoder, cls_too
-        self.fc_norm = nn.Identity() if cls_too else nn.LayerNorm(width, eps)
-        self.head = nn.Linear(2 * width if cls_too else width, classes)
+        self.encoder, self.with_cls = encoder, with_cls
+        self.fc_norm = nn.Identity() if with_cls else nn.LayerNorm(width, eps)
+        self.head = nn.Linear(2 * width if with_cls else width, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x):
         cls, patches = self.encoder.split(self.encoder(x))                   # (B, D), (B, N, D)
         z = patches.mean(1)
-        if self.cls_too:
+        if self.with_cls:
             z = torch.cat([z if cls is None else cls, z], 1)                 # (B, 2D)
         return self.head(self.fc_norm(z))
 
 
 def parse_reinit(text, depth):
-    """ "first:2", "last:2" or None -> numbers of the blocks to re-initialize."""
-    found = re.fullmatch(r"(first|last):(\d+)", text or "first:0")
-    n = int(found[2]) if found else -1
+    """ "first:2", "last:2" or None -> indices of the blocks to re-initialize."""
+    match = re.fullmatch(r"(first|last):(\d+)", text or "first:0")
+    n = int(match[2]) if match else -1
     if not 0 <= n <= depth:
         raise ValueError(f"--reinit {text}: give first:N or last:N with N from 0 to {depth}, the "
                          f"number of blocks of this encoder")
-    return range(n) if found[1] == "first" else range(depth - n, depth)
+    return range(n) if match[1] == "first" else range(depth - n, depth)
 
 
 def simmim_lr(step, total, start, end, warmup):
-    """Cosine from step 0 on; during the warm-up a linear increase from `end` to `start` instead.
+    """Cosine from step 0 on; during the warmup a linear increase from `end` to `start` instead.
 
-    So lr drops at the end of the warm-up to where the cosine is by then (from 5e-3 to 4.523e-3 in
-    SimMIM's log).
+    At the end of the warmup lr therefore drops to the value of the cosine at that step (from 5e-3
+    to 4.523e-3 in SimMIM's log).
     """
     if step < warmup:
         return end + (start - end) * step / warmup
@@ -192,16 +198,17 @@ def simmim_lr(step, total, start, end, warmup):
 
 
 def soft_cross_entropy(scores, targets, smoothing=0.1):
-    """Summed over the batch. scores: (B, C), targets: (B, C), smoothed to 0.9 y + 0.1 / C."""
+    """Cross-entropy, summed over the batch. scores, targets: (B, C); targets are smoothed to
+    0.9 y + 0.1 / C."""
     return F.cross_entropy(scores, targets, label_smoothing=smoothing, reduction="sum")
 
 
 @torch.no_grad()
 def test_accuracy(net, tests, model, opt):
     """Top-1 and top-5 on the test images in percent; each process evaluates its part of them."""
-    own = slice(distributed.rank(), None, distributed.world_size())
-    images = replace(tests, labels=tests.labels[own], paths=tests.paths and tests.paths[own],
-                     pixels=None if tests.paths else tests.pixels[own])
+    part = slice(distributed.rank(), None, distributed.world_size())
+    images = replace(tests, labels=tests.labels[part], paths=tests.paths and tests.paths[part],
+                     pixels=None if tests.paths else tests.pixels[part])
     net.eval()
     scores = []
     for x, _ in data.batches(images, model.img_size, opt.batch_size, model.device, mean=model.mean,
@@ -222,23 +229,24 @@ def test_accuracy(net, tests, model, opt):
 def make_mixing(classes):
     """A function of (x (B, 3, S, S), y (B,)) -> x mixed with other images of the batch, y (B, C).
 
-    Half of the batches are blended (mixup, weight from Beta(0.8, 0.8)); in the others a box comes
-    from the other image (cutmix, area from Beta(1, 1)). Labels have the same weights.
+    Half of the batches are blended (mixup, weight from Beta(0.8, 0.8)); in the others a box is
+    replaced by that of the other image (cutmix, area from Beta(1, 1)). Labels are mixed with the
+    same weights.
     """
     return v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
                             v2.CutMix(alpha=1.0, num_classes=classes)])
 
 
 def rand_augment(x):
-    """RandAugment: twice one of 14 operations, each with probability 1/2, as timm's default.
-    (B, 3, S, S) uint8 -> in [0, 1].
+    """RandAugment: two times one of 14 operations, applied with probability 1/2, as in timm's
+    default. (B, 3, S, S) uint8 -> (B, 3, S, S) in [0, 1].
 
     The recipes give magnitude 9 of timm's 10 (m9-mstd0.5-inc1); of torchvision's bins 0 to 30 that
-    is 27. What differs from timm: the strength does not vary (mstd), Posterize keeps 4 bits (timm:
+    is 27. Differences from timm: the strength does not vary (mstd), Posterize keeps 4 bits (timm:
     1), Invert and SolarizeAdd are missing, one of the 14 is Identity, and warps are bilinear. Our
-    choice: a batch of more than 32 chosen images is split into 32 groups with one operation each,
-    so that a GPU does not process single images; with their signs there are no more than 23
-    operations anyway.
+    choice: if more than 32 images are chosen, they are split into 32 groups with one operation
+    each, so that a GPU does not process single images; there are only 23 operations, signs
+    included.
     """
     operation = v2.RandAugment(1, magnitude=27, interpolation=TF.InterpolationMode.BILINEAR,
                                fill=[round(255 * m) for m in augment.MEAN])
@@ -246,13 +254,13 @@ def rand_augment(x):
     for _ in range(2):
         chosen = torch.randperm(len(x))[torch.rand(len(x)) < 0.5]
         for rows in chosen.to(x.device).chunk(32):
-            if len(rows):                                # none chosen: one empty chunk
+            if len(rows):                                # without a chosen image the chunk is empty
                 x[rows] = operation(x[rows])
     return x / 255
 
 
 def three_augment(x):
-    """ThreeAugment (DeiT III): grayscale, solarize or blur, and color jitter. uint8 -> [0, 1]."""
+    """ThreeAugment (DeiT III): grayscale, solarize or blur, then color jitter. uint8 -> [0, 1]."""
     x, kind = x / 255, torch.randint(3, (len(x),))
     radius, threshold = 0.1 + 1.9 * torch.rand(len(x)), torch.full((len(x),), 128 / 255)
     augment.apply(lambda x, _: augment.luma(x).expand_as(x), x, kind == 0, radius)
@@ -266,14 +274,15 @@ AUGMENTATIONS = {"RandAugment": rand_augment, "ThreeAugment": three_augment}
 
 
 def erase_boxes(x, probability=0.25):
-    """Random erasing: a box of 2 to 33 % of the image becomes noise. x is normalized, and so is the
-    noise of each pixel."""
+    """Random erasing: a box of 2 to 33% of the area becomes noise, drawn for each pixel from N(0,
+    1). x: (B, 3, S, S) normalized."""
     size, u = x.shape[-1], torch.rand(len(x), 22)
     box = augment.crop_boxes(u, size, size, torch.tensor([0.02, 1 / 3]),
                              torch.tensor([0.3, 1 / 0.3]))
     box[torch.rand(len(x)) >= probability] = 0           # a box of height 0
     top, left, height, width = box.to(x.device)[:, :, None].unbind(1)        # (B, 1)
-    at = torch.arange(size, device=x.device)
-    rows, columns = (at >= top) & (at < top + height), (at >= left) & (at < left + width)
+    position = torch.arange(size, device=x.device)
+    rows = (position >= top) & (position < top + height)
+    columns = (position >= left) & (position < left + width)
     inside = rows[:, None, :, None] & columns[:, None, None, :]              # (B, 1, S, S)
     return torch.where(inside, torch.randn_like(x), x)

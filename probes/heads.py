@@ -21,9 +21,9 @@ from probes.common import choose_recipe, dino_features, extract_features, select
 
 # lr: at batch 256, scaled linearly with the batch. mae, dino: as in their released code. park:
 # batch and epochs of Park et al., table A.1; its lr 1 with weight decay 0.05 ("park paper";
-# literal: the same lr at any batch, no sweep) would shrink the weights by 5 % per step, so lr is
-# our choice. cae: CAE's attentive probe, lr 0.4 at 8192. part: part_classification, lr 0.4 and 0.04
-# at 1024.
+# literal: the same lr at any batch, no sweep) would shrink the weights by 5% per step, so lr is
+# our choice. cae: CAE's attentive probe, lr 0.4 at batch 8192. part: part_classification, lr 0.4
+# (linear) and 0.04 (attentive) at batch 1024.
 LINEAR_RECIPES = {
     "mae":  dict(lr=0.1,   batch=16384, epochs=90,  warmup=10, lars=True,  standardize=True),
     "dino": dict(lr=0.001, batch=1024,  epochs=100, warmup=0,  lars=False, standardize=False),
@@ -34,7 +34,7 @@ LINEAR_RECIPES = {
     "part": dict(lr=0.1,   batch=1024,  epochs=90,  warmup=0,  lars=False, standardize=False),
     "part attentive":
             dict(lr=0.01,  batch=1024,  epochs=90,  warmup=0,  lars=False, standardize=False)}
-LR_FACTORS = (0.3, 1, 3, 10, 30, 100, 300)               # times the recipe's lr: a head for each
+LR_FACTORS = (0.3, 1, 3, 10, 30, 100, 300)     # times the recipe's lr; a head is trained with each
 
 # ---- heads ---------------------------------------------------------------------------------------
 
@@ -57,9 +57,9 @@ class AttentiveHeads:
     """n_lr attentive classifiers: tokens (B, L, D) -> scores (B, n_lr, C). No residual, no MLP.
 
     A learned query attends to all tokens, with D/64 attention heads and a LayerNorm each for query,
-    key and value; then a projection, batch norm without affine, and a linear classifier. As there
-    is one query, no token is projected: q . (W_k x) = (W_k^T q) . x, and the weighted mean of W_v x
-    is W_v times that of x. So n_lr heads cost hardly more than one. The shift of the key's
+    key and value; then a projection, batch norm without affine parameters, and a linear classifier.
+    As there is one query, no token is projected: q . (W_k x) = (W_k^T q) . x, and the weighted mean
+    of W_v x is W_v times that of x. So n_lr heads cost hardly more than one. The shift of the key's
     LayerNorm is left out: it cancels in the softmax. bn: statistics of the batch norm at test time,
     "running" or those of the "batch".
     """
@@ -119,7 +119,7 @@ class Classifier:
     mean: torch.Tensor | float
     scale: torch.Tensor | float
     lr: float                            # at batch 256
-    epoch: int                           # the best one, from 1
+    epoch: int                           # the best one, counted from 1
     epochs: int
 
     def scores(self, x, head=None):
@@ -165,7 +165,7 @@ def train_heads(x, labels, num_classes, recipe, epochs, seed, make_heads=LinearH
     factors = (1.0,) if recipe.get("literal") else LR_FACTORS
     heads = make_heads(len(factors), x.shape[-1], num_classes, g, x.device)
     batch = min(len(train), max(heads.min_batch, min(recipe["batch"], len(train) // 32)))
-    alone = len(train) % batch == 1 < heads.min_batch    # batch norm makes 0 of a single image
+    alone = len(train) % batch == 1 < heads.min_batch    # batch norm maps a single image to 0
     used = len(train) - alone
     total = epochs * -(-used // batch)
     warmup = total * recipe["warmup"] // recipe["epochs"]
@@ -211,7 +211,8 @@ def sgd_step(params, grads, momenta, lrs, lars, weight_decay=0.0, trust=0.001):
 
     weight_decay: of weights and biases, added to the gradient as in torch.optim.SGD. lars (You et
     al., 2017; as in MAE): the gradient of a weight is first scaled to `trust` times the norm of the
-    weight, so that lr is a relative step at any scale of the loss. Not for biases (last axis 1).
+    weight, so that lr is a relative step at any scale of the loss. Biases (last axis 1) are not
+    scaled.
     """
     for p, grad, m in zip(params, grads, momenta):
         per_head = (-1, *[1] * (p.ndim - 1))                                # (n_lr, 1, ...)
@@ -225,12 +226,12 @@ def sgd_step(params, grads, momenta, lrs, lars, weight_decay=0.0, trust=0.001):
         p.sub_(lrs.view(per_head) * m)
 
 
-# ---- the linear probe, also of shape_bias and frequency_noise ------------------------------------
+# ---- the linear probe, also used by shape_bias and frequency_noise -------------------------------
 
 
 def choose_linear_recipe(opt, default="mae"):
-    """Name and settings of --recipe for a linear classifier; with --paper-lr those of park as
-    printed in its table."""
+    """Name and settings of --recipe for a linear classifier; with --paper-lr those of Park et al.,
+    table A.1, as printed."""
     names = dict.fromkeys([default, "mae", "dino", "park"])
     name, recipe = choose_recipe(opt, {name: LINEAR_RECIPES[name] for name in names})
     if opt.paper_lr and name != "park":
@@ -239,8 +240,8 @@ def choose_linear_recipe(opt, default="mae"):
 
 
 def linear_features(opt, recipe_name):
-    """Names and function of the features of a recipe. mae: class token; park: patch mean, as SimMIM
-    trains no class token; dino: see dino_features, which names its only feature itself."""
+    """Names and function of the features of a recipe. mae: class token; park: mean patch token, as
+    SimMIM trains no class token; dino: see dino_features, which names its only feature itself."""
     name = opt.feature or ("patch" if recipe_name == "park" else "cls")
     if recipe_name == "dino" and not opt.feature:
         return [name], dino_features

@@ -6,9 +6,9 @@
 
 A function list_<data set>(level, root, split) returns
     items: a list of (name of the image, path of the image, path of its annotation), and
-    read: a function of a path of an annotation and the (height, width) of its image, which returns
-          the labels: classes from 0, 255 for pixels to ignore.
-probes/annotations.py calls them, pairs labels with images and reports errors.
+    read: a function (path of an annotation, (height, width) of its image) -> labels: classes from
+          0, and 255 for pixels to ignore.
+probes/annotations.py calls these functions, reads the images and reports errors.
 """
 import glob
 import json
@@ -46,8 +46,8 @@ bottle buffet poster stage van ship fountain conveyer_belt canopy washer playthi
 stool barrel basket waterfall tent bag minibike cradle oven ball food step tank trade_name microwave
 pot animal bicycle lake dishwasher screen blanket sculpture hood sconce vase traffic_light tray
 ashcan fan pier crt_screen plate monitor bulletin_board shower radiator glass clock flag""".split()]
-# The 59 objects that have parts (from the code of the part-aware study), as number in ADE : number
-# or numbers in the full ADE20K (convertFromADE/mapFromADE.txt).
+# The 59 objects that have parts (from the code of Zhu et al., 2023), as id in ADE : id or ids in
+# the full ADE20K (convertFromADE/mapFromADE.txt).
 ADE_OBJECTS = [[[int(i) for i in side.split(",")] for side in pair.split(":")] for pair in """2:312
 3:2420 5:2855 8:165 9:3055 11:350 13:1831 15:774,783 16:2684 18:1910 20:471 21:401 24:2473 25:2329
 26:1276 31:57 32:2272 33:907 34:724 36:2985,533 37:1395 38:155 43:581 45:491 48:2388 49:2423 51:2096
@@ -82,7 +82,7 @@ cleftside crightside cbackside croofside
 tvmonitor screen""".strip().split("\n")}
 LIP = """Background Hat Hair Glove Sunglasses UpperClothes Dress Coat Socks Pants Jumpsuits Scarf
 Skirt Face Left-arm Right-arm Left-leg Right-leg Left-shoe Right-shoe""".split()
-CITYSCAPES = dict(zip(          # name: its number in *_labelIds.png
+CITYSCAPES = dict(zip(          # name: its id in *_labelIds.png
     ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
      "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train",
      "motorcycle", "bicycle"],
@@ -95,15 +95,15 @@ mountain mud napkin net paper pavement pillow plant-other plastic platform playi
 railroad river road rock roof rug salad sand sea shelf sky-other skyscraper snow solid-other stairs
 stone straw structural-other table tent textile-other towel tree vegetable wall-brick wall-concrete
 wall-other wall-panel wall-stone wall-tile wall-wood water-other waterdrops window-blind
-window-other wood""".split()                                        # COCO's 92 ... 182
+window-other wood""".split()                                        # COCO's ids 92 ... 182
 PASCAL_CLASSES = [f"{name}: {part}" for name, parts in PASCAL_PARTS.items() for part in parts]
 
 # --------------------------------------------------------------------------------------------------
-# Label images: one number per pixel
+# Label images: one id per pixel
 
 
 def read_label_image(path):
-    """-> (height, width) uint8. Of a palette image these are the numbers, not the colors."""
+    """-> (height, width) uint8 ids; for a palette image the indices, not the colors."""
     with Image.open(path) as image:
         if image.mode not in ("L", "P"):
             raise ValueError(f"a label image of mode {image.mode} instead of one number per pixel: "
@@ -112,21 +112,21 @@ def read_label_image(path):
 
 
 def make_label_reader(classes):
-    """{number in the file: class or 255} -> function read, as above. Other numbers are errors."""
-    table = np.full(256, 254, np.uint8)                            # 254: an unknown number
+    """{id in the file: class or 255} -> function read, as above. Other ids are errors."""
+    table = np.full(256, 254, np.uint8)                            # 254: an unknown id
     table[list(classes)] = list(classes.values())
 
     def read(path, shape):
-        numbers = read_label_image(path)
-        labels = table[numbers]
+        ids = read_label_image(path)
+        labels = table[ids]
         if (labels == 254).any():
-            raise ValueError(f"the number {numbers[labels == 254][0]} is not a class")
+            raise ValueError(f"the number {ids[labels == 254][0]} is not a class")
         return labels
     return read
 
 
 def pair_files(names, images, labels):
-    """Items of names whose images are <name>.jpg and whose labels are <name>.png."""
+    """Items for names whose images are <name>.jpg and whose labels are <name>.png."""
     return [(name, os.path.join(images, f"{name}.jpg"), os.path.join(labels, f"{name}.png"))
             for name in names]
 
@@ -155,8 +155,9 @@ def list_voc(level, root, split):
     """VOC 2012 (Everingham et al.). train includes the labels of SBD (Hariharan et al., 2011)."""
     top = find_path("voc", root, *list_prefixes(
         "VOCdevkit/VOC2012", "VOC2012", "voc/VOCdevkit/VOC2012", "voc"))
-    official, augmented, images = (os.path.join(top, folder) for folder in (
-        "SegmentationClass", "SegmentationClassAug", "JPEGImages"))
+    official = os.path.join(top, "SegmentationClass")
+    augmented = os.path.join(top, "SegmentationClassAug")
+    images = os.path.join(top, "JPEGImages")
     lists = {part: find_path("voc", top, f"ImageSets/Segmentation/{part}.txt")
              for part in ("train", "val")}
     label = {name: os.path.join(official, f"{name}.png")
@@ -177,7 +178,7 @@ def list_voc(level, root, split):
             print(f"note: no benchmark_RELEASE (SBD) next to {top}: training on the {len(label)} "
                   "images of VOC instead of the usual 10,582", file=sys.stderr)
     if any(path.endswith(".mat") for path in label.values()):
-        loadmat = import_optional("scipy.io", "The labels of SBD are .mat files").loadmat
+        loadmat = import_optional("scipy.io", "the labels of SBD are .mat files").loadmat
     read_png = make_label_reader({i: i for i in (*range(21), 255)})
 
     def read(path, shape):
@@ -193,8 +194,8 @@ def list_voc(level, root, split):
 
 
 def list_lip(level, root, split):
-    """Look Into Person (Gong et al., 2017). left and right are the person's. Some copies have a
-    folder twice, as in TrainVal_images/TrainVal_images."""
+    """Look Into Person (Gong et al., 2017). left and right are as seen by the person. Some copies
+    have nested folders of the same name, such as TrainVal_images/TrainVal_images."""
     part = "train" if split == "train" else "val"
     places = [at + twice for at in list_prefixes("lip", "LIP", "ATR/LIP")
               for twice in ("", "TrainVal_images/", "TrainVal_parsing_annotations/")]
@@ -208,7 +209,8 @@ def list_lip(level, root, split):
 
 
 def list_cityscapes(level, root, split):
-    """Cityscapes (Cordts et al., 2016): 19 of its labels are used for training and evaluation."""
+    """Cityscapes (Cordts et al., 2016): the 19 classes that are used for training and
+    evaluation."""
     part = "train" if split == "train" else "val"
     images, labels = (find_path("cityscapes", root, *(
         f"{at}{what}/{part}" for at in list_prefixes("cityscapes")))
@@ -223,8 +225,8 @@ def list_cityscapes(level, root, split):
 
 
 def list_coco_stuff(level, root, split):
-    """COCO-Stuff (Caesar et al., 2018): 80 things and 91 stuff. A file has the number of a class
-    less 1."""
+    """COCO-Stuff (Caesar et al., 2018): 80 thing and 91 stuff classes. Files hold the id of a class
+    minus 1."""
     year = {"train": "train2017", "test": "val2017"}[split]
     labels = find_path("coco", root, *(f"{at}stuffthingmaps/{year}"
                                        for at in list_prefixes("coco")))
@@ -241,22 +243,23 @@ def list_coco_stuff(level, root, split):
 
 
 def list_pascal(level, root, split):
-    """Pascal-Part (Chen et al., 2014) on VOC2010. Where masks overlap, the later one in the file
-    counts."""
-    loadmat = import_optional("scipy.io", "The annotations of pascal are .mat files").loadmat
+    """Pascal-Part (Chen et al., 2014) on VOC2010. Where masks overlap, the last one in the file is
+    used."""
+    loadmat = import_optional("scipy.io", "the annotations of pascal are .mat files").loadmat
     folder = find_path("pascal", root, *(f"{at}Annotations_Part" for at in (
         "trainval/", "pascal/trainval/", *list_prefixes("pascal"))))
-    lists, images = (find_path("pascal", root, *(at + what for at in list_prefixes(
-        "VOCdevkit/VOC2010", "VOC2010", "pascal/VOCdevkit/VOC2010"))) for what in (
-        f"ImageSets/Main/{'train' if split == 'train' else 'val'}.txt", "JPEGImages"))
+    part = "train" if split == "train" else "val"
+    places = list_prefixes("VOCdevkit/VOC2010", "VOC2010", "pascal/VOCdevkit/VOC2010")
+    lists = find_path("pascal", root, *(f"{at}ImageSets/Main/{part}.txt" for at in places))
+    images = find_path("pascal", root, *(f"{at}JPEGImages" for at in places))
     objects = {name: i for i, name in enumerate(PASCAL_PARTS)}
     parts = {name: i for i, name in enumerate(PASCAL_CLASSES)}
 
     def read(path, shape):
         labels, unknown = np.full(tuple(shape), 255, np.uint8), []
         content = loadmat(path, squeeze_me=True, struct_as_record=False)["anno"]
-        for thing in np.atleast_1d(content.objects):               # a single one is not in a list
-            kind = thing.__dict__["class"]                         # a keyword of Python
+        for thing in np.atleast_1d(content.objects):              # one object is not in a list
+            kind = thing.__dict__["class"]                         # `class` is a keyword of Python
             if level == "object":
                 labels[thing.mask > 0] = objects.get(kind, 255)
                 continue
@@ -275,7 +278,7 @@ def list_pascal(level, root, split):
 
 
 def list_ade20k_full(level, root, split):
-    """The full ADE20K (Zhou et al., 2017): its 209 parts, see `load_ade20k_parts`."""
+    """The full ADE20K (Zhou et al., 2017) with 209 parts, see `load_ade20k_parts`."""
     table = np.full(60 * 8192, 255, np.uint8)
     for number, (pair, _) in enumerate(load_ade20k_parts(root)):
         table[pair] = number
@@ -291,8 +294,8 @@ ADE_FULL = list_prefixes("ADE20K_2021_17_01", "ade20k/ADE20K_2021_17_01")
 
 
 def list_ade20k_stems(root, split):
-    """Paths without ending of the images of the full ADE20K that SceneParse150 has: the first
-    20,210."""
+    """Paths, without the extension, of the images of the full ADE20K that are also in
+    SceneParse150: those with a number up to 20,210."""
     part = {"train": "training", "test": "validation"}[split]
     folder = find_path("ade20k-full", root, *(f"{at}images/ADE/{part}" for at in ADE_FULL))
     ending = "_" + 8 * "[0-9]" + "_seg.png"
@@ -302,29 +305,31 @@ def list_ade20k_stems(root, split):
 
 
 def read_ade20k_pairs(stem):
-    """-> (height, width) int64, 8192 object + part: object 1 ... 59, 0 for all others; part 0 for
-    none."""
+    """-> (height, width) int64, 8192 object + part: object 1 ... 59, or 0 for all others; part 0
+    means that a pixel has no part."""
     def read_codes(ending):
         with Image.open(stem + ending) as image:
             rgb = np.array(image.convert("RGB")).astype(np.int64)
-        return rgb[..., 0] // 10 * 256 + rgb[..., 1]              # blue: the instance
+        return rgb[..., 0] // 10 * 256 + rgb[..., 1]              # blue is the instance
 
     objects = np.zeros(8192, np.int64)
     for number, (_, sources) in enumerate(ADE_OBJECTS, 1):
         objects[sources] = number
     pairs = objects[read_codes("_seg.png")] * 8192
-    if os.path.exists(f"{stem}_parts_1.png"):                      # else no object of it has parts
+    if os.path.exists(f"{stem}_parts_1.png"):                      # else its objects have no parts
         pairs += read_codes("_parts_1.png")
     return pairs
 
 
 def load_ade20k_parts(root):
-    """-> [(8192 object + part, name), ...]: the 209 most frequent pairs of the full ADE20K.
+    """-> [(8192 object + part, name), ...]: 209 pairs of an object and a part of the full ADE20K.
 
-    The study counts "209 parts that occur in training and validation" and gives no list; this one
-    is ours: pairs of one of the 59 objects and a part of the first level, in both splits, with at
-    least 0.1 % of the object's pixels (objects and parts disagree at borders), by training pixels.
-    Counted once, which takes a while, and stored in parts_209.txt next to the splits.
+    Zhu et al. (2023) count "209 parts that occur in training and validation" and give no list; this
+    list is ours. Candidates are pairs of one of the 59 objects and a part of the first level that
+    occur in both splits and cover at least 0.1% of the object's training pixels (fewer are errors
+    at borders, where the maps of objects and parts disagree). Of these, the 209 with the most
+    training pixels are taken, in this order. They are counted once, which takes a while, and
+    stored in parts_209.txt next to the splits.
     """
     top = find_path("ade20k-full", root, *(f"{at}images/ADE" for at in ADE_FULL))
     path = os.path.join(top, "parts_209.txt")
@@ -333,8 +338,8 @@ def load_ade20k_parts(root):
         if not all(stems):
             raise datasets.missing_error("ade20k-full", top, LAYOUT)
         if not os.access(top, os.W_OK):
-            raise ValueError(f"{path} has to be written once, and you have no permission: run this "
-                             "once as a user who has")
+            raise ValueError(f"{path} has to be written once, and you do not have permission: run "
+                             "this once as a user who has it")
         print(f"note: counting the parts of ADE20K, once, for {path}", file=sys.stderr)
         rows = count_ade20k_parts(*stems)
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
@@ -346,7 +351,8 @@ def load_ade20k_parts(root):
 
 
 def count_ade20k_parts(train, test):
-    """-> rows of pair, object, part, pixels in train, pixels in test; the most frequent first."""
+    """-> rows of pair, object, part, pixels in train, pixels in test; those with the most pixels in
+    train first."""
     counts, names = np.zeros((2, 60 * 8192), np.int64), {}
     for count, stems in zip(counts, (train, test)):
         for stem in stems:

@@ -1,5 +1,5 @@
-"""What the probes of single patches share: patch tokens of images of any size, resizing, and the
-patch in the middle of an object."""
+"""Shared by the probes of single patches: patch tokens of images of any size, resizing, and the
+deepest patch of an object."""
 import torch
 import torch.nn.functional as F
 
@@ -17,9 +17,10 @@ def normalize_images(model, images, std=None):
 def extract_patches(model, x, blocks=None):
     """x (B, 3, height, width) normalized -> patch tokens (B, rows, columns, D) float32.
 
-    The class token is left out. blocks: numbers from 0, whose outputs are concatenated without the
-    final norm; None: the last block, with it. Sides that are no multiple of the patch are padded
-    with 0 on the right and at the bottom. ValueError: the tokens are not finite.
+    The class token is left out. blocks: indices of blocks, whose outputs are concatenated without
+    the final norm; None: the last block, with the final norm. Sides that are not a multiple of the
+    patch side are padded with 0 on the right and at the bottom. ValueError: the tokens are not
+    finite.
     """
     p, (height, width) = model.encoder.patch_size, x.shape[2:]
     x = F.pad(x, (0, -width % p, 0, -height % p))
@@ -39,20 +40,20 @@ def upsample_maps(maps, factor):
 
 
 def resize_image(image, shape):
-    """(C, height, width) -> float32 of another shape, bilinear without antialiasing, even where it
-    shrinks, as in all the published code."""
+    """(C, height, width) -> (C, *shape) float32, bilinear, without antialiasing even if it shrinks,
+    as in all the published code."""
     return F.interpolate(image[None].float(), tuple(shape), mode="bilinear", align_corners=False)[0]
 
 
 def resize_labels(labels, shape):
-    """(height, width) integers -> of another shape, nearest neighbor."""
+    """(height, width) integers -> the same of another shape, nearest neighbor."""
     return F.interpolate(labels[None, None].float(), tuple(shape), mode="nearest-exact")[0, 0].to(
         labels.dtype)
 
 
 def deepest_patch(mask, p):
-    """The patch (row, column) whose center is farthest from the border of an object (height, width)
-    bool; None if the object covers less than half of it."""
+    """The patch (row, column) whose center is farthest from the border of an object, mask (height,
+    width) bool; None if the object covers less than half of that patch."""
     depth = depth_at_centers(mask, p)
     row, column = divmod(int(depth.argmax()), depth.shape[1])            # ties: the first
     covered = mask[row * p:(row + 1) * p, column * p:(column + 1) * p].sum()
@@ -61,9 +62,9 @@ def deepest_patch(mask, p):
 
 def depth_at_centers(mask, p):
     """(height, width) bool -> squared distance (rows, columns) of the center of each patch to the
-    nearest pixel outside of the mask; beyond the border of the image is outside (our choice).
+    nearest pixel outside the mask. Pixels beyond the image border are outside (our choice).
 
-    Exact, in two passes: down each column to the nearest such pixel, then along the row.
+    Exact, in two passes: the nearest such pixel of each column, then the minimum over the columns.
     """
     outside = F.pad(~mask, (1, 1, 1, 1), value=True)     # (height + 2, width + 2)
     y, x = (torch.arange(-1, n - 1).float() for n in outside.shape)

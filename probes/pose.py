@@ -36,39 +36,40 @@ from probes.training import (
 )
 
 # Shapes: B crops, D width; shape (height, width) of a crop in pixels, (rows, columns) of a heat map
-# in cells of STRIDE pixels. Points are x, y in pixels, and v (COCO: 0 not labeled, 1 hidden, 2
-# visible). A matrix (2, 3) maps pixels (x, y, 1) of a crop to points of the image.
+# in cells of STRIDE pixels. Points are x, y in pixels, and v: 0 not labeled, 1 occluded, 2 visible.
+# A matrix (2, 3) maps pixels (x, y, 1) of a crop to points of the image.
 
-# Our choice, as the study prints four numbers and no settings: 20 epochs of COCO's 149,813 persons
-# are 5,850 iterations; the learning rate falls to a tenth after 15 and after 18 of 20 epochs.
+# Our choice, because Zhu et al. (2023) print four numbers and no settings: 20 epochs of COCO's
+# 149,813 persons are 5,850 iterations; the learning rate is divided by 10 after 15 and after 18 of
+# 20 epochs.
 POSE_RECIPES = {
     "coco": dict(shape=(256, 192), batch=512, iters=5850, warmup=500, lr=5e-4, decay=0.01),
     "toy":  dict(shape=None, batch=16, iters=200, warmup=10, lr=1e-2, decay=0.01)}
 STRIDE = 4               # pixels of the crop per cell of a heat map
-MIN_MAXIMUM = 0.2        # maxima above it count for the score of a prediction
+MIN_MAXIMUM = 0.2        # the score of a prediction is the mean of the maxima above it
 DUPLICATE_OKS = 0.9      # of two predictions with a larger OKS the worse one is removed
-TOY_SIGMA = 0.05         # with it, an error of 10 % of the size has an OKS of 0.6
+TOY_SIGMA = 0.05         # an error of 10% of the size then has an OKS of 0.6
 
 
 def pose(model, opt):
     """Linear heat maps of the joints in the box of a person, or of a creature of toy: OKS, AP.
 
-    Part-aware study, table 10, which says "linear". All else is our choice, as usual in top-down
-    pipelines: the true box, widened to 3:4 and by a quarter, becomes 256 x 192 px; one linear layer
-    on the patch tokens of the last block, after the final norm, gives a map for each joint,
-    upsampled to cells of 4 px; squared error to a Gaussian (sigma 2 cells, on toy scaled linearly
-    with the size: 1 cell at 128 px) at joints with v > 0; flips, scales of 0.75 to 1.25 and
-    rotations by up to 30 degrees in training; averaged over the flipped image in the test. Score:
-    OKS AP of COCO by pycocotools. On toy, whose boxes become squares of twice the encoder's size:
-    mean OKS (with the same sigma for all parts) and PCK, the fraction of joints within a tenth of
-    the longer side of the box. These two are reported for COCO, too.
-    ValueError: a data set without keypoints or areas, COCO without pycocotools.
+    Zhu et al. (2023), table 10, who state only "linear". All else is our choice, as usual in
+    top-down pipelines: the true box, widened to 3:4 and by a quarter, becomes 256 x 192 px; one
+    linear layer on the patch tokens of the last block, after the final norm, gives a map for each
+    joint, upsampled to cells of 4 px; squared error to a Gaussian (sigma 2 cells, on toy scaled
+    linearly with the size: 1 cell at 128 px) at joints with v > 0; flips, scales of 0.75 to 1.25
+    and rotations by up to 30 degrees in training; averaged over the flipped image at test time.
+    Score on COCO: OKS AP by pycocotools. On toy (boxes become squares of twice the encoder's size)
+    and on COCO: mean OKS (on toy with the same sigma for all parts) and PCK, the fraction of joints
+    within a tenth of the longer side of the box. ValueError: a data set without keypoints and
+    areas, the pixels baseline, COCO without pycocotools.
     """
     require_tokens(model, opt.task)
     on_toy = is_toy(opt.data)
     if not on_toy and opt.data != "coco":
-        raise ValueError(f"pose reads no keypoints of {opt.data}; choose --data coco, toy or "
-                         "toy-scenes")
+        raise ValueError(f"pose needs keypoints and object areas, and {opt.data} does not have "
+                         "both; choose --data coco, toy or toy-scenes")
     refuse_img_size(opt)
     names = annotations.part_names(opt.data)
     recipe = POSE_RECIPES["toy" if on_toy else "coco"]
@@ -93,13 +94,16 @@ def pose(model, opt):
     train_head(head, optimizer, progress.steps(batches, iters), iters, recipe, model,
                opt.batch_size)
 
-    pairs, rows, within, similarities, n_objects = [], [], [], [], 0
+    pairs, rows = [], []
+    within, similarities = [], []
+    n_objects = 0
     for item in progress_bar(keypoint_items(opt, "test", side), model):
         objects = labeled_objects(item)
         if not objects:
             continue
         points, scores = predict_points(item, objects, head, shape, mirrored, model, opt.batch_size)
-        truth, boxes, areas = item.points[objects], item.boxes[objects], item.areas[objects]
+        truth = item.points[objects]
+        boxes, areas = item.boxes[objects], item.areas[objects]
         similarities.append(metrics.oks(points, truth, boxes, areas, sigmas))
         longer = (boxes[:, 2:] - boxes[:, :2]).amax(1)
         distance = (points - truth[..., :2]).norm(dim=2) / longer[:, None]       # (objects, joints)
@@ -107,7 +111,7 @@ def pose(model, opt):
         n_objects += len(objects)
         if opt.show and len(rows) < 8:
             rows.append(draw_pose(item.image, boxes[0], truth[0], points[0], shape))
-        if opt.data == "coco":                           # the images are not needed any more
+        if opt.data == "coco":                           # kept without the image
             keep = remove_duplicates(points, scores, boxes, areas, sigmas)
             pairs.append((SimpleNamespace(boxes=item.boxes, areas=item.areas, crowd=item.crowd,
                                           points=item.points),
@@ -139,7 +143,7 @@ def keypoint_items(opt, split, side):
 
 
 def labeled_objects(item):
-    """Numbers of the objects of an item that are no crowd and have a labeled joint."""
+    """Indices of the objects of an item that have a labeled joint and are not a crowd."""
     return ((item.points[..., 2] > 0).any(1) & ~item.crowd).nonzero()[:, 0].tolist()
 
 
@@ -158,17 +162,18 @@ def collate_views(seed, shape, mirrored, sigma, step, items):
     (B, joints)."""
     crops, points = zip(*(random_view(item, shape, mirrored, rng.generator(seed, "pose", step, i))
                           for i, item in enumerate(items)))
-    maps, weights = zip(*(gaussian_maps(of_crop, shape, sigma) for of_crop in points))
+    maps, weights = zip(*(gaussian_maps(joints, shape, sigma) for joints in points))
     return torch.stack(crops), torch.stack(maps), torch.stack(weights)
 
 
 def random_view(item, shape, mirrored, g):
     """A random view of a box: crop (3, *shape) from 0 to 255, points (joints, 3) in it.
 
-    mirrored: the number of each joint in a mirrored image.
+    mirrored: the index of each joint in a mirrored image.
     """
     matrix = crop_matrix(item.box, shape, draw_uniform(g, 0.75, 1.25), draw_uniform(g, -30, 30))
-    crop, points = warp_crop(item.image, matrix, shape), item.points.clone()
+    crop = warp_crop(item.image, matrix, shape)
+    points = item.points.clone()
     points[:, :2] = transform_points(points[:, :2], invert_matrix(matrix))
     if draw_uniform(g) < 0.5:
         crop, points = crop.flip(-1), points[mirrored]   # left joints become right ones
@@ -178,8 +183,8 @@ def random_view(item, shape, mirrored, g):
 
 def gaussian_maps(points, shape, sigma):
     """points (joints, 3) in the crop -> Gaussians (joints, rows, columns) with maximum 1, cut at 3
-    sigma, on the nearest cell (cell i stands for pixel 4 i); weights (joints,): 0 where v = 0 or
-    all of the Gaussian is outside."""
+    sigma, centered on the nearest cell (cell i is at pixel 4 i); weights (joints,): 0 where v = 0
+    or the whole Gaussian is outside the crop."""
     cell = (points[:, :2] / STRIDE + 0.5).floor()
     size = torch.tensor([shape[1] // STRIDE, shape[0] // STRIDE])
     reach = int(3 * sigma)
@@ -201,7 +206,7 @@ def make_head(n_joints, model, seed):
 
 @torch.enable_grad()
 def train_head(head, optimizer, steps, iters, recipe, model, batch_size):
-    """steps: (step, batch of `collate_views`)."""
+    """Trains the linear layer. steps: (step, batch of `collate_views`)."""
     warmup = min(recipe["warmup"], max(1, iters // 10))
     for step, (crops, target, weight) in steps:
         drop = 0.1 ** ((step >= 0.75 * iters) + (step >= 0.9 * iters))
@@ -220,9 +225,9 @@ def train_head(head, optimizer, steps, iters, recipe, model, batch_size):
 def predict_maps(head, x, model, batch_size):
     """x (B, 3, height, width) normalized -> heat maps (B, joints, rows, columns).
 
-    The linear layer is applied before the upsampling, with which it commutes: it makes fewer maps
-    than D. Upsampled by p / STRIDE and then cut: with patches of 14 the padded grid is wider than
-    the crop, and resizing it to the crop would shift joints.
+    The linear layer is applied before the upsampling, with which it commutes, because its output
+    has fewer maps than D. Maps are upsampled by p / STRIDE, then cut: with patches of 14 px the
+    padded grid is wider than the crop, and resizing it to the crop would shift joints.
     """
     maps = torch.cat([head(extract_patches(model, part)) for part in x.split(batch_size)])
     maps = upsample_maps(maps.permute(0, 3, 1, 2), model.encoder.patch_size / STRIDE)
@@ -231,16 +236,16 @@ def predict_maps(head, x, model, batch_size):
 
 @torch.no_grad()
 def predict_points(item, objects, head, shape, mirrored, model, batch_size):
-    """-> points (objects, joints, 2) in the image, scores (objects,): the mean of those maxima of
-    the maps that exceed MIN_MAXIMUM."""
+    """-> points (objects, joints, 2) in the image; scores (objects,): the mean of the maxima of the
+    maps that exceed MIN_MAXIMUM."""
     matrices = [crop_matrix(item.boxes[k], shape) for k in objects]
     x = torch.stack([normalize_images(model, warp_crop(item.image, m, shape)) for m in matrices])
     maps = predict_maps(head, x, model, batch_size)
     flipped = predict_maps(head, x.flip(-1), model, batch_size)
     maps = (maps + unflip_maps(flipped, mirrored)) / 2
     points, scores = [], []
-    for of_object, matrix in zip(maps.cpu(), matrices):
-        cells, maxima = decode_maps(of_object)
+    for object_maps, matrix in zip(maps.cpu(), matrices):
+        cells, maxima = decode_maps(object_maps)
         points.append(transform_points(STRIDE * cells, matrix))
         counted = maxima[maxima > MIN_MAXIMUM]
         scores.append(counted.mean() if len(counted) else maxima.new_zeros(()))
@@ -248,19 +253,19 @@ def predict_points(item, objects, head, shape, mirrored, model, batch_size):
 
 
 def unflip_maps(maps, mirrored):
-    """Maps (B, joints, rows, columns) of mirrored crops -> those of the crops, shifted by one cell
-    to the right: cell i stands for pixel 4 i, and the mirror image of pixel 4 i is 3/4 of a cell
-    off."""
+    """Maps (B, joints, rows, columns) of mirrored crops -> maps of the crops, shifted by one cell
+    to the right: cell i is at pixel 4 i, whose mirror image is 3/4 of a cell away from a cell."""
     maps = maps.flip(-1)[:, mirrored]
     return torch.cat([maps[..., :1], maps[..., :-1]], 3)
 
 
 def decode_maps(maps):
     """(joints, rows, columns) -> x, y (joints, 2) in cells: the maximum, moved by a quarter of a
-    cell towards the higher neighbor on each axis; the maxima (joints,)."""
+    cell toward the higher neighbor on each axis; and the maxima (joints,)."""
     n_joints, rows, columns = maps.shape
     maxima, place = maps.flatten(1).max(1)
-    x, y, joint = place % columns, place // columns, torch.arange(n_joints, device=maps.device)
+    x, y = place % columns, place // columns
+    joint = torch.arange(n_joints, device=maps.device)
     inner = (x > 0) & (x < columns - 1) & (y > 0) & (y < rows - 1)
     left, right = (maps[joint, y, (x + d).clamp(0, columns - 1)] for d in (-1, 1))
     above, below = (maps[joint, (y + d).clamp(0, rows - 1), x] for d in (-1, 1))
@@ -269,8 +274,8 @@ def decode_maps(maps):
 
 
 def remove_duplicates(points, scores, boxes, areas, sigmas):
-    """Numbers of the predictions to keep, best first: each has an OKS of at most DUPLICATE_OKS with
-    all better ones."""
+    """Indices of the predictions to keep, best first: each has an OKS of at most DUPLICATE_OKS with
+    all better ones that are kept."""
     kept = []
     for k in scores.argsort(descending=True, stable=True).tolist():
         similarities = [metrics.oks(points[k], mark_visible(points[other]), boxes[other],
@@ -317,7 +322,7 @@ def invert_matrix(matrix):
 
 def warp_crop(image, matrix, shape):
     """(3, height, width) uint8 -> the crop (3, *shape) float32 from 0 to 255, bilinear; black
-    outside of the image."""
+    outside the image."""
     y, x = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
     source = transform_points(torch.stack([x, y], -1), matrix)
     last = torch.tensor([image.shape[2] - 1, image.shape[1] - 1])
@@ -325,7 +330,7 @@ def warp_crop(image, matrix, shape):
 
 
 def draw_pose(image, box, truth, points, shape):
-    """Two images of the box: the true and the predicted joints, a color each."""
+    """Two images of the box: the true and the predicted joints, in a color for each joint."""
     matrix, rows = crop_matrix(box, shape), []
     crop = warp_crop(image, matrix, shape).to(torch.uint8)
     labeled = (truth[:, 2] > 0) * 2.0
@@ -333,8 +338,8 @@ def draw_pose(image, box, truth, points, shape):
         joints = transform_points(joints, invert_matrix(matrix))
         x, y = (v.clamp(0, n - 1) for v, n in zip(joints.T, shape[::-1]))
         squares = torch.zeros(shape, dtype=torch.uint8)
-        for number, (row, column) in enumerate(zip(y.long(), x.long()), 1):
+        for i, (row, column) in enumerate(zip(y.long(), x.long())):
             squares[(row - 2).clamp(0):row + 3, (column - 2).clamp(0):column + 3] = (
-                number if labeled[number - 1] else 0)
+                i + 1 if labeled[i] else 0)
         rows.append(toy.overlay(crop, squares, torch.stack([x, y, labeled], 1)))
     return rows

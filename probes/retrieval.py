@@ -24,6 +24,7 @@ from probes.common import (
     Options,
     Report,
     all_tokens,
+    describe_output,
     describe_view,
     encode_batches,
     extract_features,
@@ -44,9 +45,9 @@ from probes.heads import LINEAR_RECIPES, AttentiveHeads, LinearHeads, train_clas
 def object_retrieval(model: Model, opt: Options) -> Report:
     """Average precision of retrieving the images (or boxes) of the same class.
 
-    Part-aware study, table 2: every image is a query for all others of its class, with encoded and
+    Zhu et al. (2023), table 2: every image is a query for all others of its class, with encoded and
     with projected features; CIFAR-10, and boxes of COCO that are "approximately square". Our
-    choice, as it states no more: the test split, and boxes (not crowds) of at least 64 px and at
+    choice, as they state no more: the test split, and boxes (not crowds) of at least 64 px and at
     most 1.2 times as long as wide, clipped to the image and resized to a square without keeping the
     aspect ratio; the query is not in its own list. The chance level is about the fraction of items
     of the query's class. Not implemented: retrieval in the training split.
@@ -65,8 +66,8 @@ def object_retrieval(model: Model, opt: Options) -> Report:
         view = describe_view(model, opt)
     features, labels = draw_subset(features, labels, opt.max_items, opt.seed)
     rows, notes = score_retrieval(features, labels, "class")
-    return Report(rows, f"average precision by cosine, query left out; last block, after the final "
-                  f"norm; {view}", dict(items=len(labels)), notes)
+    return Report(rows, f"average precision by cosine, query left out; {describe_output(model)}"
+                  f"{view}", dict(items=len(labels)), notes)
 
 
 def crop_boxes(items, size, max_aspect, min_side):
@@ -87,7 +88,7 @@ def crop_boxes(items, size, max_aspect, min_side):
 def batch_crops(crops, model, batch_size):
     """(crop (3, S, S) uint8, label) one by one -> batches (B, 3, S, S) normalized, labels (B,).
 
-    Every process cuts all crops, as an image has several, and gets its own batches."""
+    Every process cuts all crops, as an image may have several, and keeps its own batches."""
     crops = iter(crops)
     for batch in own_items(iter(lambda: list(islice(crops, batch_size)), [])):
         x, labels = zip(*batch)
@@ -105,7 +106,7 @@ def draw_subset(features, labels, max_items, seed):
 def score_retrieval(features, labels, kind):
     """Each item is a query for the others with its label -> rows of a Report, notes.
 
-    kind: what a label is, in words. ValueError: every label is unique.
+    kind: what a label stands for, "class" or "part". ValueError: every label is unique.
     """
     rows, chance = {}, 100 * metrics.chance(labels).nanmean().item()
     for name, z in features.items():
@@ -122,7 +123,7 @@ def score_retrieval(features, labels, kind):
 
 # ---- parts ---------------------------------------------------------------------------------------
 
-KEYPOINT_DATA = {  # data set: split, images at most, the study's parts, source in the protocol
+KEYPOINT_DATA = {  # data set: split, images at most, parts of Zhu et al., source in the protocol
     "toy": ("test", 1000, ("head", "leg", "wing", "tail"), "test creatures drawn at 256 px"),
     "toy-scenes": ("test", 1000, ("head", "leg", "wing", "tail"), "test scenes drawn at 256 px"),
     "cub": (None, None, ("right_eye", "right_leg", "left_wing", "tail"), "CUB, train and test"),
@@ -132,8 +133,8 @@ KEYPOINT_DATA = {  # data set: split, images at most, the study's parts, source 
 def part_retrieval(model: Model, opt: Options) -> Report:
     """Average precision of retrieving crops of the same object part.
 
-    Part-aware study, table 4 (left): every crop around a visible keypoint is a query for all others
-    of its part, in other poses and species.
+    Zhu et al. (2023), table 4 (left): every crop around a visible keypoint is a query for all
+    others of its part, in other poses and species.
     """
     known, parts, (split, default_limit, _, source) = choose_parts(opt)
     limit = opt.limit or default_limit
@@ -154,8 +155,8 @@ def part_retrieval(model: Model, opt: Options) -> Report:
     rows, notes = score_retrieval(features, labels, "part")
     side = {"code": "2 round(d/4), d to the nearest of these on the same object",
             "paper": "d to the nearest of all keypoints"}
-    return Report(rows, f"average precision by cosine, query left out; last block, after the final "
-                  f"norm; visible {', '.join(parts)} of {source}; squares, side {side[opt.crop]}, "
+    return Report(rows, f"average precision by cosine, query left out; {describe_output(model)}"
+                  f"visible {', '.join(parts)} of {source}; squares, side {side[opt.crop]}, "
                   f"kept if 20 < d/2 < 1000 px, resized to {model.img_size} px",
                   dict(crops=len(labels)), notes + missing)
 
@@ -163,11 +164,11 @@ def part_retrieval(model: Model, opt: Options) -> Report:
 def part_classification(model: Model, opt: Options) -> Report:
     """Linear or attentive classifier (--head) of the part that a crop shows.
 
-    Part-aware study, table 4 (right), on the crops of part_retrieval, with a frozen encoder. As in
-    its released code, training crops are enlarged by 256/224 and their border is cut off, test
-    crops are used whole; no augmentation. Our choice, as in `linear`: small batches, a sweep of lr
-    around the paper's, lr and epoch chosen on a held-out tenth (the code: the best epoch on the
-    test crops).
+    Zhu et al. (2023), table 4 (right), on the crops of part_retrieval, with a frozen encoder. As in
+    their released code, training crops are enlarged by 256/224 and their border is cut off, test
+    crops are used whole; no augmentation. Our choice, as in `linear`: small batches; seven learning
+    rates, 0.3 to 300 times theirs; lr and epoch chosen on a held-out tenth (their code: the best
+    epoch on the test crops).
     """
     head = opt.head or "linear"
     if head not in ("linear", "attentive"):
@@ -188,7 +189,8 @@ def part_classification(model: Model, opt: Options) -> Report:
         for crop, label in crop_parts(items, known, parts, side, opt.crop):
             yield crop[:, inner, inner], label
 
-    (features, labels), (tests, truth) = (     # key: on toy and with --limit that of part_retrieval
+    # On toy with --limit, the test crops have the key of part_retrieval's: they are the same crops.
+    (features, labels), (tests, truth) = (
         encode_batches(model, opt, batch_crops(crops(split, side), model, opt.batch_size), names,
                        encode, key=("parts", split, opt.limit, side, opt.crop, tuple(parts)))
         for split, side in (("train", model.img_size * 256 // 224), ("test", model.img_size)))
@@ -199,7 +201,8 @@ def part_classification(model: Model, opt: Options) -> Report:
         del row["top-5"]                                 # of three or four parts
     epochs = opt.epochs or recipe["epochs"]
     batch_norm = " with batch norm of the test batch" * (head == "attentive" and opt.bn == "batch")
-    return Report(rows, f"{head} head{batch_norm} (SGD, {epochs} epochs), after the final norm; "
+    norm = ", after the final norm" * bool(model.encoder)
+    return Report(rows, f"{head} head{batch_norm} (SGD, {epochs} epochs){norm}; "
                   f"{', '.join(parts)} of {opt.data}; squares as in the study's {opt.crop}, "
                   f"without their border in training; lr and epoch chosen on a held-out tenth",
                   dict(train=len(labels), test=len(truth)),
@@ -225,8 +228,8 @@ def choose_parts(opt):
 
 
 def note_missing_parts(parts, labels):
-    """Notes for the table. With --crop paper hardly an eye or a nose is kept: other keypoints are
-    too near."""
+    """Notes for the table. With --crop paper hardly any eye or nose is kept, as other keypoints are
+    too close."""
     missing = [part for i, part in enumerate(parts) if not (labels == i).any()]
     return [f"no crop of {', '.join(missing)} is large enough"] * bool(missing)
 
@@ -235,10 +238,10 @@ def crop_parts(items, names, parts, size, rule="code"):
     """Yields (square around a part (3, size, size) uint8, index of the part in `parts`).
 
     items: as from annotations.keypoints, names: of their keypoints; only v = 2 counts as visible.
-    The study's numbers were made with its released code ("code"): d is the smallest non-zero
-    distance to another *chosen* visible part of the same object, the side 2 round(d/4); so an
-    object needs two of them. The text ("paper"): side d, over all visible keypoints of the image.
-    Both: kept if 20 < d/2 < 1000 px of the original; what lies outside of the image is black.
+    The numbers of Zhu et al. were made with their released code ("code"): d is the smallest
+    non-zero distance to another *chosen* visible part of the same object, the side 2 round(d/4); so
+    an object needs two of them. Their text ("paper"): side d, over all visible keypoints of the
+    image. Both: kept if 20 < d/2 < 1000 px of the original; pixels outside the image are black.
     """
     chosen = torch.tensor([name in parts for name in names])
     for item in items:
@@ -274,9 +277,9 @@ def landmark_retrieval(model: Model, opt: Options) -> Report:
     """Retrieval of other views of a landmark by class token (revisited Oxford and Paris).
 
     MMC, table 9: mean AP of the medium (easy and hard views) and the hard setting; no whitening, no
-    query expansion. Our choice, DINO's default: longer side 224 (--img-size 512 --multiscale is its
-    better one), whole query images although the benchmark gives boxes (--crop-queries). Images keep
-    their aspect ratio; the sides are cut to multiples of the patch.
+    query expansion. Our choice, DINO's default: longer side 224 (DINO's better setting:
+    --img-size 512 --multiscale), whole query images although the benchmark gives boxes
+    (--crop-queries). Images keep their aspect ratio; sides are cut to multiples of the patch.
 
     toy and toy-scenes, our synthetic substitute: 40 videos of 16 frames, each frame cropped to a
     random half or more of the image around a point on a creature; the query is the ninth frame of
@@ -286,6 +289,10 @@ def landmark_retrieval(model: Model, opt: Options) -> Report:
     differ less than on Oxford: compare with --baseline pixels untrained.
     """
     synthetic = is_toy(opt.data)
+    if opt.crop_queries and synthetic:
+        raise ValueError(f"queries of {opt.data} have no boxes: leave out --crop-queries")
+    if opt.limit and opt.data in ("roxford5k", "rparis6k"):
+        raise ValueError(f"{opt.data} is always used as a whole: leave out --limit")
     side = opt.img_size or (model.img_size if synthetic else 224)
     landmarks = (draw_toy_landmarks(opt.data, side, opt.limit, opt.seed) if synthetic else
                  annotations.landmarks(opt.data, opt.data_root))
@@ -320,7 +327,7 @@ def landmark_retrieval(model: Model, opt: Options) -> Report:
     view = "whole queries" if boxes is None else "queries cropped to their boxes"
     if synthetic:
         view = "queries are frames of videos"
-    return Report(rows, f"revisited protocol, {view}; cosine; last block, after the final norm; "
+    return Report(rows, f"revisited protocol, {view}; cosine; {describe_output(model)}"
                   f"longer side {side} px" + ", 3 scales averaged" * opt.multiscale,
                   dict(database=len(landmarks.database), queries=len(landmarks.queries)))
 
@@ -363,9 +370,10 @@ def landmark_images(items, boxes, side, model):
 
 
 def draw_toy_landmarks(name, side, limit, seed, n_videos=40, n_frames=16, query=8, near=4):
-    """Landmarks of toy or toy-scenes, in the form of annotations.landmarks; limit: of the videos.
+    """Landmarks of toy or toy-scenes, in the form of annotations.landmarks.
 
-    query: the frame that is the query; near: the largest distance of an easy frame from it.
+    limit: number of videos, at most n_videos. query: index of the frame that is the query; near:
+    the largest distance of an easy frame from it.
     """
     n_videos, size = min(n_videos, limit or n_videos), 2 * side
     video = toy.video(torch.arange(n_videos), n_frames, size=size, scenes=name == "toy-scenes")

@@ -1,4 +1,4 @@
-"""Probes of what a linear classifier on frozen features relies on: shape or texture, frequencies.
+"""Probes of what a linear classifier on frozen features relies on: shape, texture, frequencies.
 
     python evaluate.py --task shape_bias --data imagenet --data-root /data
     python evaluate.py --task frequency_noise --eps 0.7
@@ -47,10 +47,10 @@ def shape_bias(model: Model, opt: Options) -> Report:
     Park et al., figure 8a: on "Stylized ImageNet", which we take to be its authors' cue-conflict
     images, the 1,200 whose shape and texture disagree (a cat with the skin of an elephant). The
     classifier is the linear probe, trained on ImageNet (--data imagenet). A category's probability
-    is the mean over its ImageNet classes. Of the decisions for either cue, the fraction for the
-    shape; the result is the mean over the 16 shapes. A supervised ResNet-50 has about 21 %. Recipe
-    park, see `linear`. Not implemented: a fine-tuned classifier (Park et al., F.2), and accuracy on
-    Stylized-ImageNet.
+    is the mean over its ImageNet classes. The shape bias is the fraction of decisions for the shape
+    among those for either cue, mean over the 16 shapes; a supervised ResNet-50 has about 21%.
+    Recipe park, see `linear`. Not implemented: a fine-tuned classifier (Park et al., F.2), and
+    accuracy on Stylized-ImageNet.
 
     There is no substitute on toy: its classes differ in shape alone, so no cues could conflict.
     ValueError: other data than ImageNet, or not all of its classes.
@@ -62,7 +62,7 @@ def shape_bias(model: Model, opt: Options) -> Report:
     stimuli = annotations.cue_conflict(opt.data_root)
     if (num_classes := load_labeled(model, opt, "train")[1]) != 1000:
         raise ValueError(f"shape_bias needs all 1,000 classes of ImageNet, and this folder has "
-                         f"{num_classes:,}: get the others, too, or choose another --data-root")
+                         f"{num_classes:,}: get the others, or choose another --data-root")
     names, encode = linear_features(opt, recipe_name)
     _, head, num_train = train_linear_classifier(model, opt, names, encode, recipe)
     images = datasets.Images("cue-conflict", "test", paths=list(stimuli.paths))
@@ -99,9 +99,10 @@ def frequency_noise(model: Model, opt: Options) -> Report:
     numbers: contrastive models lose less at high frequencies. The head of the linear probe, on the
     test images of the data set; the noise is added to the normalized image and is the same for all
     models. Our choice, as the paper states only a window of 0.1 pi: strength 0.7 with random signs,
-    bands 0.1 pi wide around f = 0, 0.1 pi ... pi, not clipped. Higher bands have more energy
-    (--equal-energy: the same in all). Recipe park, see `linear`. Not implemented: fine-tuned models
-    (F.2).
+    bands 0.1 pi wide around f = 0, 0.1 pi ... pi, where f is the larger of |f_x| and |f_y|, not
+    clipped. The energy of a band rises with f, except that the last one, like the first, is half as
+    wide (it ends at pi) and has about half the energy of the one before (--equal-energy: the same
+    in all bands). Recipe park, see `linear`. Not implemented: fine-tuned models (F.2).
     """
     recipe_name, recipe = choose_linear_recipe(opt, "park")
     names, encode = linear_features(opt, recipe_name)
@@ -131,15 +132,15 @@ def frequency_band(size, frequency, half=0.05 * math.pi):
     """(S, S) bool: the coefficients of fft2 whose larger frequency lies in [frequency - half,
     frequency + half)."""
     w = 2 * math.pi * torch.fft.fftfreq(size, dtype=torch.float64).abs()
-    w = torch.maximum(w[:, None], w) + 1e-9              # rounding does not decide at the edges
+    w = torch.maximum(w[:, None], w) + 1e-9              # edges do not depend on rounding
     return (w >= frequency - half) & (w < frequency + half)
 
 
 def band_noise(index, size, frequency, eps, seed=0, equal_energy=False):
-    """(B,) image numbers -> (B, 3, S, S): random signs times eps, limited to a frequency band."""
+    """(B,) image indices -> (B, 3, S, S): random signs times eps, limited to a frequency band."""
     noise = eps * rng.normal(index, (3, size, size), seed, "noise").sign()
     keep = frequency_band(size, frequency).to(index.device)
     noise = torch.fft.ifft2(torch.fft.fft2(noise) * keep).real
-    if equal_energy:                                     # as if a tenth of all were kept
+    if equal_energy:                                     # as if a tenth of `keep` were true
         noise = noise * (0.1 / keep.double().mean().clamp(min=1e-9).item()) ** 0.5
     return noise

@@ -1,4 +1,4 @@
-"""Segmentation: how well do patch tokens tell which class or which object a pixel belongs to?
+"""Segmentation: how well do patch tokens identify the class or the object of a pixel?
 
     python evaluate.py --task linear_segmentation --level part --show
     python evaluate.py --task zero_shot_segmentation --data toy-scenes --baseline untrained
@@ -9,8 +9,8 @@
     image -> ViT        -> four blocks -> Semantic FPN or UPerNet  -> classes           segmentation
              fine-tuned end to end
 
-Each probe is a function task(model, opt) -> Report. Images are read one at a time, so memory is
-bounded whatever the size of the data set.
+Each probe is a function task(model, opt) -> Report. Memory does not grow with the data set: images
+are read one at a time, and at most 2 GiB of training images per worker are kept for shuffling.
 """
 import functools
 import itertools
@@ -55,15 +55,15 @@ from probes.training import (
 # Shapes: B images, D width, C classes, p patch side; (height, width) in pixels, (rows, columns) of
 # patches.
 
-MAX_BATCH = 16           # images or windows of about 500 px a side in one forward pass in the test
+MAX_BATCH = 16           # test images or windows of about 500 x 500 px in one forward pass
 
 
 class Sizes(NamedTuple):
     """Sizes in pixels. Images keep their aspect ratio and fit into (long, short) sides."""
     crop: int            # side of a training crop, and of a test window
-    stride: int          # distance of test windows
-    train: tuple         # (long, short) in training, times 0.5 to 2
-    test: tuple          # (long, short) in the test
+    stride: int          # distance between test windows
+    train: tuple         # (long, short) in training, times a random factor of 0.5 to 2
+    test: tuple          # (long, short) at test time
 
 
 SEGMENTATION_SIZES = {
@@ -80,7 +80,7 @@ WARMUP_ITERS, CROPS_PER_BATCH = 1500, 16                 # of all recipes
 
 # blocks: of 12, counted from 1; scaled linearly for other depths.
 LINEAR_SEGMENTATION_RECIPES = {
-    # Part-aware study: tables 3, 5, 7-9 and its released configuration.
+    # Zhu et al. (2023), tables 3, 5, 7-9, and their released configuration.
     "parts": dict(blocks=(4, 6, 8, 12), lr=4e-4, iters=160000, batch_norm=False),
     # MMC, supplement (which counts blocks from 0); batch norm as in VICRegL, which it follows.
     "mmc": dict(blocks=(6, 8, 10, 12), lr=1e-4, iters=40000, batch_norm=True)}
@@ -93,14 +93,14 @@ MAX_HELD_OUT = 100                                       # held-out images at mo
 def linear_segmentation(model, opt):
     """Linear layer on the patch tokens of four frozen blocks: the class of every pixel, mIoU.
 
-    Part-aware study, tables 3, 5, 7-9 (--recipe parts), and MMC, table 3 (--recipe mmc): frozen
-    blocks are concatenated, without the final norm and the class token; one 1 x 1 convolution; the
-    logits are upsampled to the image. Random crops in training, a sliding window in the test,
-    scores at the original size. Our choices: on toy, images of twice the encoder's size, 200
-    iterations, and several learning rates side by side (elsewhere with --lr), of which the best
-    one on every tenth training image, which is held out, is used; the warm-up shrinks with --iters;
-    batch norm without affine parameters, as the linear layer has them. ValueError: a data set
-    without a class for every pixel, the pixels baseline, an unknown recipe.
+    Zhu et al. (2023), tables 3, 5, 7-9 (--recipe parts), and MMC, table 3 (--recipe mmc): the
+    outputs of frozen blocks are concatenated, without the final norm and the class token; one 1 x 1
+    convolution; the logits are upsampled to the image. Random crops in training, a sliding window
+    at test time, scores at the original size. Our choices: on toy, images of twice the encoder's
+    size, 200 iterations, and several learning rates trained in parallel (elsewhere with --lr), of
+    which the best on held-out images, every tenth training image, is used; the warmup is scaled
+    with --iters; batch norm without affine parameters, since the linear layer has them. ValueError:
+    a data set without a class for every pixel, the pixels baseline, an unknown recipe.
     """
     require_tokens(model, opt.task)
     recipe_name, recipe = choose_recipe(opt, LINEAR_SEGMENTATION_RECIPES)
@@ -118,8 +118,8 @@ def linear_segmentation(model, opt):
     def encode(x):
         return torch.cat([extract_patches(model, part, blocks) for part in x.split(opt.batch_size)])
 
-    def predict(x):                                      # window by window: all logits of all heads
-        for z in heads.normalize(encode(x)):             # may not fit in memory
+    def predict(x):
+        for z in heads.normalize(encode(x)):             # the logits of all windows may not fit
             yield [upsample_maps(layer(z).permute(2, 0, 1), p) for layer in heads.layers]
 
     heads = LinearHeads(model.encoder.embed_dim * len(blocks), len(names), len(lrs),
@@ -133,7 +133,7 @@ def linear_segmentation(model, opt):
     if hold_out:
         held = itertools.islice(segmentation_items(opt, "train", sizes), 0, 10 * MAX_HELD_OUT, 10)
         counts, _, _ = score_segmentation(predict, held, names, model, sizes)
-        scores = [metrics.segmentation_scores(of_head)["miou"] for of_head in counts]
+        scores = [metrics.segmentation_scores(head_counts)["miou"] for head_counts in counts]
         best = scores.index(max(scores))
         notes.append(f"{model.name}: lr {lrs[best]:g}; mIoU on held-out training images " +
                      ", ".join(f"{100 * s:.1f} at {lr:g}" for s, lr in zip(scores, lrs)))
@@ -150,7 +150,7 @@ def linear_segmentation(model, opt):
         {f"blocks {block_names}": percentages(counts)},
         f"linear layer, recipe {recipe_name}, {len(names)} classes; blocks {block_names} of "
         f"{depth} before the final norm{', batch norm' * recipe['batch_norm']}; crops of "
-        f"{sizes.crop} px, {iters:,} iterations with {CROPS_PER_BATCH} crops each (the paper's: "
+        f"{sizes.crop} px, {iters:,} iterations with {CROPS_PER_BATCH} crops each (published: "
         f"{recipe['iters']:,}), AdamW, lr "
         f"{'chosen on held-out images' if hold_out else f'{lrs[0]:g}'}; windows of {sizes.crop} "
         f"px, stride {sizes.stride}; a ratio of sums at the original size",
@@ -177,11 +177,11 @@ class LinearHeads(nn.Module):
 
 @torch.enable_grad()
 def train_linear_heads(heads, optimizer, encode, steps, iters, warmup, p):
-    """Trains the heads side by side. encode: (B, 3, S, S) -> (B, rows, columns, D), no gradient;
+    """Trains all heads in parallel. encode: (B, 3, S, S) -> (B, rows, columns, D), no gradient;
     steps: (step, batch of `load_crops`).
 
-    The logits of a batch at full size can take gigabytes: loss and gradient are computed for as
-    many images at a time as have at most 256 MiB of logits, and added up.
+    The logits of a batch at full size can take gigabytes. Gradients are therefore accumulated over
+    parts of the batch whose logits take at most 256 MiB, or over single images that take more.
     """
     heads.train()
     for step, (x, labels) in steps:
@@ -206,21 +206,23 @@ THRESHOLDS = [i / 10 for i in range(10)]
 
 
 def zero_shot_segmentation(model, opt):
-    """Given one patch of an object: do the patches similar to it make up the object? IoU.
+    """Do the patches that are similar to one patch of an object cover the object? IoU.
 
-    MMC, table 1: the image at 480 x 480; every patch whose cosine to the prompt exceeds T is taken
-    as the target. Not specified there, so our choice: the target is the union of one category's
-    masks in one image (--target instance: one mask; stuff: COCO's stuff classes); the prompt is the
-    patch whose center lies deepest inside it (--prompt random: any that it covers at least half);
-    tokens after the final norm; IoU averaged over all targets; the best T of 0 to 0.9 is one for
-    the whole set. Targets that cover less than half of their prompt are left out and counted. Data
-    sets with a class map instead of masks, and --level part or scene, give a target for each class
-    except background; void pixels are not counted. The column "whole image" is the baseline that
-    predicts every patch.
+    MMC, table 1: the image at 480 x 480; every patch whose cosine to the prompt exceeds T is
+    predicted as target. Not specified there, so our choice: the target is the union of one
+    category's masks in one image (--target instance: one mask; stuff: COCO's stuff classes); the
+    prompt is the patch whose center is deepest inside the target (--prompt random: any patch that
+    it covers at least half); tokens after the final norm; IoU averaged over all targets; one best T
+    of 0 to 0.9 for the whole set. Targets that cover less than half of their deepest patch (random:
+    of every patch) are left out and counted. In data sets with a class map instead of masks, and
+    with --level part or scene, each class except background is a target; void pixels are not
+    counted. The column "whole image" is the baseline that predicts every patch.
     """
     require_tokens(model, opt.task)
-    side, p = input_side(model, opt, 480), model.encoder.patch_size
-    ious, baseline, categories, skipped, figures = [], [], [], 0, []
+    side = input_side(model, opt, 480)
+    p = model.encoder.patch_size
+    skipped = 0
+    ious, baseline, categories, figures = [], [], [], []
     items = iter(progress_bar(segmentation_targets(opt, side), model))
     while batch := list(itertools.islice(items, min(MAX_BATCH, opt.batch_size))):
         images = torch.stack([resize_to_square(image, side) for image, _, _ in batch])
@@ -247,12 +249,17 @@ def zero_shot_segmentation(model, opt):
         raise ValueError(f"{opt.task}: no target is large enough for a prompt ({skipped} are too "
                          f"small); raise --limit or change --data")
 
+    notes = []
+    if skipped:
+        patch = "their deepest" if opt.prompt == "deepest" else "every"
+        notes.append(f"{skipped} targets cover less than half of {patch} patch and are left out")
+    target = {"category": "a category", "instance": "an instance", "stuff": "a stuff class"}
     iou, categories = 100 * torch.stack(ious), torch.tensor(categories)          # (targets, 10)
     by_category = torch.stack([iou[categories == c].mean(0) for c in categories.unique()])
     best = THRESHOLDS[int(iou.mean(0).argmax())]
     if figures:
         save_image_grid([draw_similarity(*figure, best, p) for figure in figures],
-                      Path(opt.out) / f"similarity-{opt.data}-{model.name}.png")
+                        Path(opt.out) / f"similarity-{opt.data}-{model.name}.png")
 
     def row(means):
         return {"Opt": means.max().item()} | {f"T={t}": means[int(10 * t)].item()
@@ -262,19 +269,19 @@ def zero_shot_segmentation(model, opt):
     return Report(
         {"mean over targets": row(iou.mean(0)) | whole,
          "mean over categories": row(by_category.mean(0))},
-        f"IoU of the patches with cosine > T to the {opt.prompt} patch of a {opt.target}"
+        f"IoU of the patches with cosine > T to the {opt.prompt} patch of {target[opt.target]}"
         f"{f' ({opt.level})' if opt.level else ''}, after the final norm, {side} x {side} px, "
-        f"{side // p} x {side // p} patches; Opt: best T of 0, 0.1 ... 0.9 for the whole set; the "
-        f"paper: 480 x 480 px of COCO, targets not stated",
+        f"{side // p} x {side // p} patches; Opt: best T of 0, 0.1 ... 0.9 for the whole set; MMC: "
+        f"480 x 480 px of COCO, targets not stated",
         dict(targets=len(ious), categories=len(by_category)),
         [f"{model.name}: Opt is T = {best}, mean over targets; "
          + ", ".join(f"{v:.1f} at {t}" for t, v in zip(THRESHOLDS, iou.mean(0).tolist())),
-         f"{skipped} targets cover less than half of their prompt and are left out"])
+         *notes])
 
 
 def segmentation_targets(opt, side):
-    """Yields image (3, height, width) uint8, [(category, mask (height, width) bool), ...], valid
-    (height, width) bool: the pixels that count."""
+    """Yields image (3, height, width) uint8; [(category, mask (height, width) bool), ...]; valid
+    (height, width) bool, the pixels that are scored."""
     limit = image_limit(opt, "test")
     if opt.data in annotations.MASKS and opt.target != "stuff" and opt.level in (None, "object"):
         for item in annotations.masks(opt.data, opt.data_root, "test", limit, side):
@@ -306,14 +313,14 @@ def resize_to_square(image, side):
 
 
 def count_pixels(mask, p):
-    """(height, width) bool -> number of its pixels in each patch, (rows, columns) float32."""
+    """(height, width) bool -> number of True pixels in each patch, (rows, columns) float32."""
     return F.avg_pool2d(mask[None].float(), p, divisor_override=1)[0]
 
 
 def choose_prompt(mask, n_target, p, g=None):
     """(row, column) of the patch whose center is deepest in the mask (height, width); with a
-    generator, of a random patch that it covers at least half. n_target: `count_pixels` of the mask.
-    None: the mask does not cover half of the patch."""
+    generator, of a random patch that the mask covers at least half. n_target: `count_pixels` of the
+    mask. None: the mask does not cover half of such a patch."""
     if g:
         covered = (n_target >= p * p / 2).nonzero()
         if not len(covered):
@@ -324,16 +331,16 @@ def choose_prompt(mask, n_target, p, g=None):
 
 def threshold_ious(similarity, n_target, n_valid):
     """similarity, n_target, n_valid (rows, columns) -> IoU (10,) float64 of the patches above each
-    threshold. n_target, n_valid: how many pixels of a patch belong to the target, and count. A
-    patch is predicted as a whole, so these are enough."""
+    threshold. n_target, n_valid: how many pixels of a patch belong to the target, and how many are
+    scored. Patches are predicted as a whole, so these counts are enough."""
     predicted = similarity > torch.tensor(THRESHOLDS)[:, None, None]     # (10, rows, columns)
     hit, total = ((predicted * x.double()).sum((1, 2)) for x in (n_target, n_valid))
     return hit / (n_target.double().sum() + total - hit)
 
 
 def draw_similarity(image, mask, similarity, prompt, threshold, p):
-    """Four images: the image with its prompt in red, the truth, the similarity as a heat map (blue
-    0, yellow 1), and the prediction at the threshold."""
+    """Four images: the image with its prompt in red, the true mask, the similarity as a heat map
+    (blue 0, yellow 1), and the prediction at the threshold."""
     marked, (top, left) = image.clone(), (int(i) * p for i in prompt)
     square = ..., slice(top, top + p), slice(left, left + p)
     marked[0][square], marked[1:][square] = 255, 40
@@ -348,8 +355,8 @@ def draw_similarity(image, mask, similarity, prompt, threshold, p):
 
 # blocks: of 12, counted from 1; scaled linearly for other depths. selfpatch: SelfPatch's released
 # configuration of Semantic FPN, which follows XCiT's; its UPerNet has the same lr by our choice.
-# mae: as MAE and BEiT fine-tune. Our choice: ASL and Park et al., who do not state their settings,
-# are read as mae, and drop path is that of all recipes here.
+# mae: as MAE and BEiT fine-tune. Our choice: mae also stands for ASL and Park et al., who do not
+# state their settings, and all recipes have the same drop path.
 SEGMENTATION_RECIPES = {
     "fpn": {
         "selfpatch": dict(blocks=(3, 6, 9, 12), lr=6e-5, decay=0.01, layer_decay=1.0, iters=40000)},
@@ -359,43 +366,49 @@ SEGMENTATION_RECIPES = {
         "selfpatch": dict(blocks=(4, 6, 8, 12), lr=6e-5, decay=0.01, layer_decay=1.0,
                           iters=160000)}}
 HEAD_NAMES = {"fpn": "Semantic FPN", "upernet": "UPerNet"}
-DROP_PATH, DROPOUT = 0.1, 0.1                            # of the encoder; of the heads
+DROP_PATH = 0.1                                          # of the encoder
+DROPOUT = 0.1                                            # of the heads
 AUXILIARY_WEIGHT = 0.4                                   # of UPerNet's second loss
-POOL_SIZES = 1, 2, 3, 6                                  # cells a side of UPerNet's averages
-# Our choice on toy: a larger lr, few iterations. Fewer iterations on larger images find the
-# creature in the same time, but hardly its class.
+POOL_SIZES = 1, 2, 3, 6                                  # sides of UPerNet's pooled maps, in cells
+# Our choice on toy: a larger lr, few iterations. In the same time, fewer iterations on larger
+# images learn to find the creature, but hardly its class.
 TOY_SEGMENTATION = dict(lr=2e-3, iters=600)
 
 
 def segmentation(model, opt):
     """Semantic FPN or UPerNet (--head), fine-tuned end to end: the class of every pixel, mIoU.
 
-    SelfPatch, supplement, tables 1 and 3; ASL, tables 4 and 5; Park et al., table G.1. Blocks of
-    the encoder give four maps, before the final norm and without the class token; crops, resizing,
-    flips and colors as in linear_segmentation; scores at the original size, of whole images (fpn)
-    or of windows (upernet: our choice for all papers). Our choices: on toy, images of the encoder's
-    size, narrow heads, 600 iterations with a larger lr; the warm-up shrinks with --iters; no decay
-    of biases. The processes of torchrun share crops, gradients, batch norm and test images.
+    SelfPatch, supplement, tables 1 and 3; ASL, tables 4 and 5; Park et al., table G.1. Four blocks
+    of the encoder give the maps, before the final norm and without the class token; training crops
+    are those of `random_crop`; scores at the original size, of whole images (fpn) or of windows
+    (upernet: our choice for all papers). Our choices: on toy, images of the encoder's size, narrow
+    heads, 600 iterations with a larger lr; the warmup is scaled with --iters; no decay of biases.
+    The processes of torchrun divide crops and test images among them, and synchronize gradients and
+    batch norm. ValueError: an unknown head or recipe, several --lr, a number of processes that does
+    not divide the crops, the pixels baseline, a data set without a class for every pixel.
     """
     require_tokens(model, opt.task)
     head = opt.head or "fpn"
     if head not in SEGMENTATION_RECIPES:
         raise ValueError(f"segmentation has no head {head}; choose --head "
                          f"{', '.join(SEGMENTATION_RECIPES)}")
-    on_toy, rank, world = is_toy(opt.data), distributed.rank(), distributed.world_size()
+    on_toy = is_toy(opt.data)
+    rank, world = distributed.rank(), distributed.world_size()
     recipe_name, recipe = choose_recipe(opt, SEGMENTATION_RECIPES[head])
-    published_iters, recipe = recipe["iters"], recipe | (TOY_SEGMENTATION if on_toy else {})
+    published_iters = recipe["iters"]
+    recipe = recipe | (TOY_SEGMENTATION if on_toy else {})
     if len(opt.lr) > 1:
         raise ValueError("segmentation fine-tunes the encoder, so it takes one --lr at a time")
-    peak, iters = opt.lr[0] if opt.lr else recipe["lr"], opt.iters or recipe["iters"]
+    peak = opt.lr[0] if opt.lr else recipe["lr"]
+    iters = opt.iters or recipe["iters"]
     if CROPS_PER_BATCH % world:
         raise ValueError(f"{world} processes cannot share {CROPS_PER_BATCH} crops: take 1, 2, 4, 8 "
                          f"or 16")
-    own = CROPS_PER_BATCH // world                       # crops of this process
-    n_parts = -(-own // opt.batch_size)                  # of its batch, for gradient accumulation
-    crops_in_norm = own // n_parts * world
+    n_crops = CROPS_PER_BATCH // world                   # of this process
+    n_parts = -(-n_crops // opt.batch_size)              # for gradient accumulation
+    crops_in_norm = n_crops // n_parts * world
     if crops_in_norm < 2:
-        raise ValueError("batch norm needs two crops or more: --batch-size 2 or more")
+        raise ValueError("batch norm needs at least two crops: --batch-size 2 or more")
     names = annotations.segmentation_classes(opt.data, opt.level, opt.data_root)
     sizes = segmentation_sizes(opt, opt.img_size or model.img_size)
     depth = model.encoder.depth
@@ -405,7 +418,7 @@ def segmentation(model, opt):
 
     torch.manual_seed(opt.seed)
     net = Segmenter(model.encoder, blocks, head, len(names), sizes.crop, on_toy).to(model.device)
-    if model.device.type == "cuda":                      # faster than BatchNorm2d, and equal
+    if model.device.type == "cuda":                      # faster than BatchNorm2d, same result
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     optimizer = torch.optim.AdamW(
         layer_decay_groups(net.named_parameters(), depth, recipe["layer_decay"], recipe["decay"]),
@@ -422,14 +435,14 @@ def segmentation(model, opt):
         lr = poly_lr(step, iters, peak, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
-        for number, (crops, labels) in enumerate(zip(x, y), 1):  # (b, 3, S, S), (b, S, S)
-            parallel.require_backward_grad_sync = number == n_parts          # DDP's no_sync
+        for part, (crops, labels) in enumerate(zip(x, y), 1):
+            parallel.require_backward_grad_sync = part == n_parts            # DDP's no_sync
             with model.autocast():
                 logits, *auxiliary = parallel(crops)
             loss = segmentation_loss(logits, labels)
-            for logits in auxiliary:                     # of UPerNet
+            for logits in auxiliary:                     # only of UPerNet
                 loss = loss + AUXILIARY_WEIGHT * segmentation_loss(logits, labels)
-            (loss * len(crops) / own).backward()
+            (loss * len(crops) / n_crops).backward()
             losses.append(loss.detach())
         optimizer.step()
         optimizer.zero_grad()
@@ -461,9 +474,9 @@ def segmentation(model, opt):
         {head: percentages(counts)},
         f"{HEAD_NAMES[head]}, fine-tuned end to end, recipe {recipe_name}, {len(names)} classes; "
         f"blocks {' '.join(str(block + 1) for block in blocks)} of {depth} before the final norm; "
-        f"crops of {sizes.crop} px, {iters:,} iterations with {CROPS_PER_BATCH} crops each (the "
-        f"paper's: {published_iters:,}), AdamW, lr {peak:g}, weight decay {recipe['decay']}, layer "
-        f"decay {recipe['layer_decay']}, drop path {DROP_PATH}; " + (
+        f"crops of {sizes.crop} px, {iters:,} iterations with {CROPS_PER_BATCH} crops each "
+        f"(published: {published_iters:,}), AdamW, lr {peak:g}, weight decay {recipe['decay']}, "
+        f"layer decay {recipe['layer_decay']}, drop path {DROP_PATH}; " + (
             "whole images" if head == "fpn" else
             f"windows of {sizes.crop} px, stride {sizes.stride}") +
         "; a ratio of sums at the original size", dict(test=int(n_images)),
@@ -475,7 +488,7 @@ def segmentation(model, opt):
 
 
 def segmentation_sizes(opt, toy_side):
-    """The Sizes of the data set; on toy all are `toy_side`."""
+    """The Sizes of the data set; on toy all sides are `toy_side`."""
     refuse_img_size(opt)
     if is_toy(opt.data):
         return Sizes(toy_side, toy_side, (toy_side, toy_side), (toy_side, toy_side))
@@ -491,7 +504,8 @@ def segmentation_items(opt, split, sizes):
 def load_crops(model, opt, sizes, names, steps, hold_out=False, rank=0, world=1):
     """Yields x (B, 3, S, S) normalized, labels (B, S, S) int64, 255 = ignore, for a range of steps.
 
-    B: the crops of this process, of CROPS_PER_BATCH. hold_out: without every tenth image.
+    B: number of crops of this process, CROPS_PER_BATCH / world. hold_out: leave out every tenth
+    image.
     """
     table = flip_table(names) if opt.swap_sides else None
     return load_batches(
@@ -501,15 +515,16 @@ def load_crops(model, opt, sizes, names, steps, hold_out=False, rank=0, world=1)
 
 
 def training_items(opt, sizes, hold_out):
-    return (item for number, item in enumerate(segmentation_items(opt, "train", sizes))
-            if number % 10 or not hold_out)
+    return (item for i, item in enumerate(segmentation_items(opt, "train", sizes))
+            if i % 10 or not hold_out)
 
 
-def collate_crops(seed, sizes, mean, std, table, own, step, items):
-    """Crops of the items whose numbers are in `own`, as a batch. Smaller ones are padded with 0 and
-    label 255 on the right and at the bottom."""
+def collate_crops(seed, sizes, mean, std, table, index, step, items):
+    """A batch of crops of items[i] for i in index. Smaller crops are padded with 0 and label 255 on
+    the right and at the bottom."""
     crop = sizes.crop
-    crops = [random_crop(items[i], sizes, rng.generator(seed, "crop", step, i), table) for i in own]
+    crops = [random_crop(items[i], sizes, rng.generator(seed, "crop", step, i), table)
+             for i in index]
     x = [augment.normalize(image / 255, mean, std) for image, _ in crops]
     x = [F.pad(x, (0, crop - x.shape[2], 0, crop - x.shape[1])) for x in x]
     y = [F.pad(y, (0, crop - y.shape[1], 0, crop - y.shape[0]), value=255) for _, y in crops]
@@ -520,9 +535,9 @@ def random_crop(item, sizes, g, table=None):
     """A random view of an item: image (3, height, width) from 0 to 255, labels (height, width); at
     most crop x crop.
 
-    As in the released configurations: size times 0.5 to 2, crop (up to ten tries for one in which
-    no label has 75 % of the labeled pixels), flip, color distortion. table: (256,) labels of a
-    mirrored image; None: left stays left, as in the released code, although that is wrong for
+    As in the released configurations: the size is scaled by 0.5 to 2; crop (up to ten tries for one
+    in which no label has 75% of the labeled pixels); flip; color distortion. table: (256,) labels
+    in a mirrored image; None: left stays left, as in the released code, although that is wrong for
     LIP's left arms.
     """
     long, short = sizes.train
@@ -551,7 +566,7 @@ def fit_shape(shape, long, short):
 
 def distort_colors(x, g):
     """Photometric distortion of (3, height, width) from 0 to 255: brightness, contrast, saturation
-    and hue, each with probability 1/2; contrast is changed first or last."""
+    and hue, each with probability 1/2; contrast is changed before or after saturation and hue."""
     def coin():
         return draw_uniform(g) < 0.5
 
@@ -573,14 +588,14 @@ def distort_colors(x, g):
 
 
 def poly_lr(step, total, peak, warmup):
-    """Linear from `peak` to 0 (power 1), times a linear warm-up from 1e-6 to 1."""
+    """Linear decay from `peak` to 0 (power 1), times a linear warmup from 1e-6 to 1."""
     return peak * (1 - step / total) * (1 - (1 - min(step / warmup, 1)) * (1 - 1e-6))
 
 
 def segmentation_loss(logits, labels):
     """(B, C, height, width), (B, height, width) -> cross-entropy, summed over the labeled pixels
-    and divided by the number of all pixels, as in the released code: crops with few labels weigh
-    less."""
+    and divided by the number of all pixels, as in the released code: crops with few labeled pixels
+    have less weight."""
     return F.cross_entropy(logits, labels, ignore_index=255, reduction="sum") / labels.numel()
 
 
@@ -590,18 +605,18 @@ def segmentation_loss(logits, labels):
 def score_segmentation(predict, items, names, model, sizes, n_figures=0):
     """-> metrics.confusion of every head, summed over all items; rows of images (image, truth,
     prediction) of the first `n_figures` items; number of items. predict: see `segment_image`."""
-    counts, rows, number = None, [], 0
-    for number, item in enumerate(progress_bar(items, model), 1):
+    counts, rows, n_images = None, [], 0
+    for n_images, item in enumerate(progress_bar(items, model), 1):
         predictions = segment_image(predict, item.image, model, sizes)
         new = [metrics.confusion(x.cpu(), item.labels, len(names)) for x in predictions]
         counts = new if counts is None else [a + b for a, b in zip(counts, new)]
-        if number <= n_figures:
+        if n_images <= n_figures:
             known = item.labels != 255
             rows.append([item.image, *(draw_classes(item.image, labels, known, names)
                                        for labels in (item.labels, predictions[0].cpu()))])
-    if not number:
+    if not n_images:
         raise ValueError("no test images: raise --limit or change --data")
-    return counts, rows, number
+    return counts, rows, n_images
 
 
 @torch.no_grad()
@@ -632,15 +647,16 @@ def segment_image(predict, image, model, sizes):
 
 
 def window_starts(length, window, stride):
-    """Where windows begin along a side; the last one ends with the image."""
+    """Start positions of the windows along a side; the last window ends at the image border."""
     count = max(length - window + stride - 1, 0) // stride + 1
     return [max(min(i * stride + window, length) - window, 0) for i in range(count)]
 
 
 def argmax_resized(logits, shape, chunk=16):
     """Logits (C, ...) -> argmax over C of the logits resized to (height, width), a few classes at a
-    time: all of 150 classes of a photo would take gigabytes."""
-    best, classes = logits.new_full(shape, -torch.inf), logits.new_zeros(shape, dtype=torch.long)
+    time: resized logits of 150 classes would take gigabytes for a photo."""
+    best = logits.new_full(shape, -torch.inf)
+    classes = logits.new_zeros(shape, dtype=torch.long)
     for first in range(0, len(logits), chunk):
         value, index = resize_image(logits[first:first + chunk], shape).max(0)
         better = value > best
@@ -655,7 +671,7 @@ def percentages(counts):
 
 
 def draw_classes(image, labels, known, names):
-    """The image with a color for every class; background and ignored pixels are dark."""
+    """The image with a color for each class; background and ignored pixels are dark."""
     first = 0 if names[0] == "background" else 1
     return toy.overlay(image, (labels.long() + first).where(known, 0))
 
@@ -672,8 +688,8 @@ class Segmenter(nn.Module):
     """Encoder and head: images (B, 3, height, width) of any size -> [logits (B, C, height, width)];
     in training, UPerNet adds those of its auxiliary head.
 
-    blocks: four numbers from 0. Sides that are no multiple of the patch are padded with 0, and the
-    logits of the padding are cut off.
+    blocks: indices of four blocks. Sides that are not a multiple of the patch side are padded with
+    0, and the logits of the padding are cut off.
     """
 
     def __init__(self, encoder, blocks, head, classes, crop, narrow=False):
@@ -703,9 +719,9 @@ class SemanticFPN(nn.Module):
         block 9 -1x1- + -3x3- conv x2 conv x2 -------------------- |
         block 12 1x1- + -3x3- conv x2 conv x2 conv x2 ------------ |
 
-    + on the left: from the bottom up, each adds the ones below; x2: upsampled. The head was made
+    + on the left: from the bottom up, the map below is added; x2: upsampled. The head was designed
     for maps of strides 4, 8, 16, 32. All maps of a plain ViT have the stride of the patch; they are
-    upsampled and then resized back as if they had not (SelfPatch's configuration).
+    nevertheless upsampled, then resized back (SelfPatch's configuration).
     """
 
     def __init__(self, width, classes, neck=256, channels=128):
@@ -739,7 +755,7 @@ class UPerNet(nn.Module):
         stride 16 -1x1- + -3x3-+
         stride 32 pooled, 3x3 -+- 3x3 - dropout - 1x1
 
-    + on the left: each adds the coarser one below, upsampled. `make_pyramid` makes the strides.
+    + on the left: the coarser map below is upsampled and added. `make_pyramid` makes the strides.
     """
 
     def __init__(self, width, classes, patch_size=16, channels=512, aux=256):
@@ -768,8 +784,8 @@ class UPerNet(nn.Module):
 
 
 def make_pyramid(width, patch_size=16):
-    """Four modules that make maps of strides 4, 8, 16, 32 from those of a plain ViT (B, D, rows,
-    columns), as in BEiT's code for patches of 16 and 8. Our choice: other patches as 16."""
+    """Four modules that make maps of strides 4, 8, 16, 32 from maps of a plain ViT (B, D, rows,
+    columns), as in BEiT's code for patches of 16 and 8 px. Our choice: other patches as 16 px."""
     def upsample():
         return nn.ConvTranspose2d(width, width, 2, 2)
 
@@ -794,7 +810,7 @@ def conv_norm_relu(width, out, size):
 
 
 def make_classifier(width, classes):
-    """Dropout of whole channels, and a linear layer for every pixel."""
+    """Dropout of whole channels, then a linear layer at every pixel."""
     layer = nn.Conv2d(width, classes, 1)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
@@ -802,5 +818,5 @@ def make_classifier(width, classes):
 
 
 def resize_like(x, other):
-    """Maps (B, D, rows, columns) at the size of `other`, bilinear."""
+    """Maps (B, D, rows, columns) resized to the size of `other`, bilinear."""
     return F.interpolate(x, other.shape[2:], mode="bilinear", align_corners=False)

@@ -1,5 +1,5 @@
-"""What the probes that train share: shuffled batches, parameter groups, an encoder to fine-tune,
-and progress that is kept if the run is killed."""
+"""Shared by the probes that train: shuffled batches, parameter groups, an encoder to fine-tune, and
+progress that is saved, so that an interrupted run can be resumed."""
 import itertools
 import math
 import re
@@ -15,12 +15,12 @@ import vit
 from lib import checkpoints, distributed, positions, rng
 from probes.common import hash_settings, is_toy
 
-SHUFFLE_BYTES = 2**31    # images that are kept in memory for shuffling: 2 GiB per worker
-TOY_LIMITS = dict(train=1000, test=300)  # images of toy's splits that patch probes use by default
+SHUFFLE_BYTES = 2**31    # images kept in memory for shuffling: 2 GiB per worker
+TOY_LIMITS = dict(train=1000, test=300)  # default number of toy images in the patch probes
 
 
 def image_limit(opt, split):
-    """Number of images of a split to use, None: all. On toy fewer, unless --limit is given."""
+    """Number of images of a split to use; None: all. --limit, else TOY_LIMITS on toy."""
     return opt.limit or (TOY_LIMITS[split] if is_toy(opt.data) else None)
 
 
@@ -28,20 +28,21 @@ def image_limit(opt, split):
 
 
 class Progress:
-    """Counts and saves the steps of a training run: if it is killed, the same command resumes it.
+    """Counts and saves the steps of a training run. The same command resumes an interrupted run.
 
         progress = Progress(model, opt, net, optimizer)
         for step, batch in progress.steps(batches_from(progress.step), total):
             ...
-        progress.delete()                                # the result is there: no need to resume
+        progress.delete()                                # after the result is computed
 
-    step: number of steps done, 0 in a new run. curve: a list that is saved with them. Every
-    MINUTES the first process writes a file to --out/progress; its name holds a hash of all that
-    decides the result. ValueError: a file that cannot be read or does not fit.
+    step: number of steps done, 0 in a new run. curve: a list that is saved with them. After every
+    MINUTES (and at the end, if the run took longer) the process of rank 0 writes a file to
+    --out/progress; its name contains a hash of everything that affects the result. ValueError: the
+    file cannot be read or does not match the network.
     """
 
-    MINUTES = 5
-    # Flags that do not change the result, or change it by the model, which is hashed, too.
+    MINUTES = 5              # minutes between two saves
+    # Flags that do not affect the result, or only through the model, which is also hashed.
     NOT_HASHED = {"checkpoint", "baseline", "json", "out", "device", "precision", "workers",
                   "cache", "reference", "show"}
 
@@ -49,8 +50,12 @@ class Progress:
         settings = sorted((k, v) for k, v in vars(opt).items() if k not in self.NOT_HASHED)
         digits = hash_settings(model, opt, settings)
         name = f"{opt.task}-{model.name}-{Path(opt.data).name}-{digits}.pt"
-        self.path, self.name = Path(opt.out) / "progress" / name, model.name
-        self.net, self.optimizer, self.step, self.curve = net, optimizer, 0, []
+        self.path = Path(opt.out) / "progress" / name
+        self.name = model.name
+        self.net = net
+        self.optimizer = optimizer
+        self.step = 0
+        self.curve = []
         if self.path.is_file():
             try:
                 state = checkpoints.read_file(self.path)
@@ -58,13 +63,13 @@ class Progress:
                 optimizer.load_state_dict(state["opt"])
                 self.step, self.curve = state["step"], state["curve"]
             except (ValueError, KeyError, RuntimeError):
-                raise ValueError(f"{self.path} is damaged or of another version: delete it to "
+                raise ValueError(f"{self.path} is damaged or of another version; delete it to "
                                  f"start {opt.task} from scratch") from None
             if distributed.rank() == 0:
                 print(f"{self.path}: resumed after step {self.step:,}", flush=True)
 
     def steps(self, batches, total):
-        """Yields (step, batch) up to `total` steps; shows a progress bar and saves now and then."""
+        """Yields (step, batch) up to `total` steps; shows a progress bar and saves regularly."""
         self.first, self.total, self.begin = self.step, total, time.monotonic()
         self.bar = tqdm(total=total, initial=self.step, desc=self.name, delay=5, leave=False,
                         dynamic_ncols=True, disable=distributed.rank() > 0 or None)
@@ -80,8 +85,8 @@ class Progress:
         self.bar.close()
 
     def mean_loss(self, losses, lr, remedy="--precision fp32, or an earlier checkpoint"):
-        """Mean of the losses over all processes, shown by the bar. To be called at the end of a
-        step, but not of every step, as it waits for the GPU. ValueError if it is not finite."""
+        """Mean of the losses over all processes, also shown in the bar. Call it at the end of a
+        step, but not of every step, because it waits for the GPU. ValueError: it is not finite."""
         mean = distributed.all_mean(torch.stack(losses).mean()).item()
         if not math.isfinite(mean):
             raise ValueError(f"{self.name}: the loss is not finite at step {self.step + 1} of "
@@ -90,7 +95,7 @@ class Progress:
         return mean
 
     def print(self, line):
-        """Prints a line above the bar, with the time that is left; for the end of a step."""
+        """Prints a line above the bar, with the remaining time. Call it at the end of a step."""
         seconds = (time.monotonic() - self.begin) / (self.step + 1 - self.first)
         eta = tqdm.format_interval(seconds * (self.total - self.step - 1))
         tqdm.write(f"{line}  eta {eta}", file=sys.stdout)
@@ -116,8 +121,8 @@ class Progress:
 def load_batches(read, batch_size, collate, steps, opt, device):
     """Yields collate(step, items), tensors on the device, for a range of steps.
 
-    items: the next `batch_size` of those of read(), shuffled. A resumed run continues in another
-    order. Workers prepare batches ahead; toy is fast and needs none.
+    items: the next `batch_size` items of read(), shuffled. A resumed run continues in another
+    order. Workers prepare batches in advance; toy is fast and does not need workers.
     """
     batches = ShuffledBatches(read, batch_size, collate, opt.seed, steps.start)
     workers = 0 if is_toy(opt.data) else opt.workers
@@ -128,24 +133,28 @@ def load_batches(read, batch_size, collate, steps, opt, device):
 
 
 class ShuffledBatches:
-    """step -> collate(step, items), or a str: what is wrong with a file. An exception in a worker
-    would arrive with its traceback.
+    """step -> collate(step, items), or an error message as a str: the message of an exception in a
+    worker would contain its traceback.
 
-    To be called for step after step, or by each of n workers for every nth of them. All workers
-    and processes read the same images in the same order, so their number changes nothing.
+    It is called for consecutive steps, or by each of n workers for every nth step. All workers and
+    processes read the same images in the same order, so their number does not affect the batches.
     """
 
     def __init__(self, read, batch_size, collate, seed, first_step=0):
-        self.read, self.batch_size, self.collate = read, batch_size, collate
-        self.seed, self.first_step, self.done = seed, first_step, first_step
+        self.read = read
+        self.batch_size = batch_size
+        self.collate = collate
+        self.seed = seed
+        self.first_step = first_step
+        self.done = first_step
         self.stream = None
 
     def __call__(self, step):
-        if not self.stream:                              # in the worker, if there are workers
+        if not self.stream:                              # created in the worker, if there is one
             g = rng.generator(self.seed, "order", self.first_step)
             self.stream = shuffle_items(self.read, g)
         try:
-            for _ in range(self.done, step + 1):         # the earlier ones: steps of other workers
+            for _ in range(self.done, step + 1):         # skips the steps of other workers
                 items = list(itertools.islice(self.stream, self.batch_size))
         except ValueError as error:
             return str(error)
@@ -156,10 +165,11 @@ class ShuffledBatches:
 def shuffle_items(read, g):
     """Yields the items of read(), a finite iterator, endlessly in random order.
 
-    If the images fit in SHUFFLE_BYTES they are kept and permuted in each epoch. Of a larger set a
-    pool of that size is kept: the next item replaces one that is drawn.
+    If the images fit in SHUFFLE_BYTES, they are kept and permuted in each epoch. Of a larger set, a
+    pool of that size is kept, and each item drawn from it is replaced by the next one of read().
     """
-    stream, pool, room = read(), [], SHUFFLE_BYTES
+    stream = read()
+    pool, room = [], SHUFFLE_BYTES
     for item in stream:
         pool.append(item)
         room -= item.image.nbytes
@@ -181,30 +191,30 @@ def draw_uniform(g, low=0.0, high=1.0):
 
 
 def flip_table(names):
-    """(256,) uint8: the label of each class in a mirrored image; left-arm becomes right-arm, and
-    "cat: leye" becomes "cat: reye"."""
+    """(256,) uint8: the label of each class in a mirrored image: that of right-arm for left-arm,
+    that of "cat: reye" for "cat: leye"."""
     table, names = torch.arange(256, dtype=torch.uint8), [name.lower() for name in names]
     for i, name in enumerate(names):
         other = name.replace("left", "\0").replace("right", "left").replace("\0", "right")
-        if other == name:                                # Pascal-Part's, except "bus: roofside"
+        if other == name:                                # Pascal-Part; "loofside" is not a name
             other = re.sub("(?<=: )[lr]", lambda side: "rl"["lr".index(side[0])], name)
         table[i] = names.index(other) if other in names else i
     return table
 
 
-# ---- what is trained -----------------------------------------------------------------------------
+# ---- optimizers and the encoder to fine-tune -----------------------------------------------------
 
 
 def linear_adamw(layers, lrs, weight_decay):
-    """One AdamW for several layers, each with its own peak learning rate; no decay of biases."""
+    """One AdamW for several layers, each with its peak learning rate; biases are not decayed."""
     groups = [dict(params=[p], peak=lr, weight_decay=weight_decay if p.ndim > 1 else 0.0)
               for layer, lr in zip(layers, lrs) for p in layer.parameters()]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
 
 
 def layer_decay_groups(named_parameters, depth, layer_decay, weight_decay):
-    """Parameter groups for AdamW of an `encoder` of that depth and its head. The learning rate of a
-    group is lr times its `factor`, smaller for earlier layers.
+    """Parameter groups for AdamW: an `encoder` with that depth and its head. The learning rate of a
+    group is lr times its `factor`, which is smaller for earlier layers.
 
     Layer 0: patch embedding, class token and positions; layer i: block i, counted from 1; layer
     depth + 1: final norm and head. factor = layer_decay^(depth + 1 - layer). Vectors, class token
@@ -225,10 +235,10 @@ def layer_decay_groups(named_parameters, depth, layer_decay, weight_decay):
 def copy_encoder(encoder, drop_path, reinit=(), final_norm=False, img_size=None):
     """A copy of the encoder to fine-tune; the blocks `reinit` are re-initialized.
 
-    A relative position table that all blocks share becomes one for each block (BEiT, SimMIM).
-    Positions that were fixed in pre-training are trained, as in MAE's code. img_size: side of the
-    training images in pixels; positions are resampled to it here, once, so that the position of
-    each patch is then trained by itself.
+    A relative position table that all blocks share becomes one table per block (BEiT, SimMIM).
+    Positions that were fixed in pretraining are trained, as in MAE's code. img_size: side of the
+    training images in pixels; positions are resampled to it here, once, so that each patch has its
+    own trained position.
     """
     config = {**encoder.config, "drop_path": drop_path}
     config["final_norm"] &= final_norm
@@ -246,9 +256,9 @@ def copy_encoder(encoder, drop_path, reinit=(), final_norm=False, img_size=None)
                                                          config["resize"])
             elif name.endswith(key):
                 state[name] = positions.resize_table(x, *grids)
-    copy = vit.ViT(**config)                             # initialized as before pre-training
-    fresh = tuple(f"blocks.{i}." for i in reinit)
-    copy.load_state_dict({name: x if name.startswith(fresh) else state[name]
+    copy = vit.ViT(**config)                             # initialized as before pretraining
+    reinitialized = tuple(f"blocks.{i}." for i in reinit)
+    copy.load_state_dict({name: x if name.startswith(reinitialized) else state[name]
                           for name, x in copy.state_dict().items()})
     if copy.pos_embed is not None:
         copy.pos_embed.requires_grad_(True)

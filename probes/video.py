@@ -26,8 +26,11 @@ from probes.patches import (
 # Shapes: D width, C labels (background and the objects of the first frame), p patch side; (height,
 # width) in pixels, (rows, columns) of patches.
 
-# DINO's script: previous frames, patches, patches, temperature
-MEMORY, RADIUS, NEIGHBORS, TEMPERATURE = 7, 12, 5, 0.1
+# Settings of DINO's script
+MEMORY = 7                                               # previous frames
+RADIUS = 12                                              # of the window, in patches
+NEIGHBORS = 5                                            # most similar patches
+TEMPERATURE = 0.1
 DAVIS_STD = (0.228, 0.224, 0.225)                        # sic, in DINO's script
 TOY_VIDEOS = 10                                          # unless --limit is given
 
@@ -36,14 +39,16 @@ def video(model, opt):
     """Masks of a video's first frame are propagated to all others by patch similarity: J and F.
 
     DINO's protocol on DAVIS-2017 (SelfPatch, supplement, tables 3-5; MMC, table 2). Nothing is
-    trained: each patch takes the mean label of its 5 most similar patches within 12 patches of its
-    position, among the first frame and the previous 7 together, weighted by exp(cosine / 0.1).
-    Tokens after the final norm (SelfPatch's code has none there). Our choice on toy: videos of 24
-    frames of twice the encoder's size, and a radius of the same fraction of the frame, 12 of 30
-    patches.
+    trained: the label of each patch is the mean label of its 5 most similar patches, weighted by
+    exp(cosine / 0.1). They are searched in the first frame and the previous 7 together, in a window
+    of 25 x 25 patches (radius 12) around its position. Tokens are taken after the final norm
+    (SelfPatch's code has none there). Our choice on toy: videos of 24 frames of twice the encoder's
+    size, and a radius that is the same fraction of the frame, 12 of 30 patches. ValueError: a data
+    set without videos, the pixels baseline, no video with an object.
     """
     require_tokens(model, opt.task)
-    side, p = input_side(model, opt, 480), model.encoder.patch_size
+    side = input_side(model, opt, 480)
+    p = model.encoder.patch_size
     radius = max(1, round(RADIUS * (side // p) / 30)) if is_toy(opt.data) else RADIUS
     limit = opt.limit or (TOY_VIDEOS if is_toy(opt.data) else None)
     std = DAVIS_STD if opt.data == "davis" and tuple(model.std) == tuple(augment.STD) else None
@@ -77,8 +82,9 @@ def video(model, opt):
 
 
 def frame_shape(shape, short, p):
-    """(height, width) -> short side as given, the other scaled with it and rounded down to a
-    multiple of 64; of the patch, where that does not divide 64: our choice."""
+    """(height, width) of a frame -> that of the encoder's input. The short side becomes `short`.
+    The long side is scaled with it and rounded down to a multiple of 64, or of p if p does not
+    divide 64 or `short` is below 64 (our choice); it is at least `short`."""
     step = 64 if 64 % p == 0 and short >= 64 else p
     return [short if n == min(shape) else max(short, int(short * n / min(shape)) // step * step)
             for n in shape]
@@ -87,12 +93,12 @@ def frame_shape(shape, short, p):
 def propagate_masks(item, encode, p, radius):
     """Yields the predicted mask (height, width) uint8 of each frame after the first.
 
-    item: of annotations.videos. encode: image -> (rows, columns, D), L2-normalized. Only the first
+    item: an annotations.Video. encode: image -> (rows, columns, D), L2-normalized. Only the first
     frame and the last MEMORY frames are kept.
     """
     tokens = encode(item.frames[0])
     small = resize_labels(item.masks[0], tokens.shape[:2]).long().to(tokens.device)
-    first = tokens, F.one_hot(small).float()             # a channel for each label left in `small`
+    first = tokens, F.one_hot(small).float()             # channels 0 ... largest label in `small`
     memory = deque(maxlen=MEMORY)
     for t in range(1, len(item.masks)):
         tokens = encode(item.frames[t])
@@ -106,18 +112,18 @@ def propagate_labels(tokens, known_tokens, known_labels, radius):
     """tokens (rows, columns, D), known_tokens (frames, rows, columns, D), known_labels (frames,
     rows, columns, C) -> soft labels (rows, columns, C) of the tokens.
 
-    Row by row, compared with the rows within the radius only: videos with small patches fit in
-    memory.
+    Computed for one row of patches at a time, compared only with rows within the radius, so that
+    videos with small patches fit in memory.
     """
     out, columns = [], tokens.shape[1]
     x = torch.arange(columns, device=tokens.device)
-    near = (x[:, None] - x).abs() <= radius              # (columns of the known, columns)
+    near = (x[:, None] - x).abs() <= radius              # (known columns, columns)
     for y, row in enumerate(tokens):
         rows = slice(max(0, y - radius), y + radius + 1)
         source, labels = (known[:, rows].flatten(0, 2) for known in (known_tokens, known_labels))
         weight = (source @ row.T / TEMPERATURE).exp() * near.repeat(len(source) // columns, 1)
         least = weight.topk(min(NEIGHBORS, len(weight)), 0).values[-1]           # (columns,)
-        weight = weight.where(weight >= least, 0)        # ties with the fifth are kept
+        weight = weight.where(weight >= least, 0)        # ties with the last neighbor are kept
         out.append((weight / weight.sum(0)).T @ labels)
     return torch.stack(out)
 
@@ -125,8 +131,8 @@ def propagate_labels(tokens, known_tokens, known_labels, radius):
 def labels_to_mask(labels, p, shape):
     """Soft labels (rows, columns, C) of patches -> mask (height, width) uint8 of the frame.
 
-    Each channel that is not 0 everywhere is stretched to 0 ... 1 before the argmax: that helps
-    small objects and is part of the protocol. A constant channel would become 0/0; it is left
+    Each channel that is not constant is stretched to the range 0 to 1 before the argmax. That helps
+    small objects and is part of the protocol. A constant channel would become 0/0, so it is left
     unchanged.
     """
     maps = upsample_maps(labels.permute(2, 0, 1), p)
@@ -139,4 +145,5 @@ def labels_to_mask(labels, p, shape):
 def draw_video(item, masks, n_frames=6):
     """Two rows of images: the true and the predicted masks of frames over the whole video."""
     times = [i * (len(masks) - 1) // (n_frames - 1) for i in range(n_frames)]
-    return [[toy.overlay(item.frames[t], some[t]) for t in times] for some in (item.masks, masks)]
+    return [[toy.overlay(item.frames[t], shown[t]) for t in times]
+            for shown in (item.masks, masks)]

@@ -1,4 +1,4 @@
-"""What the tests of the diagnostics share: a tiny model, options, a run of MAE."""
+"""Helpers of the diagnostics tests: a tiny model, options, the folder of an MAE run."""
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ def save_mae(folder):
     folder.mkdir(parents=True)
     checkpoints.save_encoder(folder / "encoder.pt", net.encoder, method="mae", data="toy",
                              branch="base", step=3)
-    torch.save(dict(model=mae.official_names(net), num_heads=3), folder / "full.pt")
+    torch.save(dict(model=checkpoints.mae_names(net), num_heads=3), folder / "full.pt")
     (folder / "config.yaml").write_text(
         "decoder_num_heads: 2\nmask_ratio: 0.75\nnorm_pix_loss: false\n")
     return make_model(net.encoder, folder / "encoder.pt"), net

@@ -18,7 +18,7 @@ REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
 
 @pytest.fixture(autouse=True)
 def clear_cache():
-    annotations.coco_json.cache_clear()
+    annotations.read_coco_json.cache_clear()
 
 
 def write_image(path, size=(64, 48), mode="RGB", value=100):
@@ -43,7 +43,7 @@ def file_names(paths):
 
 
 def write_cub(root, folder="CUB_200_2011"):
-    """Four birds. The eye, leg, wing and tail of the study are parts 11, 12, 9 and 14."""
+    """Four birds. The eye, leg, wing and tail of Zhu et al. (2023) are parts 11, 12, 9 and 14."""
     root = root / folder
     seen = {2: {11: (60, 80), 12: (120, 80)},              # 60 apart: crops of side 2 round(60/4)
             5: {11: (60, 80)},                             # a single part: no crop
@@ -221,7 +221,7 @@ def test_an_unreadable_image_is_an_error_that_names_it(tmp_path):
     write_coco(tmp_path)
     path = tmp_path / "coco/train2017/000000000025.jpg"
     path.write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=f"Cannot read {path}: .*Restore the file"):
+    with pytest.raises(ValueError, match=f"cannot read {path}: .*restore the file"):
         list(annotations.keypoints("coco", tmp_path, "train"))
 
 
@@ -344,14 +344,14 @@ def test_a_missing_set_is_an_error_with_its_layout_and_source(tmp_path, name):
 
 
 def test_wrong_names_and_splits_are_errors_with_the_next_step():
-    with pytest.raises(ValueError, match="No keypoints of 'cifar10' here: choose toy or toy-sce"):
+    with pytest.raises(ValueError, match="no keypoints of 'cifar10' here: choose toy or toy-sce"):
         annotations.keypoints("cifar10")
-    with pytest.raises(ValueError, match="No boxes of 'cub' here: choose toy or toy-scenes or co"):
+    with pytest.raises(ValueError, match="no boxes of 'cub' here: choose toy or toy-scenes or co"):
         annotations.boxes("cub")
-    with pytest.raises(ValueError, match="No landmarks of 'oxford' here: choose roxford5k or rp"):
+    with pytest.raises(ValueError, match="no landmarks of 'oxford' here: choose roxford5k or rp"):
         annotations.landmarks("oxford")
     for name, split in (("coco", None), ("toy", "all"), ("cub", "dev")):
-        with pytest.raises(ValueError, match=f"No split {split!r} of {name}: choose train or test"):
+        with pytest.raises(ValueError, match=f"no split {split!r} of {name}: choose train or test"):
             annotations.keypoints(name, split=split)
 
 

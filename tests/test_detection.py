@@ -380,13 +380,13 @@ def test_the_error_of_a_worker_is_one_line():
     def loader():
         yield 1
         raise ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal Traceback "
-                         "(most recent call last):\n  File ...\nValueError: Cannot read x.jpg\n")
+                         "(most recent call last):\n  File ...\nValueError: cannot read x.jpg\n")
 
     stream = detection.shorten_worker_errors(loader())
     assert next(stream) == 1
     with pytest.raises(ValueError) as stop:
         next(stream)
-    assert str(stop.value) == "Cannot read x.jpg"
+    assert str(stop.value) == "cannot read x.jpg"
 
 
 # ---- recipes, optimizer --------------------------------------------------------------------------
@@ -573,7 +573,7 @@ def test_a_mask_is_where_the_probability_exceeds_a_half():
 
 
 def test_category_numbers_of_coco_are_recovered_from_labels():
-    numbers = torch.tensor([1, 11, 13, 44, 46, 90])      # 12, 45 and others are no categories
+    numbers = torch.tensor([1, 11, 13, 44, 46, 90])      # 12, 45 and others are not categories
     item = make_item()
     item.labels = torch.tensor([annotations.LABELS[n] for n in numbers.tolist()])
     item.boxes = torch.tensor([[4.0, 6, 30, 40]] * 6)
@@ -681,8 +681,9 @@ def test_user_errors_are_one_sentence(capsys, tmp_path, monkeypatch):
         tmp_path)
     assert "pixels have none" in error_line(capsys, *flags, "--baseline", "pixels")
     assert "choose --recipe 1x, 100ep, vitdet" in error_line(capsys, *flags, "--recipe", "mae")
-    assert "No masks of 'cub' here" in error_line(capsys, *flags, "--data", "cub")
-    with pytest.raises(ValueError, match="patches of 4, 8, 16 or 32 px, small has 2"):
+    error = error_line(capsys, *flags, "--data", "cub")
+    assert "detection needs masks of objects, and cub has none; choose --data toy or" in error
+    with pytest.raises(ValueError, match="a power of two and at least 4 px, and small has 2"):
         detection.detection(small_model(small_encoder(patch_size=2)), detection_options())
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "world_size", lambda: 3)
@@ -728,7 +729,7 @@ def test_two_processes_write_one_line_and_one_figure(tmp_path, torchrun):
 @pytest.mark.slow
 def test_the_real_coco(tmp_path):
     unpack_real("coco_subset", tmp_path)
-    annotations.coco_json.cache_clear()
+    annotations.read_coco_json.cache_clear()
     for item in annotations.masks("coco", tmp_path, "train"):
         for name, side in (("1x", 800), ("vitdet", 1024)):
             torch.manual_seed(item.id)

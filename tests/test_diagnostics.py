@@ -460,7 +460,7 @@ def test_tsne_reads_six_images_of_three_classes_of_all_files(tmp_path, monkeypat
 def test_views_show_the_fraction_that_their_title_states():
     found = images.show_views(tiny_model(), options("--limit", "6"))
     tiles = {tile.title: tile.image for tile in found["image_rows"][0].tiles}
-    for name, fraction in (("masked, 75 %", 0.75), ("visible, 25 %", 0.25), ("75 % noise", 0.25)):
+    for name, fraction in (("masked, 75%", 0.75), ("visible, 25%", 0.25), ("75% noise", 0.25)):
         same = (tiles[name] == tiles["image"]).all(-1).mean()
         assert same == pytest.approx(fraction, abs=0.02), name
 
@@ -482,7 +482,7 @@ def test_reconstruction_error_is_of_masked_pixels_in_colors_of_0_to_1(monkeypatc
 
 @pytest.fixture
 def run(tmp_path):
-    """A model and write(lines), which writes results.jsonl beside its checkpoint."""
+    """A model and write(lines), which writes results.jsonl next to its checkpoint."""
     model, _ = save_mae(tmp_path / "mae")
 
     def write(lines):

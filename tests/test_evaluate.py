@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,19 +224,20 @@ def test_a_model_without_class_token_gets_a_note(tmp_path):
     checkpoints.save_encoder(tmp_path / "r" / "encoder.pt", make_encoder(class_token=False),
                              data="toy")
     [line] = run(tmp_path)
-    assert line["notes"] == ["r has no class token: cls is its patch mean"]
+    assert line["notes"] == ["r has no class token: cls is its mean patch token"]
     assert line["metrics"]["cls"] == line["metrics"]["patch"]
     *_, line = run(tmp_path, "--task", "video", "--limit", "1")          # uses patches only
     assert line["task"] == "video" and not any("class token" in note for note in line["notes"])
 
 
-def test_joint_normalization_of_hyber_is_in_the_protocol(tmp_path):
+def test_joint_normalization_of_hyber_is_in_the_protocol(tmp_path, monkeypatch):
     flags = ["--k", "3", "--json", str(tmp_path / "all.jsonl"), "--hyber-norm"]
     *_, separate = run(tmp_path, *flags, "separate")
     *_, joint = run(tmp_path, *flags, "joint")
     assert joint["protocol"] == (
         separate["protocol"] + "; hyber: cls and patch concatenated, then L2-normalized")
-    *_, cls = run(tmp_path, *flags, "joint", "--feature", "cls")
+    monkeypatch.setattr(evaluate, "FROZEN", ["knn"])      # --task all does not refuse the flag
+    *_, cls = run(tmp_path, *flags, "joint", "--feature", "cls", "--task", "all")
     assert cls["protocol"] == separate["protocol"]       # no hyber in it
 
 
@@ -340,8 +342,33 @@ def test_all_prints_one_table_and_why_tasks_were_skipped(tmp_path, checkpoint, c
     assert "note: pixels: skipped attentive: attentive needs tokens, and pixels have none" in text
     head = next(line for line in text.splitlines() if line.startswith("task"))
     assert head.split() == ["task", "feature", "number", name, "pixels"]
-    assert "knn: numbers of the papers, not measured here" in text
+    assert ("knn: numbers of the papers, not measured here; none for toy, these are for other data "
+            "sets\n") in text
+    assert "last block, after the final norm" in lines[0]["protocol"]
+    assert "norm" not in lines[3]["protocol"]                              # pixels
     assert "DINO (MMC, table 11; imagenet100)" in text
+
+
+def test_the_last_line_has_every_feature_and_does_not_choose_one(capsys, tmp_path):
+    rows = {"cls": {"k=10": 20.0, "k=20": 1.0}, "patch": {"k=10": 30.0}}
+    drops = {"patch": {"mean drop": 3.25, "clean": 60.0}}
+    models = [SimpleNamespace(precision="fp32", device=torch.device("cpu"))]
+    for task, row, line in (("knn", rows, "m: knn, k=10 (%): cls 20.0, patch 30.0\n"),
+                            ("frequency_noise", drops,
+                             "m: frequency_noise, mean drop (points): patch 3.2\n")):
+        opt = Options(task=task, data="toy", out=str(tmp_path))
+        evaluate.print_results(opt, models, [evaluate.Result(task, "m", Report(row, ""))], [])
+        assert capsys.readouterr().out.endswith(line)
+
+
+def test_numbers_of_the_papers_for_the_data_set_come_alone(capsys):
+    opt = Options(task="knn", data="cifar10", reference=True)
+    models = [SimpleNamespace(precision="fp32", device=torch.device("cpu"))]
+    evaluate.print_results(opt, models, [evaluate.Result("knn", "m", Report({"cls": {"k=10": 1.}},
+                                                                            ""))], [])
+    text = capsys.readouterr().out
+    assert "not measured here\n" in text and "MMC (MMC, table 6; cifar10)" in text
+    assert "imagenet100" not in text
 
 
 def test_two_checkpoints_with_one_name_are_two_columns(tmp_path, checkpoint, capsys, monkeypatch):
@@ -395,7 +422,7 @@ def test_an_error_at_a_later_model_leaves_the_table_of_the_earlier_ones(tmp_path
         config.main(lambda: evaluate.main(flags))
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and err.startswith("error: attentive needs tokens, and pixels")
-    assert "\nmodel  feature" in out and "\na: attentive " in out
+    assert "\nmodel  feature" in out and "\na: attentive, top-1 (%): tokens " in out
     assert f"appended to {tmp_path}/a/results.jsonl" in out
 
 
@@ -431,6 +458,14 @@ def test_an_error_at_a_later_model_leaves_the_table_of_the_earlier_ones(tmp_path
     (["--paper-lr"], "knn does not use --paper-lr: leave it out"),
     (["--show"], "knn does not use --show: leave it out"),
     (["--task", "video", "--max-items", "9"], "video does not use --max-items: leave it out"),
+    (["--feature", "cls", "--hyber-norm", "joint"], "--hyber-norm is for the feature hyber only"),
+    (["--task", "linear", "--hyber-norm", "joint"], "--hyber-norm is for the feature hyber only"),
+    (["--task", "part_classification", "--head", "attentive", "--feature", "cls"],
+     "the attentive head takes all tokens: leave out --feature"),
+    (["--task", "part_classification", "--bn", "batch"], "--bn is for the attentive head"),
+    (["--task", "landmark_retrieval", "--crop-queries"], "queries of toy have no boxes"),
+    (["--task", "landmark_retrieval", "--data", "roxford5k", "--limit", "9"],
+     "roxford5k is always used as a whole: leave out --limit"),
     (["--data", "toyy", "--task", "all"], "skipped knn, few_shot, linear"),
     (["--task", "part_retrieval", "--data", "cub", "--data-root", "x"], "No cub under x: expected"),
 ])

@@ -29,9 +29,9 @@ def finetune_options(*argv):
     return make_options("finetune", *argv, data="cifar10")
 
 
-def make_classifier(encoder, classes, cls_too=False):
-    return finetune.Classifier(training.copy_encoder(encoder, 0.1, final_norm=cls_too), classes,
-                               cls_too)
+def make_classifier(encoder, classes, with_cls=False):
+    return finetune.Classifier(training.copy_encoder(encoder, 0.1, final_norm=with_cls), classes,
+                               with_cls)
 
 
 def error_line(capsys, *flags):
@@ -94,7 +94,7 @@ def test_features_are_pooled_and_the_head_is_near_zero():
     raw = encoder.layers(x, [2], norm=False)[0][0]
     z = F.layer_norm(raw[:, 1:].mean(1), (32,), eps=1e-6)
     torch.testing.assert_close(net(x), z @ net.head.weight.T)
-    net = make_classifier(encoder, 5, cls_too=True).eval()
+    net = make_classifier(encoder, 5, with_cls=True).eval()
     tokens = encoder(x)
     z = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
     torch.testing.assert_close(net(x), z @ net.head.weight.T)
@@ -259,7 +259,7 @@ def test_toy_is_fine_tuned_for_few_epochs_on_crops_of_most_of_the_image(monkeypa
     protocol = finetune.finetune(model, finetune_options("--data", "toy")).protocol
     assert ", 5 epochs, large crops and flips only, drop path" in protocol
     assert "batch 16, lr 0.00025 (both our choice" in protocol   # from the recipe's batch, not 64
-    assert scales == [(0.6, 1.0)] and set(warmups) == {4}        # 5 % of 80 steps
+    assert scales == [(0.6, 1.0)] and set(warmups) == {4}        # 5% of 80 steps
     assert finetune.TOY_FINETUNE["batch"] == 64
     assert {tuple(y) for y in torch.cat(targets).tolist()} == {(0.0, 1.0), (1.0, 0.0)}   # not mixed
     opt = finetune_options("--data", "toy", "--epochs", "2")
@@ -319,7 +319,7 @@ def test_every_step_follows_the_recipe(monkeypatch, recipe, warmup, clip):
         if recipe == "simmim":
             return finetune.simmim_lr(step, 32, peak, 2e-4 * peak, warmup)
         down = 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * (step - 1) / 31)) / 2
-        return down * (step > 0)                         # one step of warm-up, from 0
+        return down * (step > 0)                         # one step of warmup, from 0
 
     assert len(seen.lrs) == 32 and seen.clips == [clip] * 32 * bool(clip)
     for step, lrs in enumerate(seen.lrs):
@@ -366,12 +366,12 @@ def test_user_errors_are_one_sentence(capsys, tmp_path, monkeypatch):
 def test_too_few_images_are_reported_before_training(capsys, tmp_path, monkeypatch):
     flags = "--baseline", "untrained", "--out", str(tmp_path)
     error = error_line(capsys, *flags, "--limit", "10")
-    assert ("finetune needs 16 training and 1 test images at least, and toy has 10 and 10: raise "
+    assert ("finetune needs at least 16 training and 1 test images, and toy has 10 and 10: raise "
             "--limit or change --data") in error
     plant_two_classes(monkeypatch)
     monkeypatch.setattr(distributed, "world_size", lambda: 300)
     monkeypatch.setattr(finetune, "Classifier", lambda *_: pytest.fail("training has begun"))
-    with pytest.raises(ValueError, match="needs 300 training and 300 test images at least, and"):
+    with pytest.raises(ValueError, match="needs at least 300 training and 300 test images, and"):
         finetune.finetune(make_model(make_encoder()), finetune_options())
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     load_split = common.load_split
@@ -383,7 +383,7 @@ def test_too_few_images_are_reported_before_training(capsys, tmp_path, monkeypat
         return replace(images, labels=images.labels[:2], pixels=images.pixels[:2])
 
     monkeypatch.setattr(common, "load_split", load_two_tests)
-    with pytest.raises(ValueError, match="15 training and 3 test images at least, and cifar10 has "
+    with pytest.raises(ValueError, match="15 training and 3 test images, and cifar10 has "
                                          "256 and 2"):
         finetune.finetune(make_model(make_encoder()), finetune_options())
 
@@ -414,7 +414,7 @@ def test_the_processes_share_the_test_images(monkeypatch):
     model, opt = make_model(net.encoder), finetune_options()
     net.head.register_forward_hook(lambda head, *_: training_modes.append(head.training))
     whole = finetune.test_accuracy(net, tests, model, opt)
-    assert training_modes == [False] and net.training    # no drop path in the test
+    assert training_modes == [False] and net.training    # no drop path at test time
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_mean", lambda x: sums.append(x) or x)
     for rank in (0, 1):

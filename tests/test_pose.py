@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")    # 
 
 @pytest.fixture(autouse=True)
 def seeded_without_gradient():
-    annotations.coco_json.cache_clear()
+    annotations.read_coco_json.cache_clear()
     torch.manual_seed(0)
     with torch.no_grad():
         yield
@@ -243,7 +243,7 @@ def test_it_runs_on_toy(tmp_path):
 def test_user_errors_are_one_sentence():
     with pytest.raises(ValueError, match="pose needs tokens, and pixels have none"):
         pose.pose(make_model(None, name="pixels"), make_options("pose"))
-    with pytest.raises(ValueError, match="no keypoints of cub"):
+    with pytest.raises(ValueError, match="needs keypoints and object areas, and cub does not have"):
         pose.pose(small_model(), make_options("pose", "--data", "cub"))
     with pytest.raises(ValueError, match="pose on coco has the protocol's sizes: leave out --img"):
         pose.pose(small_model(), make_options("pose", "--data", "coco", "--img-size", "64"))

@@ -1,4 +1,4 @@
-"""What the probes that train share: shuffled batches, parameter groups, copies of encoders, and
+"""Shared by the probes that train: shuffled batches, parameter groups, copies of encoders, and
 runs that are resumed after they were killed."""
 from types import SimpleNamespace
 
@@ -91,7 +91,7 @@ def test_a_copy_gives_the_same_tokens_and_shares_no_memory():
         assert not memory & {p.data_ptr() for p in copy.parameters()}
         assert all(p.requires_grad for p in copy.parameters())
         assert copy.config["drop_path"] == 0.1
-    larger = torch.randn(2, 3, 48, 48)                       # tables are resized, too
+    larger = torch.randn(2, 3, 48, 48)                       # tables are also resized
     net = make_encoder(0.1, **BEIT)
     copy = training.copy_encoder(net, 0.1, final_norm=True).eval()
     torch.testing.assert_close(copy(larger), net(larger))

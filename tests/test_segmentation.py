@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")    # 
 
 @pytest.fixture(autouse=True)
 def seeded_without_gradient():
-    annotations.coco_json.cache_clear()
+    annotations.read_coco_json.cache_clear()
     torch.manual_seed(0)
     with torch.no_grad():
         yield
@@ -61,7 +61,7 @@ def test_linear_heads_are_trained_with_the_published_schedule(monkeypatch):
     batch = torch.zeros(16, 3, 8, 8), torch.zeros(16, 8, 8, dtype=torch.long)
     segmentation.train_linear_heads(heads, optimizer, lambda x: torch.randn(16, 1, 1, 4),
                                     enumerate([batch] * 4), iters=4, warmup=2, p=8)
-    factors = 1e-6, 0.75 * 0.5000005, 0.5, 0.25          # two steps of warm-up, down to 0
+    factors = 1e-6, 0.75 * 0.5000005, 0.5, 0.25          # two steps of warmup, down to 0
     for groups, factor in zip(steps, factors, strict=True):
         assert groups == [(pytest.approx(lr * factor), decay, (0.9, 0.999))
                           for lr in (4e-4, 1e-3) for decay in (0.05, 0)]         # weight, bias
@@ -402,7 +402,27 @@ def test_the_best_threshold_is_one_for_all_and_categories_weigh_the_same(monkeyp
     assert report.images == {"targets": 3, "categories": 2}
 
 
-def test_targets_are_categories_or_instances_but_no_crowds(monkeypatch):
+@pytest.mark.parametrize("target, prompt, phrase, which", [
+    ("category", "deepest", "a category,", "their deepest"),
+    ("instance", "random", "an instance,", "every")])
+def test_small_targets_are_reported_if_there_are_any(monkeypatch, target, prompt, phrase, which):
+    def report(*sides):
+        masks = torch.zeros(len(sides), 64, 64, dtype=torch.bool)
+        for mask, side in zip(masks, sides):
+            mask[:side, :side] = True
+        monkeypatch.setattr(annotations, "masks", lambda *_: [SimpleNamespace(
+            image=torch.zeros(3, 64, 64).byte(), labels=torch.arange(len(sides)), masks=masks,
+            crowd=torch.zeros(len(sides), dtype=torch.bool))])
+        return segmentation.zero_shot_segmentation(small_model(), zero_shot_options(
+            "--img-size", "64", "--target", target, "--prompt", prompt))
+
+    assert f"{prompt} patch of {phrase}" in report(32).protocol
+    assert len(report(32).notes) == 1
+    assert report(32, 2, 3).notes[1:] == [
+        f"2 targets cover less than half of {which} patch and are left out"]
+
+
+def test_targets_are_categories_or_instances_but_not_crowds(monkeypatch):
     masks = torch.zeros(4, 16, 16, dtype=torch.bool)
     for k, mask in enumerate(masks):
         mask[4 * k:4 * k + 4] = True
@@ -435,7 +455,7 @@ def test_targets_of_a_level_come_from_its_class_maps():
     [(thing, whole)] = targets()[1]
     [(same, mask)] = targets("--level", "object")[1]
     assert same == thing and mask.equal(whole)
-    with pytest.raises(ValueError, match="No level 'scene' of toy: choose object or part"):
+    with pytest.raises(ValueError, match="no level 'scene' of toy: choose object or part"):
         targets("--level", "scene")
     with pytest.raises(ValueError, match="toy has no --target instance at --level part"):
         targets("--level", "part", "--target", "instance")
@@ -507,7 +527,7 @@ def test_user_errors_are_one_sentence():
             probe(make_model(None, name="pixels"), opt)
     for argv, message in (
             ("--recipe dino", "no recipe dino; choose --recipe parts, mmc"),
-            ("--data cub", "No segmentation of 'cub'"),
+            ("--data cub", "no segmentation of 'cub'"),
             ("--data voc --img-size 64", "linear_segmentation on voc has the protocol's sizes: "
                                          "leave out --img-size")):
         with pytest.raises(ValueError, match=message):

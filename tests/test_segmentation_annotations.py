@@ -19,7 +19,7 @@ REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
 
 @pytest.fixture(autouse=True)
 def clear_cache():
-    annotations.coco_json.cache_clear()
+    annotations.read_coco_json.cache_clear()
 
 
 def write_image(path, height, width):
@@ -293,7 +293,7 @@ def test_ade20k_parts_are_pairs_in_both_splits_the_most_frequent_first(tmp_path,
 def test_pairs_with_few_pixels_are_not_parts(tmp_path):
     write_ade20k_full(tmp_path, (64, 64))
     folder = tmp_path / "ADE20K_2021_17_01/images/ADE"
-    for pixels, names in ((1, 2), (5, 3)):                 # 0.1 % of 3,700 pixels of building: 4
+    for pixels, names in ((1, 2), (5, 3)):                 # 0.1% of 3,700 pixels of building: 4
         for stem in ("training/urban/street/ADE_train_00000001",
                      "validation/urban/street/ADE_val_00000001"):
             codes = make_stripes(64, 64, *([0, WINDOW, WINDOW, WHEEL, 0] if "train_" in stem else
@@ -447,7 +447,7 @@ def test_frames_are_read_when_used(tmp_path):
     goat = next(annotations.videos("davis", tmp_path))
     (top / "JPEGImages/480p/goat/00003.jpg").write_bytes(b"not an image")
     assert goat.frames[2].shape == (3, 96, 128)
-    with pytest.raises(ValueError, match="Cannot read .*00003.jpg: .*Restore the file"):
+    with pytest.raises(ValueError, match="cannot read .*00003.jpg: .*restore the file"):
         goat.frames[3]
 
 
@@ -541,19 +541,19 @@ def test_folders_without_labels_are_a_missing_set(tmp_path):
 
 
 def test_wrong_names_splits_and_levels_are_errors_with_the_next_step():
-    with pytest.raises(ValueError, match="No segmentation of 'cub' here: choose toy or toy-scene"):
+    with pytest.raises(ValueError, match="no segmentation of 'cub' here: choose toy or toy-scene"):
         annotations.segmentation("cub")
-    with pytest.raises(ValueError, match="No segmentation of 'cub' here"):
+    with pytest.raises(ValueError, match="no segmentation of 'cub' here"):
         annotations.segmentation_classes("cub")
-    with pytest.raises(ValueError, match="No videos of 'coco' here: choose toy or toy-scenes or d"):
+    with pytest.raises(ValueError, match="no videos of 'coco' here: choose toy or toy-scenes or d"):
         annotations.videos("coco")
-    with pytest.raises(ValueError, match="No masks of 'voc' here: choose toy or toy-scenes or co"):
+    with pytest.raises(ValueError, match="no masks of 'voc' here: choose toy or toy-scenes or co"):
         annotations.masks("voc")
-    with pytest.raises(ValueError, match="No level 'part' of voc: choose object"):
+    with pytest.raises(ValueError, match="no level 'part' of voc: choose object"):
         annotations.segmentation("voc", level="part")
-    with pytest.raises(ValueError, match="No level 'stuff' of ade20k: choose scene or object or p"):
+    with pytest.raises(ValueError, match="no level 'stuff' of ade20k: choose scene or object or p"):
         annotations.segmentation_classes("ade20k", "stuff")
-    with pytest.raises(ValueError, match="No split 'all' of lip: choose train or test"):
+    with pytest.raises(ValueError, match="no split 'all' of lip: choose train or test"):
         annotations.segmentation("lip", split="all")
 
 

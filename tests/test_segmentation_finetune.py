@@ -260,7 +260,7 @@ def test_recipes_are_the_published_ones(monkeypatch, flags, lr, decay, factors, 
     opt = segmentation_options("--data", "voc", "--iters", "2", *flags.split())
     report = segmentation.segmentation(small_model(depth=12, embed_dim=8), opt)
     assert {weight_decay for _, weight_decay in steps[1]} == {0, decay}
-    assert sorted({rate for rate, _ in steps[1]}) == pytest.approx(    # half way down; no warm-up
+    assert sorted({rate for rate, _ in steps[1]}) == pytest.approx(    # halfway down; no warmup
         sorted(lr / 2 * factor for factor in factors))
     assert all(p.grad is None for group in optimizers[-1].param_groups for p in group["params"])
     assert all(word in report.protocol for word in words), report.protocol
@@ -293,10 +293,10 @@ def test_a_damaged_file_is_reported_in_one_sentence_even_from_a_worker(monkeypat
 
     def read_one(*args):
         yield next(read(*args))
-        raise ValueError("Cannot read x.jpg")
+        raise ValueError("cannot read x.jpg")
 
     monkeypatch.setattr(annotations, "segmentation", read_one)
-    with pytest.raises(ValueError, match="^Cannot read x.jpg$"):
+    with pytest.raises(ValueError, match="^cannot read x.jpg$"):
         segmentation.segmentation(small_model(),
                                   segmentation_options("--data", "voc", "--workers", "1"))
 
@@ -359,11 +359,11 @@ def test_the_auxiliary_loss_has_a_weight_of_two_fifths(monkeypatch, capsys):
     ("--head attentive", "no head attentive; choose --head fpn, upernet"),
     ("--recipe mae", "segmentation has no recipe mae; choose --recipe selfpatch"),
     ("--lr 1e-3 1e-2", "one --lr at a time"), ("--batch-size 1", "--batch-size 2 or more"),
-    ("--data cifar10", "No segmentation of 'cifar10' here"),
+    ("--data cifar10", "no segmentation of 'cifar10' here"),
     ("--data voc --data-root x", "No voc under x: expected"),
     ("--data voc --img-size 32", "segmentation on voc has the protocol's sizes: leave out "
                                  "--img-size"),
-    ("--level scene", "No level 'scene' of toy"),
+    ("--level scene", "no level 'scene' of toy"),
     ("--lr nan --iters 2 --img-size 32", "the loss is not finite at step 2 of 2"),
     ("--task part_classification --head fpn", "no head fpn; choose --head linear, attentive")])
 def test_user_errors_are_one_sentence(capsys, tmp_path, flags, expected):
@@ -424,7 +424,7 @@ def test_published_numbers_of_dense_probes_have_the_names_of_their_columns():
 
     assert row("segmentation", "ade20k", "SelfPatch (SelfPatch, suppl. table 1") == {
         "fpn": {"mIoU": 41.2, "mAcc": 52.1, "aAcc": 80.7}}
-    assert row("linear_segmentation", "pascal", "BEiT (part-aware study, table 8, 193") == {
+    assert row("linear_segmentation", "pascal", "BEiT (Zhu et al., table 8, 193") == {
         "blocks 4 6 8 12": {"mIoU": 14.8, "mAcc": 21.4, "aAcc": 47.0}}
     assert row("linear_segmentation", "voc", "MMC") == {"blocks 6 8 10 12": {"mIoU": 77.7}}
     assert row("zero_shot_segmentation", "coco", "MMC")["mean over targets"]["Opt"] == 38.4
