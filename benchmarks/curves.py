@@ -1,9 +1,10 @@
 """Reference curves: the loss and kNN curve of each method's default run, `python METHOD.py` on toy.
-`python analysis.py --what loss` draws them over the curves of a user's run. When the default
-settings of a method change, run it again and write its curve.
+`python analysis.py --what loss` draws them together with the curves of a user's run. When the
+default settings of a method change, run it again and write its curve.
 
-    python -m benchmarks.curves out/*-toy    # writes them to diagnostics/curves.yaml;
-                                             # the curves of other methods there are kept
+    python -m benchmarks.curves out/*-toy
+
+writes the curves of these runs to diagnostics/curves.yaml and keeps those of other methods there.
 """
 import argparse
 import datetime
@@ -27,7 +28,7 @@ FREE = {"out", "seed", "workers", "device", "precision", "save_every"}    # may 
 def read_curve(out):
     """Reads the log of a default run -> method, {"run", "step", "loss", "knn_step", "knn"}.
 
-    Raises ValueError if a setting other than those in FREE is not the default.
+    ValueError: a setting other than those in FREE is not the default.
     """
     settings = config.read_yaml(Path(out) / "config.yaml")
     default = vars(config.parse(importlib.import_module(settings["method"]).Config, []))

@@ -1,7 +1,7 @@
 """Images per second that one CPU core decodes, crops and augments from JPEG files: our loader
 (decoded by torchvision, cropped and resized by torch, colors augmented for a whole batch) against
-torchvision's transforms of one Pillow image after the other, with Pillow's blur as in the official
-codes. The files are images of the built-in data set of 500 x 375 pixels.
+torchvision's transforms of Pillow images one by one, with Pillow's blur as in the official code.
+The files are images of the built-in data set, 500 x 375 pixels.
 
     python -m benchmarks.loading            # two minutes on a CPU
 """
@@ -25,9 +25,9 @@ from lib import augment, datasets, distributed, toy
 
 def write_jpegs(folder, n=256):
     for index in torch.arange(n).split(32):
-        for number, x in zip(index, toy.draw(index, "train", 500)["image"]):
+        for i, x in zip(index, toy.draw(index, "train", 500)["image"]):
             image = Image.fromarray(x.permute(1, 2, 0).numpy()).crop((0, 60, 500, 435))
-            image.save(folder / f"{number:04}.jpg", quality=90)
+            image.save(folder / f"{i:04}.jpg", quality=90)
 
 
 def pillow_blur(sigma):
@@ -51,7 +51,7 @@ def torchvision_transform(view):
 
 
 def torchvision_batches(paths, views, batch_size):
-    """Endless batches, as a worker of torch's DataLoader makes them."""
+    """Yields batches forever, as a worker of torch's DataLoader makes them."""
     transforms = [torchvision_transform(view) for view in views for _ in range(view.copies)]
     while True:
         for start in range(0, len(paths) - batch_size + 1, batch_size):

@@ -1,7 +1,6 @@
 """How much faster is a step of dino.py than a plain implementation? The plain one: a forward for
-each crop, fp32, a loop over pairs of crops, loops over tensors for clipping, AdamW and EMA. Third
-comes a variant that was not adopted: the crops of both sizes in one packed sequence, split for
-attention only.
+each crop, fp32, a loop over pairs of crops, loops over tensors for clipping, AdamW and EMA. A third
+variant was not adopted: the crops of both sizes in one packed sequence, split for attention only.
 
     python -m benchmarks.multicrop             # two minutes on two CPU cores; exit code 1 below 1.2
 """

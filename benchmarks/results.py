@@ -59,9 +59,9 @@ def list_runs(args):
 def run_script(log, script, *flags):
     """Runs a script with one thread and appends its output to `log`. SystemExit if it fails."""
     with open(log, "a") as file:
-        ended = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=file,
-                               stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if ended.returncode:
+        process = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=file,
+                                 stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if process.returncode:
         raise SystemExit(f"{script} failed: see the end of {log}")
 
 
@@ -78,7 +78,7 @@ def read_metrics(folder, flags):
 
 
 def train_and_evaluate(run):
-    """Trains unless that is done, runs the probes that are missing, writes results.yaml."""
+    """Trains the run and runs its probes, unless that is done already; writes results.yaml."""
     method, trained_on, seed, folder = run
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "results.log"
@@ -115,19 +115,19 @@ def try_run(run):
 
 def collect_numbers(folder):
     """{column of the table: number} of a run with all probes done."""
-    found = {}
+    numbers = {}
     for flags, columns in PROBES.items():
         metrics = read_metrics(folder, flags)
         for column, (feature, name) in columns.items():
             feature = feature or next(iter(metrics))
-            found[column] = round(metrics[feature][name], 1)
+            numbers[column] = round(metrics[feature][name], 1)
     knn = read_metrics(folder, "knn")
     if knn["cls"] == knn["patch"]:        # no class token: evaluate.py used the mean patch token
-        del found["kNN cls"]
+        del numbers["kNN cls"]
     for name, (column, key, decimals) in DIAGNOSTICS.items():
         model, = json.loads((folder / "analysis" / f"{name}.json").read_text())["models"]
-        found[column] = round(model["numbers"][key][-1], decimals)
-    return found
+        numbers[column] = round(model["numbers"][key][-1], decimals)
+    return numbers
 
 
 def describe_run(folder):
@@ -145,13 +145,14 @@ def read_results():
 
 
 def format_row(name, seeds):
-    """Cells of a row: mean over the seeds, and the standard deviation of two or more seeds."""
+    """Cells of a row: mean over the seeds, and the standard deviation of two or more seeds. "-":
+    the column does not apply (no class token)."""
     cells = [name, str(len(seeds))]
     for column in COLUMNS:
         values = [seed[column] for seed in seeds if column in seed]
         decimals = 2 if column == "NMI" else 1
         std = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.{decimals}f}{std}" if values else "")
+        cells.append(f"{statistics.mean(values):.{decimals}f}{std}" if values else "-")
     return cells
 
 

@@ -28,19 +28,19 @@ def measure_speed(method, flags):
 
 
 def main():
-    own, flags = sys.argv[1:], []
-    if "--" in own:
-        own, flags = own[:own.index("--")], own[own.index("--") + 1:]
+    argv, flags = sys.argv[1:], []
+    if "--" in argv:
+        argv, flags = argv[:argv.index("--")], argv[argv.index("--") + 1:]
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))
-    methods = parser.parse_args(own).methods or list(METHODS)
+    methods = parser.parse_args(argv).methods or list(METHODS)
     if unknown := set(methods) - set(METHODS):
         parser.error(f"no method {' '.join(sorted(unknown))}; choose from {' '.join(METHODS)}")
     print("| method | images/s | MFU | memory |\n|---|---|---|---|")
     for method in methods:
         speed, mfu, memory = measure_speed(method, flags)
-        print(f"| {METHODS[method]} | {speed:.0f} | {100 * mfu:.0f} % | {memory:.1f} GiB |",
+        print(f"| {METHODS[method]} | {speed:.0f} | {100 * mfu:.0f}% | {memory:.1f} GiB |",
               flush=True)
 
 

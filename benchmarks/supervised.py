@@ -1,5 +1,5 @@
 """Is the built-in data set fair? A ViT of the default size that is trained with labels for the
-duration of a default run should classify the images; the ten nearest neighbors by raw pixels
+duration of a default run should classify the images well; the ten nearest neighbors by raw pixels
 should not.
 
     python -m benchmarks.supervised            # about five minutes on two CPU cores
@@ -28,13 +28,14 @@ def score_pixel_knn(train, test):
                             ("cosine after subtraction of the mean image, weighted vote",
                              by_cosine)):
         accuracy = 100 * (predicted == test.labels).float().mean()
-        print(f"10-NN on pixels, {name}: {accuracy:.1f} %")
+        print(f"10-NN on pixels, {name}: {accuracy:.1f}%")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("minutes", nargs="?", type=float, default=4.5, help="of training [4.5]")
+    parser.add_argument("minutes", nargs="?", type=float, default=4.5,
+                        help="minutes of training [4.5]")
     minutes, batch_size, peak_lr = parser.parse_args().minutes, 64, 1e-3
     distributed.keep_memory()
     torch.manual_seed(0)
@@ -70,7 +71,7 @@ def main():
             logits = head(net.split(net(x))[1].mean(1))
             correct += (logits.argmax(1) == test.labels[index]).sum().item()
     print(f"supervised ViT, width {cfg.embed_dim}, {cfg.depth} blocks: test accuracy "
-          f"{100 * correct / len(test):.1f} %, after {batch.step * batch_size:,} images and "
+          f"{100 * correct / len(test):.1f}%, after {batch.step * batch_size:,} images and "
           f"{minutes} minutes")
 
 

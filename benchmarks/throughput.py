@@ -1,7 +1,7 @@
 """How much faster is a step of mmc.py with its input than a plain implementation? The plain one:
 fp32, attention written out, every view of every image transformed by torchvision, one by one.
 
-    python -m benchmarks.throughput            # a minute on two CPU cores; other flags are mmc.py's
+    python -m benchmarks.throughput            # a minute on two CPU cores; takes mmc.py's flags
 """
 import json
 import math

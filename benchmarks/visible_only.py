@@ -1,6 +1,6 @@
 """How much time does MAE save by encoding the visible patches only? A step (forward, backward,
 AdamW) of mae.py's network against the same network with an encoder of all patches and a mask token
-in place of each masked one (the paper's Table 1c: 3.3 times the FLOPs with ViT-L).
+in place of each masked one (MAE's Table 1c: 3.3 times the FLOPs with ViT-L).
 
     python -m benchmarks.visible_only          # a minute on two CPU cores; exit code 1 below 1.8
 """
