@@ -1,13 +1,14 @@
 """ASL: Arbitrary Self-supervised Learning (Li et al., "Self-Supervised Representation Learning from
 Arbitrary Scenarios", CVPR 2024).
 
-MAE with two reconstructions of each patch that must agree. The paper rewrites MAE's error as a
-contrastive loss in which each patch is a class of its own and its pixels are a key that is not
+MAE with two reconstructions of each removed patch, which must agree. The paper rewrites MAE's error
+as a contrastive loss in which each patch is a class of its own and its pixels are a key that is not
 learned (eq. 5 to 8). Global contrastive learning treats all patches of an image as one class. On
-images of many objects the two conflict, and hybrids of both fall behind MAE. So ASL compares
-patches only. It makes two versions of the encoded visible patches, decodes both with the same
-decoder, and minimizes the distance between the two predictions of each removed patch. The paper
-calls it contrastive, but there are no negatives, no temperature, no second view and no teacher.
+images of many objects the two conflict, and hybrids of both fall behind MAE. So ASL has no loss
+between images or between different patches: it makes two versions of the tokens of the visible
+patches, decodes both with the same decoder, and minimizes the distance between the two predictions
+of each removed patch. The paper calls it contrastive, but there are no negatives, no temperature,
+no second view and no teacher.
 
     patches -+- visible, 25% --> encoder -+--------> decoder* --> a -+- L_MAE: a and t
              |                            |                          +- L_SEM: a and b
@@ -19,23 +20,24 @@ calls it contrastive, but there are no negatives, no temperature, no second view
     L_MAE = mean over removed patches of (1/P) |t - a|^2                                (eq. 1, 2)
     L_SEM = mean over removed patches of (1/P) (|a - sg(b)|_1 + |sg(a) - b|_1)          (eq. 9, 10)
 
-L_SEM is the paper's semantic loss. sg stops the gradient: each term trains one side only, so
-together they have the gradient of |a - b|_1 and twice its value. L_MAE prevents a and b from
-becoming the same constant.
+L_SEM is the paper's semantic loss (its 1/P: our choice). sg stops the gradient: each term sends it
+through one of the two predictions only, so together they have the gradient of |a - b|_1 and twice
+its value. L_MAE prevents a and b from becoming the same constant.
 
 The diagram shows the default: an asymmetric structure at the end of the encoder (AEE), the block T,
-makes b. With --dle, dropout in the linear embedding (DLE), drawn independently, makes a and b.
+makes b. With --dle, a and b come from two independent draws of dropout on the embedded tokens
+(dropout in the linear embedding, DLE).
 
 The paper (ViT-B, COCO, 800 epochs; linear probe on ImageNet-1K / box AP): MAE 46.8 / 49.3, ASL
-48.6 / 50.3; with DLE 48.5 / 50.4, at 2x the cost of MAE instead of 1.5x; without L_SEM 46.6 / 49.2
-(AEE) and 46.5 / 49.1 (DLE) (Table 7). Linear probe with cosine similarity 47.6, with the class
-token also aligned 45.6 (section 4.6).
+48.6 / 50.3 (AEE, 1.5 times the cost of MAE) and 48.5 / 50.4 (DLE, twice); without L_SEM 46.6 /
+49.2 (AEE) and 46.5 / 49.1 (DLE) (Table 7). Linear probe with the cosine distance in L_SEM 47.6,
+with the class token aligned as well 45.6 (section 4.6).
 
 We found neither code of the authors nor their appendix with the settings: what the main paper
-leaves open is marked "our choice". It does not state whether L_MAE includes b. Equation 1 has no b,
-so ours does not; --mae-both includes it, as the rows of Table 7 without L_SEM probably did: their
-cost includes b. full.pt, next to encoder.pt, also holds the decoder, under MAE's names, and T as
-aug_block; encoder.pt is without T.
+leaves open is marked "our choice". It does not state whether L_MAE also covers b. Equation 1 has
+only a, and so has our L_MAE; --mae-both adds b, as the rows of Table 7 without L_SEM probably do:
+their cost is that of two reconstructions. full.pt, next to encoder.pt, also holds the decoder,
+under MAE's names, and T as aug_block; encoder.pt is without T.
 
     python asl.py                                         minutes on a laptop, offline
     python asl.py --data toy-scenes                       several creatures in an image
@@ -62,6 +64,7 @@ from lib.weights import init_linear
 
 @dataclass
 class Config(config.Settings):
+    """ImageNet's settings; configs/asl.yaml overrides them per data set (default: toy)."""
     # the encoder (paper: ViT-B)
     img_size: Size = 224            # image side in pixels (our choice: MAE)
     patch_size: Size = 16           # pixels per patch side (our choice: MAE)
@@ -73,28 +76,28 @@ class Config(config.Settings):
     decoder_depth: int = 8          # decoder blocks (our choice: MAE)
     decoder_num_heads: Size = 16    # attention heads of the decoder (our choice: MAE)
     # the two versions
-    dle: bool = False               # both versions by dropout in the embedding (DLE), instead of
-                                    # the second by a block T (AEE, the paper's default)
-    dropout: Fraction = 0.1         # DLE: rate on patches + positions (our choice: SimCSE)
+    dle: bool = False               # make both versions by dropout in the embedding (DLE), instead
+                                    # of the second by a block T (AEE, the paper's default)
+    dropout: Fraction = 0.1         # DLE: rate on all embedded tokens (our choice: SimCSE's)
     # the objective
     mask_ratio: Fraction = 0.75     # fraction of the patches that are removed (our choice: MAE)
     norm_pix_loss: bool = True      # normalize each target patch (our choice: the MAE of Table 5)
     lambda_sem: float = 1.0         # weight of L_SEM (paper, eq. 11)
     cosine: bool = False            # L_SEM with 1 - cosine instead of L1 (paper's ablation)
     align_cls: bool = False         # L_SEM also of the class token (paper's ablation: it hurts)
-    mae_both: bool = False          # L_MAE: mean of those of a and b, not of a alone (our choice)
+    mae_both: bool = False          # L_MAE: mean over a and b, instead of a alone (our choice)
     # the view
     crop_min: Fraction = 0.2        # smallest crop area, fraction of the image (our choice: MAE)
     # the optimization (our choice: MAE's)
     epochs: float = 1600            # epochs (our choice: the MAE of Table 5); COCO: 800 (paper)
     warmup_epochs: float = 40.0     # linear warmup of the learning rate from 0
-    batch_size: Size = 4096         # global batch size; the paper counts its iterations (4.3.2)
-    lr: float = 1.5e-4              # peak learning rate, times batch/256
+    batch_size: Size = 4096         # global batch size
+    lr: float = 1.5e-4              # base learning rate; the peak is lr * batch/256
     min_lr: float = 0.0             # final learning rate of the cosine
-    weight_decay: float = 0.05      # AdamW's; also of class and mask token
+    weight_decay: float = 0.05      # AdamW's; also for class and mask token
     beta2: Fraction = 0.95          # AdamW's decay rate of squared gradients; torch: 0.999
 
-    paper_data = "coco"             # section with the paper's settings, named when a run starts
+    paper_data = "coco"             # config section of the paper's data, printed at the start
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -119,7 +122,7 @@ def views(cfg):
 
 
 def random_masking(noise, ratio):
-    """Shuffles the patches by their noise (B, N) and keeps the first n_visible.
+    """Ranks the patches by their noise (B, N); the first n_visible stay visible.
 
     Returns keep (B, n_visible), the indices of the visible patches in shuffled order; restore
     (B, N), the position of each patch in the shuffle; mask (B, N) bool, True: removed."""
@@ -133,7 +136,7 @@ def random_masking(noise, ratio):
 
 
 class Decoder(nn.Module):
-    """Tokens and order of the visible patches -> pixels of all patches (MAE, Fig. 1)."""
+    """Visible tokens and the order of the shuffle -> pixels of all patches (MAE, Fig. 1)."""
 
     def __init__(self, cfg, grid):
         super().__init__()
@@ -149,7 +152,7 @@ class Decoder(nn.Module):
         init_linear(self, "mae")
 
     def forward(self, tokens, restore):
-        """tokens (B, 1+n_visible, D), class token first; restore (B, N) -> (B, 1+N, P). ASL: 2B."""
+        """tokens (B, 1+n_visible, D), class token first; restore (B, N) -> (B, 1+N, P)."""
         x = self.embed(tokens)                                               # (B, 1+n_visible, E)
         missing = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], missing], 1)                          # (B, N, E), shuffled
@@ -171,8 +174,8 @@ class Network(nn.Module):
         self.decoder = Decoder(cfg, self.encoder.grid)
         self.aug_block, self.dropout = None, cfg.dropout
         if not cfg.dle:
-            # T has the architecture of an encoder block. It follows the encoder's final norm and
-            # has none of its own: all our choice (paper: one Transformer layer).
+            # T has the architecture of an encoder block. It comes after the encoder's final norm,
+            # and no norm comes after it: all our choice (paper: one Transformer layer).
             self.aug_block = vit.Block(cfg.embed_dim, cfg.num_heads)
             init_linear(self.aug_block, "mae")
 
@@ -199,7 +202,7 @@ class Network(nn.Module):
 
 
 def patchify(x, p):
-    """(B, 3, S, S) -> (B, N, P), the pixels of a patch in raster order, the channel fastest."""
+    """(B, 3, S, S) -> (B, N, P), the pixels of a patch in raster order, channels fastest."""
     x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))                        # (B, 3, h, p, w, p)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -229,8 +232,8 @@ def mae_loss(pred, target, mask):
 
 def sem_loss(a, b, mask, use_cosine=False):
     """Distance of two predictions (B, n, P) over the removed patches; mask: (B, n). Each of its two
-    terms has a gradient to one side only (eq. 9, 10). Mean over the P values (our choice, as in
-    L_MAE: a sum would weigh P times as much)."""
+    terms sends its gradient through one prediction only (eq. 9, 10). Mean over the P values (our
+    choice, as in L_MAE: a sum would weigh P times as much)."""
     a, b = a.float(), b.float()
 
     def distance(a, b):                                                      # -> (B, n)
@@ -256,7 +259,7 @@ def asl_losses(a, b, target, mask, use_cosine=False, align_cls=False, mae_both=F
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     model = run.place(Network(cfg))
     net = unwrap(model)
@@ -283,7 +286,7 @@ def main():
                 a, b, mask = model(x, noise, drop)                   # (B, 1+N, P) twice, (B, N)
             # From here on in fp32. With --norm-pix-loss, the target of a patch has its own mean and
             # contrast removed: what is left to predict is structure, and a dark or flat patch
-            # counts as much as a bright or rich one.
+            # counts as much as a bright or detailed one.
             target = targets(x, cfg.patch_size, cfg.norm_pix_loss)           # (B, N, P)
             # L_SEM gives each prediction a learned target: the other one. Alone it would be 0 if
             # both were the same constant, which L_MAE rules out.
@@ -324,7 +327,7 @@ def save_visualization(run, cfg, net, images, n=8):
     columns = {"image": x, "visible": visualize.fill_patches(patches, mask, 0),
                "reconstruction": visualize.fill_patches(patches, mask, a)}
     if not cfg.dle:                                                  # DLE: no dropout here, b = a
-        columns["second branch"] = visualize.fill_patches(patches, mask, b)
+        columns["reconstruction b"] = visualize.fill_patches(patches, mask, b)
     visualize.save_grid(run, {title: augment.denormalize(z) for title, z in columns.items()})
 
 

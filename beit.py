@@ -53,6 +53,7 @@ from lib.run import Run, cosine, param_groups, set_lr
 
 @dataclass
 class Config(config.Settings):
+    """ImageNet's settings; configs/beit.yaml overrides them per data set (default: toy)."""
     # the network (paper, section 3: ViT-B/16)
     img_size: Size = 224            # image side in pixels (paper)
     patch_size: Size = 16           # pixels per patch side (paper)
@@ -183,7 +184,7 @@ def token_loss(logits, ids, count):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
     with torch.device("meta"):   # rejects impossible settings before a tokenizer is trained
         Network(cfg, 1)
     tok = tokenizer.get_tokenizer(cfg, run, loader.images, queries, views(cfg)[1])      # frozen

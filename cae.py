@@ -59,6 +59,7 @@ from lib.weights import init_linear
 
 @dataclass
 class Config(config.Settings):
+    """ImageNet's settings; configs/cae.yaml overrides them per data set (default: toy)."""
     # the network (paper: ViT-B/16; official ViT-S: also 12 heads)
     img_size: Size = 224            # image side in pixels (paper)
     patch_size: Size = 16           # pixels per patch side (paper)
@@ -286,7 +287,7 @@ def align_loss(zhat, zbar):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
     with torch.device("meta"):   # rejects impossible settings before a tokenizer is trained
         Network(cfg, 1)
     tok = tokenizer.get_tokenizer(cfg, run, loader.images, queries, views(cfg)[1])      # frozen

@@ -62,6 +62,7 @@ from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
 @dataclass
 class Config(config.Settings):
+    """ImageNet's settings; configs/hybrid.yaml overrides them per data set (default: toy)."""
     # the network (paper, appendix A: SimMIM's ViT-B/16)
     img_size: Size = 224            # side of all views in pixels (paper)
     patch_size: Size = 16           # pixels per patch side (paper)
@@ -94,8 +95,8 @@ class Config(config.Settings):
     epochs: float = 100             # epochs (paper, Table A.1)
     warmup_epochs: float = 10.0     # linear warmup of the learning rate (paper)
     batch_size: Size = 1024         # global batch size (paper: 1k)
-    lr: float = 1e-4                # peak learning rate (paper), times batch/512 (our choice:
-                                    # SimMIM)
+    lr: float = 1e-4                # base learning rate (paper); the peak is lr * batch/512 (our
+                                    # choice: SimMIM)
     warmup_lr: float = 5e-7         # initial learning rate, times batch/512 (our choice: SimMIM)
     lr_drop_at: Fraction = 0.875    # fraction of the run after which lr is divided by 10 (paper:
                                     # "multistep"; our choice: SimMIM's 700 of 800 epochs)
@@ -239,7 +240,7 @@ def schedules(step, total, warmup, cfg):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))

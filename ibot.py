@@ -18,8 +18,8 @@ tasks share one head.
               * exponential moving average of the student's weights; no gradient
 
     L       = lambda1 L_cls + lambda2 L_patch,   lambda1 = lambda2 = 1
-    L_cls   = 1/n sum over global g, sum over all crops v != g of
-              - sum over k of P_g[k] log softmax(s_v / tau_s)[k],   n = 2 (1 + n_local)  (eq. 2)
+    L_cls   = 1/n sum over global g, sum over all crops v != g of                        (eq. 2)
+              - sum over k of P_g[k] log softmax(s_v / tau_s)[k],   n = 2 (1 + n_local)
     L_patch = mean over global crops of: mean over their masked patches i of
               - sum over k of Q_i[k] log softmax(w_i / tau_s)[k],   0 if none is masked  (eq. 3)
     c   <- m_c c   + (1 - m_c) mean of t over the global crops, after the step
@@ -29,21 +29,23 @@ The paper (Table 1; ImageNet, teacher, kNN / linear): ViT-S/16 75.2 / 77.9 after
 (DINO: 74.5 / 77.0), ViT-B/16 77.1 / 79.5 after 400. The defaults are the authors' command for the
 former; their script's own defaults are not the paper's (no local crops, unshared student head).
 
-Small data needs batch norms in the head, an option of the code (--use-bn-in-head): at first the
-logits of different images are nearly the same, the center removes what they have in common, and
-what is left is too small to be sharpened, and the loss stays at ln K, that of a uniform guess.
+Short runs on toy and CIFAR-10 need batch norms in the head (--use-bn-in-head): at first the logits
+of different images are nearly the same. The center removes what they have in common, the remainder
+is too small to be sharpened: loss_cls stays at ln K, loss_patch at mask_prob ln K (uniform guess).
 
-As in the official code, the mean over the masked patches of a crop comes before that over crops, in
-which unmasked crops (half of them) count as 0, and patches have a center c_p of their own. Ours:
-- Masks are made for the whole batch at once. Only logits of masked patches are computed: the mean
-  logits of all patches, for c_p, are those of the mean input of the last layer, which is linear.
-- Batch norms normalize class tokens, as in DINO, and patches separately (the script's: together,
-  and one norm serves two layers), and keep running statistics of class tokens only.
-Left out: masking from a later epoch on, as for Swin.
+From DINO's official code, not its paper: the division by n, the gradient clipped tensor by tensor,
+and the last layer frozen in the first epoch. Ours: random numbers derived per image (lib/rng.py).
+As in the official code, we average first over the masked patches of a crop, then over all crops; a
+crop without a mask (about half of them) counts as 0. Patches have their own center, c_p. Ours:
+- Masks are made for the whole batch at once. Logits are computed for masked patches only. The mean
+  logits of all patches, for c_p, come from the mean input of the last layer, which is linear.
+- Batch norms normalize class tokens and patches separately and keep running statistics of class
+  tokens only; the script normalizes both together and reuses one batch norm module in two layers.
+Left out: the option to start masking at a later epoch (official code, used for Swin).
 
-    python ibot.py                 minutes on a laptop, offline; no local crops
-    python ibot.py --mask-prob 0   equals dino.py if all settings that they share are equal
-    torchrun --nnodes=2 --nproc_per_node=8 ibot.py --data imagenet    the command (not run by us)
+    python ibot.py     toy (configs/ibot.yaml): minutes on a laptop, offline, no local crops
+    python ibot.py --mask-prob 0   same as dino.py if all shared settings are equal
+    torchrun --nnodes=2 --nproc_per_node=8 ibot.py --data imagenet    the defaults (not run by us)
 """
 import math
 from dataclasses import dataclass
@@ -61,50 +63,55 @@ from lib.distributed import BatchNorm, all_mean
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 from lib.weights import init_linear
 
-# B images per process and micro-batch, 2 + n_local crops of each, N patches of a global crop,
-# n_masked masked ones of all global crops, D width, K prototypes, S and S' sides of a global and a
-# local crop; class tokens, patches: teacher's logits t, u, assignments P, Q, student's logits s, w
+# B images per process and micro-batch, 2 + n_local crops of each, D width, K prototypes, S and S'
+# sides of a global and a local crop; tau_t, tau_s: --teacher-temp, --student-temp
+# (paper), (code): the value is the paper's or the official code's
+# N patches of a global crop, n_masked masked ones in all global crops; tau_p: --teacher-patch-temp
+# teacher's logits t (class tokens) and u (patches), assignments P and Q; student's logits s and w
 
 
 @dataclass
 class Config(config.Settings):
+    """ImageNet's settings; configs/ibot.yaml overrides them per data set (default: toy)."""
     # the network (paper: ViT-S/16)
     img_size: Size = 224            # image side in pixels (global crop; paper)
     patch_size: Size = 16           # pixels per patch side (paper)
     embed_dim: Size = 384           # encoder width, D (paper)
     depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 6             # attention heads (paper)
-    pos: Literal["learned", "sincos_row"] = "learned"  # positions (paper; sincos_row: our choice)
-    init: Literal["trunc", "moco"] = "trunc"  # weights: normal 0.02 (code) or Xavier (our choice)
+    pos: Literal["learned", "sincos_row"] = "learned"  # position embeddings (paper);
+                                                       # sincos_row, fixed: our choice
+    init: Literal["trunc", "moco"] = "trunc"  # initial weights; trunc: normal, std 0.02 (code);
+                                              # moco: Xavier (our choice)
     drop_path: Fraction = 0.1       # rate of stochastic depth, student only (code)
     head_hidden_dim: Size = 2048    # width inside the head (paper)
     bottleneck_dim: Size = 256      # width before the prototypes, L2-normalized (paper)
-    out_dim: Several = 8192         # K prototypes (paper); small data 1024, else stuck at ln K
-    use_bn_in_head: bool = False    # batch norms in the head (code: option); small data needs them
+    out_dim: Several = 8192         # K prototypes (paper); toy, CIFAR-10: 1024, ImageNet-100: 8192
+    use_bn_in_head: bool = False    # batch norms in the head (code: option); toy, CIFAR-10: true
     norm_last_layer: bool = False   # keeps prototypes at norm 1 (code; ViT-B: True, for stability)
-    shared_head: bool = True        # class token and patches share prototypes (paper); false: two
-                                    # sets in both networks (in the script the teacher keeps one)
+    shared_head: bool = True        # patches share the prototypes (paper); false: separate ones, in
+                                    # student and teacher (in the script the teacher still shares)
     # the objective
     lambda1: float = 1.0            # weight of L_cls (paper)
     lambda2: float = 1.0            # weight of L_patch (paper)
     student_temp: Positive = 0.1    # softmax temperature of the student (paper)
-    warmup_teacher_temp: Positive = 0.04   # initial teacher temperature (code); lower if stuck at
-                                           # ln K; unused if --warmup-teacher-temp-epochs is 0
-    teacher_temp: Positive = 0.07   # teacher temperature after warmup, cls (code); higher: unstable
-    teacher_patch_temp: Positive = 0.07    # teacher temperature after warmup, patches (code)
+    warmup_teacher_temp: Positive = 0.04   # initial teacher temperature (code); lower if loss_cls
+                                           # stays at ln K; used if --warmup-teacher-temp-epochs > 0
+    teacher_temp: Positive = 0.07   # teacher temperature after warmup (code); higher is unstable
+    teacher_patch_temp: Positive = 0.07    # teacher temperature for patches after warmup (code)
     warmup_teacher_temp_epochs: int = 30   # epochs of linear temperature warmup (code; ViT-B: 50)
-    center_momentum: Fraction = 0.9 # EMA momentum of the centers (paper)
+    center_momentum: Fraction = 0.9 # EMA momentum of centers (paper)
     freeze_last_layer: float = 1.0  # epochs in which the last layer is frozen (code; ViT-B: 3)
     # the mask
-    mask_prob: Fraction = 0.5       # fraction of global crops with a mask (code: pred_ratio 0 0.3)
-    pred_ratio: Fraction = 0.3      # mean fraction of patches in a mask (code; rand: 0.7)
+    mask_prob: Fraction = 0.5       # fraction of masked global crops (code: draws ratio 0 or 0.3)
+    pred_ratio: Fraction = 0.3      # mean masked fraction of a crop with a mask (code; rand: 0.7)
     pred_ratio_var: Fraction = 0.2  # half-width: uniform in pred_ratio +- this (code; rand: 0.05)
     pred_shape: Literal["block", "rand"] = "block"    # rectangles as in BEiT, or single patches
                                                       # (code: block for ViT-S, both for ViT-B/L)
     # the views
-    global_crops_scale: tuple = (0.25, 1.0)   # area of a global crop (code; ViT-B: 0.32 to 1;
-                                              # without local crops 0.14 to 1: code)
-    local_crops_scale: tuple = (0.05, 0.25)   # area of a local crop (paper; code; ViT-B: to 0.32)
+    global_crops_scale: tuple = (0.25, 1.0)   # global crop area (code; ViT-B: 0.32 to 1;
+                                              # without local crops, code: 0.14 to 1)
+    local_crops_scale: tuple = (0.05, 0.25)   # local crop area (paper; ViT-B: up to 0.32)
     local_crops_number: int = 10    # local crops per image, n_local (paper)
     local_crops_size: Size = 96     # side of a local crop in pixels (paper)
     color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (code)
@@ -113,14 +120,14 @@ class Config(config.Settings):
     epochs: float = 800             # training epochs (paper; ViT-B: 400)
     warmup_epochs: float = 10.0     # linear warmup of the learning rate from 0 (paper)
     batch_size: Size = 1024         # global batch size (paper)
-    lr: float = 5e-4                # peak learning rate, times batch/256 (paper)
+    lr: float = 5e-4                # base learning rate; the peak is lr * batch/256 (paper)
     min_lr: float = 1e-6            # final learning rate of the cosine (code)
-    weight_decay: float = 0.04      # AdamW's, not of biases and norms (paper; code)
+    weight_decay: float = 0.04      # AdamW weight decay (paper); not for biases, norm layers (code)
     weight_decay_end: float = 0.4   # weight decay increases to this by a cosine (paper)
     clip_grad: float = 3.0          # max gradient norm of each tensor (code; ViT-B: 0.3); 0: off
     momentum_teacher: Fraction = 0.996     # teacher's EMA momentum, rises to 1 by a cosine (paper)
-    overfit_one_batch: bool = False # train on the first batch only, to see that it learns;
-                                    # photos: with --warmup-epochs 0 --freeze-last-layer 0
+    overfit_one_batch: bool = False # train on the first batch only, as a check; on large data sets
+                                    # add --warmup-epochs 0 --freeze-last-layer 0 (both last epochs)
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -131,8 +138,7 @@ class Config(config.Settings):
             raise ValueError("--local-crops-size must be a multiple of --patch-size")
         if self.use_bn_in_head and self.accum_iter > 1:
             raise ValueError("--use-bn-in-head normalizes over the batch: micro-batches would "
-                             "change the result; leave out --accum-iter, or add --use-bn-in-head "
-                             "false")
+                             "change the result; use --accum-iter 1 or --use-bn-in-head false")
 
 
 # ---- Views ---------------------------------------------------------------------------------------
@@ -161,14 +167,14 @@ def sample_masks(index, cfg, *key):
     if cfg.pred_shape == "rand":
         rank = uniform((side**2,), "order").argsort(dim=1, stable=True).argsort(1)
         return rank < target.long()[:, None]
-    # 48 rectangles, fitting or not, are enough for ratios up to 0.5
+    # 48 attempts suffice for ratios up to 0.5; above that, more would enlarge some masks
     return block_masks(uniform((48, 4), "blocks"), target, side).flatten(1)
 
 
 def block_mask(u, target, side):
-    """BEiT's block-wise mask of one crop: adds rectangles, each with a new patch, together at most
-    `target` patches, until ten in a row do not fit. u: (n_rectangles, 4) uniform random numbers.
-    Returns (side, side) bool. Not called: the readable form of block_masks."""
+    """BEiT's block-wise mask of one crop: adds rectangles, each covering at least one new patch, up
+    to `target` patches in total; stops when ten in a row do not fit. u: (n_rectangles, 4) uniform
+    random numbers. Returns (side, side) bool. Not called: the readable form of block_masks."""
     mask, smallest, misses = torch.zeros(side, side, dtype=torch.bool), (side // 3)**2, 0
     for area, aspect, top, left in u.tolist():
         room = target - int(mask.sum())                  # patches
@@ -190,7 +196,7 @@ def block_masks(u, target, side):
     bool."""
     mask = torch.zeros(len(u), side, side, dtype=torch.bool, device=u.device)
     room, misses, index = target, torch.zeros_like(target), torch.arange(side, device=u.device)
-    smallest, log_aspect = (side // 3)**2, math.log(1 / 0.3)         # of the largest aspect ratio
+    smallest, log_aspect = (side // 3)**2, math.log(1 / 0.3)   # log_aspect: of the largest ratio
 
     def span(length, start):                             # rows or columns of rectangles: (n, side)
         start = (start * (side - length + 1)).floor()[:, None]
@@ -212,7 +218,8 @@ def block_masks(u, target, side):
 
 
 class Prototypes(nn.Module):
-    """A Linear whose K rows have norm g (weight norm): logits are g times cosines."""
+    """A Linear whose K rows have norms weight_g, learned or fixed at 1 (weight norm). For a unit
+    vector z, logits are these norms times cosines."""
 
     def __init__(self, dim, K, frozen):
         super().__init__()
@@ -224,7 +231,7 @@ class Prototypes(nn.Module):
 
 
 class Head(nn.Module):
-    """MLP, L2 normalization, prototypes; patches share them or have their own."""
+    """MLP, L2 normalization, prototypes."""
 
     def __init__(self, cfg, K):
         super().__init__()
@@ -236,7 +243,7 @@ class Head(nn.Module):
         self.mlp = nn.Sequential(*layer(cfg.embed_dim), *layer(cfg.head_hidden_dim),
                                  nn.Linear(cfg.head_hidden_dim, cfg.bottleneck_dim))
         self.last_layer = Prototypes(cfg.bottleneck_dim, K, cfg.norm_last_layer)
-        self.last_layer2 = (None if cfg.shared_head else
+        self.last_layer2 = (None if cfg.shared_head else                     # for patches
                             Prototypes(cfg.bottleneck_dim, K, cfg.norm_last_layer))
         init_linear(self.mlp, cfg.init)
 
@@ -248,8 +255,8 @@ class Head(nn.Module):
 
     def project_patches(self, x):
         """project() of patches: batch norms use the statistics of x, also in eval mode, and do not
-        change the running statistics. These are of class tokens, the only tokens that are projected
-        after training."""
+        change the running statistics. The running statistics are those of class tokens, the only
+        tokens that go through the saved head after training."""
         copies = {name: buffer.clone() for name, buffer in self.mlp.named_buffers()}
         z = torch.func.functional_call(self.mlp.train(), copies, x)
         self.mlp.train(self.training)
@@ -272,10 +279,10 @@ class Network(nn.Module):
         self.masked_embed = None if teacher else nn.Parameter(torch.zeros(1, cfg.embed_dim))
 
     def forward(self, x, mask, crops=None, drop=None, drop_crops=None):
-        """x: (2B, 3, S, S); mask: (2B, N) bool; crops: (n_local*B, 3, S', S') or None; drop,
-        drop_crops: their random numbers for drop path. Returns logits of class tokens
-        ((2+n_local)*B, K) and of masked patches (n_masked, K); the teacher also mean logits of all
-        patches (K,). Crops of the same size go through the backbone together."""
+        """x: (2B, 3, S, S); crops: (n_local*B, 3, S', S') or None; drop, drop_crops: their random
+        numbers for drop path. Crops of the same size go through the backbone together.
+        mask: (2B, N) bool. Returns logits of class tokens ((2+n_local)*B, K) and of masked patches
+        (n_masked, K); the teacher also returns the mean logits of all patches (K,)."""
         student = self.masked_embed is not None
         tokens = self.backbone(x, mask=mask if student else None, mask_token=self.masked_embed,
                                drop=drop)    # the mask token, (1, D) as in the code, is broadcast
@@ -284,7 +291,7 @@ class Network(nn.Module):
             local, _ = self.backbone.split(self.backbone(crops, drop=drop_crops))
             cls = torch.cat([cls, local])                                    # ((2+n_local)*B, D)
         if student:
-            # Batch norms get all patches: the number of masked ones differs between processes.
+            # Batch norms get all patches: they need equally many rows in all processes.
             z = (self.head.project_patches(patches)[mask] if self.use_bn
                  else self.head.project(patches[mask]))
             return self.head(cls), self.head.patch_logits(z)
@@ -299,10 +306,10 @@ def assign(t, center, tau):
 
 
 def cls_loss(s, P, tau):
-    """Cross-entropy across crops (eq. 2). s: (n_crops, B, K) logits of the student, global crops
+    """Cross-entropy across crops. s: (n_crops, B, K) logits of the student, global crops
     first; P: (2, B, K) of the teacher. Mean over images and the 2(n_crops-1) pairs v != g."""
     log_p = (s / tau).log_softmax(-1)
-    log_p_sum = log_p.sum(0) - log_p[:2]                           # (2, B, K): sum over v != g
+    log_p_sum = log_p.sum(0) - log_p[:2]     # (2, B, K), sum over v != g: 2 products, not n (ours)
     return -(P * log_p_sum).sum(-1).mean() / (len(s) - 1)
 
 
@@ -324,32 +331,29 @@ class Center(nn.Module):
 
     def update(self, means):
         """means: (K,) per micro-batch. Once per step, after the loss, which uses the old center."""
-        mean = all_mean(torch.stack(means).mean(0))
-        self.center.lerp_(mean, 1 - self.momentum)
+        self.center.lerp_(all_mean(torch.stack(means).mean(0)), 1 - self.momentum)
 
 
 # ---- Train ---------------------------------------------------------------------------------------
 
 
 def schedules(step, total, per_epoch, cfg):
-    """Learning rate, weight decay, EMA momentum and teacher temperatures of this step."""
+    """Values at this step of all settings that follow a schedule."""
     warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
-    if step < warmup:            # its last step has the peak, and so has the step after it (code)
-        lr = peak * step / max(1, warmup - 1)
-    else:
-        lr = cosine(step - warmup, total - warmup, peak, cfg.min_lr)
+    lr = (peak * step / max(1, warmup - 1) if step < warmup else  # linspace(0, peak, warmup) (code)
+          cosine(step - warmup, total - warmup, peak, cfg.min_lr))
     weight_decay = cosine(step, total, cfg.weight_decay, cfg.weight_decay_end)
     momentum = cosine(step, total, cfg.momentum_teacher, 1.0)
-    epoch, last_epoch = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1    # of the warmup
-    ramp = epoch / max(1, last_epoch) if epoch <= last_epoch else 1.0        # from 0 to 1
+    epoch, last_warmup_epoch = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1
+    ramp = epoch / max(1, last_warmup_epoch) if epoch <= last_warmup_epoch else 1.0  # from 0 to 1
     temp = cfg.warmup_teacher_temp + ramp * (cfg.teacher_temp - cfg.warmup_teacher_temp)
     patch_temp = cfg.warmup_teacher_temp + ramp * (cfg.teacher_patch_temp - cfg.warmup_teacher_temp)
     return lr, weight_decay, momentum, temp, patch_temp
 
 
 def clip_per_tensor(parameters, max_norm):
-    """Scales the gradient of each tensor to a norm of at most max_norm (official code; 0: not).
-    Returns the norm of all gradients together, before clipping."""
+    """Scales the gradient of each tensor to a norm of at most max_norm (official code); max_norm 0:
+    no clipping. Returns the norm of all gradients together, before clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     if max_norm:
@@ -360,7 +364,7 @@ def clip_per_tensor(parameters, max_norm):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
@@ -368,16 +372,16 @@ def main():
     center = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
     center_patch = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
     opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay), fused=True)
-    run.restore(student=student, teacher=teacher, center=center, center2=center_patch, opt=opt)
+    run.restore(student=student, teacher=teacher, center=center, center_patch=center_patch, opt=opt)
     total, freeze = run.total_steps(loader), round(cfg.freeze_last_layer * len(loader))
     fixed_batch = next(loader.batches()) if cfg.overfit_one_batch else None
     run.print0(f"loss of a uniform prediction: loss_cls ln K = {math.log(cfg.out_dim):.3f}, "
-               f"loss_patch {cfg.mask_prob * math.log(cfg.out_dim):.3f}, as unmasked crops are 0")
+               f"loss_patch {cfg.mask_prob * math.log(cfg.out_dim):.3f}; unmasked crops count as 0")
 
     for step, batch in run.steps(loader):
         lr, weight_decay, momentum, temp, patch_temp = schedules(step, total, len(loader), cfg)
         set_lr(opt, lr)
-        opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases and norms
+        opt.param_groups[0]["weight_decay"] = weight_decay      # group 1 (vectors) has none
 
         # ---- the method ----------------------------------------------------------------------
         means, stats = [], visualize.AssignmentStats()
@@ -386,15 +390,14 @@ def main():
             x = torch.cat(part.views[:2])                                    # (2B, 3, S, S)
             crops = torch.cat(part.views[2:]) if part.views[2:] else None  # (n_local*B, 3, S', S')
             drop = rng.uniform(part.index, (2 + cfg.local_crops_number, 2 * cfg.depth),
-                               cfg.seed, part.epoch, "drop")
+                               cfg.seed, part.epoch, "drop")   # two residual branches per block
             drop = drop.transpose(0, 1).flatten(0, 1)                # ((2+n_local)*B, 2*depth)
             mask = sample_masks(part.index, cfg, cfg.seed, part.epoch)       # (2B, N)
 
             with run.autocast():
-                # The teacher, an average of past students, is better than each of them, so its
+                # The teacher, an average of past students, is better than any one of them, so its
                 # output is a useful target. It sees no local crop: targets describe the whole.
-                # It sees no mask either: its target for a patch depends on the patch's content,
-                # which the student must infer from the rest of the crop.
+                # It sees no mask either: targets depend on the patch, which the student must infer.
                 with torch.no_grad():
                     t, u, u_mean = teacher(x, mask)          # (2B, K), (n_masked, K), (K,)
                 s, w = student(x, mask, crops, drop[:len(x)], drop[len(x):])
@@ -403,8 +406,6 @@ def main():
             u, w = u.float(), w.float()                                      # (n_masked, K)
             P = assign(t, center.center, temp)
             Q = assign(u, center_patch.center, patch_temp)
-            # Only L_cls compares different crops of an image. It gives the prototypes, which the
-            # patches share, their semantics.
             loss_cls = cls_loss(s, P, cfg.student_temp)
             loss_patch = patch_loss(w, Q, mask, cfg.student_temp)
             loss = cfg.lambda1 * loss_cls + cfg.lambda2 * loss_patch
@@ -451,8 +452,8 @@ def main():
 
 
 def patch_columns(run, teacher, x, mask, w, center):
-    """Columns of visualization.png: the crops x (n, 3, S, S) as the student sees them; for each
-    patch the prototype (a color) with the teacher's largest logit, for masked ones the student's.
+    """Columns of visualization.png: crops x (n, 3, S, S), masked patches in gray; the prototype (a
+    color) to which the teacher assigns each patch, and the student each masked one.
     mask: (n, N); w: student's logits of masked patches, those of x first; center: c_p."""
     with run.autocast():
         _, u, _ = teacher(x, torch.ones_like(mask))                          # of all patches

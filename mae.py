@@ -3,32 +3,32 @@
 Remove three quarters of an image's patches, encode the rest, and reconstruct what is missing. An
 image is so redundant that a few missing patches could be copied from their neighbors; with 75%
 removed, the reconstruction needs an idea of the object. The encoder, which is kept, sees only the
-visible patches: a quarter of the tokens, and no mask tokens, which do not occur after pretraining
-either. A narrow decoder receives the encoded patches and mask tokens, each at its position, and
-predicts the pixels; it is discarded after pretraining.
+visible patches: a quarter of the tokens, and no mask tokens, so that its input is of the same kind
+after pretraining. A narrow decoder receives the encoded patches and mask tokens, each at its
+position, and predicts the pixels; it is discarded after pretraining.
 
     patches -+- visible, 25% --> encoder --> tokens --+
              |                                        +--> decoder --> pixels of every patch
              |    a mask token for each removed patch +                        |
-             +- removed, 75% --> each to mean 0, variance 1 --> squared error, removed patches only
+             +- removed, 75% --> each normalized to mean 0, variance 1 --> squared error
 
-No gradient is stopped. There is no teacher and no second view, and images are not compared.
+There is no gradient stop, no teacher, no second view, and no comparison of images.
 
     L = sum over images n, patches i of m_ni (1/P) |y_ni - t_ni|^2  /  sum over n, i of m_ni
 
 m is 1 for a removed patch, else 0; y is the decoder's output, P = 3pp the number of values in a
-patch, and t = (u - mean(u)) / sqrt(var(u) + 1e-6), where u is the patch of the normalized image,
-all channels together; with --norm-pix-loss false, t = u. var divides by P - 1, as in the official
+patch, and t = (u - mean(u)) / sqrt(var(u) + 1e-6), where u is the patch of the input image, all
+channels together; with --norm-pix-loss false, t = u. var divides by P - 1, as in the official
 code; the paper gives the loss in words, without equations. With normalized targets, predicting 0
 everywhere has loss (P-1)/P: if the loss stays near 1, the network has learned nothing.
 
-The paper: ViT-B/16, 1600 epochs (--epochs 1600): 83.6 fine-tuned, 68.0 by a linear probe (Tables 3,
-12): above the contrastive methods of its time by the first, below them by the second. ViT-L, 800
-epochs: linear 73.9 with normalized pixels, 73.5 with plain ones (Table 1d); with a decoder of one
-block 65.5 (Table 1a), because then the encoder's last blocks have to do the reconstruction.
+The paper (ImageNet-1K top-1): ViT-B/16, 1600 epochs (--epochs 1600): 83.6 fine-tuned, better than
+the contrastive methods of its time, and 68.0 with a linear probe, worse than they (Tables 3, 12).
+ViT-L, 800 epochs: linear 73.9 with normalized pixels, 73.5 with plain ones (Table 1d), 65.5 with a
+decoder of one block (Table 1a), because then the encoder's last blocks have to reconstruct.
 
-The class token has no loss: trust knn_patch more than knn and feat_std, which measure it. full.pt,
-next to encoder.pt, also holds the decoder, under the names of the published *_full.pth files.
+The class token has no loss: trust knn_patch more than knn and feat_std, which are computed from it.
+full.pt, next to encoder.pt, also holds the decoder, named as in the published *_full.pth files.
 
     python mae.py                                         minutes on a laptop, offline
     python mae.py --norm-pix-loss false                   plain pixels, as in most of Table 1
@@ -54,6 +54,7 @@ from lib.weights import init_linear
 
 @dataclass
 class Config(config.Settings):
+    """ImageNet's settings; configs/mae.yaml overrides them per data set (default: toy)."""
     # the encoder (paper: ViT-B/16, L/16, H/14; there is no official ViT-S)
     img_size: Size = 224            # image side in pixels (paper)
     patch_size: Size = 16           # pixels per patch side (paper)
@@ -74,9 +75,9 @@ class Config(config.Settings):
     epochs: float = 800             # epochs (paper's ablations; released weights and Table 3: 1600)
     warmup_epochs: float = 40.0     # linear warmup of the learning rate from 0 (paper)
     batch_size: Size = 4096         # global batch size (paper)
-    lr: float = 1.5e-4              # peak learning rate, times batch/256 (paper)
+    lr: float = 1.5e-4              # base learning rate; the peak is lr * batch/256 (paper)
     min_lr: float = 0.0             # final learning rate of the cosine (official code)
-    weight_decay: float = 0.05      # AdamW's (paper); also of class and mask token (official code)
+    weight_decay: float = 0.05      # AdamW's (paper); also for class and mask token (official code)
     beta2: Fraction = 0.95          # AdamW's decay rate of squared gradients (paper); torch: 0.999
 
     def __post_init__(self):
@@ -96,7 +97,7 @@ def views(cfg):
 
 
 def random_masking(noise, ratio):
-    """Shuffles the patches by their noise (B, N) and keeps the first n_visible.
+    """Ranks the patches by their noise (B, N); the first n_visible stay visible.
 
     Returns keep (B, n_visible), the indices of the visible patches in shuffled order; restore
     (B, N), the position of each patch in the shuffle; mask (B, N) bool, True: removed."""
@@ -110,7 +111,7 @@ def random_masking(noise, ratio):
 
 
 class Decoder(nn.Module):
-    """Tokens and order of the visible patches -> pixels of all patches (MAE, Fig. 1)."""
+    """Visible tokens and the order of the shuffle -> pixels of all patches (MAE, Fig. 1)."""
 
     def __init__(self, cfg, grid):
         super().__init__()
@@ -126,7 +127,7 @@ class Decoder(nn.Module):
         init_linear(self, "mae")
 
     def forward(self, tokens, restore):
-        """tokens (B, 1+n_visible, D), class token first; restore (B, N) -> (B, 1+N, P). ASL: 2B."""
+        """tokens (B, 1+n_visible, D), class token first; restore (B, N) -> (B, 1+N, P)."""
         x = self.embed(tokens)                                               # (B, 1+n_visible, E)
         missing = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], missing], 1)                          # (B, N, E), shuffled
@@ -155,7 +156,7 @@ class Network(nn.Module):
 
 
 def patchify(x, p):
-    """(B, 3, S, S) -> (B, N, P), the pixels of a patch in raster order, the channel fastest."""
+    """(B, 3, S, S) -> (B, N, P), the pixels of a patch in raster order, channels fastest."""
     x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))                        # (B, 3, h, p, w, p)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -189,7 +190,7 @@ def mae_loss(pred, target, mask):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     model = run.place(Network(cfg))
     net = unwrap(model)
@@ -212,7 +213,7 @@ def main():
                 pred, mask = model(x, noise)                         # (B, N, P), (B, N)
             # From here on in fp32. With --norm-pix-loss, the target of a patch has its own mean and
             # contrast removed: what is left to predict is structure, and a dark or flat patch
-            # counts as much as a bright or rich one.
+            # counts as much as a bright or detailed one.
             target = targets(x, cfg.patch_size, cfg.norm_pix_loss)           # (B, N, P)
             loss = mae_loss(pred, target, mask)
             (loss / cfg.accum_iter).backward()

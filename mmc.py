@@ -4,10 +4,10 @@ A student gets a corrupted image: random rectangles are replaced by noise or by 
 image. A teacher, the moving average of the student, gets the same image intact. Three losses (the
 arrows give the effect that the authors intend):
   L_rec  reconstruct the corrupted pixels        -> patches of one object become similar
-  L_pat  contrast each patch token with the teacher's token of the same patch and with
-         patches of *other* images               -> objects are separated
-  L_cls  contrast the class token with the teacher's class token of the *other view* of the
-         same image and with those of other images -> semantics, which L_pat transfers to patches
+  L_pat  pull each patch token toward the teacher's token of the same patch and away from
+         its tokens of *other* images            -> objects are separated
+  L_cls  pull the class token toward the teacher's class token of the *other view* of the
+         image and away from those of other images -> semantics, which L_pat transfers to patches
 
     view v -+- corrupted -> student -+- patches -> h_rec -> pixels   L1 on the corrupted pixels
             |                        +- patches -> h_pat -> Q_v      InfoNCE with K_v, same patch
@@ -31,7 +31,7 @@ The paper (Table 4: ViT-S, ImageNet-100, 200 epochs; kNN on class token / on the
 L_rec alone 17.2 / 14.7, L_cls alone 75.0 / 63.9, L_cls + L_rec 72.5 / 53.7, L_cls + L_pat 75.6 /
 75.5, all three 77.5 / 77.0: L_pat improves the patch tokens, L_rec helps only with both others.
 
-No code of the authors was found. What the paper leaves open is marked "our choice", with the method
+We found no code by the authors. What the paper leaves open is marked "our choice", with the method
 that we followed: GMML, SiT and MC-SSL (the same group: arXiv 2205.14986, 2104.03602, 2111.15340),
 MoCo v3, DINO or iBOT. Also our choice: the patch projection is trained (SiT; MoCo v3 freezes it),
 and the teacher is the network that is evaluated and saved (DINO, iBOT).
@@ -60,12 +60,13 @@ from lib.run import Run, cosine, ema_update, param_groups, set_lr
 # tokens of the student, K, k: of the teacher
 
 
-CANDIDATES = 255                        # rectangles drawn per image; enough to cover Area
+CANDIDATES = 255                        # rectangles drawn per image and view: enough for Area
 Area = Annotated[float, (0, 0.8)]       # fraction of an image
 
 
 @dataclass
 class Config(config.Settings):
+    """ImageNet's settings; configs/mmc.yaml overrides them per data set (default: toy)."""
     # the network (paper, Implementation Details: ViT-B/16, for ImageNet-100 ViT-S/16)
     img_size: Size = 224            # side of a global view in pixels (paper)
     patch_size: Size = 16           # pixels per patch side (paper)
@@ -85,15 +86,15 @@ class Config(config.Settings):
     temperature: Positive = 0.2     # tau of both contrastive losses (paper)
     group_size: Several = 48        # images whose patches are contrasted with each other, and that
                                     # are pasted into each other (our choice: the paper's batch);
-                                    # memory grows with (group_size * patches)^2
-    # the corruption: the paper's 75 % and 30 % "of the masked blocks" and 35 % of the images are
-    # interpreted as in GMML's script (our choice: taken literally they do not add up)
-    noise_ratio: Area = 0.75        # area replaced by noise (paper); above 0.5 it is drawn per
-                                    # image, uniform in [0.5, noise_ratio] (GMML)
-    paste_ratio: Area = 0.3         # area replaced by another image (paper); drawn likewise
+                                    # memory grows with batch_size * group_size * patches^2
+    # the corruption: the paper's 75% noise and 30% other images "of the masked blocks" are together
+    # over 100%; we read these and its 35% of the images as in GMML's script (our choice)
+    noise_ratio: Area = 0.75        # area replaced by noise (paper); if above 0.5, it is drawn per
+                                    # image and view, uniform in [0.5, noise_ratio] (GMML)
+    paste_ratio: Area = 0.3         # area replaced by another image (paper); same rule
     paste_prob: Fraction = 0.35     # probability, per view, of pasting instead of noise (paper)
-    drop_align: int = 1             # rectangles start and end at multiples of this, in pixels (our
-                                    # choice: SiT, GMML)
+    drop_align: int = 1             # rectangles start at multiples of this, in pixels, and end at
+                                    # one or at the border (our choice: SiT, GMML)
     # the views
     global_crops_scale: tuple = (0.25, 1.0)   # area of a global crop (our choice: MC-SSL; use 0.2
                                               # without local crops: SiT)
@@ -103,14 +104,14 @@ class Config(config.Settings):
     local_crops_size: Size = 96     # side of a local crop in pixels (our choice: MC-SSL, DINO)
     color_jitter: tuple = (0.4, 0.4, 0.4, 0.0)    # brightness, contrast, saturation (paper); hue
                                                   # (not listed in the paper; related methods: 0.1)
-    blur_p: Fraction = 1.0          # probability of blur in view 1; view 2: a tenth of it, local
-                                    # crops: half (our reading of the paper's "strength of 1.0")
+    blur_p: Fraction = 1.0          # probability of blur in view 1 (our reading of the paper's
+                                    # "strength of 1.0"); view 2: a tenth (SiT), local: half (DINO)
     # the optimization
     epochs: float = 400             # epochs (paper: 400 on ImageNet-1K, 500 on ImageNet-100)
     warmup_epochs: float = 10.0     # linear warmup of the learning rate (our choice: SiT, DINO)
     batch_size: Size = 384          # global batch size (our choice: the paper's 48, times 8 GPUs)
-    lr: float = 7.5e-4              # peak learning rate (paper), times batch/256 (our choice: SiT,
-                                    # DINO)
+    lr: float = 7.5e-4              # base learning rate (paper); the peak is lr * batch/256 (our
+                                    # choice: SiT, DINO)
     min_lr: float = 1e-6            # final learning rate of the cosine schedule (paper)
     weight_decay: float = 0.04      # AdamW (paper); constant, not for biases and norms (our choice)
     clip_grad: float = 3.0          # max gradient norm of each tensor (our choice: SiT); 0: off
@@ -123,8 +124,8 @@ class Config(config.Settings):
                              "result; leave out --accum-iter and use a smaller --batch-size")
         if not 1 <= self.drop_align <= self.img_size / 6:
             raise ValueError(f"--drop-align {self.drop_align} must be between 1 and "
-                             f"{self.img_size // 6}, a sixth of --img-size: larger rectangles may "
-                             f"not cover the requested area")
+                             f"{self.img_size // 6}, a sixth of --img-size: on a coarser grid the "
+                             f"rectangles can fail to cover the requested area")
         crops = self.lambda_cls and self.local_crops_number
         if crops and self.local_crops_size % self.patch_size:
             raise ValueError("--local-crops-size must be a multiple of --patch-size")
@@ -138,7 +139,7 @@ class Config(config.Settings):
 
 def views(cfg):
     """Two global crops with SiT's asymmetric augmentation and the paper's color jitter; local crops
-    as in MC-SSL. jitter_p and gray_p are those of SiT and MC-SSL (our choice)."""
+    of MC-SSL's scale. jitter_p and gray_p are those of SiT and MC-SSL (all our choice)."""
     color = dict(jitter=cfg.color_jitter, jitter_p=0.8, gray_p=0.2)
     crop = dict(size=cfg.img_size, scale=cfg.global_crops_scale, **color)
     return [data.View(**crop, blur_p=cfg.blur_p),
@@ -149,8 +150,9 @@ def views(cfg):
 
 
 def span(u_start, u_length, size, align):
-    """Start and length (pixels, multiples of `align`) of a rectangle along one axis of an image of
-    `size` pixels, from uniform numbers: at most 30 % of the side, cut at the border (GMML)."""
+    """Start and length (in pixels, multiples of `align`) of a rectangle along one axis of an image
+    of `size` pixels, from uniform numbers: at most 30% of the side before the length is rounded to
+    `align`; what crosses the border is cut off (GMML)."""
     start = (u_start * (size - align)).long() // align * align
     length = align + (u_length * (max(align + 1, int(0.3 * size)) - align)).long()
     return start, (torch.minimum(length, size - start) / align).round().long() * align
@@ -194,8 +196,8 @@ def rectangles(u, size, ratio, align=1):
 
 def corruption(index, cfg, group_size, *key):
     """Random corruption of the images `index` (B,), for corrupt(): region (B, S, S) bool, pasted
-    (B,) bool, other (B,) row of the batch to paste from, noise (B, 3, S, S). `key`: seed, epoch,
-    view."""
+    (B,) bool, other (B,) row of the batch to paste from, noise (B, 3, S, S). `key` seeds the
+    numbers: in training seed, epoch and view."""
     u_paste, u_ratio, u_other = rng.uniform(index, 3, *key, "kind").unbind(1)
     pasted = u_paste < cfg.paste_prob
     highest = torch.where(pasted, cfg.paste_ratio, cfg.noise_ratio)
@@ -204,7 +206,7 @@ def corruption(index, cfg, group_size, *key):
     candidates = rng.uniform(index, (CANDIDATES, 4), *key, "rectangles")
     region = rectangles(candidates, cfg.img_size, ratio, cfg.drop_align)
     row = torch.arange(len(index), device=index.device)
-    # another image of the group, never the image itself (our choice; GMML allows it)
+    # another image of the group, never the image itself (our choice; GMML allows the latter)
     shift = 1 + (u_other * (group_size - 1)).long()
     other = row // group_size * group_size + (row + shift) % group_size
     return region, pasted, other, rng.normal(index, (3, *region.shape[1:]), *key, "noise")
@@ -257,7 +259,7 @@ class Network(nn.Module):
             local, _ = self.backbone.split(self.backbone(crops, drop=drop_crops))
             cls = torch.cat([cls, local])                                    # ((V+n_local)*B, D)
         q = self.head_cls(cls) if self.head_cls else None
-        Q = self.head_patch(patches) if self.head_patch else None            # norm: all patches
+        Q = self.head_patch(patches) if self.head_patch else None            # over B*N patches
         pixels = unpatchify(self.head_rec(patches)) if self.head_rec else None
         return q, Q, pixels
 
@@ -275,7 +277,7 @@ def rec_loss(pixels, target, region, count=None):
     if its norm is a sum over the channels).
     pixels, target: (B, 3, S, S), region: (B, S, S); count: number of corrupted pixels to divide by,
     default region.sum(). The target is the augmented, normalized view before its corruption,
-    without normalization by patch (our choice: SiT, GMML)."""
+    without per-patch normalization (our choice: SiT, GMML)."""
     count = region.sum() if count is None else count
     return ((pixels.float() - target).abs().sum(1) * region).sum() / (3 * count).clamp(min=1)
 
@@ -326,7 +328,7 @@ def main():
     B = cfg.batch_size // run.world                                          # images per process
     if B % cfg.group_size:
         raise ValueError(f"--group-size {cfg.group_size} must divide the {B} images per process")
-    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
@@ -351,16 +353,17 @@ def main():
         drop = rng.uniform(batch.index, (2 + cfg.local_crops_number, 2 * cfg.depth), *key, "drop")
         drop = drop.transpose(0, 1).flatten(0, 1)                    # ((2+n_local)*B, 2*depth)
 
-        # The teacher gets the intact image: the student can predict the teacher's tokens of
-        # corrupted patches only from their context.
+        # The teacher gets the intact image: where a patch is corrupted, the student has to predict
+        # the teacher's token from the surrounding patches.
         with run.autocast():
             with torch.no_grad():
                 k, K, _ = teacher(intact)        # train mode: statistics of the batch, as in SiT
             q, Q, pixels = student(x, crops, drop[:2 * B], drop[2 * B:])
 
-        parts = {}                                                           # in fp32
+        parts = {}                                                   # losses, in fp32
         if cfg.lambda_rec:
-            # One count for all processes: the mean of their losses is that over all such pixels.
+            # All processes divide by the same mean count: DDP's mean of their gradients is then
+            # that of the mean over all corrupted pixels of the global batch.
             count = all_mean(region.sum().float())
             parts["loss_rec"] = rec_loss(pixels, intact, region, count)
         if cfg.lambda_cls:
@@ -397,9 +400,9 @@ def main():
 
 
 def save_visualization(run, cfg, student, teacher, images, n=8):
-    """visualization.png: test images; corrupted, as for the student; the reconstruction; the cosine
-    similarity of the teacher's patch tokens to that of the center patch (the paper's zero-shot
-    segmentation)."""
+    """visualization.png: test images; the same images, corrupted as in training; the student's
+    reconstruction; cosine similarity of each of the teacher's patch tokens to that of the center
+    patch (as in the paper's zero-shot segmentation)."""
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
     region, *fill = corruption(index, cfg, len(x), "picture")     # pastes from all n images
     corrupted = corrupt(x, region, *fill)

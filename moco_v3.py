@@ -17,14 +17,14 @@ large batch.
     ctr(q, k) = 2 tau mean over images i of
                 -log e^(q_i.k_i/tau) / sum over images j of e^(q_i.k_j/tau)       (eq. 1)
 
-All q, k are L2-normalized; the factor 2 tau cancels the 1/tau of the gradient. At chance level
+All q, k are L2-normalized; the factor tau cancels the 1/tau of the gradient. At chance level
 L = 4 tau ln(batch size): 6.65 for 4096 images.
 
-What the paper found: training ViTs this way is unstable. It does not diverge, but the kNN curve
-dips, and the larger batch and learning rate are, the more accuracy is lost. The gradient spikes
-first in the first layer, so that layer is frozen: 71.7 -> 73.4 (section 4.2, ViT-B, 100 epochs;
-linear probe). ViT-S / ViT-B, 300 epochs: 72.5 / 76.5 (Table 4); ViT-B without predictor 75.5,
-without momentum 74.3 (section 6.2). Park et al. (2023) call the latter SimCLR*.
+What the paper found: training ViTs this way is unstable. Training does not diverge, but the kNN
+curve dips, and the larger the batch and the learning rate, the more accuracy is lost. The gradient
+spikes first in the first layer, so that layer is frozen: 71.7 -> 73.4 (section 4.2, ViT-B, 100
+epochs; linear probe). ViT-S / ViT-B, 300 epochs: 72.5 / 76.5 (Table 4); ViT-B without predictor
+75.5, without momentum 74.3 (section 6.2). Park et al. (2023) call the latter SimCLR*.
 
 Where the paper differs from the official code, or does not specify a detail, we follow the code:
 the teacher is updated before the keys are computed, not after the step; its momentum increases to 1
@@ -55,6 +55,7 @@ from lib.run import Run, cosine, ema_update, grad_norm, set_lr
 
 @dataclass
 class Config(config.Settings):
+    """ImageNet's settings; configs/moco_v3.yaml overrides them per data set (default: toy)."""
     # the network (paper, section 5: ViT-B/16)
     img_size: Size = 224            # side of a view in pixels (paper)
     patch_size: Size = 16           # pixels per patch side (paper)
@@ -78,8 +79,8 @@ class Config(config.Settings):
     epochs: float = 300             # epochs (paper)
     warmup_epochs: float = 40.0     # linear warmup of the learning rate from 0 (paper)
     batch_size: Several = 4096      # global batch size (paper)
-    lr: float = 1.5e-4              # peak learning rate, times batch/256 (paper, with the frozen
-                                    # patch projection)
+    lr: float = 1.5e-4              # base learning rate (paper, for a frozen patch projection); the
+                                    # peak is lr * batch/256
     weight_decay: float = 0.1       # AdamW (paper), on every parameter (official code)
 
     def __post_init__(self):
@@ -93,7 +94,7 @@ class Config(config.Settings):
 
 
 def views(cfg):
-    """BYOL's asymmetric pair (official code): view 1 is always blurred at the paper's settings,
+    """BYOL's asymmetric pair (official code): view 1 is always blurred (at the default blur_p),
     view 2 rarely, and sometimes solarized."""
     crop = dict(size=cfg.img_size, scale=(cfg.crop_min, 1.0), interpolation="bilinear",
                 jitter=cfg.color_jitter, jitter_p=0.8, gray_p=0.2)
@@ -155,7 +156,7 @@ def schedules(step, total, warmup, cfg):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
@@ -206,8 +207,8 @@ def main():
 
 def save_visualization(run, backbone, pair, q1, k2, n=8):
     """visualization.png: the two views; the attention of the class token in view 1 (last block,
-    mean of the heads); the second view, from this batch, whose key is most similar to the query of
-    view 1."""
+    mean of the heads); the second view, among those of this process, whose key is most similar to
+    the query of view 1."""
     x1, x2 = pair[0][:n], pair[1]
     attention = visualize.last_attention(run, backbone, x1)
     nearest = (F.normalize(q1[:n].float(), dim=-1) @ F.normalize(k2, dim=-1).T).argmax(1)

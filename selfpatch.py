@@ -4,9 +4,9 @@ DINO has a target for one vector per image. SelfPatch adds a target for each pat
 patches mostly belong to the same object. Of the 8 neighbors of a patch the teacher takes the most
 similar ones as positives and aggregates them by attention into one vector; from the patch itself,
 in the same crop, the student must predict the teacher's assignment of this vector to prototypes.
-The patch is not among its positives, or copying it would be a solution. The backbone has no class
-token: the attention that aggregates positives also aggregates all patches, into the image vector
-for DINO's loss.
+A patch is not among its own positives: otherwise copying it would be a trivial solution. The
+backbone has no class token: the attention that aggregates positives also aggregates all patches,
+into the image vector for DINO's loss.
 
     crops -+-> teacher* -> patches -+-> attention* over all patches -> c_head* -> t      P (global)
            |                        +-> attention* over positives ---> p_head* -> u      Q
@@ -27,22 +27,24 @@ for DINO's loss.
     c   <- m_c c   + (1 - m_c) mean of t over *all* crops, local ones included, after the step
     c_p <- m_c c_p + (1 - m_c) mean of u over all patches of these
 
-The paper (ViT-S/16, ImageNet, DINO -> with SelfPatch): COCO box AP 40.8 -> 42.1, ADE20K mIoU
-(Semantic FPN) 38.3 -> 41.2 (epochs: 300 -> 200, supplement A), linear 75.1 -> 75.6 (300 each, D).
+The paper (ViT-S/16, ImageNet; DINO -> SelfPatch): COCO box AP 40.8 -> 42.1, ADE20K mIoU (Semantic
+FPN) 38.3 -> 41.2 (300 -> 200 epochs, supplement A), linear 75.1 -> 75.6 (300 epochs, supplement D).
 
-Small data needs batch norms in the head, an option of the code (--use-bn-in-head): at first the
-logits of different images are nearly the same, the center removes what they have in common, and
-what is left is too small to be sharpened, and the loss stays at ln K, that of a uniform guess.
+Short runs on toy and CIFAR-10 need batch norms in the head (--use-bn-in-head): at first the logits
+of different images are nearly the same. The center removes what they have in common, the remainder
+is too small to be sharpened, and loss_cls stays at ln K, that of a uniform guess.
 
-From the official code, not the paper: local crops go to the teacher and into both centers. L_patch
-does not train the aggregation blocks, only L_cls does; the teacher reuses their moving average for
-the positives. Unlike in the code, where neighbors wrap around the border (a positive of a patch at
-the left edge may lie at the right edge), a patch at the border has 5 neighbors, one in a corner 3,
-and no more positives than neighbors (--borders official: as in the code). Ours: keys and values of
-a patch are computed once for all its neighbors, one attention serves image and patches, and batch
-norms take (B, N, D), for which the code's fail. Left out: SelfPatch on MoBY.
+From DINO's official code, not its paper: the division by n, the gradient clipped tensor by tensor,
+and the last layer frozen in the first epoch. Ours: random numbers derived per image (lib/rng.py).
+From SelfPatch's official code, not its paper: local crops go to the teacher and into both centers;
+L_patch does not train the aggregation blocks, only L_cls does; the teacher also applies their
+moving average to the positives. Ours: neighbors end at the border, where a patch has 5 (in a
+corner 3) and no more positives than neighbors; in the code they wrap around: a positive of a patch
+at the left edge may lie at the right edge (--borders official). Keys and values of a patch are
+computed once for all its neighbors; one pass of attention computes the image vector and the patch
+targets together; batch norms take (B, N, D), where the code's fail. Left out: SelfPatch on MoBY.
 
-    python selfpatch.py                    minutes on a laptop, offline; no local crops
+    python selfpatch.py   toy (configs/selfpatch.yaml): minutes on a laptop, offline, no local crops
     python selfpatch.py --lambda-patch 0   DINO without a class token, local crops in its center
     torchrun --nproc_per_node=8 selfpatch.py --data imagenet  as published except --borders, not run
 """
@@ -62,27 +64,31 @@ from lib.distributed import BatchNorm, all_mean
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 from lib.weights import init_linear
 
-# B images per process and micro-batch, 2 + n_local crops of each, N patches of a crop, D width,
-# H heads, K and K_patch prototypes, S and S' sides of a global and a local crop; images, patches:
-# teacher's logits t, u, assignments P, Q, student's logits s, w
+# B images per process and micro-batch, 2 + n_local crops of each, D width, K prototypes, S and S'
+# sides of a global and a local crop; tau_t, tau_s: --teacher-temp, --student-temp
+# (paper), (code): the value is the paper's or the official code's
+# N patches of a crop, H heads, K_patch patch prototypes; t, u: teacher's logits; s, w: student's
 
 
 @dataclass
 class Config(config.Settings):
+    """ImageNet's settings; configs/selfpatch.yaml overrides them per data set (default: toy)."""
     # the network (paper: ViT-S/16)
     img_size: Size = 224            # image side in pixels (global crop; paper)
     patch_size: Size = 16           # pixels per patch side (paper)
     embed_dim: Size = 384           # encoder width, D (paper)
     depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 6             # attention heads (paper)
-    pos: Literal["learned", "sincos_row"] = "learned"  # positions (paper; sincos_row: our choice)
-    init: Literal["trunc", "moco"] = "trunc"  # weights: normal 0.02 (code) or Xavier (our choice)
+    pos: Literal["learned", "sincos_row"] = "learned"  # position embeddings (paper);
+                                                       # sincos_row, fixed: our choice
+    init: Literal["trunc", "moco"] = "trunc"  # initial weights; trunc: normal, std 0.02 (code);
+                                              # moco: Xavier (our choice)
     drop_path: Fraction = 0.1       # rate of stochastic depth, student only (code)
     head_hidden_dim: Size = 2048    # width inside the head (DINO)
     bottleneck_dim: Size = 256      # width before the prototypes, L2-normalized (DINO)
-    out_dim: Several = 65536        # prototypes of images, K (paper; COCO: 4096); small data: 1024
-    out_dim_selfpatch: Several = 4096      # prototypes of patches, K_patch (paper)
-    use_bn_in_head: bool = False    # batch norms in the head (code: option); small data needs them
+    out_dim: Several = 65536        # image prototypes, K (paper; COCO: 4096); toy, CIFAR-10: 1024
+    out_dim_selfpatch: Several = 4096      # patch prototypes, K_patch (paper)
+    use_bn_in_head: bool = False    # batch norms in the head (code: option); toy, CIFAR-10: true
     norm_last_layer: bool = True    # keeps prototypes at norm 1 (code)
     # the objective
     lambda_patch: float = 0.1       # weight of L_patch (code)
@@ -90,16 +96,16 @@ class Config(config.Settings):
     borders: Literal["correct", "official"] = "correct"  # neighbors end at the border (our choice);
                                                          # official: they wrap around it (code)
     student_temp: Positive = 0.1    # softmax temperature of the student (code)
-    warmup_teacher_temp: Positive = 0.04   # initial teacher temperature (code); lower if stuck at
-                                           # ln K; unused if --warmup-teacher-temp-epochs is 0
+    warmup_teacher_temp: Positive = 0.04   # initial teacher temperature (code); lower if loss_cls
+                                           # stays at ln K; used if --warmup-teacher-temp-epochs > 0
     teacher_temp: Positive = 0.04   # teacher temperature after warmup (code; DINO: 0.07)
     warmup_teacher_temp_epochs: int = 0    # epochs of linear temperature warmup (code; DINO: 30)
-    center_momentum: Fraction = 0.9 # EMA momentum of the centers (code)
+    center_momentum: Fraction = 0.9 # EMA momentum of centers (code)
     freeze_last_layer: float = 1.0  # epochs in which the last layer is frozen (code)
     # the views
-    global_crops_scale: tuple = (0.25, 1.0)   # area of a global crop (code;
-                                              # without local crops 0.14 to 1: code)
-    local_crops_scale: tuple = (0.05, 0.25)   # area of a local crop (code)
+    global_crops_scale: tuple = (0.25, 1.0)   # global crop area (code;
+                                              # without local crops, code: 0.14 to 1)
+    local_crops_scale: tuple = (0.05, 0.25)   # local crop area (code)
     local_crops_number: int = 8     # local crops per image, n_local (paper; COCO: 2)
     local_crops_size: Size = 96     # side of a local crop in pixels (paper)
     color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (code)
@@ -108,14 +114,14 @@ class Config(config.Settings):
     epochs: float = 200             # training epochs (paper; classification: 300)
     warmup_epochs: float = 10.0     # linear warmup of the learning rate from 0 (paper)
     batch_size: Size = 1024         # global batch size (paper)
-    lr: float = 5e-4                # peak learning rate, times batch/256 (paper)
+    lr: float = 5e-4                # base learning rate; the peak is lr * batch/256 (paper)
     min_lr: float = 1e-6            # final learning rate of the cosine (code)
-    weight_decay: float = 0.04      # AdamW's, not of biases and norms (code)
+    weight_decay: float = 0.04      # AdamW weight decay; not for biases, norm layers (code)
     weight_decay_end: float = 0.4   # weight decay increases to this by a cosine (code)
     clip_grad: float = 3.0          # max gradient norm of each tensor (code); 0: off
     momentum_teacher: Fraction = 0.996     # teacher's EMA momentum, rises to 1 by a cosine (code)
-    overfit_one_batch: bool = False # train on the first batch only, to see that it learns;
-                                    # photos: with --warmup-epochs 0 --freeze-last-layer 0
+    overfit_one_batch: bool = False # train on the first batch only, as a check; on large data sets
+                                    # add --warmup-epochs 0 --freeze-last-layer 0 (both last epochs)
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -125,8 +131,7 @@ class Config(config.Settings):
             raise ValueError("--local-crops-size must be a multiple of --patch-size")
         if self.use_bn_in_head and self.accum_iter > 1:
             raise ValueError("--use-bn-in-head normalizes over the batch: micro-batches would "
-                             "change the result; leave out --accum-iter, or add --use-bn-in-head "
-                             "false")
+                             "change the result; use --accum-iter 1 or --use-bn-in-head false")
 
 
 # ---- Views ---------------------------------------------------------------------------------------
@@ -146,7 +151,8 @@ def views(cfg):
 
 
 class Prototypes(nn.Module):
-    """A Linear whose K rows have norm g (weight norm): logits are g times cosines."""
+    """A Linear whose K rows have norms weight_g, learned or fixed at 1 (weight norm). For a unit
+    vector z, logits are these norms times cosines."""
 
     def __init__(self, dim, K, frozen):
         super().__init__()
@@ -158,7 +164,7 @@ class Prototypes(nn.Module):
 
 
 class Head(nn.Module):
-    """MLP, L2 normalization, prototypes (DINO's paper, appendix C)."""
+    """MLP, L2 normalization, prototypes."""
 
     def __init__(self, cfg, K):
         super().__init__()
@@ -197,8 +203,7 @@ class ClassAttention(nn.Module):
         to_self, to_patches = (q * k).sum(-1, keepdim=True), q @ heads(self.k(y)).mT
         if mask is not None:
             to_patches = to_patches.masked_fill(~mask[:, None], -torch.inf)
-        a = torch.cat([to_self, to_patches], -1) * q.shape[-1]**-0.5
-        a = a.softmax(-1)                                            # (B, H, n_queries, 1+N)
+        a = (torch.cat([to_self, to_patches], -1) * q.shape[-1]**-0.5).softmax(-1)  # (B, H, ., 1+N)
         if weights is not None:
             weights.append(a[..., 1:])
         x = a[..., :1] * v + a[..., 1:] @ heads(self.v(y))
@@ -219,8 +224,8 @@ class Aggregation(nn.Module):
         init_linear(self.cls_blocks, cfg.init)
 
     def forward(self, y, positives=None, weights=None):
-        """y: (B, N, D) of the last block. Returns (B, 1+N, D): the image vector, then for each
-        patch the aggregate of its positives (B, N, N) bool, or without them the patch itself."""
+        """y: (B, N, D) of the last block; positives: (B, N, N) bool or None. Returns (B, 1+N, D):
+        the image vector, then per patch the aggregate of its positives (None: the patch itself)."""
         n_queries, mask = 1, None
         if positives is not None:
             n_queries, mask = 1 + y.shape[1], F.pad(positives, (0, 0, 1, 0), value=True)
@@ -245,8 +250,7 @@ def select_positives(y, neighbors, num_positives):
         y = F.normalize(y.float(), dim=-1)
         similarity = (y @ y.mT).masked_fill(~neighbors, -torch.inf)
     best = similarity.topk(min(num_positives, len(neighbors)), -1).indices
-    chosen = torch.zeros_like(similarity, dtype=torch.bool).scatter(2, best, True)
-    return chosen & neighbors
+    return torch.zeros_like(similarity, dtype=torch.bool).scatter(2, best, True) & neighbors
 
 
 class Network(nn.Module):
@@ -264,8 +268,9 @@ class Network(nn.Module):
 
     def forward(self, x, crops=None, drop=None, drop_crops=None):
         """x: (2B, 3, S, S); crops: (n_local*B, 3, S', S') or None; drop, drop_crops: their random
-        numbers for drop path. Returns logits of images ((2+n_local)*B, K) and a list of logits of
-        patches: (2B, N, K_patch), of local crops (n_local*B, N, K_patch)."""
+        numbers for drop path. Crops of the same size go through the backbone together.
+        Returns logits of images ((2+n_local)*B, K) and a list of logits of patches: (2B, N,
+        K_patch) and, of local crops, (n_local*B, N, K_patch)."""
         tokens = [self.aggregate(self.backbone(x, drop=drop))]               # (2B, 1+N, D)
         if crops is not None:
             tokens.append(self.aggregate(self.backbone(crops, drop=drop_crops)))
@@ -285,16 +290,16 @@ def assign(t, center, tau):
 
 
 def cls_loss(s, P, tau):
-    """DINO's cross-entropy across crops. s: (n_crops, B, K) logits of the student, global crops
+    """Cross-entropy across crops. s: (n_crops, B, K) logits of the student, global crops
     first; P: (2, B, K) of the teacher. Mean over images and the 2(n_crops-1) pairs v != g."""
     log_p = (s / tau).log_softmax(-1)
-    log_p_sum = log_p.sum(0) - log_p[:2]                           # (2, B, K): sum over v != g
+    log_p_sum = log_p.sum(0) - log_p[:2]     # (2, B, K), sum over v != g: 2 products, not n (ours)
     return -(P * log_p_sum).sum(-1).mean() / (len(s) - 1)
 
 
 def patch_loss(w, Q, tau):
-    """Cross-entropy of patches. w, Q: for each size of crops, (2B or n_local*B, N, K_patch) logits
-    of student, assignments of teacher. Mean over the patches of a crop, then over all crops."""
+    """Cross-entropy of patches. w, Q: the student's logits and the teacher's assignments, a tensor
+    (2B or n_local*B, N, K_patch) per crop size. Mean over patches of a crop, then over crops."""
     losses = [-(q * (x / tau).log_softmax(-1)).sum(-1).mean(1) for x, q in zip(w, Q)]
     return torch.cat(losses).mean()
 
@@ -309,31 +314,28 @@ class Center(nn.Module):
 
     def update(self, means):
         """means: (K,) per micro-batch. Once per step, after the loss, which uses the old center."""
-        mean = all_mean(torch.stack(means).mean(0))
-        self.center.lerp_(mean, 1 - self.momentum)
+        self.center.lerp_(all_mean(torch.stack(means).mean(0)), 1 - self.momentum)
 
 
 # ---- Train ---------------------------------------------------------------------------------------
 
 
 def schedules(step, total, per_epoch, cfg):
-    """Learning rate, weight decay, EMA momentum and teacher temperature of this step."""
+    """Values at this step of all settings that follow a schedule."""
     warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
-    if step < warmup:            # its last step has the peak, and so has the step after it (code)
-        lr = peak * step / max(1, warmup - 1)
-    else:
-        lr = cosine(step - warmup, total - warmup, peak, cfg.min_lr)
+    lr = (peak * step / max(1, warmup - 1) if step < warmup else  # linspace(0, peak, warmup) (code)
+          cosine(step - warmup, total - warmup, peak, cfg.min_lr))
     weight_decay = cosine(step, total, cfg.weight_decay, cfg.weight_decay_end)
     momentum = cosine(step, total, cfg.momentum_teacher, 1.0)
-    epoch, last_epoch = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1    # of the warmup
-    ramp = epoch / max(1, last_epoch) if epoch <= last_epoch else 1.0        # from 0 to 1
+    epoch, last_warmup_epoch = step // per_epoch, cfg.warmup_teacher_temp_epochs - 1
+    ramp = epoch / max(1, last_warmup_epoch) if epoch <= last_warmup_epoch else 1.0  # from 0 to 1
     temp = cfg.warmup_teacher_temp + ramp * (cfg.teacher_temp - cfg.warmup_teacher_temp)
     return lr, weight_decay, momentum, temp
 
 
 def clip_per_tensor(parameters, max_norm):
-    """Scales the gradient of each tensor to a norm of at most max_norm (official code; 0: not).
-    Returns the norm of all gradients together, before clipping."""
+    """Scales the gradient of each tensor to a norm of at most max_norm (official code); max_norm 0:
+    no clipping. Returns the norm of all gradients together, before clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     if max_norm:
@@ -344,7 +346,7 @@ def clip_per_tensor(parameters, max_norm):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
@@ -352,7 +354,7 @@ def main():
     center = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
     center_patch = Center(cfg.out_dim_selfpatch, cfg.center_momentum).to(run.device)
     opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay), fused=True)
-    run.restore(student=student, teacher=teacher, center=center, center_p=center_patch, opt=opt)
+    run.restore(student=student, teacher=teacher, center=center, center_patch=center_patch, opt=opt)
     total, freeze = run.total_steps(loader), round(cfg.freeze_last_layer * len(loader))
     fixed_batch = next(loader.batches()) if cfg.overfit_one_batch else None
     run.print0(f"loss of a uniform prediction: loss_cls ln K = {math.log(cfg.out_dim):.3f}, "
@@ -361,7 +363,7 @@ def main():
     for step, batch in run.steps(loader):
         lr, weight_decay, momentum, temp = schedules(step, total, len(loader), cfg)
         set_lr(opt, lr)
-        opt.param_groups[0]["weight_decay"] = weight_decay      # not of biases and norms
+        opt.param_groups[0]["weight_decay"] = weight_decay      # group 1 (vectors) has none
 
         # ---- the method ----------------------------------------------------------------------
         means, stats = [], visualize.AssignmentStats()
@@ -370,13 +372,12 @@ def main():
             x = torch.cat(part.views[:2])                                    # (2B, 3, S, S)
             crops = torch.cat(part.views[2:]) if part.views[2:] else None  # (n_local*B, 3, S', S')
             drop = rng.uniform(part.index, (2 + cfg.local_crops_number, 2 * cfg.depth),
-                               cfg.seed, part.epoch, "drop")
+                               cfg.seed, part.epoch, "drop")   # two residual branches per block
             drop = drop.transpose(0, 1).flatten(0, 1)                # ((2+n_local)*B, 2*depth)
 
             with run.autocast():
-                # The teacher, an average of past students, is better than each of them, so its
-                # output is a useful target. It also sees local crops: the target of a patch is made
-                # of its neighbors in the same crop; patches of two crops are not matched.
+                # The teacher, an average of past students, is better than any one of them, so its
+                # output is a useful target. It also sees local crops: targets are of the same crop.
                 with torch.no_grad():
                     t, u = teacher(x, crops)     # ((2+n_local)*B, K), [(2B, N, K_patch), ...]
                 s, w = student(x, crops, drop[:len(x)], drop[len(x):])
@@ -419,8 +420,9 @@ def main():
                 maps = []
                 with run.autocast():
                     teacher.aggregate(teacher.backbone(part.views[0][:8]), maps)
+                attention = maps[-1][:, :, 0]
                 visualize.save_self_distillation(
-                    run, part.views, maps[-1][:, :, 0], P[0], (s[1] / cfg.student_temp).softmax(-1),
+                    run, part.views, attention, P[0], (s[1] / cfg.student_temp).softmax(-1),
                     patch_columns(run, u[0], w[0], center_patch))
             visualize.warn_of_equal_assignments(run, "images", mean_entropy, mi, cfg.out_dim)
             visualize.warn_of_equal_assignments(run, "patches", entropy_patch, mi_patch,
@@ -433,9 +435,8 @@ def main():
 
 
 def patch_columns(run, u, w, center, n=8):
-    """Columns of visualization.png: the prototype (a color) with the largest logit for each patch
-    of the first crop: by the teacher's logits u (2B, N, K_patch), of its positives, and by the
-    student's, w, of the patch itself. center: c_p."""
+    """Columns of visualization.png: prototype (a color) of each patch of the first crop. Teacher:
+    from u (2B, N, K_patch), of the patch's positives; student: from w, of the patch itself."""
     columns, side = {}, math.isqrt(u.shape[1])
     for title, logits in {"teacher": u[:n] - center.center, "student": w[:n]}.items():
         ids = logits.argmax(-1).unflatten(1, (side, side))                   # (n, side, side)

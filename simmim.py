@@ -52,6 +52,7 @@ from lib.run import Run, param_groups, set_lr
 
 @dataclass
 class Config(config.Settings):
+    """ImageNet's settings; configs/simmim.yaml overrides them per data set (default: toy)."""
     # the network (paper, Table 6: ViT-B/16)
     img_size: Size = 224            # image side in pixels (paper)
     patch_size: Size = 16           # pixels per patch side (paper)
@@ -69,7 +70,7 @@ class Config(config.Settings):
     epochs: float = 800             # epochs (paper)
     warmup_epochs: float = 10.0     # linear warmup from --warmup-lr (code; paper, ViT-B: 20)
     batch_size: Size = 2048         # global batch size (paper)
-    lr: float = 1e-4                # peak learning rate, times batch/512, not batch/256 (code)
+    lr: float = 1e-4                # base learning rate; the peak is lr * batch/512 (code)
     warmup_lr: float = 5e-7         # first learning rate of the warmup, times batch/512 (code)
     lr_drop_at: Fraction = 0.875    # fraction of the run after which lr is a tenth (code: 700/800)
     weight_decay: float = 0.05      # AdamW's (paper); also of mask token and bias table, not of
@@ -161,7 +162,7 @@ def schedule(step, total, warmup, cfg):
 def main():
     cfg = config.parse(Config)
     run = Run(cfg)
-    loader, bank, queries = data.training_sets(run, views(cfg))  # labeled, for evaluation only
+    loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     model = run.place(Network(cfg))
     net = unwrap(model)

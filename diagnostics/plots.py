@@ -156,7 +156,8 @@ def axes_figure(*shared, each=None, same_scale=True):
     scale if `same_scale`; then the `shared` ones, which show all models."""
     def draw(plt, results):
         parts = [(each, [r]) for r in results if each] + [(part, results) for part in shared]
-        columns, rows = min(4, len(parts)), -(-len(parts) // 4)
+        columns = 2 if len(parts) == 4 else min(4, len(parts))
+        rows = -(-len(parts) // columns)
         fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
                                  figsize=(3.5 * columns + 1.6, 3.4 * rows + 0.5))
         for ax, (part, chosen) in zip(axes.flat, parts):

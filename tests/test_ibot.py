@@ -370,7 +370,7 @@ def test_a_run_equals_a_plain_loop_over_the_published_steps(train, shared):  # n
 
     assert_equal_states(state, train_plainly(ibot, cfg, objective), "student", "teacher")
     close(state["center"]["center"], c, 1e-5)
-    close(state["center2"]["center"], c2, 1e-5)
+    close(state["center_patch"]["center"], c2, 1e-5)
     close(torch.tensor([line["loss"] for line in log]), torch.tensor(losses), 1e-4)
 
 
@@ -383,7 +383,7 @@ def test_a_step_updates_teacher_and_both_centers_as_published(train):  # noqa: F
         if name != "masked_embed":
             close(state["teacher"][name], 0.9 * old + 0.1 * state["student"][name], 1e-7)
             assert not torch.equal(old, state["student"][name]), name
-    assert state["center"]["center"].shape == state["center2"]["center"].shape == (1, 32)
+    assert state["center"]["center"].shape == state["center_patch"]["center"].shape == (1, 32)
     assert abs(log[0]["loss"] - log[0]["loss_cls"] - log[0]["loss_patch"]) < 1e-5
     assert abs(log[0]["kl"] - (log[0]["loss_cls"] - log[0]["entropy"])) < 1e-5
 

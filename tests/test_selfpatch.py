@@ -275,7 +275,7 @@ def test_a_run_equals_a_plain_loop_over_the_published_steps(train):  # noqa: F81
     expected = train_plainly(selfpatch, tiny(selfpatch, *flags), objective)
     assert_equal_states(state, expected, "student", "teacher")
     close(state["center"]["center"], c, 1e-5)
-    close(state["center_p"]["center"], c_p, 1e-5)
+    close(state["center_patch"]["center"], c_p, 1e-5)
 
 
 def test_a_step_updates_the_teacher_as_published(train):  # noqa: F811
@@ -300,7 +300,7 @@ def test_centers_are_means_over_all_crops_and_over_all_patches(train, monkeypatc
     monkeypatch.setattr(selfpatch, "Network", Fixed)
     state, _ = train("selfpatch", "--steps", 1, *SMALL)
     close(state["center"]["center"], 0.1 * t.mean(0, keepdim=True))
-    close(state["center_p"]["center"],
+    close(state["center_patch"]["center"],
           0.1 * torch.cat([z.flatten(0, 1) for z in u]).mean(0, keepdim=True))
     assert (state["center"]["center"] - 0.1 * t[:16].mean(0)).abs().max() > 1e-3   # DINO's
 
