@@ -53,7 +53,7 @@ from torch import nn
 import data
 import vit
 from lib import augment, checkpoints, config, positions, rng, visualize
-from lib.config import Fraction, Size
+from lib.config import Fraction, Positive, Size
 from lib.distributed import unwrap
 from lib.run import Run, cosine, grad_norm, param_groups, set_lr
 from lib.weights import init_linear
@@ -89,7 +89,7 @@ class Config(config.Settings):
     # the view
     crop_min: Fraction = 0.2        # smallest crop area, fraction of the image (our choice: MAE)
     # the optimization (our choice: MAE's)
-    epochs: float = 1600            # epochs (our choice: the MAE of Table 5); COCO: 800 (paper)
+    epochs: Positive = 1600         # epochs (our choice: the MAE of Table 5); COCO: 800 (paper)
     warmup_epochs: float = 40.0     # linear warmup of the learning rate from 0
     batch_size: Size = 4096         # global batch size
     lr: float = 1.5e-4              # base learning rate; the peak is lr * batch/256

@@ -43,7 +43,7 @@ from torch import nn
 import data
 import vit
 from lib import config, rng, tokenizer, visualize
-from lib.config import Fraction, Several, Size
+from lib.config import Fraction, Positive, Several, Size
 from lib.distributed import all_mean, unwrap
 from lib.run import Run, cosine, param_groups, set_lr
 
@@ -78,7 +78,7 @@ class Config(config.Settings):
     crop_min: Fraction = 0.08       # smallest crop area, fraction of the image (official code)
     color_jitter: tuple = (0.4, 0.4, 0.4, 0.0)   # brightness, contrast, saturation, hue (code)
     # the optimization
-    epochs: float = 800             # epochs (paper)
+    epochs: Positive = 800          # epochs (paper)
     warmup_epochs: float = 10.0     # linear warmup of the learning rate from 0 (paper)
     batch_size: Size = 2048         # global batch size (paper: 2k)
     lr: float = 1.5e-3              # peak learning rate, not scaled by the batch (paper)

@@ -48,7 +48,7 @@ from torch import nn
 import data
 import vit
 from lib import config, rng, tokenizer, visualize
-from lib.config import Fraction, Several, Size
+from lib.config import Fraction, Positive, Several, Size
 from lib.distributed import unwrap
 from lib.run import Run, cosine, param_groups, set_lr
 from lib.weights import init_linear
@@ -84,7 +84,7 @@ class Config(config.Settings):
     # the view
     crop_min: Fraction = 0.08       # smallest crop area, fraction of the image (official code)
     # the optimization
-    epochs: float = 1600            # epochs (paper: 300, 800 and 1600)
+    epochs: Positive = 1600         # epochs (paper: 300, 800 and 1600)
     warmup_epochs: float = 40.0     # linear warmup of learning rate from 0 (paper; 300 epochs: 10)
     batch_size: Size = 2048         # global batch size (paper)
     lr: float = 1.5e-3              # peak learning rate, not scaled by the batch (paper)

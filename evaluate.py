@@ -254,8 +254,10 @@ def print_results(opt, models, results, skipped):
         print()
         print_summary(results)
         if not opt.epochs:
-            print(f"note: heads were trained for {ALL_EPOCHS} epochs, fewer than in the protocols")
-    for note in dict.fromkeys([note for r in results for note in r.report.notes] + skipped):
+            print(f"note: heads were trained for {ALL_EPOCHS} epochs, on toy with at most "
+                  f"{opt.limit or ALL_IMAGES:,} images: not comparable with the tasks alone")
+    notes = [f"{r.task}: {note}" if run_all else note for r in results for note in r.report.notes]
+    for note in dict.fromkeys(notes + skipped):
         print(f"note: {note}")
     if opt.reference:
         for task in tasks:

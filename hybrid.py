@@ -92,7 +92,7 @@ class Config(config.Settings):
     blur_p: Fraction = 1.0          # probability of blur in x2; x3: a tenth of it (our choice:
                                     # MoCo v3)
     # the optimization
-    epochs: float = 100             # epochs (paper, Table A.1)
+    epochs: Positive = 100          # epochs (paper, Table A.1)
     warmup_epochs: float = 10.0     # linear warmup of the learning rate (paper)
     batch_size: Size = 1024         # global batch size (paper: 1k)
     lr: float = 1e-4                # base learning rate (paper); the peak is lr * batch/512 (our

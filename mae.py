@@ -43,7 +43,7 @@ from torch import nn
 import data
 import vit
 from lib import augment, checkpoints, config, positions, rng, visualize
-from lib.config import Fraction, Size
+from lib.config import Fraction, Positive, Size
 from lib.distributed import unwrap
 from lib.run import Run, cosine, grad_norm, param_groups, set_lr
 from lib.weights import init_linear
@@ -72,7 +72,7 @@ class Config(config.Settings):
     # the view
     crop_min: Fraction = 0.2        # smallest crop area, fraction of the image (official code)
     # the optimization (paper, Table 8)
-    epochs: float = 800             # epochs (paper's ablations; released weights and Table 3: 1600)
+    epochs: Positive = 800          # epochs (paper's ablations; released weights and Table 3: 1600)
     warmup_epochs: float = 40.0     # linear warmup of the learning rate from 0 (paper)
     batch_size: Size = 4096         # global batch size (paper)
     lr: float = 1.5e-4              # base learning rate; the peak is lr * batch/256 (paper)

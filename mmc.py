@@ -107,7 +107,7 @@ class Config(config.Settings):
     blur_p: Fraction = 1.0          # probability of blur in view 1 (our reading of the paper's
                                     # "strength of 1.0"); view 2: a tenth (SiT), local: half (DINO)
     # the optimization
-    epochs: float = 400             # epochs (paper: 400 on ImageNet-1K, 500 on ImageNet-100)
+    epochs: Positive = 400          # epochs (paper: 400 on ImageNet-1K, 500 on ImageNet-100)
     warmup_epochs: float = 10.0     # linear warmup of the learning rate (our choice: SiT, DINO)
     batch_size: Size = 384          # global batch size (our choice: the paper's 48, times 8 GPUs)
     lr: float = 7.5e-4              # base learning rate (paper); the peak is lr * batch/256 (our

@@ -76,7 +76,7 @@ class Config(config.Settings):
     blur_p: Fraction = 1.0          # probability of blur in view 1; view 2: a tenth of it (official
                                     # code: BYOL's)
     # the optimization
-    epochs: float = 300             # epochs (paper)
+    epochs: Positive = 300          # epochs (paper)
     warmup_epochs: float = 40.0     # linear warmup of the learning rate from 0 (paper)
     batch_size: Several = 4096      # global batch size (paper)
     lr: float = 1.5e-4              # base learning rate (paper, for a frozen patch projection); the

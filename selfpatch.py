@@ -111,7 +111,7 @@ class Config(config.Settings):
     color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (code)
     blur_p: Fraction = 1.0          # blur probability, crop 1; crop 2: a tenth, local: half (code)
     # the optimization
-    epochs: float = 200             # training epochs (paper; classification: 300)
+    epochs: Positive = 200          # training epochs (paper; classification: 300)
     warmup_epochs: float = 10.0     # linear warmup of the learning rate from 0 (paper)
     batch_size: Size = 1024         # global batch size (paper)
     lr: float = 5e-4                # base learning rate; the peak is lr * batch/256 (paper)

@@ -42,7 +42,7 @@ from torch import nn
 import data
 import vit
 from lib import augment, checkpoints, config, rng, visualize
-from lib.config import Fraction, Size
+from lib.config import Fraction, Positive, Size
 from lib.distributed import unwrap
 from lib.run import Run, param_groups, set_lr
 
@@ -67,7 +67,7 @@ class Config(config.Settings):
     # the view
     crop_min: Fraction = 0.67       # smallest crop area, fraction of the image (paper)
     # the optimization
-    epochs: float = 800             # epochs (paper)
+    epochs: Positive = 800          # epochs (paper)
     warmup_epochs: float = 10.0     # linear warmup from --warmup-lr (code; paper, ViT-B: 20)
     batch_size: Size = 2048         # global batch size (paper)
     lr: float = 1e-4                # base learning rate; the peak is lr * batch/512 (code)

@@ -54,9 +54,9 @@ def read_results(model, opt, task, more_flags=""):
                                            for name in COMPARED_SETTINGS}) for line in lines]
 
 
-def read_latest(model, opt, task):
+def read_latest(model, opt, task, more_flags=""):
     """The metrics {feature: {name: value}} of the latest result, and its COMPARED_SETTINGS."""
-    line = read_results(model, opt, task)[-1]
+    line = read_results(model, opt, task, more_flags)[-1]
     return line["metrics"], line["settings_compared"]
 
 
@@ -79,7 +79,7 @@ def read_frequency_noise(model, opt):
 
 
 def read_shape_bias(model, opt):
-    metrics, settings = read_latest(model, opt, "shape_bias")
+    metrics, settings = read_latest(model, opt, "shape_bias", " --data imagenet")
     [scores] = metrics.values()
     return dict(bars={name: x for name, x in scores.items() if name != "either"},
                 settings_compared=settings)

@@ -125,7 +125,9 @@ def convert(name, value, kind):
             raise ValueError
         return kind(value)
     except (ValueError, TypeError, KeyError, OverflowError):
-        raise ValueError(f"{name} is {value!r}, but should be of type {kind.__name__}") from None
+        noun = {int: "a whole number", float: "a number", bool: "true or false",
+                tuple: "numbers", str: "text"}[kind]
+        raise ValueError(f"{flag(name)} must be {noun}, not {value!r}") from None
 
 
 def read_yaml(path):
@@ -168,6 +170,8 @@ class Parser(argparse.ArgumentParser):
             known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
             close = difflib.get_close_matches(found[1], known, n=1, cutoff=0)
             message = f"unknown flag {found[1]}; did you mean {close[0]}?"
+        elif found := re.search(r"unrecognized arguments: (\S+)", message):
+            message = f"{found[1]!r} does not belong to a flag"
         self.exit(2, f"error: {message} (--help lists all)\n")
 
 
@@ -179,8 +183,12 @@ def parse(cls, argv=None):
     origin {name: source}. Raises ValueError for unknown keys (with the nearest known one) and for
     values of a wrong type or out of bounds."""
     method, known = Path(inspect.getfile(cls)).stem, fields(cls)
+    legend = (f"[...]: default; configs/{method}.yaml overrides it for toy and other data sets.\n"
+              "(paper), (code), (our choice): the value is from the paper, the official code, "
+              "neither.\n")
     parser = Parser(f"python {method}.py", description=sys.modules[cls.__module__].__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    epilog=legend)
     for name, (kind, default, text) in known.items():
         many = {tuple: dict(nargs="+"), bool: dict(nargs="?", const=True)}.get(kind, {})
         parser.add_argument(flag(name), help=f"{text} [{default}]".replace("%", "%%"),
@@ -209,9 +217,12 @@ def parse(cls, argv=None):
     override(sections[section] or {}, f"configs/{method}.yaml [{section}]")
     resume = convert("resume", {**file, **given}.get("resume", False), bool)
     if resume and (out / "config.yaml").exists():
-        override({k: v for k, v in read_yaml(out / "config.yaml").items()
-                  if k != "method" and (k not in known or v != values.get(k, known[k][1]))},
-                 "the run to resume")
+        earlier = read_yaml(out / "config.yaml")
+        if earlier.pop("method", method) != method:
+            raise ValueError(f"{out} is the folder of another method's run: resume it with that "
+                             f"method's script, or choose another folder with --out")
+        override({k: v for k, v in earlier.items()
+                  if k not in known or v != values.get(k, known[k][1])}, "the run to resume")
     override({k: v for k, v in file.items() if k != "method"}, given.get("config"))
     override(given, "flags")
     cfg = cls(**{**values, "out": str(out)})

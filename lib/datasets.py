@@ -184,7 +184,7 @@ def missing_error(name, root, layouts=LAYOUT):
     layout, source = layouts[name]
     return FileNotFoundError(
         f"No {name} under {root}: expected {layout}. Get {source}, unpack it, and give the folder "
-        "that contains it as data root (or in $DATA_ROOT); nothing is downloaded")
+        "that contains it with --data-root (or in $DATA_ROOT); nothing is downloaded")
 
 
 # --------------------------------------------------------------------------------------------------

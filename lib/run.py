@@ -185,6 +185,10 @@ class Run:
         completed and saved; then the process exits with code 0. Ctrl-C after any signal ends it at
         once."""
         self.total = self.total_steps(loader)
+        if self.cfg.resume and self.step >= self.total:
+            self.print0(f"the run in {self.out} is already complete ({self.step} of {self.total} "
+                        f"steps): nothing was trained, nothing was changed")
+            return
         self._print_settings(len(loader))
         self.peak_flops = distributed.peak_flops(self.device, self.precision) * self.world
         batches, begin, skipped, compiled = loader.batches(start=self.step), self.step, 0, False
@@ -192,6 +196,8 @@ class Run:
                    disable=self.rank > 0 or not sys.stderr.isatty())
         self.last_save = time.perf_counter()
         self.interval = Interval(begin)
+        if self.rank == 0:
+            self.folder.write_config()
         for step in range(begin, self.total):
             called = time.perf_counter()
             batch = next(batches)
@@ -367,7 +373,6 @@ class Run:
             self.last_saved_step = self.step
             self.print0(f"resumed from {self.out / 'last.pt'} after step {self.step}")
         if self.rank == 0:
-            self.folder.write_config()
             self.folder.trim_log(self.step)              # removes lines later than last.pt
             self.writer = self.folder.tensorboard() if self.cfg.tensorboard else None
 

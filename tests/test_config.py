@@ -40,10 +40,18 @@ def test_unknown_keys_flags_and_wrong_types_are_one_sentence(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("former: 1\n")            # of an older version
     with pytest.raises(ValueError, match="unknown key 'former' in the run to resume"):
         config.parse(mmc.Config, ["--out", str(tmp_path), "--resume"])
+    (tmp_path / "config.yaml").write_text("method: mae\n")
+    with pytest.raises(ValueError, match="is the folder of another method's run"):
+        config.parse(mmc.Config, ["--out", str(tmp_path), "--resume"])
     with pytest.raises(SystemExit):
         config.parse(mmc.Config, ["--bach-size", "8"])
     assert "did you mean --batch-size?" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="depth is 'six', but should be of type int"):
+    with pytest.raises(SystemExit):
+        config.parse(mmc.Config, ["out/mmc-toy"])
+    assert "'out/mmc-toy' does not belong to a flag" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--epochs must be above 0"):
+        config.parse(mmc.Config, ["--epochs", "0"])
+    with pytest.raises(ValueError, match="--depth must be a whole number, not 'six'"):
         config.parse(mmc.Config, ["--depth", "six"])
     with pytest.raises(ValueError, match="--batch-size must be 1 or more"):
         config.parse(mmc.Config, ["--batch-size", "0"])

@@ -339,6 +339,17 @@ def test_a_resumed_run_uses_the_current_weight_decay(run, few, tmp_path):
     assert [group["weight_decay"] for group in groups] == [0.3, 0]
 
 
+def test_resuming_a_complete_run_changes_nothing_and_says_so(run, few, tmp_path, capsys):
+    run("mae", "--out", tmp_path, "--steps", 1)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    capsys.readouterr()
+    run("mae", "--out", tmp_path, "--steps", 1, "--resume", "--lr", 0.3)
+    assert "already complete (1 of 1 steps)" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    run("mae", "--out", tmp_path, "--resume", "--lr", 0.3, "--steps", 2)             # control
+    assert "lr: 0.3" in (tmp_path / "config.yaml").read_text()
+
+
 # ---- the same run, in other ways -----------------------------------------------------------------
 
 
