@@ -24,7 +24,7 @@ def modules():
 
 
 def imports(path):
-    """Modules of this repository that a file imports, inside functions, too."""
+    """Modules of this repository that a file imports, also inside functions."""
     known, found = modules(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -228,7 +228,7 @@ def columns(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, seen, titles", [
-    ("asl", "visible", ["reconstruction", "second branch"]),
+    ("asl", "visible", ["reconstruction", "reconstruction b"]),
     ("hybrid", "visible", ["reconstruction"]),
     ("simmim", "visible", ["reconstruction"]), ("mmc", "corrupted", ["reconstruction"])])
 def test_visualizations_show_the_mask_and_the_reconstruction(
@@ -402,7 +402,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
 
     sentence = dict(
         hybrid="the hybrid contrasts", mmc="MMC contrasts", moco_v3="MoCo v3 contrasts",
-        **dict.fromkeys(("dino", "ibot", "selfpatch"), "add --use-bn-in-head false")).get(method)
+        **dict.fromkeys(("dino", "ibot", "selfpatch"), "or --use-bn-in-head false")).get(method)
     if sentence:
         with pytest.raises(ValueError, match=sentence):
             in_micro_batches(whole)

@@ -115,7 +115,7 @@ def test_parameter_counts_are_the_published_ones(D, parameters):
         assert count(student, trainable=True) == 108_150_016
 
 
-def test_shapes_and_normalised_output_over_the_batch_of_a_view():
+def test_shapes_and_normalized_output_over_the_batch_of_a_view():
     student, teacher = networks()
     x1, x2 = torch.randn(2, 8, 3, 32, 32)
     q, k = student(x1, 3 * x2), teacher(x1, 3 * x2)
