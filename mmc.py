@@ -313,8 +313,8 @@ def patch_loss(Q, K, tau, group_size):
 
 
 def clip_per_tensor(parameters, max_norm):
-    """Scales the gradient of each tensor to norm max_norm at most (0: no clipping). Returns the
-    global gradient norm before clipping."""
+    """Scales the gradient of each tensor to a norm of at most max_norm; max_norm 0: no clipping.
+    Returns the norm of all gradients together, before clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     if max_norm:
