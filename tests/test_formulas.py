@@ -38,6 +38,16 @@ def test_attention_distance_of_local_attention():
     assert found == pytest.approx(16.6981, rel=1e-5)
 
 
+@pytest.mark.parametrize("g, p, wrong_by", [(8, 4, 5e-6), (14, 16, 5e-5), (32, 16, 1e-3)])
+def test_attention_distance_does_not_lose_digits_in_large_grids(g, p, wrong_by):
+    """The same float32 attention and distances, summed exactly (math.fsum)."""
+    a, distances = uniform(g * g), formulas.patch_distances((g, g), p)
+    exact = a[0, 0].item() * math.fsum(distances.flatten().tolist()) / (g * g)
+    assert abs(formulas.attention_distance(a, distances).item() - exact) < 5e-7
+    in_fp32 = torch.einsum("qk,qk->", a, distances) / (g * g)
+    assert abs(in_fp32.item() - exact) > wrong_by                            # control
+
+
 def test_nmi_of_closed_forms():
     N = 196
     rows = torch.rand(N, generator=torch.Generator().manual_seed(0)).expand(N, N)
