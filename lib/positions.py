@@ -77,8 +77,11 @@ def _spline_matrix(old, new, dtype, device):
     The old offsets are placed at 0, +-1, +-(1+q), +-(1+q+q^2), ... where q is such that the last
     one is the largest new offset: near neighbors keep their bias, and the biases of far ones are
     stretched. A not-a-knot cubic spline interpolates between them. It is linear in the values, so
-    the result is one matrix.
+    the result is one matrix. Equal numbers of offsets give the identity: q is at least 1.01, so the
+    rule would shift even these (BEiT's code resizes square grids only, and only if they differ).
     """
+    if old == new:
+        return torch.eye(old, dtype=dtype, device=device)
     n, reach, low, high = old // 2, new // 2, 1.01, 1.5                     # q by bisection
     while high - low > 1e-6:
         q = (low + high) / 2

@@ -215,6 +215,20 @@ def test_relative_tables_grow_by_the_geometric_spline_rule():
     close(smaller[2, 9], torch.tensor(GOLDEN_TABLE[2]), 1e-5)
 
 
+def test_a_side_of_unchanged_length_keeps_its_relative_biases():
+    """For an oblong input only the offsets along its longer side are resized."""
+    by_row = torch.randn(27, 3, generator=torch.Generator().manual_seed(0))
+    table = torch.cat([by_row.repeat_interleave(27, 0), torch.ones(3, 3)])
+    wide = positions.resize_table(table, (14, 14), (14, 20))[:-3].view(27, 39, 3)
+    close(wide, by_row[:, None].expand(-1, 39, -1), 1e-5)
+    assert (wide[12] - wide[13]).abs().max() > 0.1            # control: rows do differ
+    high = positions.resize_table(table, (14, 14), (20, 14))[:-3].view(39, 27, 3)
+    close(high, high[:, :1].expand(-1, 27, -1), 1e-5)
+    close(high[18:21, 0], by_row[12:15], 1e-5)                # resized: only 0 and +-1 are kept
+    assert (high[6, 0] - by_row[0]).abs().max() > 0.1
+    assert positions.resize_table(table, (14, 14), (14, 14)).equal(table)
+
+
 GOLDEN_TABLE = ((1.01556498, 0.89146510), (0.04366464, 0.40065158), (-0.95151538, -0.77605642))
 
 
