@@ -80,10 +80,15 @@ def finetune(model, opt):
     total = epochs * len(loader)
     warmup = total * recipe["warmup"] // published["epochs"]
     peak = recipe["lr"] / recipe["lr_batch"] * math.sqrt(batch_size * published["batch"])
-    if recipe_name == "simmim":
-        schedule, end = simmim_lr, 2.5e-7 / 1.25e-3 * peak   # 1e-6 at the recipe's batch
-    else:
-        schedule, end = cosine, 1e-6
+
+    def group_lr(step, factor):
+        """Learning rate of the parameters with this factor of the layer decay. In MAE's code it
+        scales the whole schedule; in SimMIM's only the peak: the warmup starts, and the cosine
+        ends, at the same rate in all layers."""
+        if recipe_name == "simmim":
+            end = 2.5e-7 / 1.25e-3 * peak                # 1e-6 at the recipe's batch
+            return simmim_lr(step, total, factor * peak, end, warmup)
+        return factor * cosine(step, total, peak, 1e-6, warmup)
 
     torch.manual_seed(opt.seed)
     encoder = copy_encoder(model.encoder, DROP_PATH, reinit, with_cls, model.img_size)
@@ -99,9 +104,9 @@ def finetune(model, opt):
     losses = []
     for step, batch in progress.steps(loader.batches(progress.step), total):
         torch.manual_seed(rng.key(opt.seed, "finetune", step, rank))         # augment, drop path
-        lr = schedule(step, total, peak, end, warmup)
+        lr = group_lr(step, 1.0)                         # of the head: printed
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["factor"]
+            group["lr"] = group_lr(step, group["factor"])
         x, y = augment.denormalize(batch.views[0]), batch.label                 # (B, 3, S, S), (B,)
         if transform:
             x = augment.normalize(transform(x), model.mean, model.std)
