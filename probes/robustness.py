@@ -130,7 +130,13 @@ def frequency_noise(model: Model, opt: Options) -> Report:
 
 def frequency_band(size, frequency, half=0.05 * math.pi):
     """(S, S) bool: the coefficients of fft2 whose larger frequency lies in [frequency - half,
-    frequency + half)."""
+    frequency + half).
+
+    With every frequency its negative is in the band, so the filtered noise is real (our choice).
+    Park et al.'s band is the difference of two squares with even sides around frequency 0. Their
+    rows and columns of the most negative frequencies have no positive counterpart (9% of a band at
+    224 px); the real part that their code takes halves these and adds the counterpart, also halved.
+    """
     w = 2 * math.pi * torch.fft.fftfreq(size, dtype=torch.float64).abs()
     w = torch.maximum(w[:, None], w) + 1e-9              # edges do not depend on rounding
     return (w >= frequency - half) & (w < frequency + half)

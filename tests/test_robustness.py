@@ -98,6 +98,27 @@ def test_frequency_bands_cover_the_spectrum_exactly_once():
     assert keep.roll((-1, -1), (0, 1)).flip(0, 1).equal(keep)
 
 
+def test_the_band_differs_from_the_released_one_at_its_borders_only():
+    """The released band, a difference of two centered squares, written out: as it is named in the
+    docstring, its borders have no counterpart; ours has all of them."""
+    def square(half_side):                               # of even side, around frequency 0
+        w = torch.fft.fftfreq(224, 1 / 224)
+        inside = (w >= -half_side) & (w < half_side)
+        return inside[:, None] & inside
+
+    def unpaired(keep):
+        return int((keep & ~keep.roll((-1, -1), (0, 1)).flip(0, 1)).sum())
+
+    f, half = 0.5 * math.pi, 0.05 * math.pi
+    inner, outer = (int((f + side) * 224 / (2 * math.pi)) for side in (-half, half))
+    released, ours = square(outer) & ~square(inner), robustness.frequency_band(224, f)
+    assert unpaired(released) / int(released.sum()) == pytest.approx(0.09, abs=0.001)
+    assert unpaired(ours) == 0 and "9% of a band" in robustness.frequency_band.__doc__
+    w = torch.fft.fftfreq(224, 1 / 224).abs()
+    w = torch.maximum(w[:, None], w)
+    assert set(w[released ^ ours].tolist()) == {inner, outer}
+
+
 def test_noise_stays_in_its_band_and_has_the_energy_of_its_band():
     index, total = torch.arange(40), 0
     for tenth in range(11):
