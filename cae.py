@@ -30,8 +30,9 @@ without decoder and alignment, 64.1 / 73.8 / 83.6 with both; 1600 epochs: 70.3 /
 (repository). The class token has no loss: it learns only because patches attend to it.
 
 We follow the official code where the paper is brief: in the regressor the masked queries are also
-keys and values, and the second half of its block starts from the normalized input. Unlike the code
-we keep no copy of the encoder for the alignment: its authors call the two equivalent.
+keys and values, and the second half of its block starts from the normalized input. Unlike the code,
+we keep no copy of the encoder for the alignment: its authors call the two equivalent; and end the
+warmup one step later.
 
     python cae.py                                         minutes on a laptop, offline
     torchrun --nproc_per_node=8 cae.py --data imagenet --tokenizer encoder.pkl    (not run by us)

@@ -197,6 +197,22 @@ def test_the_learning_rate_increases_during_warmup(method, run, few, tmp_path):
     assert lr[3] > 0
 
 
+@pytest.mark.parametrize("method", ["beit", "cae"])
+def test_a_warmup_that_ends_later_than_the_published_one_is_named(method):
+    """Their code: linspace(0, peak, warmup), which includes both ends, then a cosine from the peak;
+    so it has the peak twice."""
+    total, warmup, peak, end = 50, 10, 1.5e-3, 1e-5
+    angles = math.pi * torch.arange(total - warmup).double() / (total - warmup)
+    published = [*torch.linspace(0, peak, warmup, dtype=torch.float64).tolist(),
+                 *(end + (peak - end) * (1 + angles.cos()) / 2).tolist()]
+    ours = [cosine(step, total, peak, end, warmup) for step in range(total)]
+    assert published[warmup - 1] == published[warmup] == ours[warmup] == peak
+    assert ours[warmup:] == pytest.approx(published[warmup:])
+    assert ours[1:warmup] == pytest.approx([lr * 0.9 for lr in published[1:warmup]])
+    text = " ".join(importlib.import_module(method).__doc__.split())
+    assert "end the warmup one step later" in text
+
+
 def test_a_run_that_ends_within_its_warmup_gets_a_warning(run, few, tmp_path, capsys):
     for epochs, warning in ((3, True), (2, False)):                             # 6, 4 of 5 steps
         run("simmim", "--out", tmp_path / "run", warmup_epochs=epochs)
