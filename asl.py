@@ -227,15 +227,13 @@ def masked_mean(error, mask):
 
 def mae_loss(pred, target, mask):
     """Mean squared error of the pixels (B, N, P) of removed patches; mask: (B, N)."""
-    return masked_mean((pred.float() - target).square().mean(-1), mask)
+    return masked_mean((pred - target).square().mean(-1), mask)
 
 
 def sem_loss(a, b, mask, use_cosine=False):
     """Distance of two predictions (B, n, P) over the removed patches; mask: (B, n). Each of its two
     terms sends its gradient through one prediction only (eq. 9, 10). Mean over the P values (our
     choice, as in L_MAE: a sum would weigh P times as much)."""
-    a, b = a.float(), b.float()
-
     def distance(a, b):                                                      # -> (B, n)
         return 1 - F.cosine_similarity(a, b, dim=-1) if use_cosine else (a - b).abs().mean(-1)
 
@@ -290,8 +288,8 @@ def main():
             target = targets(x, cfg.patch_size, cfg.norm_pix_loss)           # (B, N, P)
             # L_SEM gives each prediction a learned target: the other one. Alone it would be 0 if
             # both were the same constant, which L_MAE rules out.
-            loss_mae, loss_sem = asl_losses(a, b, target, mask, cfg.cosine, cfg.align_cls,
-                                            cfg.mae_both)
+            loss_mae, loss_sem = asl_losses(a.float(), b.float(), target, mask, cfg.cosine,
+                                            cfg.align_cls, cfg.mae_both)
             loss = loss_mae + cfg.lambda_sem * loss_sem                      # eq. 11
             (loss / cfg.accum_iter).backward()
             run.log(loss=loss, loss_mae=loss_mae, loss_sem=loss_sem)

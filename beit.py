@@ -175,7 +175,7 @@ class Network(nn.Module):
 def token_loss(logits, ids, count):
     """Cross-entropy, summed over masked patches and divided by count. logits: (total_masked, K),
     ids: (total_masked,)."""
-    return F.cross_entropy(logits.float(), ids, reduction="sum") / count
+    return F.cross_entropy(logits, ids, reduction="sum") / count
 
 
 # ---- Train ---------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def main():
             drop = rng.uniform(part.index, 2 * cfg.depth, cfg.seed, part.epoch, "drop")
             with run.autocast():
                 logits = model(x, mask, drop)                            # (total_masked, K)
-            loss = token_loss(logits, ids, count)                                    # in fp32
+            loss = token_loss(logits.float(), ids, count)                            # in fp32
             (loss / cfg.accum_iter).backward()
             counts.add(ids)
             run.log(loss=loss, mlm_acc=(logits.argmax(1) == ids).sum() / count)

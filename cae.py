@@ -274,12 +274,12 @@ class Network(nn.Module):
 
 def token_loss(logits, ids):
     """Cross-entropy, mean over masked patches. logits: (B, n_masked, K), ids: (B, n_masked)."""
-    return F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 
 def align_loss(zhat, zbar):
     """Squared error, mean over masked patches and channels. zhat, zbar: (B, n_masked, D)."""
-    return F.mse_loss(zhat.float(), zbar.float())
+    return F.mse_loss(zhat, zbar)
 
 
 # ---- Train ---------------------------------------------------------------------------------------
@@ -317,7 +317,8 @@ def main():
                 logits, zhat, zbar = model(x, visible, masked, drop)
             # The token loss makes the representations informative. The alignment makes the
             # regressor predict them in the encoder's space, so the encoder only has to represent.
-            loss_token, loss_align = token_loss(logits, ids), align_loss(zhat, zbar)     # in fp32
+            loss_token = token_loss(logits.float(), ids)                     # in fp32
+            loss_align = align_loss(zhat.float(), zbar.float())
             loss = loss_token + cfg.align_loss_weight * loss_align
             (loss / cfg.accum_iter).backward()
             counts.add(ids)

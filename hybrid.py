@@ -212,14 +212,14 @@ class Network(nn.Module):
 def rec_loss(pixels, target, masked):
     """Mean absolute error over masked pixels and channels (SimMIM, section 3.4).
     pixels, target: (B, 3, S, S); masked: (B, S, S) bool."""
-    return ((pixels.float() - target).abs().sum(1) * masked).sum() / (3 * masked.sum())
+    return ((pixels - target).abs().sum(1) * masked).sum() / (3 * masked.sum())
 
 
 def contrastive_loss(q, k, tau, first=0):
     """InfoNCE times 2 tau (our choice: MoCo v3, eq. 1). q: (B, out_dim) of the student; k:
     (batch_size, out_dim) of the teacher, of the other view, from all processes; the rows of this
     process start at `first`."""
-    q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     label = torch.arange(first, first + len(q), device=q.device)
     return 2 * tau * F.cross_entropy(q @ k.T / tau, label)           # logits (B, batch_size)
 
@@ -277,11 +277,11 @@ def main():
         parts = {}                                                           # in fp32
         if mim:
             masked = enlarge(mask, cfg.patch_size)                           # (B, S, S)
-            parts["loss_mim"] = rec_loss(pixels, x1, masked)
+            parts["loss_mim"] = rec_loss(pixels.float(), x1, masked)
         if cl:
             k2, k3 = (all_gather(z.float()) for z in k)              # (batch_size, out_dim)
-            parts["loss_cl"] = (contrastive_loss(q[0], k3, cfg.temperature, first) +
-                                contrastive_loss(q[1], k2, cfg.temperature, first))
+            parts["loss_cl"] = (contrastive_loss(q[0].float(), k3, cfg.temperature, first) +
+                                contrastive_loss(q[1].float(), k2, cfg.temperature, first))
         loss = ((1 - cfg.lambda_cl) * parts.get("loss_mim", 0) +
                 cfg.lambda_cl * parts.get("loss_cl", 0))
 

@@ -317,7 +317,7 @@ def patch_loss(w, Q, mask, tau):
     """Cross-entropy of masked patches (eq. 3). w, Q: (n_masked, K) logits of the student and
     assignments of the teacher; mask: (2B, N). Mean over the masked patches of a crop, then over
     all crops; a crop without masked patches counts as 0."""
-    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)           # (2B, N): 1/masked of the crop
+    weight = mask.to(w) / mask.sum(1, keepdim=True).clamp(min=1)     # (2B, N): 1/masked of the crop
     return -((Q * (w / tau).log_softmax(-1)).sum(-1) * weight[mask]).sum() / len(mask)
 
 

@@ -181,7 +181,7 @@ def masked_mean(error, mask):
 
 def mae_loss(pred, target, mask):
     """Mean squared error of the pixels (B, N, P) of removed patches; mask: (B, N)."""
-    return masked_mean((pred.float() - target).square().mean(-1), mask)
+    return masked_mean((pred - target).square().mean(-1), mask)
 
 
 # ---- Train ---------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def main():
             # contrast removed: what is left to predict is structure, and a dark or flat patch
             # counts as much as a bright or detailed one.
             target = targets(x, cfg.patch_size, cfg.norm_pix_loss)           # (B, N, P)
-            loss = mae_loss(pred, target, mask)
+            loss = mae_loss(pred.float(), target, mask)
             (loss / cfg.accum_iter).backward()
             run.log(loss=loss)
         run.log(lr=lr, grad_norm=grad_norm(net))                     # not clipped (official code)

@@ -279,7 +279,7 @@ def rec_loss(pixels, target, region, count=None):
     default region.sum(). The target is the augmented, normalized view before its corruption,
     without per-patch normalization (our choice: SiT, GMML)."""
     count = region.sum() if count is None else count
-    return ((pixels.float() - target).abs().sum(1) * region).sum() / (3 * count).clamp(min=1)
+    return ((pixels - target).abs().sum(1) * region).sum() / (3 * count).clamp(min=1)
 
 
 def cls_loss(q, k, tau, first=0):
@@ -288,7 +288,7 @@ def cls_loss(q, k, tau, first=0):
     rows of this process start at `first`. Mean over the 2(1+n_local) pairs v != g: only different
     views are paired (our choice: SiT, MoCo v3; Fig. 3: "across views"). SiT and MoCo v3 sum both
     directions and multiply by 2 tau; eq. 3 does not."""
-    q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     label = torch.arange(first, first + q.shape[1], device=q.device)
     return torch.stack([F.cross_entropy(q[v] / tau @ k[g].T, label)          # (B, batch_size)
                         for g in range(len(k)) for v in range(len(q)) if v != g]).mean()
@@ -304,7 +304,7 @@ def patch_loss(Q, K, tau, group_size):
     image = torch.arange(group_size, device=Q.device).repeat_interleave(N)
     patch = torch.arange(group_size * N, device=Q.device)
     ignored = (image[:, None] == image) & (patch[:, None] != patch)      # (group_size*N)^2
-    Q, K = (F.normalize(z.float(), dim=-1).view(-1, group_size * N, z.shape[-1]) for z in (Q, K))
+    Q, K = (F.normalize(z, dim=-1).view(-1, group_size * N, z.shape[-1]) for z in (Q, K))
     return torch.stack([F.cross_entropy((q / tau @ k.T).masked_fill_(ignored, -torch.inf), patch)
                         for q, k in zip(Q, K)]).mean()
 
@@ -365,13 +365,13 @@ def main():
             # All processes divide by the same mean count: DDP's mean of their gradients is then
             # that of the mean over all corrupted pixels of the global batch.
             count = all_mean(region.sum().float())
-            parts["loss_rec"] = rec_loss(pixels, intact, region, count)
+            parts["loss_rec"] = rec_loss(pixels.float(), intact, region, count)
         if cfg.lambda_cls:
             k = all_gather(k.float().unflatten(0, (2, B)).transpose(0, 1))   # (batch_size, 2, ...)
-            q = q.unflatten(0, (-1, B))                                      # (2+n_local, B, ...)
+            q = q.float().unflatten(0, (-1, B))                              # (2+n_local, B, ...)
             parts["loss_cls"] = cls_loss(q, k.transpose(0, 1), cfg.temperature, run.rank * B)
         if cfg.lambda_patch:
-            parts["loss_patch"] = patch_loss(Q, K, cfg.temperature, cfg.group_size)
+            parts["loss_patch"] = patch_loss(Q.float(), K.float(), cfg.temperature, cfg.group_size)
         loss = (cfg.lambda_rec * parts.get("loss_rec", 0) +
                 cfg.lambda_cls * parts.get("loss_cls", 0) +
                 cfg.lambda_patch * parts.get("loss_patch", 0))               # eq. 4

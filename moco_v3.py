@@ -138,7 +138,7 @@ def contrastive_loss(q, k, tau, first=0):
     """InfoNCE times 2 tau (eq. 1). q: (B, out_dim) of the student; k: (batch_size, out_dim) of the
     teacher, of the other view, from all processes; the rows of this process start at `first`.
     Queries are never compared with queries, nor with keys of their own view."""
-    q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     label = torch.arange(first, first + len(q), device=q.device)
     return 2 * tau * F.cross_entropy(q @ k.T / tau, label)           # logits (B, batch_size)
 
@@ -182,8 +182,8 @@ def main():
                 k1, k2 = teacher(*batch.views)       # train mode: statistics of the batch
         # The keys of all processes are compared: more negatives make a harder task.
         k1, k2 = (all_gather(k.float()) for k in (k1, k2))           # (batch_size, out_dim)
-        loss = (contrastive_loss(q1, k2, cfg.temperature, first) +
-                contrastive_loss(q2, k1, cfg.temperature, first))
+        loss = (contrastive_loss(q1.float(), k2, cfg.temperature, first) +
+                contrastive_loss(q2.float(), k1, cfg.temperature, first))
 
         loss.backward()
         run.log(loss=loss, lr=lr, grad_norm=grad_norm(student))      # never clipped (official code)

@@ -145,7 +145,7 @@ class Network(nn.Module):
 def rec_loss(pixels, target, masked):
     """Mean absolute error over masked pixels and channels (section 3.4).
     pixels, target: (B, 3, S, S); masked: (B, S, S) bool."""
-    return ((pixels.float() - target).abs().sum(1) * masked).sum() / (3 * masked.sum())
+    return ((pixels - target).abs().sum(1) * masked).sum() / (3 * masked.sum())
 
 
 # ---- Train ---------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def main():
             # From here on in fp32. Only masked pixels have a loss: the visible ones are in the
             # input, and copying them teaches nothing.
             masked_pixels = enlarge(mask, cfg.patch_size)                    # (B, S, S)
-            loss = rec_loss(pixels, x, masked_pixels)
+            loss = rec_loss(pixels.float(), x, masked_pixels)
             (loss / cfg.accum_iter).backward()
             run.log(loss=loss)
         # clip_grad_norm_ adds 1e-6 to the norm; 0: no clipping

@@ -183,6 +183,82 @@ def test_impossible_settings_are_refused(method, flags, sentence, run, tmp_path)
         run(method, "--out", tmp_path / "run", "--steps", 1, *flags.split())
 
 
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def loss_examples():
+    """{method.loss: (the loss as a function of its float64 predictions, their shapes)}."""
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.rand(shape, generator=g, dtype=torch.float64)
+
+    def load(method):
+        return importlib.import_module(method)
+
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False]])       # (B, N)
+    pixel_mask, x = rand(2, 4, 4) < 0.5, rand(2, 3, 4, 4)
+    target, ids, keys = rand(2, 4, 3), torch.tensor([1, 0, 2, 2]), rand(4, 5)
+    found = {
+        "mae.mae_loss": (lambda y: load("mae").mae_loss(y, target, mask), (2, 4, 3)),
+        "asl.mae_loss": (lambda y: load("asl").mae_loss(y, target, mask), (2, 4, 3)),
+        "beit.token_loss": (lambda y: load("beit").token_loss(y, ids, 3), (4, 5)),
+        "cae.token_loss": (lambda y: load("cae").token_loss(y, ids.view(2, 2)), (2, 2, 5)),
+        "cae.align_loss": (lambda y: load("cae").align_loss(y, target), (2, 4, 3)),
+        "ibot.patch_loss": (lambda w: load("ibot").patch_loss(w, keys.softmax(1), mask, 0.1),
+                            (4, 5)),
+        "selfpatch.patch_loss": (lambda w: load("selfpatch").patch_loss(
+            [w], [target.softmax(2)], 0.1), (2, 4, 3)),
+        "mmc.cls_loss": (lambda q: load("mmc").cls_loss(q, keys.expand(2, -1, -1), 0.2),
+                         (3, 4, 5)),
+        "mmc.patch_loss": (lambda Q: load("mmc").patch_loss(Q, keys.expand(2, -1, -1), 0.2, 2),
+                           (2, 4, 5))}
+    for method in ("simmim", "hybrid", "mmc"):
+        found[f"{method}.rec_loss"] = (
+            lambda y, method=method: load(method).rec_loss(y, x, pixel_mask), (2, 3, 4, 4))
+    for method in ("moco_v3", "hybrid"):
+        found[f"{method}.contrastive_loss"] = (
+            lambda q, method=method: load(method).contrastive_loss(q, keys, 0.2), (4, 5))
+    for method in ("dino", "ibot", "selfpatch"):
+        found[f"{method}.cls_loss"] = (lambda s, method=method: load(method).cls_loss(
+            s, load(method).assign(keys.expand(2, -1, -1), 0.1, 0.04), 0.1), (3, 4, 5))
+    return found
+
+
+@pytest.mark.parametrize("name", loss_examples())
+def test_losses_keep_float64_so_that_gradients_can_be_checked_numerically(name):
+    loss, shape = loss_examples()[name]
+    prediction = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    prediction.requires_grad_()
+    assert torch.autograd.gradcheck(loss, prediction)
+    with pytest.raises(RuntimeError, match="does not require|Jacobian mismatch"):     # control
+        torch.autograd.gradcheck(lambda y: loss(y.float().double()), prediction)
+
+
+@pytest.mark.parametrize("use_cosine", [False, True])
+def test_the_alignment_of_asl_keeps_float64(use_cosine):
+    """Its value counts each distance twice, its gradient once: half the difference quotient."""
+    asl = importlib.import_module("asl")
+    a, b, step = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    low, high = (asl.sem_loss(a + 1e-6 * sign * step, b, mask, use_cosine) for sign in (-1, 1))
+    a.requires_grad_()
+    asl.sem_loss(a, b, mask, use_cosine).backward()
+    along_step = (a.grad * step).sum().item()
+    assert (high - low).item() / 4e-6 == pytest.approx(along_step, rel=1e-7)
+    low, high = (asl.sem_loss((a + 1e-6 * sign * step).float(), b.float(), mask, use_cosine)
+                 for sign in (-1, 1))
+    assert (high - low).item() / 4e-6 != pytest.approx(along_step, rel=1e-7)     # control
+
+
+def test_a_mean_over_masked_patches_keeps_float64():
+    """iBOT's weights 1 / (masked patches of the crop): a third has no exact value in float32."""
+    ibot = importlib.import_module("ibot")
+    mask = torch.tensor([[True, True, True, False], [False] * 4])
+    loss = ibot.patch_loss(torch.zeros(3, 4).double(), torch.full((3, 4), 0.25).double(), mask, 1.0)
+    assert loss.item() == pytest.approx(math.log(4) / 2, rel=1e-14)
+
+
 # ---- what a run logs -----------------------------------------------------------------------------
 
 
