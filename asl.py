@@ -261,6 +261,7 @@ def main():
 
     model = run.place(Network(cfg))
     net = unwrap(model)
+    run.init_encoder(net.encoder, full=checkpoints.mae_names(net))           # with --init-from
     opt = torch.optim.AdamW(param_groups(net, cfg.weight_decay), betas=(0.9, cfg.beta2), fused=True)
     run.restore(model=model, opt=opt)
     total, warmup = run.total_steps(loader), round(cfg.warmup_epochs * len(loader))

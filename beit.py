@@ -191,6 +191,7 @@ def main():
 
     model = run.place(Network(cfg, tok.vocab_size))
     net = unwrap(model)
+    run.init_encoder(net.backbone)                                           # with --init-from
     groups = param_groups(net, cfg.weight_decay, no_decay=("cls_token", "pos_embed"))
     opt = torch.optim.AdamW(groups, fused=True)
     counts = tokenizer.TokenCounts(tok.vocab_size).to(run.device)           # of masked patches

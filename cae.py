@@ -295,6 +295,7 @@ def main():
 
     model = run.place(Network(cfg, tok.vocab_size))
     net = unwrap(model)
+    run.init_encoder(net.encoder)                                            # with --init-from
     opt = torch.optim.AdamW(param_groups(net, cfg.weight_decay), fused=True)
     counts = tokenizer.TokenCounts(tok.vocab_size).to(run.device)           # of masked patches
     run.restore(model=model, opt=opt, counts=counts, tokenizer=tokenizer.Fingerprint(tok))

@@ -244,6 +244,7 @@ def main():
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
+    run.init_encoder(unwrap(student).backbone)                               # with --init-from
     ema_update(teacher, student, 0.0)                                        # equal at the start
     groups = param_groups(student, cfg.weight_decay, no_decay=("cls_token",))
     opt = torch.optim.AdamW(groups, fused=True)

@@ -59,7 +59,7 @@ import data
 import vit
 from lib import augment, config, rng, visualize
 from lib.config import Fraction, Positive, Several, Size
-from lib.distributed import BatchNorm, all_mean
+from lib.distributed import BatchNorm, all_mean, unwrap
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 from lib.weights import init_linear
 
@@ -368,6 +368,7 @@ def main():
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
+    run.init_encoder(unwrap(student).backbone)                               # with --init-from
     ema_update(teacher, student, 0.0)                                        # equal at the start
     center = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
     center_patch = Center(cfg.out_dim, cfg.center_momentum).to(run.device)

@@ -332,6 +332,7 @@ def main():
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
+    run.init_encoder(unwrap(student).backbone)                               # with --init-from
     ema_update(teacher, student, 0.0)                                        # equal at the start
     opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay), fused=True)
     run.restore(student=student, teacher=teacher, opt=opt)

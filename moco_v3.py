@@ -160,6 +160,7 @@ def main():
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
+    run.init_encoder(unwrap(student).backbone)                               # with --init-from
     ema_update(teacher, student, 0.0)               # equal at the start, frozen projection included
     params = [p for p in student.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, weight_decay=cfg.weight_decay, fused=True)

@@ -166,6 +166,7 @@ def main():
 
     model = run.place(Network(cfg))
     net = unwrap(model)
+    run.init_encoder(net.backbone, full=checkpoints.simmim_names(net))       # with --init-from
     groups = param_groups(net, cfg.weight_decay, no_decay=("cls_token",))
     opt = torch.optim.AdamW(groups, fused=True)
     run.restore(model=model, opt=opt)

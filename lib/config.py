@@ -46,6 +46,7 @@ class Settings:
     data: str = "toy"            # data set (docs/datasets.md lists them), or a folder of images
     data_root: str = ""          # folder with the data sets; default: $DATA_ROOT, else datasets/
     out: str = ""                # folder of this run; default: out/METHOD-DATA
+    init_from: str = ""          # checkpoint file whose weights the run starts from
     resume: bool = False         # continue from the last checkpoint in the run's folder
     seed: int = 0                # seed of all random numbers
     steps: int = 0               # optimizer steps of the run; 0: as many as --epochs gives

@@ -110,3 +110,13 @@ def resize_table(table, old, new):
     rows, cols = (_spline_matrix(*n, table.dtype, table.device) for n in ((a, c), (b, d)))
     offsets = torch.einsum("ca,db,abh->cdh", rows, cols, table[:a * b].unflatten(0, (a, b)))
     return torch.cat([offsets.flatten(0, 1), table[a * b:]])
+
+
+def resize_state(state, old, new, prefix=1, rule="dino"):
+    """Resizes, in the state dict of a ViT, its absolute and relative positions from grid `old` to
+    grid `new`. Errors: those of resize_table()."""
+    for name in state if new != old else ():
+        if name == "pos_embed":
+            state[name] = resize_positions(state[name], old, new, prefix, rule)
+        elif name.endswith("relative_position_bias_table"):
+            state[name] = resize_table(state[name], old, new)

@@ -38,8 +38,8 @@ with run.world > 1. Only the *global* batch size is a setting.
 Run contains nothing of a method: losses, schedules and optimizer steps are in the method's file.
 What it does to the training implicitly: Run() seeds torch and allows TF32, place() wraps in DDP,
 steps() seeds torch again before each step and compiles the placed modules (--compile),
-micro_batches() limits DDP's averaging to the last part, and restore() loads weights and optimizers
-(--resume).
+micro_batches() limits DDP's averaging to the last part, init_encoder() loads weights (--init-from),
+and restore() loads weights and optimizers (--resume).
 """
 import contextlib
 import math
@@ -57,6 +57,7 @@ from tqdm import tqdm
 
 from lib import checkpoints, datasets, distributed, rng
 from lib.folder import RunFolder
+from lib.init_from import InitialWeights
 
 # --------------------------------------------------------------------------------------------------
 # Schedules, parameter groups, moving averages
@@ -121,6 +122,7 @@ class Run:
         self.eval_due = self.save_due = False    # what the body of this step should do
         self.signal = 0                     # the signal received last; 0: none
         self.modules = []                   # of place(), for DDP and --compile
+        self.initial = None                 # weights of --init-from, until they are loaded
         self.state = None                   # what checkpoints hold, from restore()
         self.sums = {}                      # {logged name: (sum, count)} since the last line
         self.interval = Interval(0)         # times since the last line
@@ -137,6 +139,11 @@ class Run:
         hint = "" if cfg.section == cfg.paper_data else f": --data {cfg.paper_data}"
         self.print0(f"{cfg.method} on {cfg.data}: configs/{cfg.method}.yaml [{cfg.section}]; "
                     f"the paper's settings{hint}")
+        if cfg.init_from and cfg.resume:
+            self.print0(f"--init-from {cfg.init_from} is not read: the run continues from its own "
+                        f"last.pt")
+        elif cfg.init_from:
+            self.initial = InitialWeights(cfg)
         distributed.keep_memory()
         torch.set_float32_matmul_precision("high")                   # TF32 for a GPU's fp32 parts
         distributed.init_distributed(self.device)
@@ -171,6 +178,16 @@ class Run:
         module = distributed.wrap_ddp(module.to(self.device), self.device)
         self.modules.append(module)
         return module
+
+    def init_encoder(self, encoder, full=None):
+        """With --init-from, loads the encoder of its file into that of the first placed module, and
+        prints what was loaded and what is from scratch; else does nothing. To be called before the
+        encoder is copied to a teacher. full: as for save_encoder(), overwritten too. Raises
+        ValueError if the encoders differ in kind."""
+        if self.initial:
+            network = distributed.unwrap(self.modules[0])
+            self.print0("\n".join(self.initial.load(network, encoder, full)))
+            self.initial = None
 
     # ---- the loop --------------------------------------------------------------------------------
 

@@ -249,13 +249,8 @@ def copy_encoder(encoder, drop_path, reinit=(), final_norm=False, img_size=None)
             state[f"blocks.{i}.attn.{key}"] = state[f"rel_pos_bias.{key}"]
     if img_size not in (None, config["img_size"]):
         config["img_size"] = img_size
-        grids = encoder.grid, (img_size // encoder.patch_size,) * 2
-        for name, x in state.items():
-            if name == "pos_embed":
-                state[name] = positions.resize_positions(x, *grids, encoder.num_prefix,
-                                                         config["resize"])
-            elif name.endswith(key):
-                state[name] = positions.resize_table(x, *grids)
+        positions.resize_state(state, encoder.grid, (img_size // encoder.patch_size,) * 2,
+                               encoder.num_prefix, config["resize"])
     copy = vit.ViT(**config)                             # initialized as before pretraining
     reinitialized = tuple(f"blocks.{i}." for i in reinit)
     copy.load_state_dict({name: x if name.startswith(reinitialized) else state[name]
