@@ -133,7 +133,7 @@ def frequency_band(size, frequency, half=0.05 * math.pi):
     frequency + half).
 
     With every frequency its negative is in the band, so the filtered noise is real (our choice).
-    Park et al.'s band is the difference of two squares with even sides around frequency 0. Their
+    The band in the authors' code is the difference of two squares with even sides around 0. Their
     rows and columns of the most negative frequencies have no positive counterpart (9% of a band at
     224 px); the real part that their code takes halves these and adds the counterpart, also halved.
     """
