@@ -54,27 +54,32 @@ class InitialWeights:
         addresses = {x.data_ptr() for x in own.values()}
         rest = {name: x for name, x in (full or {}).items() if x.data_ptr() not in addresses}
         decoder = self.decoder_tensors(rest, encoder.grid)
-        loaded = set()
-        for source, target in ((state, own), (decoder, rest)):
-            for name in source.keys() & target.keys():
-                if source[name].shape != target[name].shape:
-                    raise ValueError(f"--init-from {self.path}: {name} has shape "
-                                     f"{tuple(source[name].shape)}, in this run "
-                                     f"{tuple(target[name].shape)}: use another file")
-                target[name].copy_(source[name])
-                loaded.add(target[name].data_ptr())
+        loaded = {x.data_ptr() for x in (*self.copy(state, own), *self.copy(decoder, rest))}
 
-        scratch = [name for name, x in network.state_dict().items() if x.data_ptr() not in loaded]
         source = self.encoder.source
+        first = (f"initial weights from {self.path} ({source.layout}, {source.branch}): "
+                 f"{len(state.keys() & own.keys())} of {len(own)} tensors of the encoder")
+        if rest:
+            first += f", {len(decoder)} of {len(rest)} of decoder and mask token"
+        scratch = [name for name, x in network.state_dict().items() if x.data_ptr() not in loaded]
         unused = {"encoder": state.keys() - own.keys(), **{
             head: tensors for head, tensors in source.heads.items()
             if not any(name.startswith(head) for name in decoder)}}
-        first = (f"initial weights from {self.path} ({source.layout}, {source.branch}): "
-                 f"{len(state.keys() & own.keys())} of {len(own)} tensors of the encoder")
-        first += f", {len(decoder)} of {len(rest)} of decoder and mask token" if rest else ""
         return [first, *notes, f"from scratch: {listed(scratch)}",
                 *(f"in the file, not used: {part}, {listed(names)}"
                   for part, names in unused.items() if names)]
+
+    def copy(self, source, target):
+        """Copies the tensors with equal names from one dict to the other, and returns these tensors
+        of `target`. ValueError: different shapes."""
+        names = source.keys() & target.keys()
+        for name in names:
+            old, new = tuple(source[name].shape), tuple(target[name].shape)
+            if old != new:
+                raise ValueError(f"--init-from {self.path}: {name} has shape {old}, in this run "
+                                 f"{new}: use another file")
+            target[name].copy_(source[name])
+        return [target[name] for name in names]
 
     def check_kind(self, ours):
         """ValueError, with the flags to pass if there are any, unless an encoder with the ViT
