@@ -282,6 +282,9 @@ def test_another_decoder_is_refused_with_the_flags_to_pass(start, tmp_path):
                                          "--decoder-num-heads 4$"):
         start("mae", *given, *flags)
     start("mae", *given, "--decoder-num-heads", 4)
+    save(path, {"model": {**checkpoints.mae_names(net), "decoder_pred.bias": torch.ones(3)}})
+    with pytest.raises(ValueError, match=r"decoder_pred.bias has shape \(3,\), in this run \(192"):
+        start("mae", *given, "--decoder-num-heads", 4, "--num-heads", 1)
 
 
 @pytest.mark.parametrize("name, sentence", [
