@@ -17,6 +17,9 @@ Shapes in all files of this repository:
 Arguments of the published backbones, ViT(**SIZES["base"], ...):
 
     DeiT, DINO, iBOT      the defaults
+    DeiT III              layer_scale=1e-4, resize="size"
+    DINOv2                patch_size=14, img_size=518, layer_scale=1e-5; with registers also
+                          num_registers=4, resize="antialias"; the largest one swiglu=True
     MoCo v3               pos="sincos_row", init="moco"               (ViT-S also has 12 heads)
     MAE                   pos="sincos_col", init="mae"
     SelfPatch             class_token=False, final_norm=False
@@ -123,19 +126,28 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class SwiGLU(nn.Module):
+    """Gated activation (Shazeer, 2020): silu(a) * b, of the two halves of the channels."""
+
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        return F.silu(a) * b
+
+
 class Block(nn.Module):
     """Pre-norm transformer block, of encoders and decoders."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0, qkv_bias="fused", layer_scale=None,
-                 norm_eps=1e-6):
+                 norm_eps=1e-6, swiglu=False):
         super().__init__()
-        hidden = int(dim * mlp_ratio)
+        hidden = round(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
+            fc1=nn.Linear(dim, 2 * hidden if swiglu else hidden),
+            act=SwiGLU() if swiglu else nn.GELU(), fc2=nn.Linear(hidden, dim)))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x, bias=None, drop=None, weights=None):
@@ -163,46 +175,55 @@ class ViT(nn.Module):
     drop_path    fraction of branches dropped in the last block, increasing linearly from 0 in the
                  first
     final_norm   whether a LayerNorm follows the last block
-    resize       rule for absolute positions, "dino" or "size", see positions.resize_positions;
-                 tables of relative positions are always resized by BEiT's rule
+    resize       rule for absolute positions, "dino", "size" or "antialias", see
+                 positions.resize_positions; tables of relative positions are always resized by
+                 BEiT's rule
     init         initial weights, see lib/weights.py
+    num_registers  register tokens (DINOv2): learned tokens without position after the class token,
+                 which the blocks process and split() leaves out
+    swiglu       whether MLPs have the gated activation SwiGLU instead of GELU (DINOv2 giant)
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
                  mlp_ratio=4.0, in_chans=3, class_token=True, pos="learned", rel_pos=None,
                  layer_scale=None, qkv_bias="fused", drop_path=0.0, norm_eps=1e-6, final_norm=True,
-                 resize="dino", init="trunc"):
+                 resize="dino", init="trunc", num_registers=0, swiglu=False):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         for name, choice in (("pos", ("learned", "sincos_row", "sincos_col", "none")),
-                             ("rel_pos", (None, "shared", "block")), ("resize", ("dino", "size")),
+                             ("rel_pos", (None, "shared", "block")),
+                             ("resize", ("dino", "size", "antialias")),
                              ("qkv_bias", ("fused", "split", "none")),
                              ("init", ("trunc", "beit", "mae", "cae", "moco"))):
             if config[name] not in choice:
                 raise ValueError(f"{name} must be one of {choice}, not {config[name]!r}")
         if img_size % patch_size:
             raise ValueError(f"image size {img_size} is not a multiple of patch size {patch_size}")
+        if num_registers and not class_token:
+            raise ValueError("register tokens come after a class token: add class_token=True")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be a fraction in [0, 1), not {drop_path}")
         self.config, self.embed_dim, self.depth, self.patch_size = (
             config, embed_dim, depth, patch_size)
-        self.grid, self.num_prefix = (img_size // patch_size,) * 2, int(class_token)
-        tokens = self.num_prefix + self.grid[0] ** 2
+        self.grid, self.num_prefix = (img_size // patch_size,) * 2, class_token + num_registers
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None)
         self.pos_embed = None
         if pos != "none":                 # sin-cos: stored, as official files do, but never trained
-            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), pos == "learned")
+            self.pos_embed = nn.Parameter(
+                torch.zeros(1, class_token + self.grid[0] ** 2, embed_dim), pos == "learned")
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, layer_scale, norm_eps)
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, layer_scale, norm_eps, swiglu)
             for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, norm_eps) if final_norm else nn.Identity()
 
         self.rel_pos_bias = nn.Module() if rel_pos == "shared" else None
         owners = {None: [], "shared": [self.rel_pos_bias], "block": [b.attn for b in self.blocks]}
         for owner in owners[rel_pos]:
-            rows = (2 * self.grid[0] - 1) ** 2 + 3 * self.num_prefix             # initialized to 0
+            rows = (2 * self.grid[0] - 1) ** 2 + 3 * class_token                 # initialized to 0
             owner.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
         index = positions.relative_index(self.grid, self.num_prefix) if rel_pos else None
         self.register_buffer("index", index, persistent=False)
@@ -282,14 +303,17 @@ class ViT(nn.Module):
                 raise ValueError("mask needs a mask_token (1, 1, D)")
             x = torch.where(mask[:, :, None], mask_token, x)
         if self.pos_embed is not None:
-            pos = positions.resize_positions(self.pos_embed, self.grid, grid, self.num_prefix,
+            has_class = int(self.cls_token is not None)
+            pos = positions.resize_positions(self.pos_embed, self.grid, grid, has_class,
                                              self.config["resize"])
-            x = x + pos[:, self.num_prefix:]
+            x = x + pos[:, has_class:]
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))                 # (B, n, D)
         if self.cls_token is not None:
-            cls = self.cls_token if pos is None else self.cls_token + pos[:, :1]
-            x = torch.cat([cls.expand(len(x), -1, -1), x], 1)                          # (B, L, D)
+            first = self.cls_token if pos is None else self.cls_token + pos[:, :1]
+            if self.register_tokens is not None:
+                first = torch.cat([first, self.register_tokens], 1)
+            x = torch.cat([first.expand(len(x), -1, -1), x], 1)                        # (B, L, D)
         return x, grid
 
     def drop_factors(self, batch, drop=None):

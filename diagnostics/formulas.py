@@ -66,7 +66,7 @@ def class_token_attention(weights, num_prefix):
     Where it is close to 1, `nmi` is too low: the 1e-8 that `patch_attention` adds makes the
     remaining attention to patches nearly uniform.
     """
-    return weights[..., num_prefix:, :num_prefix].float().sum(-1).mean(-1)
+    return weights[..., num_prefix:, :min(num_prefix, 1)].float().sum(-1).mean(-1)
 
 
 def kernel_density(values, points):

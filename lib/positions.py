@@ -6,8 +6,8 @@
     table = positions.resize_table(table, (14, 14), (16, 16))         # a row for each offset
 
 A grid is (rows, columns) of patches; the N patches are in raster order. L tokens are `prefix` class
-tokens (0 or 1) and the patches; D width, H heads. Each rule follows the code of the method that it
-is named after, because trained weights only work with the rule of their method.
+and register tokens, and the patches; D width, H heads. Each rule follows the code of the method
+that it is named after, because trained weights only work with the rule of their method.
 """
 import functools
 
@@ -40,9 +40,10 @@ def sincos(dim, grid, order="sincos_row"):
 def resize_positions(pos, old, new, prefix=1, rule="dino"):
     """Positions (1, L, D) from grid `old` to grid `new`, bicubic; the class token's row is kept.
 
-    Rule "size" gives interpolate() the new size (DeiT, MAE, BEiT). Rule "dino" (DINO, iBOT) gives
-    it a scale factor, with 0.1 added to the new side to avoid rounding down. That also shifts the
-    sampling points, so features of these models need this rule.
+    Rule "size" gives interpolate() the new size (DeiT, MAE, BEiT). Rule "dino" (DINO, iBOT, DINOv2
+    without registers) gives it a scale factor, with 0.1 added to the new side to avoid rounding
+    down. That also shifts the sampling points, so features of these models need this rule. Rule
+    "antialias" (DINOv2 with registers, timm) is "size" with a filter that widens on a smaller grid.
     """
     if new == old:
         return pos
@@ -50,7 +51,7 @@ def resize_positions(pos, old, new, prefix=1, rule="dino"):
     target = dict(size=new)
     if rule == "dino":
         target = dict(scale_factor=tuple((n + 0.1) / o for n, o in zip(new, old)))
-    table = F.interpolate(table, mode="bicubic", **target)
+    table = F.interpolate(table, mode="bicubic", antialias=rule == "antialias", **target)
     return torch.cat([pos[:, :prefix], table.flatten(2).transpose(1, 2)], 1)
 
 
@@ -58,15 +59,16 @@ def relative_index(grid, prefix=1, device=None):
     """(L, L) int64: the row of the relative position table for each (query, key) pair (BEiT).
 
     The first (2h-1)(2w-1) rows are the offsets, query minus key, of a grid (h, w). Three more rows
-    are for class token to patch, patch to class token, and class token to itself.
+    are for class token to patch, patch to class token, and class token to itself; register tokens
+    use the rows of the class token.
     """
     h, w = grid
     row, col = coordinates(grid, device)
     index = (row[:, None] - row + h - 1) * (2 * w - 1) + (col[:, None] - col + w - 1)    # (N, N)
     if prefix:
         offsets = (2 * h - 1) * (2 * w - 1)
-        index = F.pad(index, (1, 0, 1, 0), value=offsets)
-        index[1:, 0], index[0, 0] = offsets + 1, offsets + 2
+        index = F.pad(index, (prefix, 0, prefix, 0), value=offsets)
+        index[prefix:, :prefix], index[:prefix, :prefix] = offsets + 1, offsets + 2
     return index
 
 

@@ -35,11 +35,13 @@ def init_vit(net, init):
         nn.init.zeros_(patch.bias)
     if net.cls_token is not None:
         init_normal(net.cls_token, std=1e-6 if init == "moco" else 0.02)
+    if net.register_tokens is not None:
+        init_normal(net.register_tokens, std=1e-6)
     if net.config["pos"] == "learned":
         init_normal(net.pos_embed)
     elif net.pos_embed is not None:                              # the class token's row stays 0
         table = positions.sincos(net.embed_dim, net.grid, net.config["pos"])
-        net.pos_embed[0, net.num_prefix:] = table
+        net.pos_embed[0, -len(table):] = table
     if init == "beit":
         for i, block in enumerate(net.blocks, 1):
             block.attn.proj.weight.div_(math.sqrt(2 * i))

@@ -54,8 +54,15 @@ class CommonOptions:
         (), "models to compare with: raw pixels, or a ViT with random weights",
         choices=("pixels", "untrained"), group="models")
     branch: str | None = flag(
-        None, "which weights to load from a checkpoint that holds several",
-        choices=("teacher", "student", "base", "momentum"), group="models")
+        None, "which weights to load from a checkpoint that holds several: teacher, student, base, "
+        "momentum or ema", group="models")
+    num_heads: int | None = flag(
+        None, "attention heads of an official checkpoint; default: as published for its method, "
+        "width and depth, unless the file contains it", at_least=1, group="models")
+    normalization: str | None = flag(
+        None, "of the input of an official checkpoint: mean and standard deviation of ImageNet, or "
+        "0.5; default: as published for its method, unless the file contains it",
+        choices=("imagenet", "0.5"), group="models")
     img_size: int | None = flag(
         None, "side of the input images in pixels. Default: as in pretraining; on toy twice that "
         "for linear_segmentation, zero_shot_segmentation, video and pose; on other data sets the "
@@ -218,7 +225,8 @@ class Report:
 UNTRAINED = dict(img_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4, pos="sincos_row",
                  init="moco")
 NO_SOURCE = SimpleNamespace(path=None, method=None, branch=None, step=None, data=None,
-                            mean=augment.MEAN, std=augment.STD, interpolation="bicubic")
+                            mean=augment.MEAN, std=augment.STD, interpolation="bicubic",
+                            img_size=UNTRAINED["img_size"], heads={})
 
 
 def load_models(opt: CommonOptions) -> list[Model]:
@@ -236,18 +244,21 @@ def load_models(opt: CommonOptions) -> list[Model]:
     if not paths and not baselines:
         print(f"no run in {opt.out}/ yet: evaluating an untrained ViT. To train one: python mmc.py")
         baselines = ("untrained",)
-    encoders = [checkpoints.load_encoder(path, opt.branch, opt.img_size) for path in paths]
+    encoders = [checkpoints.load_encoder(
+        path, opt.branch, opt.img_size, num_heads=opt.num_heads, normalization=opt.normalization)
+        for path in paths]
     names = [path.parent.name if path.name == "encoder.pt" else path.stem for path in paths]
     names = [name if names.index(name) == i else f"{name} ({i + 1})"     # a column for each
              for i, name in enumerate(names)]
     config = encoders[0].config if encoders else UNTRAINED
+    side = opt.img_size or (encoders[0].source if encoders else NO_SOURCE).img_size
     for baseline in baselines:
         torch.manual_seed(opt.seed)
         encoders.append(vit.ViT(**config).eval() if baseline == "untrained" else None)
     models = []
     for name, encoder in zip([*names, *baselines], encoders):
         source = getattr(encoder, "source", NO_SOURCE)
-        img_size = opt.img_size or (encoder.config if encoder else config)["img_size"]
+        img_size = opt.img_size or (side if source is NO_SOURCE else source.img_size)
         if encoder and img_size % encoder.patch_size:
             raise ValueError(f"image size {img_size} is not a multiple of patch size "
                              f"{encoder.patch_size} of {name}")
@@ -483,8 +494,8 @@ def hash_settings(model, opt, what):
         weights = str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, model.source.branch
     else:
         weights = model.name, opt.seed, model.encoder and sorted(model.encoder.config.items())
-    identity = (weights, model.img_size, model.mean, model.std, model.interpolation,
-                model.precision)
+    identity = (weights, model.encoder and model.encoder.config["num_heads"], model.img_size,
+                model.mean, model.std, model.interpolation, model.precision)
     return f"{rng.key(str((identity, what))) % 2**64:016x}"
 
 

@@ -238,8 +238,9 @@ def make_backbone(encoder, recipe):
     backbone.load_state_dict({**backbone.state_dict(), **start.state_dict()})
     for p in backbone.parameters():
         p.requires_grad_(True)
-    if recipe["windows"] and backbone.cls_token is not None:
-        backbone.cls_token.requires_grad_(False)         # not used
+    for token in (backbone.cls_token, backbone.register_tokens) if recipe["windows"] else ():
+        if token is not None:
+            token.requires_grad_(False)                  # not used
     return backbone
 
 

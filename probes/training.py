@@ -216,16 +216,17 @@ def layer_decay_groups(named_parameters, depth, layer_decay, weight_decay):
     """Parameter groups for AdamW: an `encoder` with that depth and its head. The learning rate of a
     group is lr times its `factor`, which is smaller for earlier layers.
 
-    Layer 0: patch embedding, class token and positions; layer i: block i, counted from 1; layer
-    depth + 1: final norm and head. factor = layer_decay^(depth + 1 - layer). Vectors, class token
-    and positions have no weight decay.
+    Layer 0: patch embedding, class and register tokens, positions; layer i: block i, counted from
+    1; layer depth + 1: final norm and head. factor = layer_decay^(depth + 1 - layer). Vectors,
+    class and register tokens, and positions have no weight decay.
     """
     groups, top = {}, depth + 1
     for name, p in named_parameters:
         part, *rest = name.removeprefix("encoder.").split(".")
-        embeds = part in ("patch_embed", "cls_token", "pos_embed")
+        tokens = part in ("cls_token", "register_tokens", "pos_embed")
+        embeds = tokens or part == "patch_embed"
         layer = int(rest[0]) + 1 if part == "blocks" else 0 if embeds else top
-        no_decay = p.ndim <= 1 or part in ("cls_token", "pos_embed")
+        no_decay = p.ndim <= 1 or tokens
         groups.setdefault((layer, no_decay), []).append(p)
     return [dict(params=params, factor=layer_decay**(top - layer),
                  weight_decay=0.0 if no_decay else weight_decay)
@@ -250,7 +251,7 @@ def copy_encoder(encoder, drop_path, reinit=(), final_norm=False, img_size=None)
     if img_size not in (None, config["img_size"]):
         config["img_size"] = img_size
         positions.resize_state(state, encoder.grid, (img_size // encoder.patch_size,) * 2,
-                               encoder.num_prefix, config["resize"])
+                               int(config["class_token"]), config["resize"])
     copy = vit.ViT(**config)                             # initialized as before pretraining
     reinitialized = tuple(f"blocks.{i}." for i in reinit)
     copy.load_state_dict({name: x if name.startswith(reinitialized) else state[name]
