@@ -49,6 +49,7 @@ from probes.common import (
 
 TASKS = {
     "knn": classification.knn,
+    "classify": classification.classify,
     "few_shot": classification.few_shot,
     "linear": classification.linear,
     "layerwise": classification.layerwise,
@@ -68,7 +69,7 @@ TASKS = {
     "pose": pose.pose,
 }
 END_TO_END = {"finetune", "segmentation", "detection"}             # these also train the encoder
-FROZEN = [task for task in TASKS if task not in END_TO_END]        # what --task all runs
+FROZEN = [task for task in TASKS if task not in {*END_TO_END, "classify"}]        # --task all
 FIRST_PROCESS = set(DENSE)                                         # not shared by processes
 # --task all, unless --epochs and --limit are given: heads are trained for fewer epochs, and fewer
 # images of toy's splits are used, except by tasks that have a smaller limit of their own.

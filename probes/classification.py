@@ -1,8 +1,10 @@
-"""Probes of image classes: a frozen encoder, and nearest neighbors or a small trained head.
+"""Probes of image classes: a frozen encoder, and nearest neighbors, a small trained head, or the
+checkpoint's own classifier.
 
     python evaluate.py --task knn --k 10 20
     python evaluate.py --task linear --recipe dino
     python evaluate.py --task few_shot --episodes 600
+    python evaluate.py --task classify --checkpoint deit_base_patch16_224-b5f2ef4d.pth
 
 The heads and their training are in probes/heads.py.
 """
@@ -11,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from lib import datasets, metrics, rng
+from lib import checkpoints, datasets, metrics, rng
 from probes.common import (
     Model,
     Options,
@@ -57,6 +59,37 @@ def knn(model: Model, opt: Options) -> Report:
     return Report(rows, "top-1; votes of the k nearest neighbors by cosine, weighted by "
                   f"exp(cosine / 0.07); {describe_output(model)}{describe_view(model, opt)}",
                   dict(train=len(labels), test=len(truth)), clipped)
+
+
+def classify(model: Model, opt: Options) -> Report:
+    """Accuracy of the checkpoint's own classifier (fine-tuned, supervised); no training.
+
+    Its top-1 on ImageNet is known, so this checks a whole pipeline: weights, normalization, crops,
+    labels. Class i of the classifier must be class i of the data set: ImageNet's folders (WordNet
+    ids) in alphabetical order, as in all published files; those of another folder likewise.
+    ValueError: no classifier in the file, or for another number of classes.
+    """
+    head = model.encoder and checkpoints.classifier(model.encoder)
+    if not head:
+        raise ValueError(f"{model.name} contains no classifier: take a fine-tuned or supervised "
+                         f"checkpoint, or train one with --task linear")
+    _, num_classes = load_labeled(model, opt, "test")
+    if num_classes != head.num_classes:
+        raise ValueError(f"the classifier of {model.name} has {head.num_classes:,} classes, and "
+                         f"{opt.data} has {num_classes:,}: choose --data with the classes that it "
+                         f"was trained on")
+
+    def classifier_scores(encoder, x):
+        tokens = encoder(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return {"classifier": head(tokens.float())}
+
+    scores, truth, _ = extract_features(model, opt, "test", ["classifier"], classifier_scores)
+    top = metrics.accuracy(scores["classifier"], truth)
+    feature = "class token" if head.fc_norm is None else "mean patch token"
+    return Report({"classifier": dict(zip(("top-1", "top-5"), top))},
+                  f"the classifier in the checkpoint, of the {feature}; {num_classes:,} classes in "
+                  f"the order of {opt.data}; {describe_view(model, opt)}", dict(test=len(truth)))
 
 
 def linear(model: Model, opt: Options) -> Report:

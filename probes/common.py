@@ -251,14 +251,14 @@ def load_models(opt: CommonOptions) -> list[Model]:
     names = [name if names.index(name) == i else f"{name} ({i + 1})"     # a column for each
              for i, name in enumerate(names)]
     config = encoders[0].config if encoders else UNTRAINED
-    side = opt.img_size or (encoders[0].source if encoders else NO_SOURCE).img_size
+    first = encoders[0].source if encoders else NO_SOURCE
     for baseline in baselines:
         torch.manual_seed(opt.seed)
         encoders.append(vit.ViT(**config).eval() if baseline == "untrained" else None)
     models = []
     for name, encoder in zip([*names, *baselines], encoders):
         source = getattr(encoder, "source", NO_SOURCE)
-        img_size = opt.img_size or (side if source is NO_SOURCE else source.img_size)
+        img_size = opt.img_size or (first if source is NO_SOURCE else source).img_size
         if encoder and img_size % encoder.patch_size:
             raise ValueError(f"image size {img_size} is not a multiple of patch size "
                              f"{encoder.patch_size} of {name}")

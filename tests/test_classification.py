@@ -1,12 +1,16 @@
 """Probes of classes against oracles, noise and plain loops."""
+import types
+
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from small_models import make_encoder, make_model, make_options
 
 import data
 from lib import metrics, rng
 from probes import annotations, classification, heads, robustness
+from probes.common import load_split
 
 
 def run(task, *flags):
@@ -174,3 +178,52 @@ def test_f1_equals_scikit_learn_and_the_f1_of_predicting_always_the_same():
     sklearn = pytest.importorskip("sklearn.metrics")
     for t, f1 in zip(thresholds, found.tolist()):
         assert f1 == pytest.approx(sklearn.f1_score(same, similarity > t, zero_division=0))
+
+
+# ---- classify ------------------------------------------------------------------------------------
+
+
+def make_classifier_model(classes=16, **changes):
+    model = make_model(make_encoder(scramble=0.1, num_registers=2))
+    heads = {"classifier": {"head.weight": torch.randn(classes, 32), "head.bias":
+                            torch.randn(classes), **changes}} if classes else {}
+    model.encoder.source = types.SimpleNamespace(path="file.pth", heads=heads)
+    return model
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_classify_evaluates_the_classifier_of_the_checkpoint(mean):
+    """Against the plain loop; the labels are those of toy, so that a random classifier is right for
+    some images and another order of its classes for others."""
+    torch.manual_seed(1)
+    changes = {"fc_norm.weight": torch.rand(32), "fc_norm.bias": torch.rand(32)} if mean else {}
+    model, opt = make_classifier_model(**changes), make_options("classify", "--limit", "64")
+    report = classification.classify(model, opt)
+    images = load_split("toy", None, "test", 32, 64, model.device)
+    x, _ = next(iter(data.batches(images, 32, 64, model.device)))
+    head = model.encoder.source.heads["classifier"]
+
+    def accuracy(n, order=slice(None)):
+        with torch.no_grad():
+            tokens = model.encoder(x)
+        z = tokens[:, 0]
+        if mean:
+            z = F.layer_norm(tokens[:, 3:].mean(1), (32,), head["fc_norm.weight"],
+                             head["fc_norm.bias"], 1e-6)
+        best = (z @ head["head.weight"].T + head["head.bias"])[:, order].argsort(1, True)[:, :n]
+        return 100 * sum(int(label) in row for label, row in zip(images.labels, best.tolist())) / 64
+
+    row = report.rows["classifier"]
+    assert row == {"top-1": pytest.approx(accuracy(1)), "top-5": pytest.approx(accuracy(5))}
+    assert row["top-5"] > row["top-1"] > 0 and report.images == {"test": 64}
+    assert row["top-5"] != pytest.approx(accuracy(5, torch.arange(16).roll(1)))
+    assert ("mean patch token" if mean else "class token") in report.protocol
+
+
+def test_classify_refuses_other_classes_and_files_without_a_classifier():
+    opt = make_options("classify", "--limit", "4")
+    with pytest.raises(ValueError, match="has 1,000 classes, and toy has 16: choose --data with"):
+        classification.classify(make_classifier_model(1000), opt)
+    for model in (make_classifier_model(0), make_model(make_encoder()), make_model(None)):
+        with pytest.raises(ValueError, match="small contains no classifier: take a fine-tuned or"):
+            classification.classify(model, opt)
