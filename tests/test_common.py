@@ -204,7 +204,7 @@ def test_projector_of_the_official_moco_v3_file(tmp_path):
     state |= {f"module.base_encoder.head.{key}": value for key, value in head.items()}
     state |= {f"module.predictor.{n}.weight": torch.randn(8, 8) for n in (0, 3)}
     torch.save({"state_dict": state}, tmp_path / "vit-b-300ep.pth.tar")
-    encoder = checkpoints.load_encoder(tmp_path / "vit-b-300ep.pth.tar", quiet=True)
+    encoder = checkpoints.load_encoder(tmp_path / "vit-b-300ep.pth.tar", quiet=True, num_heads=12)
     x = torch.randn(4, 3, 32, 32)
     z = encoder(x)[:, 0]
     for n in (0, 3, 6):
@@ -235,7 +235,7 @@ def test_heads_of_the_official_dino_and_ibot_files(tmp_path, loss, form):
         raw[branch] = official_backbone(f"{prefix}backbone.", num_heads=1)
         raw[branch] |= {f"{prefix}head.{key}": value for key, value in head.items()}
     torch.save(raw, tmp_path / "full.pth")
-    encoder = checkpoints.load_encoder(tmp_path / "full.pth", quiet=True)
+    encoder = checkpoints.load_encoder(tmp_path / "full.pth", quiet=True, num_heads=1)
     x = torch.randn(4, 3, 32, 32)
     expected = last(F.normalize(mlp(encoder(x)[:, 0]), dim=1))              # (4, 50) logits
     found = checkpoints.projector(encoder, narrow=False)(encoder(x))

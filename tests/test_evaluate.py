@@ -78,8 +78,9 @@ def error_of(capsys, *flags):
 
 def test_every_flag_is_for_all_tasks_or_for_some_that_exist():
     for_all = {f.name for f in dataclasses.fields(Options) if not f.metadata["only_for"]}
-    assert for_all == set("""task checkpoint baseline branch data data_root img_size limit out json
-                          seed device precision batch_size workers cache reference""".split())
+    assert for_all == set("""task checkpoint baseline branch num_heads normalization data data_root
+                          img_size limit out json seed device precision batch_size workers cache
+                          reference""".split())
     for f in dataclasses.fields(Options):
         assert set(f.metadata["only_for"]) <= set(evaluate.TASKS)
 
