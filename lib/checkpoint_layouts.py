@@ -38,7 +38,7 @@ CAE_HEADS = {(192, 12): 12, (384, 12): 12, (768, 12): 12, (1024, 24): 16}
 @dataclass
 class Layout:
     """What is the same for all files of a layout and does not follow from their keys."""
-    method: str
+    method: str | None
     heads: dict = field(default_factory=dict)    # {head: prefix of its keys}
     drop: str = "(?!)"                   # keys that may be present and are not needed, a regex
     branch: str = "base"                 # name of the only branch, of files with one
@@ -47,7 +47,7 @@ class Layout:
     init: str = "trunc"                  # its code's initialization, for re-initialized blocks
     layer_scale: float = 0.1             # likewise
     normalization: str = "imagenet"
-    unsure: str = ""                     # which files of this layout need another normalization
+    unsure: str = ""                     # which files of this layout need the other normalization
     interpolation: str = "bicubic"       # of the resize before the center crop in evaluation
     img_size: int | None = None          # side in evaluation; None: that of the position table
 
@@ -68,17 +68,18 @@ LAYOUTS = {
     "DINOv2": Layout("dinov2", drop=r"\.\./(dino|ibot)_head\.", layer_scale=1e-5, img_size=224,
                      **DINO),
     "MAE": Layout("mae", {"decoder": "decoder_", "aug_block": "aug_block."}, init="mae"),   # ASL's
-    "MAE, fine-tuned": Layout("mae", init="mae"),
+    "fine-tuned MAE": Layout("mae", init="mae"),
     "BEiT": Layout("beit", **BEIT),
     "BEiT 1k": Layout("beit", **BEIT | dict(normalization="imagenet")),
     "BEiT v2": Layout("beit", **BEIT | dict(normalization="imagenet")),
     "BEiT or SimMIM": Layout("beit", **BEIT, unsure="SimMIM and BEiT v2"),
-    "BEiT, fine-tuned": Layout("beit", **BEIT, unsure="BEiT v2 and SimMIM"),
+    "fine-tuned BEiT": Layout("beit", **BEIT, unsure="BEiT v2 and SimMIM"),
     "CAE": Layout("cae", drop=r"\.\./(mask_token|rd_pos_embed$|(alignment_encoder|teacher|regresser"
                               r"|decoder|pretext_neck|encoder_to_\w+)\.)",
                   num_heads=CAE_HEADS, init="cae"),
     "SimMIM": Layout("simmim", init="beit", drop=r"\.\./decoder\.0\."),
-    "timm": Layout("augreg", normalization="0.5", unsure="timm's DeiT and DINO models"),
+    "timm": Layout("augreg", normalization="0.5", unsure="timm's DeiT models"),
+    "plain ViT": Layout(None, unsure="timm's augreg models"),
 }
 # Keys of every layout: buffers that are recomputed, tokens that only pretraining uses, and a
 # classifier with what it adds to the encoder.
@@ -165,11 +166,14 @@ def timm_name(key):
 
 
 def refuse_unsupported(path, keys):
-    """ValueError for a known model that vit.py cannot represent."""
+    """ValueError for known files that are not supported."""
     def has(*starts):
         return any(key.startswith(starts) for key in keys)
 
     patches = keys.get(ANCHOR)
+    if any(re.match(r"(.*\.)?(encoder|model)\.layer\.\d", key) for key in keys):
+        raise ValueError(f"{path} has the names of the transformers library: use the official file "
+                         "or timm's of the same model")
     if has("dist_token", "head_dist"):
         raise ValueError(f"{path} is a distilled DeiT, which has two class tokens: use plain DeiT")
     if has("rope", "storage_tokens") or any(key.endswith("bias_mask") for key in keys):
@@ -201,17 +205,18 @@ def recognize_layout(keys, raw):
         ("CAE", pos == "sincos_row" and split),                      # also a fine-tuned one
         ("SimMIM", table and "max_accuracy" in raw),
         ("BEiT or SimMIM", shared_table),
-        ("BEiT, fine-tuned", table or split),
+        ("fine-tuned BEiT", table or split),
         ("SelfPatch", not has("cls_token") and not has("norm.")),
         ("DINOv2", has("register_tokens") or scaled and has_class_position(keys)),
         ("DeiT III", scaled),
         ("MAE", pos == "sincos_col"),
         ("MoCo v3", pos == "sincos_row"),
-        ("MAE, fine-tuned", has("fc_norm.")),
+        ("fine-tuned MAE", has("fc_norm.")),
         ("iBOT", "ibot_loss" in raw or has("masked_embed", "../head.last_layer2.")),
         ("timm", has("head.") and not in_entry),
         ("DeiT", has("head.")),
         ("iBOT", "state_dict" in raw),
+        ("plain ViT", "model" in raw),
         ("DINO", True))
     return next(name for name, holds in tests if holds)
 
@@ -366,11 +371,12 @@ def choose_normalization(name, raw, given):
     stated = args.get("imagenet_default_mean_and_std") if isinstance(args, dict) else None
     if given or stated is not None:
         return NORMALIZATIONS[given or ("imagenet" if stated else "0.5")], ""
-    note = ""
+    note, usual = "", NORMALIZATIONS[layout.normalization]
     if layout.unsure and "embedding/kernel" not in raw:
-        note = (f"the file does not contain the normalization of its input, mean 0.5 is assumed; "
-                f"{layout.unsure} need --normalization imagenet")
-    return NORMALIZATIONS[layout.normalization], note
+        [other] = NORMALIZATIONS.keys() - {layout.normalization}
+        note = (f"the file does not contain the normalization of its input, mean "
+                f"{usual['mean'][0]:g} is assumed; {layout.unsure} need --normalization {other}")
+    return usual, note
 
 
 def check_keys(path, name, missing, unexpected, misshapen):

@@ -557,6 +557,8 @@ def extract_features(model, opt, split, names=("cls", "patch", "hyber"), encode=
 
 def describe_output(model, output="last block, after the final norm"):
     """What the features are taken from, in words for a protocol; of pixels: nothing."""
+    if model.encoder and not model.encoder.config["final_norm"]:
+        output = output.replace("after the final norm", "which no norm follows")
     return f"{output}; " if model.encoder else ""
 
 

@@ -183,8 +183,8 @@ def official():
             "teacher": add_prefix("_orig_mod.backbone.", dino.state_dict())}),
         "dino in a module": ("DINO", "teacher", dino, add_prefix("module.backbone.",
                                                                dino.state_dict())),
-        "dino in an encoder": ("DINO", "teacher", dino, {"model": add_prefix("encoder.",
-                                                                           dino.state_dict())}),
+        "unknown encoder": ("plain ViT", "base", plain, {"model": add_prefix(
+            "encoder.", plain.state_dict())}),
         "ibot": ("iBOT", "teacher", dino, {"state_dict": dino.state_dict()}),
         "ibot flat student": ("iBOT", "student", other, {
             "state_dict": {**other.state_dict(), "masked_embed": torch.zeros(1, 192)}}),
@@ -201,7 +201,7 @@ def official():
         "mae": ("MAE", "base", mae, {"model": mae.state_dict()}),
         "mae full": ("MAE", "base", mae, {"model": {
             **mae.state_dict(), **mask, **add_prefix("decoder_", decoder)}}),
-        "mae fine-tuned": ("MAE, fine-tuned", "base", tuned, {
+        "mae fine-tuned": ("fine-tuned MAE", "base", tuned, {
             "model": {**tuned.state_dict(), **fc_norm}, "args": ARGS}),
         "mae linear probe": ("MAE", "base", mae, {"model": {
             **mae.state_dict(), "head.0.running_mean": torch.randn(192), "head.0.running_var":
@@ -212,7 +212,7 @@ def official():
         "beit 1k": ("BEiT 1k", "base", beit1k, {"model": {
             **split_names(beit1k.state_dict()), **mask, **lm_head}}),
         "beit stripped": ("BEiT or SimMIM", "base", beit, split_names(beit.state_dict())),
-        "beit fine-tuned": ("BEiT, fine-tuned", "base", tuned_beit, {"model": beit_tuned_file}),
+        "beit fine-tuned": ("fine-tuned BEiT", "base", tuned_beit, {"model": beit_tuned_file}),
         "cae": ("CAE", "base", cae, cae_file),
         "cae narrow decoder": ("CAE", "base", cae, {"model": {
             **add_prefix("encoder.", split_names(cae.state_dict())), **narrow,
@@ -234,7 +234,7 @@ def official():
 
 NAMES = """deit, deit training, deit ema, deit3, deit3 timm, moco, moco momentum, moco to deit,
     moco linear probe, dino, dino full, dino student, dino slimmed, dino fork, dino batch norm,
-    dino compiled, dino in a module, dino in an encoder, ibot, ibot flat student, ibot full,
+    dino compiled, dino in a module, unknown encoder, ibot, ibot flat student, ibot full,
     ibot student, selfpatch, selfpatch full, dinov2, dinov2 training, dinov2 registers, mae,
     mae full, mae fine-tuned, mae linear probe, beit, beit v2, beit 1k, beit stripped,
     beit fine-tuned, cae, cae narrow decoder, cae stripped, cae fine-tuned, cae attentive, simmim,
@@ -262,11 +262,12 @@ def load(path, source, **arguments):
 METHOD_AND_INIT = {
     "DeiT": ("deit", "trunc"), "DeiT III": ("deit3", "trunc"), "MoCo v3": ("moco_v3", "moco"),
     "DINO": ("dino", "trunc"), "iBOT": ("ibot", "trunc"), "SelfPatch": ("selfpatch", "trunc"),
-    "DINOv2": ("dinov2", "trunc"), "MAE": ("mae", "mae"), "MAE, fine-tuned": ("mae", "mae"),
+    "DINOv2": ("dinov2", "trunc"), "MAE": ("mae", "mae"), "fine-tuned MAE": ("mae", "mae"),
     "BEiT": ("beit", "beit"), "BEiT v2": ("beit", "beit"), "BEiT 1k": ("beit", "beit"),
-    "BEiT or SimMIM": ("beit", "beit"), "BEiT, fine-tuned": ("beit", "beit"),
-    "CAE": ("cae", "cae"), "SimMIM": ("simmim", "beit"), "timm": ("augreg", "trunc")}
-HALF = {"BEiT", "BEiT or SimMIM", "BEiT, fine-tuned", "timm"}             # mean 0.5
+    "BEiT or SimMIM": ("beit", "beit"), "fine-tuned BEiT": ("beit", "beit"),
+    "CAE": ("cae", "cae"), "SimMIM": ("simmim", "beit"), "timm": ("augreg", "trunc"),
+    "plain ViT": (None, "trunc")}
+HALF = {"BEiT", "BEiT or SimMIM", "fine-tuned BEiT", "timm"}             # mean 0.5
 
 
 def test_all_files_are_tested(files):
@@ -291,7 +292,7 @@ def test_official_files_load_bit_for_bit(name, files, tmp_path, capsys):
     first, *notes = capsys.readouterr().out.splitlines()
     assert f"file.pth: {layout}, {branch}" in first and f"heads {model.config['num_heads']} (" in (
         first)
-    assert len(notes) == (layout in {"BEiT or SimMIM", "BEiT, fine-tuned", "timm"})
+    assert len(notes) == (layout in {"BEiT or SimMIM", "fine-tuned BEiT", "timm", "plain ViT"})
 
 
 @pytest.mark.parametrize("name", ["moco", "dino full", "beit", "simmim", "dinov2 registers"])
@@ -476,6 +477,7 @@ def test_normalization_is_that_of_the_files_arguments(files, tmp_path, capsys):
         assert mean(name, imagenet_default_mean_and_std=False) == (0.5, False)
     assert mean("beit") == (0.5, False) and mean("beit v2") == (0.485, False)
     assert mean("beit fine-tuned") == (0.5, True) and mean("timm") == (0.5, True)
+    assert mean("unknown encoder") == (0.485, True)
     assert mean("simmim fine-tuned") == (0.485, False)
     assert mean("timm", "imagenet") == (0.485, False) and mean("mae", "0.5") == (0.5, False)
 
@@ -560,11 +562,11 @@ def logits(path, **arguments):
     return model, checkpoints.classifier(model)(model(images()))
 
 
-@pytest.mark.parametrize("kind", ["DeiT", "DeiT III", "MAE, fine-tuned"])
+@pytest.mark.parametrize("kind", ["DeiT", "DeiT III", "fine-tuned MAE"])
 def test_features_and_logits_equal_timms(kind, tmp_path):
     theirs = timm_vit(num_classes=10, **{
         "DeiT": {}, "DeiT III": dict(no_embed_class=True, init_values=0.1),
-        "MAE, fine-tuned": dict(global_pool="avg")}[kind])
+        "fine-tuned MAE": dict(global_pool="avg")}[kind])
     names = split_names if kind == "DeiT III" else dict
     model, ours = logits(put(tmp_path, {"model": names(theirs.state_dict())}), num_heads=3)
     assert model.source.layout == kind
@@ -581,7 +583,7 @@ def test_features_and_logits_of_fine_tuned_beit_equal_timms(tmp_path):
     for p in theirs.parameters():
         p.data += torch.randn_like(p) * 0.05
     model, ours = logits(put(tmp_path, {"model": theirs.state_dict()}))
-    assert model.source.layout == "BEiT, fine-tuned" and model.config["num_heads"] == 3
+    assert model.source.layout == "fine-tuned BEiT" and model.config["num_heads"] == 3
     close(model(images()), theirs.forward_features(images()))
     close(ours, theirs(images()))
 
@@ -621,10 +623,10 @@ def test_encoders_without_a_classifier_and_with_an_unknown_one(files, tmp_path):
 # ---------------------------------------------------------------------------------- other contents
 
 def test_half_precision_files_become_fp32(files, tmp_path):
-    for name in ("dino", "moco to deit"):
-        content = files[name][3].get("model", files[name][3])
+    for name, content in (("dino", files["dino"][3]),
+                          ("moco to deit", files["moco to deit"][3]["model"])):
         halved = {key: value.half() for key, value in content.items()}
-        model = load(put(tmp_path, {"model": halved}), files[name][2])
+        model = load(put(tmp_path, halved), files[name][2])
         assert model.source.layout == files[name][0]
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         close(model.cls_token, files[name][2].cls_token, 1e-3)
@@ -718,6 +720,7 @@ def test_unsupported_models_are_rejected_with_a_reason(files, tmp_path):
     for content, message in (
             ({"model": distilled}, "distilled DeiT"), (dinov3, "DINOv3 .* use DINOv2"),
             (add_prefix("module.", dinov3), "DINOv3"),
+            ({"model": {"vit.encoder.layer.0.output.dense.weight": torch.ones(1)}}, "transformers"),
             ({"model": aerial}, "images with 5 channels, and all data sets here have 3"),
             ({"teacher": add_prefix("backbone.", aerial)}, "images with 5 channels")):
         with pytest.raises(ValueError, match=message) as error:

@@ -167,6 +167,9 @@ def test_with_one_window_the_backbone_is_the_encoder_with_its_bias_table():
     pyramid, expected = pyramid_of(encoder), encoder.layers(images, norm=False)[0]
     for x, y in zip(pyramid.windowed_blocks(images), expected, strict=True):
         torch.testing.assert_close(x, y)
+    registers = pyramid_of(small_encoder(num_registers=2))             # not used, and not trained
+    assert not registers.encoder.register_tokens.requires_grad
+    assert registers.windowed_blocks(images)[0].shape == (2, 16, encoder.embed_dim)
     plain = small_encoder(class_token=False)             # without a table: one of zeros
     pyramid, [expected] = pyramid_of(plain), plain.layers(images, [3], False)[0]
     tables = [block.attn.relative_position_bias_table for block in pyramid.encoder.blocks]

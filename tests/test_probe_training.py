@@ -54,6 +54,11 @@ def with_head(encoder):
     return net
 
 
+def test_register_tokens_are_in_layer_0_without_weight_decay():
+    found = settings_by_name(with_head(make_encoder(num_registers=2)))
+    assert found["encoder.register_tokens"] == found["encoder.cls_token"] == (0.65 ** 4, 0)
+
+
 def test_layer_decay_of_twelve_blocks_is_the_published_one():
     net = with_head(make_encoder(depth=12))
     found = settings_by_name(net)
@@ -123,7 +128,8 @@ def test_reinit_initializes_these_blocks_and_no_others(reinit, config):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [{}, dict(pos="sincos_col", resize="size"), BEIT])
+@pytest.mark.parametrize("config", [{}, dict(pos="sincos_col", resize="size"), BEIT,
+                                    dict(num_registers=2, resize="antialias")])
 def test_positions_are_resampled_once(config):
     net, x = make_encoder(0.1, **config), torch.randn(2, 3, 48, 48)
     copy = training.copy_encoder(net, 0.1, img_size=48, final_norm=True).eval()

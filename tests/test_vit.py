@@ -452,6 +452,41 @@ def test_gradients_reach_every_trained_parameter():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+# ------------------------------------------------------------------------- registers, SwiGLU
+
+def test_register_tokens_take_part_and_are_left_out():
+    model = build(num_registers=3)
+    tokens = model(images())
+    cls, patches = model.split(tokens)
+    assert tokens.shape == (2, 20, 192) and patches.shape == (2, 16, 192)
+    assert torch.equal(cls, tokens[:, 0]) and torch.equal(patches, tokens[:, 4:])
+    embedded, _ = model.embed(images())
+    assert torch.equal(embedded[:, 1:4], model.register_tokens.expand(2, -1, -1))
+    keep = torch.tensor([[3, 5], [0, 9]])
+    assert torch.equal(model.embed(images(), keep)[0][:, 4:],
+                       embedded[:, 4:].gather(1, keep[:, :, None].expand(-1, -1, 192)))
+    model.register_tokens.data += torch.randn(1, 3, 192)
+    assert (model(images())[:, 0] - cls).abs().max() > 0.01
+    with pytest.raises(ValueError, match="register tokens come after a class token"):
+        build(num_registers=3, class_token=False)
+
+
+def test_register_tokens_use_the_relative_positions_of_the_class_token():
+    one, three = (positions.relative_index((4, 4), prefix) for prefix in (1, 3))
+    assert torch.equal(three[2:, 2:], one)
+    assert all(torch.equal(three[i, 2:], one[0]) and torch.equal(three[2:, i], one[:, 0])
+               for i in (0, 1))
+    model = build(num_registers=2, rel_pos="block", pos="none")
+    assert model(images(size=48)).shape == (2, 39, 192)
+
+
+def test_swiglu_written_out():
+    model = build(swiglu=True, mlp_ratio=2)
+    mlp, x = model.blocks[0].mlp, torch.randn(2, 5, 192)
+    a, b = F.linear(x, mlp.fc1.weight, mlp.fc1.bias).split(384, -1)
+    close(mlp(x), F.linear(a / (1 + (-a).exp()) * b, mlp.fc2.weight, mlp.fc2.bias))
+
+
 # --------------------------------------------------------------------------------------- timm
 
 @pytest.mark.parametrize("size, side", [("tiny", 224), ("small", 64)])
