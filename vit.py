@@ -19,7 +19,7 @@ Arguments of the published backbones, ViT(**SIZES["base"], ...):
     DeiT, DINO, iBOT      the defaults
     DeiT III              layer_scale=1e-4, resize="size"
     DINOv2                patch_size=14, img_size=518, layer_scale=1e-5; with registers also
-                          num_registers=4, resize="antialias"; the largest one swiglu=True
+                          registers=4, resize="antialias"; the largest one swiglu=True
     MoCo v3               pos="sincos_row", init="moco"               (ViT-S also has 12 heads)
     MAE                   pos="sincos_col", init="mae"
     SelfPatch             class_token=False, final_norm=False
@@ -179,15 +179,15 @@ class ViT(nn.Module):
                  positions.resize_positions; tables of relative positions are always resized by
                  BEiT's rule
     init         initial weights, see lib/weights.py
-    num_registers  register tokens (DINOv2): learned tokens without position after the class token,
-                 which the blocks process and split() leaves out
+    registers    number of register tokens (DINOv2): learned tokens without position after the class
+                 token; split() leaves them out
     swiglu       whether MLPs have the gated activation SwiGLU instead of GELU (DINOv2 giant)
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
                  mlp_ratio=4.0, in_chans=3, class_token=True, pos="learned", rel_pos=None,
                  layer_scale=None, qkv_bias="fused", drop_path=0.0, norm_eps=1e-6, final_norm=True,
-                 resize="dino", init="trunc", num_registers=0, swiglu=False):
+                 resize="dino", init="trunc", registers=0, swiglu=False):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         for name, choice in (("pos", ("learned", "sincos_row", "sincos_col", "none")),
@@ -199,18 +199,18 @@ class ViT(nn.Module):
                 raise ValueError(f"{name} must be one of {choice}, not {config[name]!r}")
         if img_size % patch_size:
             raise ValueError(f"image size {img_size} is not a multiple of patch size {patch_size}")
-        if num_registers and not class_token:
+        if registers and not class_token:
             raise ValueError("register tokens come after a class token: add class_token=True")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be a fraction in [0, 1), not {drop_path}")
         self.config, self.embed_dim, self.depth, self.patch_size = (
             config, embed_dim, depth, patch_size)
-        self.grid, self.num_prefix = (img_size // patch_size,) * 2, class_token + num_registers
+        self.grid, self.num_prefix = (img_size // patch_size,) * 2, class_token + registers
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.register_tokens = (
-            nn.Parameter(torch.zeros(1, num_registers, embed_dim)) if num_registers else None)
+            nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None)
         self.pos_embed = None
         if pos != "none":                 # sin-cos: stored, as official files do, but never trained
             self.pos_embed = nn.Parameter(

@@ -78,7 +78,7 @@ LAYOUTS = {
                               r"|decoder|pretext_neck|encoder_to_\w+)\.)",
                   num_heads=CAE_HEADS, init="cae"),
     "SimMIM": Layout("simmim", init="beit", drop=r"\.\./decoder\.0\."),
-    "timm": Layout("augreg", normalization="0.5", unsure="timm's DeiT models"),
+    "timm": Layout("augreg", normalization="0.5", unsure="timm's models other than augreg"),
     "plain ViT": Layout(None, unsure="timm's augreg models"),
 }
 # Keys of every layout: buffers that are recomputed, tokens that only pretraining uses, and a
@@ -98,9 +98,10 @@ ANCHOR = "patch_embed.proj.weight"                 # every ViT has it: what prec
 def parse_official_file(path, raw, branch=None, num_heads=None, normalization=None):
     """Content of a published file -> layout name, ViT arguments, state dict, source.
 
-    Other arguments: see checkpoints.load_encoder. source also has num_heads_from and note, a
-    sentence about what is assumed, for the printed lines. ValueError: an unknown layout, keys that
-    do not match it, a branch that the file does not have, an unknown number of heads.
+    Other arguments: see checkpoints.load_encoder. source also has what is printed: other_branches,
+    num_heads_from and notes, sentences about what is assumed or left out. ValueError: an unknown
+    layout, keys that do not match it, a branch that the file does not have, an unknown number of
+    heads.
     """
     encoders = {}
     for found, keys in find_encoders(raw).items():
@@ -119,16 +120,19 @@ def parse_official_file(path, raw, branch=None, num_heads=None, normalization=No
         raise ValueError(f"{path} ({name}) has no {branch}, only {', '.join(encoders)}: choose "
                          "another --branch")
     name, keys = encoders[branch]
-    state, heads, unexpected = split_keys(keys, LAYOUTS[name])
+    state, heads, unexpected, beside = split_keys(keys, LAYOUTS[name])
     config = infer_config(path, name, state, unexpected)
     config["num_heads"], origin = choose_num_heads(path, name, config, raw, state, num_heads)
-    mean_and_std, note = choose_normalization(name, raw, normalization)
+    mean_and_std, notes = choose_normalization(name, raw, normalization)
+    if beside:
+        notes.append(f"{len(beside)} keys beside the encoder are left out: "
+                     f"{', '.join(beside[:4])}{' ...' * (len(beside) > 4)}")
     layout = LAYOUTS[name]
     return name, config, state, dict(
         branch=branch, other_branches=[b for b in encoders if b != branch],
         method=raw.get("method", layout.method), data=raw.get("data"), step=raw.get("step"),
         interpolation=layout.interpolation, heads=heads, img_size=layout.img_size,
-        num_heads_from=origin, note=note, **mean_and_std)
+        num_heads_from=origin, notes=notes, **mean_and_std)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,19 +148,19 @@ def find_encoders(raw):
     """
     if "embedding/kernel" in raw:
         return {"base": convert_npz(raw)}
-    entries = {branch: raw[name] for name, branch in ENTRIES.items()
-               if isinstance(raw.get(name), dict)} or {"base": raw}
-    encoders = {}
-    for branch, entry in entries.items():
-        flat = {re.sub(r"\b(module|_orig_mod)\.", "", str(key)): x for key, x in entry.items()}
+    entries = [name for name in ENTRIES if isinstance(raw.get(name), dict)]
+    encoders, flat = {}, {}
+    for entry in entries or [None]:
+        flat = {re.sub(r"\b(module|_orig_mod)\.", "", str(key)): x
+                for key, x in (raw[entry] if entry else raw).items()}
         for prefix in [key.removesuffix(ANCHOR) for key in flat if key.endswith(ANCHOR)]:
-            name = next((word for word in PREFIX_WORDS if word in prefix), branch)
-            if name in encoders:                             # for example CAE's alignment_encoder
-                name = prefix.rstrip(".")
-            encoders[name] = {timm_name(key.removeprefix(prefix)) if key.startswith(prefix) else
-                              f"../{key}": x for key, x in flat.items()}
-    return encoders or {branch: {str(key): x for key, x in entry.items()}
-                        for branch, entry in entries.items()}
+            branch = next((word for word in PREFIX_WORDS if word in prefix),
+                          ENTRIES.get(entry, "base"))
+            if branch in encoders:                           # for example CAE's alignment_encoder
+                branch = prefix.rstrip(".") or entry
+            encoders[branch] = {timm_name(key.removeprefix(prefix)) if key.startswith(prefix) else
+                                f"../{key}": x for key, x in flat.items()}
+    return encoders or {"base": flat}
 
 
 def timm_name(key):
@@ -243,9 +247,9 @@ def has_class_position(keys):
 
 
 def split_keys(keys, layout):
-    """Keys of an encoder -> its state dict, {head: state dict}, and a list of the keys that the
-    layout does not have. Half precision becomes fp32."""
-    state, heads, unexpected = {}, {}, []
+    """Keys of an encoder -> its state dict, {head: state dict}, and the keys that the layout does
+    not have, in the encoder and beside it. Half precision becomes fp32."""
+    state, heads, unexpected, beside = {}, {}, [], []
     for key, value in keys.items():
         is_tensor = isinstance(value, torch.Tensor)
         value = value.float() if is_tensor and value.is_floating_point() else value
@@ -256,7 +260,9 @@ def split_keys(keys, layout):
             heads.setdefault(head, {})[key.removeprefix(layout.heads[head])] = value
         elif re.match(f"{NOT_NEEDED}|{layout.drop}", key):
             continue
-        elif is_tensor and not key.startswith("../"):
+        elif key.startswith("../"):
+            beside.append(key.removeprefix("../"))
+        elif is_tensor:
             state[key] = value
         else:
             unexpected.append(key)
@@ -267,7 +273,7 @@ def split_keys(keys, layout):
                 del head[two]
     if {"cls_token", "pos_embed"} <= state.keys() and not has_class_position(state):
         state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))        # DeiT III: it has none
-    return state, heads, unexpected
+    return state, heads, unexpected, beside
 
 
 def convert_npz(arrays):
@@ -328,7 +334,7 @@ def infer_config(path, name, state, unexpected):
         img_size=side * p, patch_size=p, embed_dim=dim, depth=len(blocks), in_chans=channels,
         mlp_ratio=hidden / dim, swiglu=len(state[fc1]) == 2 * hidden,
         class_token="cls_token" in state, pos=kind_of_positions(state),
-        num_registers=0 if registers is None else registers.shape[1],
+        registers=0 if registers is None else registers.shape[1],
         rel_pos=None if not tables else "shared" if tables[0].startswith("rel_pos") else "block",
         layer_scale=layout.layer_scale if "blocks.0.ls1.gamma" in state else None,
         qkv_bias=next((kind for kind, key in (("split", "q_bias"), ("fused", "qkv.bias"))
@@ -361,7 +367,7 @@ def choose_num_heads(path, name, config, raw, state, given):
 
 
 def choose_normalization(name, raw, given):
-    """Mean and std of the input normalization, and a sentence if they are only assumed.
+    """Mean and std of the input normalization, and a list: a sentence if they are only assumed.
 
     given: a key of NORMALIZATIONS, or None for what the file's arguments say (the codes of BEiT and
     CAE store them), else for what its layout was published with.
@@ -370,13 +376,13 @@ def choose_normalization(name, raw, given):
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     stated = args.get("imagenet_default_mean_and_std") if isinstance(args, dict) else None
     if given or stated is not None:
-        return NORMALIZATIONS[given or ("imagenet" if stated else "0.5")], ""
-    note, usual = "", NORMALIZATIONS[layout.normalization]
-    if layout.unsure and "embedding/kernel" not in raw:
-        [other] = NORMALIZATIONS.keys() - {layout.normalization}
-        note = (f"the file does not contain the normalization of its input, mean "
-                f"{usual['mean'][0]:g} is assumed; {layout.unsure} need --normalization {other}")
-    return usual, note
+        return NORMALIZATIONS[given or ("imagenet" if stated else "0.5")], []
+    usual = NORMALIZATIONS[layout.normalization]
+    if not layout.unsure or "embedding/kernel" in raw:
+        return usual, []
+    [other] = NORMALIZATIONS.keys() - {layout.normalization}
+    return usual, [f"the file does not contain the normalization of its input, mean "
+                   f"{usual['mean'][0]:g} is assumed; {layout.unsure} need --normalization {other}"]
 
 
 def check_keys(path, name, missing, unexpected, misshapen):

@@ -214,15 +214,15 @@ def print_description(net, img_size):
     source, side, p = net.source, net.grid[0], net.patch_size
     also = f" (also in the file: {', '.join(source.other_branches)})" * bool(source.other_branches)
     heads = f" ({source.num_heads_from})" * bool(source.num_heads_from)
-    registers = f"registers {net.config['num_registers']}, " * bool(net.config["num_registers"])
+    registers = f"registers {net.config['registers']}, " * bool(net.config["registers"])
     resized = f" interpolated to {img_size // p}" if img_size != side * p else ""
     norm = "" if net.config["final_norm"] else "no final norm, "
     print(f"{os.path.basename(source.path)}: {source.layout}, {source.branch}{also}; "
           f"{len(net.state_dict())} tensors, width {net.embed_dim}, depth {net.depth}, heads "
           f"{net.config['num_heads']}{heads}, patch {p}, {registers}grid {side}{resized}; {norm}"
           f"input mean {source.mean[0]:g}; with {', '.join(source.heads) or 'no heads'}")
-    if source.note:
-        print(f"note: {os.path.basename(source.path)}: {source.note}")
+    for note in source.notes:
+        print(f"note: {os.path.basename(source.path)}: {note}")
 
 
 def parse_own_file(path, raw, branch=None, num_heads=None, normalization=None):
@@ -245,7 +245,7 @@ def parse_own_file(path, raw, branch=None, num_heads=None, normalization=None):
             raise ValueError(f"{path} contains its {flag.replace('-', ' ')}, {stated}: leave out "
                              f"--{flag}")
     return "ours", raw["config"], raw["model"], dict(
-        {name: raw[name] for name in names}, other_branches=[], num_heads_from="", note="",
+        {name: raw[name] for name in names}, other_branches=[], num_heads_from="", notes=[],
         img_size=None)
 
 

@@ -102,7 +102,7 @@ def official():
     tuned_cae = build(seed=14, final_norm=False, pos="sincos_row", rel_pos="block", resize="size",
                       layer_scale=0.1, qkv_bias="split", **TWELVE)
     dino2 = build(seed=15, layer_scale=0.1)
-    registers = build(seed=16, layer_scale=0.1, num_registers=4, resize="antialias")
+    registers = build(seed=16, layer_scale=0.1, registers=4, resize="antialias")
     head = {"head.weight": torch.randn(10, 192), "head.bias": torch.randn(10)}
     fc_norm = {"fc_norm.weight": torch.randn(192), "fc_norm.bias": torch.randn(192), **head}
     mask, lm_head = {"mask_token": torch.randn(1, 1, 192)}, {"lm_head.weight": torch.zeros(9, 192),
@@ -339,6 +339,21 @@ def test_default_branch_is_the_one_to_evaluate_and_others_are_printed(files, tmp
         checkpoints.load_encoder(tmp_path / "file.pth", branch="student")
 
 
+def test_keys_beside_the_encoder_of_a_fork_are_left_out_and_counted(files, tmp_path, capsys):
+    source, other = files["dino"][2], files["dino student"][2]
+    state = {**add_prefix("teacher.backbone.", source.state_dict()), "queue": torch.ones(2),
+             **add_prefix("student.backbone.", other.state_dict()), "extra.bias": torch.ones(2)}
+    path = put(tmp_path, {"state_dict": state, "epoch": 3})
+    for branch, net in ((None, source), ("student", other)):
+        model = load(path, net, branch=branch, quiet=False)
+        assert torch.equal(model(images()), net(images()))
+        number = len(net.state_dict()) + 2
+        assert f"{number} keys beside the encoder are left out: " in capsys.readouterr().out
+    both = {"model": source.state_dict(), "state_dict": other.state_dict()}
+    path = put(tmp_path, both)
+    assert torch.equal(load(path, other, branch="state_dict")(images()), other(images()))
+
+
 def test_heads_are_kept_in_source(files, tmp_path):
     def heads(name, branch=None, **change):
         path = put(tmp_path, {**files[name][3], **change})
@@ -533,7 +548,7 @@ def test_features_of_official_dinov2_files_equal_timms(registers, swiglu, tmp_pa
     if registers:
         again = load(put(tmp_path, theirs.state_dict()), ours)
         close(again(x), ours(x))
-        without = vit.ViT(**{**ours.config, "num_registers": 0}).eval()
+        without = vit.ViT(**{**ours.config, "registers": 0}).eval()
         without.load_state_dict({key: p for key, p in ours.state_dict().items()
                                  if key != "register_tokens"})
         assert (without(x)[:, 0] - ours(x)[:, 0]).abs().max() > 0.01       # registers do matter

@@ -112,7 +112,7 @@ def test_what_is_not_damage_is_not_called_damage(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [
     {}, BEIT, {"class_token": False, "pos": "sincos_row"}, {"num_heads": 12},
-    {"num_registers": 2, "swiglu": True, "resize": "antialias"},
+    {"registers": 2, "swiglu": True, "resize": "antialias"},
     {"rel_pos": "block", "final_norm": False, "drop_path": 0.1}])
 def test_a_saved_encoder_is_loaded_unchanged(more, tmp_path):
     model, heads = build(**more), {"head": {"weight": torch.randn(3, 4)}}

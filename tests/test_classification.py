@@ -184,7 +184,7 @@ def test_f1_equals_scikit_learn_and_the_f1_of_predicting_always_the_same():
 
 
 def make_classifier_model(classes=16, **changes):
-    model = make_model(make_encoder(scramble=0.1, num_registers=2))
+    model = make_model(make_encoder(scramble=0.1, registers=2))
     heads = {"classifier": {"head.weight": torch.randn(classes, 32), "head.bias":
                             torch.randn(classes), **changes}} if classes else {}
     model.encoder.source = types.SimpleNamespace(path="file.pth", heads=heads)

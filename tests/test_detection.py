@@ -167,7 +167,7 @@ def test_with_one_window_the_backbone_is_the_encoder_with_its_bias_table():
     pyramid, expected = pyramid_of(encoder), encoder.layers(images, norm=False)[0]
     for x, y in zip(pyramid.windowed_blocks(images), expected, strict=True):
         torch.testing.assert_close(x, y)
-    registers = pyramid_of(small_encoder(num_registers=2))             # not used, and not trained
+    registers = pyramid_of(small_encoder(registers=2))             # not used, and not trained
     assert not registers.encoder.register_tokens.requires_grad
     assert registers.windowed_blocks(images)[0].shape == (2, 16, encoder.embed_dim)
     plain = small_encoder(class_token=False)             # without a table: one of zeros

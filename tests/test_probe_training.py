@@ -55,7 +55,7 @@ def with_head(encoder):
 
 
 def test_register_tokens_are_in_layer_0_without_weight_decay():
-    found = settings_by_name(with_head(make_encoder(num_registers=2)))
+    found = settings_by_name(with_head(make_encoder(registers=2)))
     assert found["encoder.register_tokens"] == found["encoder.cls_token"] == (0.65 ** 4, 0)
 
 
@@ -129,7 +129,7 @@ def test_reinit_initializes_these_blocks_and_no_others(reinit, config):
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", [{}, dict(pos="sincos_col", resize="size"), BEIT,
-                                    dict(num_registers=2, resize="antialias")])
+                                    dict(registers=2, resize="antialias")])
 def test_positions_are_resampled_once(config):
     net, x = make_encoder(0.1, **config), torch.randn(2, 3, 48, 48)
     copy = training.copy_encoder(net, 0.1, img_size=48, final_norm=True).eval()

@@ -455,7 +455,7 @@ def test_gradients_reach_every_trained_parameter():
 # ------------------------------------------------------------------------- registers, SwiGLU
 
 def test_register_tokens_take_part_and_are_left_out():
-    model = build(num_registers=3)
+    model = build(registers=3)
     tokens = model(images())
     cls, patches = model.split(tokens)
     assert tokens.shape == (2, 20, 192) and patches.shape == (2, 16, 192)
@@ -468,7 +468,7 @@ def test_register_tokens_take_part_and_are_left_out():
     model.register_tokens.data += torch.randn(1, 3, 192)
     assert (model(images())[:, 0] - cls).abs().max() > 0.01
     with pytest.raises(ValueError, match="register tokens come after a class token"):
-        build(num_registers=3, class_token=False)
+        build(registers=3, class_token=False)
 
 
 def test_register_tokens_use_the_relative_positions_of_the_class_token():
@@ -476,7 +476,7 @@ def test_register_tokens_use_the_relative_positions_of_the_class_token():
     assert torch.equal(three[2:, 2:], one)
     assert all(torch.equal(three[i, 2:], one[0]) and torch.equal(three[2:, i], one[:, 0])
                for i in (0, 1))
-    model = build(num_registers=2, rel_pos="block", pos="none")
+    model = build(registers=2, rel_pos="block", pos="none")
     assert model(images(size=48)).shape == (2, 39, 192)
 
 
