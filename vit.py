@@ -303,10 +303,9 @@ class ViT(nn.Module):
                 raise ValueError("mask needs a mask_token (1, 1, D)")
             x = torch.where(mask[:, :, None], mask_token, x)
         if self.pos_embed is not None:
-            has_class = int(self.cls_token is not None)
-            pos = positions.resize_positions(self.pos_embed, self.grid, grid, has_class,
+            pos = positions.resize_positions(self.pos_embed, self.grid, grid,
                                              self.config["resize"])
-            x = x + pos[:, has_class:]
+            x = x + pos[:, -x.shape[1]:]
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))                 # (B, n, D)
         if self.cls_token is not None:

@@ -71,7 +71,7 @@ class MAEDecoder(nn.Module):
             y = torch.cat([x[:, 1:], masked], 1)
             x = torch.cat([x[:, :1], y.gather(1, restore[..., None].expand_as(y))], 1)
         old, new = (math.isqrt(table.shape[1] - 1) for table in (self.pos_embed, x))
-        return x + positions.resize_positions(self.pos_embed, (old, old), (new, new), 1, "size")
+        return x + positions.resize_positions(self.pos_embed, (old, old), (new, new), "size")
 
     def predict(self, x):
         """Output of the last block -> pixels of each patch (B, N, 3pp)."""

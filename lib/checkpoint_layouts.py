@@ -78,7 +78,8 @@ LAYOUTS = {
                               r"|decoder|pretext_neck|encoder_to_\w+)\.)",
                   num_heads=CAE_HEADS, init="cae"),
     "SimMIM": Layout("simmim", init="beit", drop=r"\.\./decoder\.0\."),
-    "timm": Layout("augreg", normalization="0.5", unsure="timm's models other than augreg"),
+    "timm": Layout("augreg", resize="antialias", normalization="0.5",
+                   unsure="timm's models other than augreg"),
     "plain ViT": Layout(None, unsure="timm's augreg models"),
 }
 # Keys of every layout: buffers that are recomputed, tokens that only pretraining uses, and a
@@ -95,13 +96,16 @@ PREFIX_WORDS = ("teacher", "student", "momentum")
 ANCHOR = "patch_embed.proj.weight"                 # every ViT has it: what precedes it is a prefix
 
 
+class UnknownHeads(ValueError):
+    """The number of attention heads follows neither from the file nor from its layout."""
+
+
 def parse_official_file(path, raw, branch=None, num_heads=None, normalization=None):
     """Content of a published file -> layout name, ViT arguments, state dict, source.
 
     Other arguments: see checkpoints.load_encoder. source also has what is printed: other_branches,
     num_heads_from and notes, sentences about what is assumed or left out. ValueError: an unknown
-    layout, keys that do not match it, a branch that the file does not have, an unknown number of
-    heads.
+    layout, keys that do not match it, a branch that the file does not have. UnknownHeads.
     """
     encoders = {}
     for found, keys in find_encoders(raw).items():
@@ -347,7 +351,7 @@ def choose_num_heads(path, name, config, raw, state, given):
     """The number of attention heads, and where it comes from, in words.
 
     Weights have the same shapes for every number of heads: a wrong one would cause no error, only
-    wrong features. ValueError: it is not known, or `given` contradicts the file.
+    wrong features. ValueError: `given` contradicts the file. UnknownHeads.
     """
     tables = [x.shape[1] for key, x in state.items() if key.endswith("position_bias_table")]
     kernels = [x.shape[1] for key, x in raw.items() if str(key).endswith("query/kernel")]
@@ -360,9 +364,9 @@ def choose_num_heads(path, name, config, raw, state, given):
         return given, "--num-heads"
     size = config["embed_dim"], config["depth"]
     if size not in LAYOUTS[name].num_heads:
-        raise ValueError(f"{path} does not contain its number of attention heads, and no {name} of "
-                         f"width {size[0]} and depth {size[1]} was published: give it with "
-                         "--num-heads (often width / 64)")
+        raise UnknownHeads(f"{path} does not contain its number of attention heads, and no {name} "
+                           f"of width {size[0]} and depth {size[1]} was published: give it with "
+                           "--num-heads (often width / 64)")
     return LAYOUTS[name].num_heads[size], "as published"
 
 

@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import vit
-from lib.checkpoint_layouts import MEAN, NORMALIZATIONS, STD, check_keys, parse_official_file
+from lib.checkpoint_layouts import (
+    MEAN,
+    NORMALIZATIONS,
+    STD,
+    check_keys,
+    parse_official_file,
+)
 
 
 def mae_names(net):
@@ -177,10 +183,10 @@ def load_encoder(path, branch=None, img_size=None, quiet=False, num_heads=None, 
     interpolation (of the input in training), img_size (side of the images in evaluation) and heads
     {name: state dict} (projectors, decoder, classifier).
 
-    Two simplifications of ours for timm's augreg: positions are resized without antialiasing, and
-    probes resize images to 256, not 248, before the center crop of 224.
+    A simplification of ours for timm's augreg: probes resize images to 256, not 248, before the
+    center crop of 224.
     Errors: those of read_file(), and ValueError for an unknown layout, keys or shapes that do not
-    match, or an unknown number of heads.
+    match, or (UnknownHeads) an unknown number of heads.
     """
     raw = read_file(path)
     form = str(raw.get("format", ""))

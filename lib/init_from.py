@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from lib import checkpoints, config, positions
+from lib.checkpoint_layouts import UnknownHeads
 
 
 class InitialWeights:
@@ -29,7 +30,12 @@ class InitialWeights:
         if self.path.is_dir():
             raise ValueError(f"--init-from {self.path} is a folder: name a file, such as its "
                              f"encoder.pt, or full.pt with the decoder")
-        self.encoder = checkpoints.load_encoder(self.path, quiet=True)
+        try:
+            self.encoder = checkpoints.load_encoder(self.path, quiet=True)
+        except UnknownHeads:                             # then those of this run are assumed
+            self.encoder = checkpoints.load_encoder(self.path, quiet=True, num_heads=cfg.num_heads)
+            self.encoder.source.notes.append("the file does not contain its number of attention "
+                                             f"heads, {cfg.num_heads} is assumed (--num-heads)")
         self.published = published_tensors(checkpoints.read_file(self.path))
         sizes = {name: self.encoder.config[name]
                  for name in ("embed_dim", "depth", "num_heads", "patch_size")}
@@ -65,7 +71,7 @@ class InitialWeights:
         unused = {"encoder": state.keys() - own.keys(), **{
             head: tensors for head, tensors in source.heads.items()
             if not any(name.startswith(head) for name in decoder)}}
-        return [first, *notes, f"from scratch: {listed(scratch)}",
+        return [first, *source.notes, *notes, f"from scratch: {listed(scratch)}",
                 *(f"in the file, not used: {part}, {listed(names)}"
                   for part, names in unused.items() if names)]
 
@@ -85,7 +91,7 @@ class InitialWeights:
         """ValueError, with the flags to pass if there are any, unless an encoder with the ViT
         arguments `ours` can represent the one in the file."""
         theirs, flags = self.encoder.config, []
-        for name in ("in_chans", "mlp_ratio"):
+        for name in ("in_chans", "mlp_ratio", "swiglu", "registers"):
             if theirs[name] != ours[name]:
                 raise ValueError(f"--init-from {self.path}: its encoder has {name} {theirs[name]}, "
                                  f"this run's {ours[name]}: use another file")
@@ -94,7 +100,8 @@ class InitialWeights:
             flags += [next((f"--pos {choice}" for choice in choices
                             if (choice == "none") == (theirs["pos"] == "none")), None)]
         if theirs["rel_pos"] not in (None, ours["rel_pos"]):
-            flags += ["--rel-pos-bias" if hasattr(self.cfg, "rel_pos_bias") else None]
+            shared = theirs["rel_pos"] == "shared" and hasattr(self.cfg, "rel_pos_bias")
+            flags += ["--rel-pos-bias" if shared else None]
         if flags:
             step = "use a file of a similar method" if None in flags else f"pass {' '.join(flags)}"
             raise ValueError(f"--init-from {self.path}: its encoder has {kind(theirs)} positions, "
@@ -140,8 +147,8 @@ def mae_decoder_sizes(path, tensors):
 def kind(vit_arguments):
     """Kind of the positions of a ViT, in words."""
     absolute = ["absolute"] * (vit_arguments["pos"] != "none")
-    relative = ["relative"] * (vit_arguments["rel_pos"] is not None)
-    return " and ".join(absolute + relative) or "no"
+    relative = {None: [], "shared": ["relative"], "block": ["relative (a table for each block)"]}
+    return " and ".join(absolute + relative[vit_arguments["rel_pos"]]) or "no"
 
 
 def listed(names):
@@ -192,7 +199,7 @@ def convert_positions(state, loaded, encoder):
     the class token: its position becomes a part of the class token. If only one of the two encoders
     has a class token, the other's row is left out, or from scratch."""
     prefix = loaded.num_prefix
-    positions.resize_state(state, loaded.grid, encoder.grid, prefix, loaded.config["resize"])
+    positions.resize_state(state, loaded.grid, encoder.grid, loaded.config["resize"])
     if "pos_embed" not in state:
         return
     cls, patches = state["pos_embed"][:, :prefix], state["pos_embed"][:, prefix:]

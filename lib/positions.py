@@ -37,8 +37,8 @@ def sincos(dim, grid, order="sincos_row"):
     return torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], 1).float()
 
 
-def resize_positions(pos, old, new, prefix=1, rule="dino"):
-    """Positions (1, L, D) from grid `old` to grid `new`, bicubic; the class token's row is kept.
+def resize_positions(pos, old, new, rule="dino"):
+    """Positions (1, L, D) from grid `old` to grid `new`, bicubic; a row of the class token is kept.
 
     Rule "size" gives interpolate() the new size (DeiT, MAE, BEiT). Rule "dino" (DINO, iBOT, DINOv2
     without registers) gives it a scale factor, with 0.1 added to the new side to avoid rounding
@@ -47,6 +47,7 @@ def resize_positions(pos, old, new, prefix=1, rule="dino"):
     """
     if new == old:
         return pos
+    prefix = pos.shape[1] - old[0] * old[1]
     table = pos[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2)                   # (1, D, h, w)
     target = dict(size=new)
     if rule == "dino":
@@ -114,11 +115,11 @@ def resize_table(table, old, new):
     return torch.cat([offsets.flatten(0, 1), table[a * b:]])
 
 
-def resize_state(state, old, new, prefix=1, rule="dino"):
+def resize_state(state, old, new, rule="dino"):
     """Resizes, in the state dict of a ViT, its absolute and relative positions from grid `old` to
     grid `new`. Errors: those of resize_table()."""
     for name in state if new != old else ():
         if name == "pos_embed":
-            state[name] = resize_positions(state[name], old, new, prefix, rule)
+            state[name] = resize_positions(state[name], old, new, rule)
         elif name.endswith("relative_position_bias_table"):
             state[name] = resize_table(state[name], old, new)

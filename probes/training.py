@@ -251,7 +251,7 @@ def copy_encoder(encoder, drop_path, reinit=(), final_norm=False, img_size=None)
     if img_size not in (None, config["img_size"]):
         config["img_size"] = img_size
         positions.resize_state(state, encoder.grid, (img_size // encoder.patch_size,) * 2,
-                               int(config["class_token"]), config["resize"])
+                               config["resize"])
     copy = vit.ViT(**config)                             # initialized as before pretraining
     reinitialized = tuple(f"blocks.{i}." for i in reinit)
     copy.load_state_dict({name: x if name.startswith(reinitialized) else state[name]

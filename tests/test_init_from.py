@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_checkpoints import official
+from test_checkpoint_layouts import official
 from test_methods import METHODS, ROOT, apart, few, flags, run  # noqa: F401 (few, run: fixtures)
 from test_vit import BEIT, build, close
 
@@ -49,7 +49,7 @@ def normalized(pixels, mean, std):
 
 
 def initial_weights(path, **settings):
-    """InitialWeights of a file, for the settings of the models in test_checkpoints.official()."""
+    """InitialWeights of a file, for the settings of the models in official()."""
     sizes = dict(embed_dim=192, depth=2, num_heads=3, patch_size=8)
     return InitialWeights(SimpleNamespace(**{**sizes, "init_from": path, **settings}))
 
@@ -59,7 +59,7 @@ def initial_weights(path, **settings):
 
 SPLIT = dict(qkv_bias="split", resize="size")
 # the encoders of the methods, by the files in official() that they can start from
-CASES = [(file, target) for file in ("deit", "dino full", "mae", "beit 1k", "augreg")
+CASES = [(file, target) for file in ("deit", "dino full", "mae", "beit 1k", "timm")
          for target in ({}, dict(pos="sincos_row"), dict(SPLIT, layer_scale=0.1, pos="sincos_row"),
                         dict(SPLIT, rel_pos="shared"))]
 CASES += [(file, target) for file in ("moco", "cae")
@@ -89,6 +89,15 @@ def test_the_encoder_computes_what_that_in_the_file_computes(file, target, size,
         close(encoder(ours), source(theirs), 1e-4)
         assert (before - source(theirs)).abs().max() > 0.1                   # control
     assert layout in first
+
+
+def test_what_is_assumed_about_the_file_is_printed(files, tmp_path):
+    _, _, source, content = files["timm"]
+    lines = initial_weights(save(tmp_path / "file.pth", content)).load(source, source)
+    assert any("mean 0.5 is assumed; timm's models other than augreg" in line for line in lines)
+    assert "the file does not contain its number of attention heads, 3 is assumed" in str(lines)
+    stated = initial_weights(save(tmp_path / "file.pth", {"model": content, "num_heads": 3}))
+    assert "its number of attention heads" not in str(stated.load(source, source))
 
 
 def test_without_a_class_token_or_a_final_norm_the_rest_is_loaded(files, tmp_path):
@@ -263,7 +272,11 @@ def test_every_method_starts_from_an_encoder_and_its_teacher_too(method, start, 
                               "pass --pos sincos_row"),
     ("simmim", {}, "use a file of a similar method"),
     ("mmc", dict(mlp_ratio=2.0), "its encoder has mlp_ratio 2.0, this run's 4.0: use another file"),
-    ("mmc", dict(in_chans=1), "use another file")])
+    ("mmc", dict(in_chans=1), "use another file"),
+    ("dino", dict(registers=2), "its encoder has registers 2, this run's 0: use another file"),
+    ("dino", dict(swiglu=True), "its encoder has swiglu True, this run's False"),
+    ("simmim", {**BEIT, "rel_pos": "block"}, r"its encoder has relative \(a table for each block\) "
+     "positions, this run's has relative ones; use a file of a similar method")])
 def test_another_encoder_is_refused_with_the_flags_to_pass(
         method, source, sentence, run, tmp_path):  # noqa: F811
     checkpoints.save_encoder(tmp_path / "encoder.pt", build(7, **{**TINY_VIT, **source}))

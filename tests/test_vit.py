@@ -191,7 +191,7 @@ def test_stored_positions_are_used_unchanged_at_their_size_and_resampled_for_ano
 
 def test_rows_and_columns_are_not_exchanged_in_images_that_are_not_square():
     grid = torch.stack([torch.arange(14.0).repeat_interleave(14), torch.arange(14.0).repeat(14)], 1)
-    out = positions.resize_positions(grid[None], (14, 14), (7, 28), prefix=0, rule="size")[0]
+    out = positions.resize_positions(grid[None], (14, 14), (7, 28), rule="size")[0]
     out = out.view(7, 28, 2)
     close(out[:, 0, 0], out[:, 9, 0], 1e-5)                   # channel 0 is the row, constant in it
     close(out[0, :, 1], out[5, :, 1], 1e-5)
