@@ -11,7 +11,7 @@
     tokens (B, L, D)            split() -> class token (B, D), patches (B, N, D)
 
 Shapes in all files of this repository:
-    B batch, N patches (in raster order), L tokens (class token, if any, and patches), D width,
+    B batch, N patches (in raster order), L tokens (class and register tokens, patches), D width,
     H heads, S image side, p patch side, K prototypes or codes, V global views, C classes
 
 Arguments of the published backbones, ViT(**SIZES["base"], ...):

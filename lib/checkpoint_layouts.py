@@ -275,8 +275,10 @@ def split_keys(keys, layout):
         if all(one in head and torch.equal(head[two], head[one]) for two, one in twins.items()):
             for two in twins:
                 del head[two]
-    if {"cls_token", "pos_embed"} <= state.keys() and not has_class_position(state):
-        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))        # DeiT III: it has none
+    pos = state.get("pos_embed")
+    if "cls_token" in state and pos is not None and pos.dim() == 3 and (
+            math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]):
+        state["pos_embed"] = F.pad(pos, (0, 0, 1, 0))      # DeiT III: 0 instead of no position
     return state, heads, unexpected, beside
 
 

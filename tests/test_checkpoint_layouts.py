@@ -706,6 +706,9 @@ def test_missing_unexpected_and_misshapen_keys_are_listed(name, files, tmp_path)
         lambda state: state.update({f"{prefix}norm.bias": torch.ones(7)}))
     assert "of another shape: patch_embed.proj.weight (192, 192)" in error_after(
         lambda state: state.update({f"{prefix}patch_embed.proj.weight": torch.ones(192, 192)}))
+    flat = {key: x[0, 0] for key, x in source.state_dict().items() if key == "pos_embed"}
+    assert "of another shape: pos_embed (192,)" in error_after(
+        lambda state: state.update(add_prefix(prefix, flat)))
     assert "missing: blocks.0.norm1" in error_after(lambda state: [
         state.pop(key) for key in list(state) if ".0.norm1" in key])
     assert "1 unexpected" in error_after(lambda state: state.update({f"{prefix}note": "a string"}))
