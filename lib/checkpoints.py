@@ -243,13 +243,12 @@ def parse_own_file(path, raw, branch=None, num_heads=None, normalization=None):
                          "encoder.pt that this version of the code has written")
     if branch not in (None, raw["branch"]):
         raise ValueError(f"{path} has no {branch}, only {raw['branch']}: choose another --branch")
-    for flag, given, stated in (
-            ("num-heads", num_heads, raw["config"].get("num_heads")),
-            ("normalization", normalization and NORMALIZATIONS[normalization]["mean"],
-             tuple(raw["mean"]))):
-        if given not in (None, stated):
-            raise ValueError(f"{path} contains its {flag.replace('-', ' ')}, {stated}: leave out "
-                             f"--{flag}")
+    heads = raw["config"].get("num_heads")
+    if num_heads not in (None, heads):
+        raise ValueError(f"{path} has {heads} heads, not {num_heads}: leave out --num-heads")
+    if normalization and NORMALIZATIONS[normalization]["mean"] != raw["mean"]:
+        raise ValueError(f"{path} contains the mean of its input, {raw['mean']}: leave out "
+                         "--normalization")
     return "ours", raw["config"], raw["model"], dict(
         {name: raw[name] for name in names}, other_branches=[], num_heads_from="", notes=[],
         img_size=None)

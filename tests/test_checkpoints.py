@@ -133,9 +133,9 @@ def test_a_saved_encoder_is_loaded_unchanged(more, tmp_path):
     heads = model.config["num_heads"]
     same = checkpoints.load_encoder(path, num_heads=heads, normalization="0.5", quiet=True)
     assert torch.equal(same(images()), model(images()))
-    with pytest.raises(ValueError, match=f"contains its num heads, {heads}: leave out --num-heads"):
+    with pytest.raises(ValueError, match=f"has {heads} heads, not {heads + 1}: leave out --num-h"):
         checkpoints.load_encoder(path, num_heads=heads + 1)
-    with pytest.raises(ValueError, match="contains its normalization, .*: leave out --norm"):
+    with pytest.raises(ValueError, match="contains the mean of its input, .*: leave out --norm"):
         checkpoints.load_encoder(path, normalization="imagenet")
 
 
