@@ -20,6 +20,7 @@ image's place in its batch.
 """
 import atexit
 import itertools
+import math
 import multiprocessing
 import signal
 import sys
@@ -237,9 +238,26 @@ def training_sets(run, views):
                              hold_out)
         for split, limit, hold_out in ((train_split, None, False), ("train", 2000, True),
                                        ("test", 500, True)))
+    for note in dict.fromkeys(images.notes + bank.notes + queries.notes):
+        run.print0(note)
+    if cfg.batch_size > len(images):
+        raise ValueError(f"--batch-size {cfg.batch_size} is more than the {len(images)} training "
+                         f"images of {cfg.data}: {propose_batch_size(cfg, len(images), run.world)}")
     loader = Loader(images, views, cfg.batch_size, cfg.seed, run.device, cfg.workers, run.rank,
                     run.world)
     return loader, bank, queries
+
+
+def propose_batch_size(cfg, n, world):
+    """Flags of a batch of at most n images that all settings allow, in words: as many times a power
+    of two as there are processes, micro-batches and images of a group (MMC)."""
+    parts, group = world * cfg.accum_iter, getattr(cfg, "group_size", 1)
+    if n >= parts * group:
+        return f"try --batch-size {parts * group * 2**int(math.log2(n // (parts * group)))}"
+    if n >= 2 * parts:
+        batch = parts * 2**int(math.log2(n // parts))
+        return f"try --batch-size {batch} --group-size {batch // world}"
+    return "add images"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,47 +272,59 @@ def batches(images, size, batch_size=256, device="cpu", resize=None, mean=augmen
     Files: the short side is resized to `resize` pixels (default 256/224 size), then center crop.
     Sets in memory: the whole image at `size`; if `resize` is given, resized to it, then center
     crop. rank, world: only every world-th batch, from batch `rank` on; other files are not opened.
-    Raises datasets.UnreadableImage, a ValueError, which names the file: leaving it out would shift
-    the rows against the labels.
+    Files that cannot be read are left out and listed on stderr at the end: take the labels at the
+    indices. Raises datasets.UnreadableImage, a ValueError, if they are more than half.
     """
     device, files = torch.device(device), images.paths is not None
     resize = resize or (size * 256 // 224 if files else size)
     if resize < size:
         raise ValueError(f"resize {resize} is smaller than the center crop: choose at least {size}")
     indices = torch.arange(len(images)).split(batch_size)[rank::world]
-    read = partial(read_center_crops, images.paths, size, resize, interpolation)
-    for index, x in zip(indices, in_workers(read, indices, workers, device) if files else indices):
-        if isinstance(x, str):
-            raise datasets.UnreadableImage(f"Cannot read {x}. Delete or replace the file")
-        if files:
-            x = x.to(device, non_blocking=True).permute(0, 3, 1, 2)
-            x = x.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-        else:
-            x = images.pixels[index[0]:index[-1] + 1].to(device)
-            if x.shape[2:] != (resize, resize):
-                whole = torch.tensor([[0, 0, *x.shape[2:]]], device=device)
-                x = augment.crop(x, whole, resize, interpolation)
+    read, bad, seen = partial(read_center_crops, images.paths, size, resize, interpolation), {}, 0
+    found = in_workers(read, indices, workers, device) if files else indices
+    try:
+        for index, x in zip(indices, found):
+            if files:
+                seen += len(index)
+                x, index, errors = x
+                bad |= errors
+                if not len(index):
+                    continue
+                x = x.to(device, non_blocking=True).permute(0, 3, 1, 2)
+                x = x.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
             else:
-                x = x.float().mul_(1 / 255)
-            edge = round((resize - size) / 2)
-            x = x[:, :, edge:edge + size, edge:edge + size].contiguous()
-        yield augment.normalize(x, mean, std), index.to(device, non_blocking=True)
+                x = images.pixels[index[0]:index[-1] + 1].to(device)
+                if x.shape[2:] != (resize, resize):
+                    whole = torch.tensor([[0, 0, *x.shape[2:]]], device=device)
+                    x = augment.crop(x, whole, resize, interpolation)
+                else:
+                    x = x.float().mul_(1 / 255)
+                edge = round((resize - size) / 2)
+                x = x[:, :, edge:edge + size, edge:edge + size].contiguous()
+            yield augment.normalize(x, mean, std), index.to(device, non_blocking=True)
+    finally:                                               # also if only some batches are taken
+        datasets.report_unreadable(images.name, bad, seen)
+    datasets.check_readable(images.name, bad, seen)
 
 
 def read_center_crops(paths, size, resize, interpolation, index):
-    """In a worker: (B,) image indices -> (B, size, size, 3) uint8, or "path: error" as a string."""
-    out = torch.empty(len(index), size, size, 3, dtype=torch.uint8)
-    for row, i in enumerate(index.tolist()):
+    """In a worker: (B,) image indices -> (n, size, size, 3) uint8 and the indices (n,) of those
+    that can be read, {path: error} of the others."""
+    crops, bad = {}, {}
+    for i in index.tolist():
         try:
             image = datasets.read_image(paths[i])
         except Exception as error:                         # a damaged file can raise any exception
-            return f"{paths[i]}: {error}"
+            bad[paths[i]] = str(error)
+            continue
         short = min(image.size)
         width, height = (resize * side // short for side in image.size)
         image = image.resize((width, height), Resampling[interpolation.upper()])
         left, top = round((width - size) / 2), round((height - size) / 2)
-        out[row] = torch.from_numpy(np.array(image.crop((left, top, left + size, top + size))))
-    return out
+        crop = image.crop((left, top, left + size, top + size))
+        crops[i] = torch.from_numpy(np.array(crop))
+    out = torch.stack(list(crops.values())) if crops else torch.empty(0, size, size, 3)
+    return out, torch.tensor(list(crops), dtype=torch.int64), bad
 
 
 # --------------------------------------------------------------------------------------------------

@@ -327,7 +327,8 @@ def main():
     run = Run(cfg)
     B = cfg.batch_size // run.world                                          # images per process
     if B % cfg.group_size:
-        raise ValueError(f"--group-size {cfg.group_size} must divide the {B} images per process")
+        raise ValueError(f"--group-size {cfg.group_size} must divide the {B} images per process: "
+                         f"try --group-size {max(2, math.gcd(cfg.group_size, B))}")
     loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     student = run.place(Network(cfg))

@@ -229,12 +229,13 @@ def measure_tsne(model, opt, num_classes=3, images_per_class=6):
     if images is None:
         x = inputs.load_first_images(model, opt, num_classes * images_per_class)
     else:
-        x = torch.cat([x for x, _ in inputs.iterate_batches(model, opt, images)])
+        x, index = map(torch.cat, zip(*inputs.iterate_batches(model, opt, images)))
     encoder = model.encoder
     z = encoder.layers(x, [encoder.depth - 1], norm=False)[0][0]
     z = encoder.split(z)[1].float().cpu()                                            # (B, N, D)
     image = torch.arange(len(z)).repeat_interleave(z.shape[1])
-    label = image if images is None else images.labels.repeat_interleave(z.shape[1])
+    label = (image if images is None else
+             images.labels[index.cpu()].repeat_interleave(z.shape[1]))
     same_image, same_class = formulas.neighbor_purity(z.flatten(0, 1), image, label)
     out = dict(purity_image=same_image, image=image, label=label,
                position=formulas.tsne(z.flatten(0, 1), seed=opt.seed))

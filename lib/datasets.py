@@ -13,8 +13,10 @@ missing, the error shows the layout and where to get it. probes/annotations.py r
 have more than one class per image, such as boxes or masks.
 """
 import codecs
+import contextlib
 import csv
 import difflib
+import functools
 import importlib.util
 import io
 import itertools
@@ -22,15 +24,16 @@ import json
 import os
 import pickle
 import sys
-from dataclasses import dataclass, replace
+import warnings
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.Image import Resampling
 
-from lib import rng, toy
+from lib import rng, toy, tree
 
 # --------------------------------------------------------------------------------------------------
 # The known data sets
@@ -72,7 +75,6 @@ LISTS = {      # sets with official lists of images: folders, list of train, lis
     "miniimagenet": (("miniimagenet", "mini-imagenet", ""), "train.csv", "test.csv"),
 }
 NAMES = ("toy", "toy-scenes", "synthetic", *LAYOUT)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 # The usual ImageNet-100, of Contrastive Multiview Coding (Tian et al., 2020). There are others.
 IMAGENET100 = sorted("n" + digits for digits in """
@@ -95,7 +97,7 @@ SUBSETS = {"imagenet100": IMAGENET100,         # imagenet10: SelfPatch, suppleme
 
 
 class UnreadableImage(ValueError):
-    """An image file that cannot be read, where no other image may take its place."""
+    """An image file that cannot be left out, or most files of a pass, cannot be read."""
 
 
 @dataclass
@@ -107,6 +109,7 @@ class Images:
     labels: torch.Tensor | None = None      # (n,) int64, on the CPU
     pixels: torch.Tensor | None = None      # (n, 3, height, width) uint8
     paths: list | None = None
+    notes: list = field(default_factory=list)            # what was found and what is passed over
 
     def __len__(self):
         return len(self.paths if self.pixels is None else self.pixels)
@@ -114,20 +117,22 @@ class Images:
     def select(self, rows, split):
         """The images with indices rows (m,), as a split of that name. Only for sets with paths."""
         return replace(self, split=split, paths=[self.paths[i] for i in rows.tolist()],
-                       labels=None if self.labels is None else self.labels[rows])
+                       labels=None if self.labels is None else self.labels[rows],
+                       notes=list(self.notes))
 
 
 def load_images(name, root=None, split="train", size=64, limit=None, device="cpu", hold_out=False):
     """Images of a data set by its name, or of any folder of images by its path.
 
     root: folder that contains the official layout (default: $DATA_ROOT, else "datasets").
-    split: train or test (val is the same), for stl10 also unlabeled. A folder without train/ and
-    val/ gives all its images for both. miniimagenet has three splits of different classes: train
+    split: train or test (val is the same), for stl10 also unlabeled. A folder without folders for
+    both gives all its images for each. miniimagenet has three splits of different classes: train
     (64), val (16) and test (20).
     size: side of toy and synthetic images, in pixels.
     limit: number of images. Of a small set the first ones are taken; of files, which are sorted by
     class, evenly spaced ones; toy generates any number.
-    hold_out: in a folder without train/ and val/, every fifth image is test, the others are train.
+    hold_out: for kNN and probes. Images without a label are left out if others have one; in a
+    folder without train/ and val/, every fifth image is test, the others are train.
     Raises FileNotFoundError, which shows the expected layout, and ValueError for an unknown name or
     split and for damaged labels.
     """
@@ -154,11 +159,16 @@ def load_images(name, root=None, split="train", size=64, limit=None, device="cpu
     else:
         images = (Images(name, split, *read_list(name, root, split)) if name in LISTS else
                   load_tree(name, root, split))
+        if hold_out and images.labels is not None:
+            images = images.select((images.labels >= 0).nonzero()[:, 0], images.split)
         if hold_out and images.split == "all" and len(images) > 1:
             is_test = torch.arange(len(images)) % 5 == 0
             images = images.select((is_test == (split == "test")).nonzero()[:, 0], split)
-            print(f"note: {name} has no train/ and val/: for probes, {len(images)} of its "
-                  f"{len(is_test)} images are used as {split}", file=sys.stderr)
+            tests = int(is_test.sum())
+            images.notes.append(
+                f"{name}: no folders for both train and val, so every fifth image is a test image: "
+                f"kNN and probes learn from {len(is_test) - tests:,} and are tested on {tests:,}; "
+                f"pretraining, which uses no labels, uses all")
         if limit and limit < len(images):
             images = images.select(torch.arange(limit) * len(images) // limit, images.split)
         return images
@@ -192,54 +202,53 @@ def missing_error(name, root, layouts=LAYOUT):
 
 
 def load_tree(name, root, split):
-    """ImageNet, COCO or a path -> Images with paths.
-
-    The class of an image is the first folder of its path below the split's folder. There are no
-    labels if any image is in no such folder, or all images are in the same one.
-    """
-    folder, split = find_tree(name, root, split)
-    subset = SUBSETS.get(name, [""])
-    paths = sorted(os.path.join(parent, file) for wnid in subset
-                   for parent, _, files in os.walk(os.path.join(folder, wnid), followlinks=True)
-                   for file in files if file.lower().endswith(SUFFIXES) and file[0] != ".")
+    """ImageNet, COCO or a path -> Images with paths, whose split is "all" for a folder of images
+    without folders for both splits. See lib/tree.py for the rules."""
+    subset = SUBSETS.get(name)
+    folder = find_official_folder(name, root, split) if name in LAYOUT else find_folder(name)
+    paths, passed = tree.list_images(folder, subset)
+    passed_over = tree.describe_passed(passed)
     if not paths:
-        hint = f". Expected {LAYOUT[name][0]}" if name in LAYOUT else "; labels are not needed"
-        raise FileNotFoundError(f"No images under {folder}: looked for {' '.join(SUFFIXES)} in it "
-                                f"and its subfolders{hint}")
-
-    def first_folder(path):
-        first, separator, _ = path[len(folder):].lstrip(os.sep).partition(os.sep)
-        return first if separator else ""
-
-    class_of = [first_folder(path) for path in paths]
-    folders = sorted(set(class_of) - {""})
-    if name in SUBSETS and len(folders) < len(subset):
-        print(f"note: only {len(folders)} of the {len(subset)} classes are in {folder}",
-              file=sys.stderr)
-    classes = list(SUBSETS.get(name, folders))
-    if len(classes) < 2 or "" in class_of:
-        if name == "imagenet":
-            raise missing_error(name, folder)              # the official val archive is flat
-        return Images(name, split, paths=paths)
-    label = {c: i for i, c in enumerate(classes)}
-    return Images(name, split, classes, torch.tensor([label[c] for c in class_of]), paths=paths)
-
-
-def find_tree(name, root, split):
-    """-> the folder of a split and the name of the split, which is "all" for a folder of images
-    that lacks train/ or val/ (or test/)."""
+        hint = f"Expected {LAYOUT[name][0]}" if name in LAYOUT else "Labels are not needed"
+        raise FileNotFoundError(
+            f"No images under {folder}: looked for {' '.join(sorted(tree.readable_suffixes()))} in "
+            f"it and its subfolders{'; passed over: ' * bool(passed_over)}{passed_over}. {hint}")
+    relative = [path[len(folder):].lstrip(os.sep) for path in paths]
     if name in LAYOUT:
-        folder = {"train": "train", "test": "val"}[split] + ("2017" if name == "coco" else "")
-        places = (["coco", "", "coco/images", "images"] if name == "coco" else
-                  ["imagenet", "", "imagenet1k", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"])
-        places = [name] * (name in SUBSETS) + places
-        return find(name, root, *(os.path.join(place, folder) for place in places)), split
-    if os.path.isdir(name):
-        def existing(*places):
-            return list(filter(os.path.isdir, (os.path.join(name, place) for place in places)))
+        members = [(path, *path.split(os.sep)[:-1][:1]) for path in relative]
+        splits, notes = tree.label_splits({split: members})
+        notes.insert(0, f"{len(paths):,} images in {folder}{tree.describe_classes(splits)}")
+    else:
+        splits, notes = tree.find_splits(relative)
+    split = split if split in splits else "all"
+    found = splits[split]
+    if subset:
+        found.labels = [subset.index(path.split(os.sep)[0]) for path in found.paths]
+        found.classes, folders = list(subset), len(set(found.labels))
+        if folders < len(subset):
+            notes.append(f"only {folders} of the {len(subset)} classes are in {folder}")
+    if name == "imagenet" and not found.classes:
+        raise missing_error(name, folder)                  # the official val archive is flat
+    if passed_over:
+        notes.append(f"passed over: {passed_over}")
+    return Images(name, split, found.classes, found.labels and torch.tensor(found.labels),
+                  paths=[os.path.join(folder, path) for path in found.paths],
+                  notes=[f"{name}: {note}" for note in notes])
 
-        folders = {"train": existing("train"), "test": existing("val", "test")}
-        return (folders[split][0], split) if all(folders.values()) else (name, "all")
+
+def find_official_folder(name, root, split):
+    """The folder of a split of ImageNet or COCO."""
+    folder = {"train": "train", "test": "val"}[split] + ("2017" if name == "coco" else "")
+    places = (["coco", "", "coco/images", "images"] if name == "coco" else
+              ["imagenet", "", "imagenet1k", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"])
+    places = [name] * (name in SUBSETS) + places
+    return find(name, root, *(os.path.join(place, folder) for place in places))
+
+
+def find_folder(name):
+    """The folder of images of that path."""
+    if os.path.isdir(name):
+        return name
     if os.sep in name or name.startswith("."):
         raise FileNotFoundError(f"No folder {name}: give the path of a folder of images, or one of "
                                 f"{', '.join(NAMES)}")
@@ -377,17 +386,77 @@ def read_with_torchvision(name, root, split):
 
 
 # --------------------------------------------------------------------------------------------------
+# Messages
+
+
+@functools.cache
+def print_once(line, file=None):
+    """Prints a line to the file, by default stderr, unless it was printed there before."""
+    print(line, file=file or sys.stderr, flush=True)
+
+
+def report_unreadable(name, bad, total, what="images"):
+    """After a pass over `total` images: lists those that were left out because they cannot be read,
+    bad {path: error}; of many the first hundred."""
+    if bad:
+        files = tree.list_names([f"{path} ({error})" for path, error in bad.items()], 100)
+        print_once(f"left out {len(bad)} of {total} {what} of {name} that cannot be read: {files}")
+
+
+def check_readable(name, bad, total):
+    """Raises UnreadableImage if more than half of the image files of a pass cannot be read."""
+    if 2 * len(bad) > total:
+        path, error = next(iter(bad.items()))
+        raise UnreadableImage(f"{len(bad)} of {total} images of {name} cannot be read, for example "
+                              f"{path} ({error}): are these images?")
+
+
+# --------------------------------------------------------------------------------------------------
 # Decoding and resizing one image
 
 
-def read_image(path):
-    """-> Pillow image in RGB, also for gray, CMYK and palette files. The EXIF orientation is
-    ignored. ValueError for 16-bit and float images."""
-    with Image.open(path) as image:
+def read_image(path, upright=True):
+    """-> Pillow image in RGB, also for gray, CMYK and palette files; of several frames the first.
+
+    Transparent pixels are blended with white: the color that a file has under full transparency is
+    arbitrary. upright: turned as its EXIF orientation states (photos of phones); not for images
+    with annotations, whose coordinates are those of the stored pixels. ValueError for 16-bit and
+    float images and for more pixels than Pillow allows.
+    """
+    with open_image(path) as image:
         if image.mode[0] in "IF":              # Pillow would clip them at 255
             raise ValueError(f"more than 8 bits per color (mode {image.mode}): convert it")
         image.load()
+        if upright and orientation_of(image) > 1:
+            image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextlib.contextmanager
+def open_image(path):
+    """The Pillow image of a file, of which only the header is read yet."""
+    with warnings.catch_warnings():            # about damaged EXIF data and about large images
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(path) as image:
+                yield image
+        except UnidentifiedImageError:         # its message repeats the path
+            raise UnidentifiedImageError("cannot identify the image format") from None
+        except Image.DecompressionBombError:
+            raise ValueError(f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: cut it into "
+                             f"parts") from None
+
+
+def orientation_of(image):
+    """EXIF orientation, 1 (upright) to 8; 1 if there is none or it is damaged."""
+    try:
+        number = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return number if number in range(1, 9) else 1
+    except Exception:                          # damaged EXIF data can raise any exception
+        return 1
 
 
 def read_pixels(path):
@@ -397,13 +466,14 @@ def read_pixels(path):
     removed): the pixels are the same, there is one copy less, and the loader is a quarter (10
     crops) to a third (1 crop) faster.
     """
-    try:
-        from torchvision.io import decode_jpeg, read_file  # here: they are slow to import
-        x = decode_jpeg(read_file(path))
-        if len(x) == 3:                                    # Pillow converts gray and CMYK
-            return x.permute(1, 2, 0)
-    except Exception:                                      # not a JPEG, or damaged: as Pillow
-        pass
+    with open_image(path) as image:            # before decoding: images that are too large
+        plain = image.format == "JPEG" and image.mode == "RGB" and orientation_of(image) == 1
+    if plain:
+        try:
+            from torchvision.io import decode_jpeg, read_file  # here: they are slow to import
+            return decode_jpeg(read_file(path)).permute(1, 2, 0)
+        except Exception:                      # damaged: as Pillow
+            pass
     return torch.from_numpy(np.array(read_image(path)))
 
 

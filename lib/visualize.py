@@ -30,24 +30,29 @@ def knn(run, encoder, bank, queries, k=10):
     without a class token the mean patch token takes its place. If only some of the processes can
     read all images, {} is returned in all of them."""
     def embed(images):
-        """Class tokens and mean patch tokens, (2, images, D)."""
-        parts = []
-        for x, _ in data.batches(images, run.cfg.img_size, device=run.device,
-                                 workers=run.cfg.workers):
+        """Class tokens and mean patch tokens (2, n, D) of the images that can be read, and their
+        labels (n,), if there are any."""
+        parts, numbers = [], []
+        for x, index in data.batches(images, run.cfg.img_size, device=run.device,
+                                     workers=run.cfg.workers):
             with run.autocast():
                 cls, patches = encoder.split(encoder(x))
             pat = patches.float().mean(1)
             parts.append(torch.stack([pat if cls is None else cls.float(), pat]))
-        return torch.cat(parts, 1)
+            numbers.append(index)
+        labels = images.labels
+        return torch.cat(parts, 1), None if labels is None else labels.to(run.device)[
+            torch.cat(numbers)]
 
     found = {}
     with run.evaluation(encoder):
-        known = embed(bank)
-        found["feat_std"] = F.normalize(known[0], dim=-1).std(0).mean() * known.shape[2]**0.5
+        known, labels = embed(bank)
+        if known.shape[1] > 1:                           # one image has no standard deviation
+            found["feat_std"] = F.normalize(known[0], dim=-1).std(0).mean() * known.shape[2]**0.5
         labeled = bank.labels is not None and queries.labels is not None
         if labeled and bank.classes == queries.classes and bank.split != queries.split:
-            labels, truth = bank.labels.to(run.device), queries.labels.to(run.device)
-            for name, b, q in zip(("knn", "knn_patch"), known, embed(queries)):
+            tokens, truth = embed(queries)
+            for name, b, q in zip(("knn", "knn_patch"), known, tokens):
                 right = metrics.knn(b, labels, q, k=(k,))[k] == truth
                 found[name] = 100 * right.float().mean()
     # All processes must log the same names, or they would wait for each other forever. If only some

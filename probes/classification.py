@@ -8,6 +8,7 @@ checkpoint's own classifier.
 
 The heads and their training are in probes/heads.py.
 """
+import contextlib
 import functools
 
 import torch
@@ -242,7 +243,11 @@ def few_shot(model: Model, opt: Options) -> Report:
 
 
 def images_are_square(model, opt):
-    """Whether the first image file is square. Then all are taken to be, and none is cropped."""
+    """Whether the first image file that can be read is square. Then all are taken to be, and none
+    is cropped."""
     paths = load_split(opt.data, opt.data_root, "test", model.img_size, opt.limit,
                        model.device).paths
-    return bool(paths) and len(set(datasets.read_image(paths[0]).size)) == 1
+    for path in paths or ():
+        with contextlib.suppress(Exception):             # a damaged file can raise any exception
+            return len(set(datasets.read_image(path).size)) == 1
+    return False

@@ -16,6 +16,7 @@ All of them then compute the same vote, ranking or head: waiting for one process
 and no result has to be sent.
 """
 import functools
+import sys
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -389,7 +390,7 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
     or indices of the images. names: the features to keep; if a model has none of them (pixels have
     no class token), all of its features are kept. encode: encoder, x -> features. total: number of
     images, for the progress bar. key: describes the images; with --cache they are encoded once.
-    ValueError: no images, features that are not finite, an image that cannot be read.
+    ValueError: no images, features that are not finite, most images cannot be read.
     """
     encode = encode if model.encoder else pixel_features
     path = cache_path(model, opt, encode, key)
@@ -407,7 +408,7 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
                 features.setdefault(name, []).append(value if name == "tokens" else value.float())
             features.setdefault("numbers", []).append(number.to(x.device))
             bar.update(len(x) * distributed.world_size())
-    except (ValueError, FileNotFoundError) as e:         # an image that cannot be read
+    except (ValueError, FileNotFoundError) as e:         # images that cannot be read
         error = e
     bar.close()
     for problem in filter(None, gather_objects(error)):  # in all processes, or some would wait
@@ -501,15 +502,18 @@ def hash_settings(model, opt, what):
 
 @functools.lru_cache                                     # several models use the same images
 def load_split(name, root, split, img_size, limit, device):
-    return datasets.load_images(name, root, split, img_size, limit, device, hold_out=True)
+    images = datasets.load_images(name, root, split, img_size, limit, device, hold_out=True)
+    for note in images.notes:
+        datasets.print_once(f"note: {note}", sys.stdout)             # of the first process only
+    return images
 
 
 def load_labeled(model, opt, split):
     """A split whose images have labels (datasets.Images), and its number of classes.
 
-    Each split numbers its own classes, so training and test images must have the same classes.
-    few_shot trains nothing and does not load the training split.
-    ValueError: no labels; other classes in train than in test.
+    Splits without a common class number their own classes: both must have the same ones. few_shot
+    trains nothing and does not load the training split.
+    ValueError: no labels; no class of train is in test.
     """
     if opt.data in LAYOUT and opt.data not in datasets.NAMES:
         raise ValueError(f"{opt.task} needs images with one class each, and {opt.data} has none: "

@@ -215,15 +215,17 @@ def test_accuracy(net, tests, model, opt):
     images = replace(tests, labels=tests.labels[part], paths=tests.paths and tests.paths[part],
                      pixels=None if tests.paths else tests.pixels[part])
     net.eval()
-    scores = []
-    for x, _ in data.batches(images, model.img_size, opt.batch_size, model.device, mean=model.mean,
-                             std=model.std, workers=opt.workers,
-                             interpolation=model.interpolation):
+    scores, numbers = [], []
+    for x, index in data.batches(images, model.img_size, opt.batch_size, model.device,
+                                 mean=model.mean, std=model.std, workers=opt.workers,
+                                 interpolation=model.interpolation):
         with model.autocast():
             scores.append(net(x).float())
+        numbers.append(index)
     net.train()
-    percent = metrics.accuracy(torch.cat(scores), images.labels.to(model.device))
-    correct = torch.tensor([*percent, 1.0], dtype=torch.float64, device=model.device) * len(images)
+    labels = images.labels.to(model.device)[torch.cat(numbers)]
+    percent = metrics.accuracy(torch.cat(scores), labels)
+    correct = torch.tensor([*percent, 1.0], dtype=torch.float64, device=model.device) * len(labels)
     correct = distributed.all_mean(correct)
     return (correct[:2] / correct[2]).tolist()
 

@@ -282,8 +282,9 @@ def test_every_fifth_image_of_a_folder_without_splits_is_a_test_image(tmp_path, 
     test, truth, _ = common.extract_features(model, opt, "test", ["patch"])
     assert (len(labels), len(truth)) == (16, 4) and truth.tolist() == [0, 0, 1, 1]
     assert torch.cdist(test["patch"], train["patch"]).min() > 1e-4        # no image is in both
-    notes = capsys.readouterr().err.splitlines()         # each split once, and nothing else
-    assert len(notes) == 2 and "4 of its 20 images" in notes[0] and "16 of its 20" in notes[1]
+    notes = capsys.readouterr().out.splitlines()         # each split once, and nothing else
+    assert len(notes) == 2 and "20 images; 2 classes: a, b" in notes[0]
+    assert "learn from 16 and are tested on 4" in notes[1]
     opt = dataclasses.replace(opt, limit=3)                               # of each, evenly spaced
     subset, _, _ = common.extract_features(model, opt, "train", ["patch"])
     torch.testing.assert_close(subset["patch"], train["patch"][[0, 5, 10]])
@@ -291,20 +292,25 @@ def test_every_fifth_image_of_a_folder_without_splits_is_a_test_image(tmp_path, 
     torch.testing.assert_close(subset["patch"], test["patch"][[0, 1, 2]])
 
 
-def test_training_and_test_images_need_the_same_classes(tmp_path):
+def test_training_and_test_images_need_classes_in_common(tmp_path):
     for i, folder in enumerate(["train/a", "train/b", "train/c", "val/a", "val/c"]):
         (tmp_path / folder).mkdir(parents=True)
         for n in range(16):
             image = torch.full((32, 32, 3), 40 * i + n, dtype=torch.uint8).numpy()
             Image.fromarray(image).save(tmp_path / folder / f"{n}.png")
     model, opt = make_model(make_encoder()), make_options("linear", "--data", str(tmp_path))
+    for split, labels in (("train", [0, 1, 2]), ("test", [0, 2])):   # b has no test images
+        images, num_classes = common.load_labeled(model, opt, split)
+        assert images.labels.unique().tolist() == labels and num_classes == 3
+    for name in "ac":
+        (tmp_path / "val" / name).rename(tmp_path / "val" / f"other {name}")
+    common.load_split.cache_clear()
     with pytest.raises(ValueError, match=r"different classes \(3 and 2\), and linear needs"):
         common.load_labeled(model, opt, "train")
     opt = make_options("few_shot", "--data", str(tmp_path))     # uses the test split only
     assert common.extract_features(model, opt, "test", ["cls"])[2] == 2
-    for path in tmp_path.glob("val/c/*"):
-        path.rename(tmp_path / "val/a" / f"{path.stem}b.png")
-    (tmp_path / "val/c").rmdir()                         # a folder without classes: no labels
+    for path in tmp_path.glob("val/*/*"):
+        path.rename(tmp_path / "val" / f"{path.parent.name}-{path.name}")
     common.load_split.cache_clear()
     with pytest.raises(ValueError, match="has no labels, and few_shot needs them"):
         common.load_labeled(model, opt, "test")

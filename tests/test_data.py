@@ -217,9 +217,25 @@ def test_batches_of_sets_in_memory_are_whole_images():
         next(data.batches(images, 32, resize=20))
 
 
-def test_batches_report_an_unreadable_file(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_leave_out_unreadable_files_and_list_all_of_them(tmp_path, capsys, workers):
     images = datasets.load_images(write_tree(tmp_path))
-    open(images.paths[2], "wb").write(b"\xff\xd8 no")
-    for workers in (0, 1):
-        with pytest.raises(datasets.UnreadableImage, match="^Cannot read .*n01_2.JPEG"):
-            list(data.batches(images, 16, workers=workers))
+    whole = [x for x, _ in data.batches(images, 16, batch_size=12, workers=workers)][0]
+    bad = [2, 4, 5, 11]                                    # 4 and 5: a whole batch
+    for number in bad:
+        open(images.paths[number], "wb").write(b"\xff\xd8 no")
+    good = [number for number in range(12) if number not in bad]
+    seen = list(data.batches(images, 16, batch_size=2, workers=workers))
+    assert torch.cat([index for _, index in seen]).tolist() == good and len(seen) == 5
+    assert torch.equal(torch.cat([x for x, _ in seen]), whole[good])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("left out 4 of 12 images of")
+    assert all(images.paths[number] in line for number in bad)
+    list(data.batches(images, 16, batch_size=2, workers=workers))
+    assert capsys.readouterr().err == ""                   # once is enough
+    next(data.batches(images, 16, batch_size=3, workers=workers))      # as for a visualization
+    assert "left out 1 of 3" in capsys.readouterr().err
+    for number in good[:3]:
+        open(images.paths[number], "wb").write(b"")
+    with pytest.raises(datasets.UnreadableImage, match="7 of 12 images of .* cannot be read, for"):
+        list(data.batches(images, 16, batch_size=2, workers=workers))

@@ -116,6 +116,7 @@ def test_image_beyond_the_limit_and_beyond_the_data_set(tmp_path):
     assert not missing and queries == [49 * i + 24 for i in (4, 5, 6)]
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
+    (tmp_path / "train/0.png").touch()                       # not read
     for i in range(5):
         Image.new("RGB", (40, 40), (50 * i, 0, 0)).save(tmp_path / f"val/{i}.png")
     flags += ["--data", str(tmp_path)]
@@ -434,6 +435,7 @@ def test_tsne_reads_six_images_of_three_classes_of_all_files(tmp_path, monkeypat
         for i in range(6 if c > 1 else 5):
             (tmp_path / f"val/{c:03}/{i}.png").touch()
     (tmp_path / "train/000").mkdir(parents=True)
+    (tmp_path / "train/000/0.png").touch()
     read = []
 
     def read_image(path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from lib import augment, datasets, distributed, visualize
@@ -51,9 +52,30 @@ def test_knn_needs_two_splits_of_the_same_classes(monkeypatch):
                          (bank, replace(tests, labels=None)),  # a flat val/
                          (bank, replace(tests, classes=["a", "c"]))):
         assert set(visualize.knn(run, net, known, queries)) == {"feat_std"}
+    assert set(visualize.knn(run, net, replace(bank, labels=None, pixels=pixels[:1]),
+                             tests)) == set()              # one image has no standard deviation
     assert net.training
     monkeypatch.setattr(distributed, "all_mean", lambda x: x / 2)       # another process could not
     assert visualize.knn(run, net, bank, tests) == {}
+
+
+def test_knn_keeps_labels_and_images_together_if_a_file_is_unreadable(tmp_path, monkeypatch):
+    """The color of an image is its class; without its label an image would shift the others'."""
+    cfg = SimpleNamespace(workers=0, img_size=16)
+    run = SimpleNamespace(device=torch.device("cpu"), cfg=cfg, autocast=contextlib.nullcontext)
+    run.paused, run.evaluation = contextlib.nullcontext, lambda net: Run.evaluation(run, net)
+    net = Lookup(torch.eye(2), torch.eye(2)[:, None])
+    labels = torch.tensor([0, 1] * 6)
+    paths = []
+    for i, label in enumerate(labels.tolist()):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.new("RGB", (16, 16), (label,) * 3).save(paths[-1])
+    for i in (2, 9):                                       # one of the bank, one query
+        open(paths[i], "w").close()
+    bank = datasets.Images("x", "train", ["a", "b"], labels[:8], paths=paths[:8])
+    tests = replace(bank, split="test", labels=labels[8:], paths=paths[8:])
+    found = visualize.knn(run, net, bank, tests, k=1)
+    assert (found["knn"], found["knn_patch"]) == (100, 100)
 
 
 @pytest.mark.parametrize("P, entropy, mi", [

@@ -1,0 +1,239 @@
+"""Folders of images as people have them: which files are images, which folders are splits, which
+are classes, and what is passed over. docs/datasets.md has the rules in a table.
+
+    paths, passed = list_images("/data/photos")          # sorted; {reason: Counter of names}
+    describe_passed(passed)                              # "other files: .txt (3), .zip (1)"
+    splits, notes = find_splits(relative_paths)          # {"train": Split, "test": Split}
+    splits["train"].paths, splits["train"].labels, splits["train"].classes
+"""
+import functools
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from PIL import Image
+
+# Endings of image files; those that Pillow does not read here are passed over.
+SUFFIXES = """.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm
+.pnm .tga .pcx .qoi .avif .jp2 .j2k .jpf .jpx .heic .heif .hif .jxl .dng .cr2 .cr3 .nef .arw .raf
+.orf .rw2 .svg""".split()
+SYSTEM_FOLDERS = {"@eadir", "@tmp", "#recycle", "@recycle", "__macosx", "$recycle.bin",
+                  "system volume information", "lost+found", "__pycache__"}
+RUN_FILES = {"metrics.jsonl", "encoder.pt", "last.pt", "results.jsonl"}    # in a run's folder
+TRAIN = ("train", "training")                        # names of split folders, in any case
+TEST = ("val", "valid", "validation", "dev", "test", "testing")      # the first one is used
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+@functools.cache
+def readable_suffixes():
+    """The endings of image files that Pillow reads here."""
+    kinds = Image.registered_extensions()                # imports all of Pillow's plugins
+    return frozenset(s for s in SUFFIXES if kinds.get(s) in {*Image.OPEN, "MPO"})
+
+
+def list_images(folder, only=None):
+    """The images in a folder and its subfolders, each once -> sorted paths, what is passed over.
+
+    The latter is {reason: Counter of endings or names}: hidden and system folders, output of runs,
+    files that are no images, and links to what is listed already. `only`: names of the subfolders
+    that are read, instead of everything. Folders are read before links to folders, so that an
+    image that can be reached in two ways has the path without a link.
+    """
+    paths, linked_files, real_paths = [], [], set()
+    passed, seen = defaultdict(Counter), set()
+    folders, linked_folders = [(folder, os.path.realpath(folder))], []
+    while folders or linked_folders:
+        here, real = folders.pop() if folders else linked_folders.pop(0)
+        if real in seen:
+            passed["links to what is listed already"][os.path.basename(here)] += 1
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(here) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError:
+            passed["folders that cannot be opened"][os.path.relpath(here, folder)] += 1
+            continue
+        for entry in entries:
+            if here == folder and only is not None and entry.name not in only:
+                continue
+            kind = kind_of(entry)
+            if kind == "folder":
+                if is_hidden(entry.name):
+                    passed["hidden or system folders"][entry.name] += 1
+                elif has_output(entry.path):
+                    passed["output of runs"][os.path.relpath(entry.path, folder)] += 1
+                elif entry.is_symlink():
+                    linked_folders.append((entry.path, os.path.realpath(entry.path)))
+                else:
+                    folders.append((entry.path, os.path.join(real, entry.name)))
+                continue
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                passed["hidden files"]["._*" if entry.name.startswith("._") else entry.name] += 1
+            elif kind is None:
+                passed["broken links and special files"][suffix or "no ending"] += 1
+            elif suffix not in readable_suffixes():
+                reason = ("images that cannot be read here, convert them to JPEG or PNG"
+                          if suffix in SUFFIXES else "other files")
+                passed[reason][suffix or "no ending"] += 1
+            elif entry.is_symlink():
+                linked_files.append(entry.path)
+            else:
+                paths.append(entry.path)
+                real_paths.add(os.path.join(real, entry.name))
+    for path in sorted(linked_files):
+        if (real := os.path.realpath(path)) in real_paths:
+            passed["links to what is listed already"][os.path.basename(path)] += 1
+        else:
+            paths.append(path)
+            real_paths.add(real)
+    return sorted(paths), dict(passed)
+
+
+def kind_of(entry):
+    """"folder", "file", or None for a broken link, a link to itself or a special file."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else None
+    except OSError:
+        return None
+
+
+def is_hidden(name):
+    return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS
+
+
+def has_output(folder):
+    """Whether a folder is that of a run, or the folder `out` of several runs."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    return not RUN_FILES.isdisjoint(names) or os.path.basename(folder) == "out" and any(
+        os.path.exists(os.path.join(folder, name, file)) for name in names for file in RUN_FILES)
+
+
+def describe_passed(passed):
+    """What `list_images` passed over, in words; "" if nothing."""
+    return "; ".join(f"{reason}: {list_counts(names)}" for reason, names in sorted(passed.items()))
+
+
+def list_counts(counts):
+    rows = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
+    return list_names([f"{name} ({n:,})" for name, n in rows])
+
+
+def list_names(names, most=10):
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+# --------------------------------------------------------------------------------------------------
+# Splits and classes
+
+
+@dataclass
+class Split:
+    """Images of a split. labels: indices of `classes`, -1 for an image in no class folder; both are
+    None if there are fewer than two classes."""
+    paths: list
+    labels: list | None = None
+    classes: list | None = None
+
+
+def find_splits(paths):
+    """Relative paths of a folder's images -> {"train": Split, "test": Split} or {"all": Split}, and
+    sentences that describe them. ValueError: two folders for training.
+
+    Folders that contain nothing but one subfolder are skipped. There are two splits if there is a
+    folder for each. If there are split folders for one of them only and no others, the class of an
+    image is the folder below these; else it is the first folder of its path.
+    """
+    folders = [tuple(path.split(os.sep)[:-1]) for path in paths]
+    shared = len(os.path.commonprefix(folders))
+    folders = [folder[shared:] for folder in folders]
+    tops = {folder[0] for folder in folders if folder}
+    train = sorted(name for name in tops if name.lower() in TRAIN)
+    test = sorted((name for name in tops if name.lower() in TEST),
+                  key=lambda name: (TEST.index(name.lower()), name))
+    if not (train and test):
+        start = int(bool(tops) and tops == {*train, *test})
+        members = [(path, *folder[start:start + 1]) for path, folder in zip(paths, folders)]
+        splits, notes = label_splits({"all": members})
+        return splits, [f"{len(paths):,} images{describe_classes(splits)}", *notes]
+    if len(train) > 1:
+        raise ValueError(f"{' and '.join(train)} are both folders of training images: merge them "
+                         f"or rename one")
+    members, beside = {train[0]: [], test[0]: []}, Counter()
+    for path, folder in zip(paths, folders):
+        if folder and folder[0] in members:
+            members[folder[0]].append((path, *folder[1:2]))
+        else:
+            beside[f"{folder[0]}/" if folder else os.path.basename(path)] += 1
+    splits, notes = label_splits(members)
+    counts = ", ".join(f"{len(split.paths):,} images in {name}/" for name, split in splits.items())
+    if beside:
+        notes.append(f"not used, as they are beside {train[0]}/ and {test[0]}/: images in "
+                     f"{list_counts(beside)}")
+    return (dict(zip(("train", "test"), splits.values())),
+            [counts + describe_classes(splits), *notes])
+
+
+def label_splits(members):
+    """{name: [(path,) or (path, class), ...]} -> {name: Split}, and notes on what is unusual.
+
+    The splits have the same list of classes if they have a class in common. Names that differ only
+    in Unicode composition are one class; names that differ in case are one if neither split has
+    both.
+    """
+    names = {split: {unicode_name(row[1]) for row in rows if len(row) > 1}
+             for split, rows in members.items()}
+    notes, alias = [], {}
+    first, last = next(iter(names)), next(reversed(names))
+    for name in sorted(names[last] - names[first]):
+        same = [other for other in names[first] - names[last]
+                if other.casefold() == name.casefold()]
+        if len(same) == 1:
+            alias[name] = same[0]
+            notes.append(f"{last}/{name} has the class of {first}/{same[0]}")
+    names[last] = {alias.get(name, name) for name in names[last]}
+    if names[first] & names[last]:
+        for split, other in ((first, last), (last, first)):
+            if missing := sorted(names[other] - names[split]):
+                notes.append(f"classes without images in {split}/: {list_names(missing)}")
+        names = dict.fromkeys(names, names[first] | names[last])
+    elif names[first] and names[last]:
+        notes.append(f"{first}/ and {last}/ have no class in common")
+    elif len(names[first] | names[last]) > 1:
+        notes.append(f"no class folders in {last if names[first] else first}/, so its images have "
+                     f"no labels")
+    splits = {}
+    for split, rows in members.items():
+        classes = sorted(names[split]) if len(names[split]) > 1 else None
+        labels, paths = None, [row[0] for row in rows]
+        if classes:
+            index = {name: i for i, name in enumerate(classes)} | {
+                name: classes.index(other) for name, other in alias.items() if other in classes}
+            labels = [index[unicode_name(row[1])] if len(row) > 1 else -1 for row in rows]
+            if alone := [path for path, label in zip(paths, labels) if label < 0]:
+                notes.append(f"images in no class folder, which kNN and probes leave out: "
+                             f"{list_names(alone, 3)}")
+        splits[split] = Split(paths, labels, classes)
+    return splits, notes
+
+
+def unicode_name(folder):
+    """A folder's name in the composed form (NFC): macOS decomposes letters with accents."""
+    return unicodedata.normalize("NFC", folder)
+
+
+def describe_classes(splits):
+    classes = {tuple(split.classes) for split in splits.values() if split.classes}
+    if not classes:
+        return "; no labels, as there are no class folders (kNN and most probes need them)"
+    return "; " + "; ".join(f"{len(names):,} classes: {list_names(names)}"
+                            for names in sorted(classes))
