@@ -3,6 +3,7 @@
     path = find_path("coco", root, "coco/annotations/instances_val2017.json")
     with name_damaged_file("coco", path), open(path) as file:      # any error names path and layout
         content = json.load(file)
+    for image, label in read_images("coco", items):    # of (path, label): those that can be read
 
 Shared by probes/annotations.py and probes/label_maps.py.
 """
@@ -10,7 +11,7 @@ import importlib
 from contextlib import contextmanager
 
 import torch
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tensor, resize
 
 from lib import datasets
 
@@ -77,20 +78,73 @@ def list_prefixes(*folders):
 
 @contextmanager
 def name_damaged_file(name, path):
-    """Turns any error inside into a ValueError that names the annotation file and the layout."""
+    """Turns any error inside into a ValueError that names the annotation file and the layout.
+
+    Yields a dict, to which the code inside adds the item that it reads, such as
+    place["annotation"] = 7: the message names it."""
+    place = {}
     try:
-        yield
+        yield place
     except Exception as error:              # damaged files can raise any exception
+        item = ", ".join(f"{kind} {which}" for kind, which in place.items())
         raise ValueError(f"{path} is damaged or does not have the format of {name} "
-                         f"({type(error).__name__}: {error}): expected {LAYOUT[name][0]}") from None
+                         f"({item}{': ' * bool(item)}{type(error).__name__}: {error}): expected "
+                         f"{LAYOUT[name][0]}") from None
 
 
 def load_image(path):
-    """-> (3, height, width) uint8 RGB. ValueError names a file that cannot be read."""
+    """-> (3, height, width) uint8 RGB, not turned by EXIF, as annotations count stored pixels.
+    UnreadableImage, a ValueError, names a file that cannot be read."""
     try:
-        return pil_to_tensor(datasets.read_image(path))
-    except Exception as error:
-        raise ValueError(f"cannot read {path}: {error}; restore the file") from None
+        return pil_to_tensor(datasets.read_image(path, upright=False))
+    except Exception as error:              # a damaged file can raise any exception
+        raise datasets.UnreadableImage(f"cannot read {path}: {error}; restore the file") from error
+
+
+def read_images(name, items):
+    """(path, ...) of each image -> (image (3, height, width) uint8, path, ...) of those that can be
+    read. The others are listed on stderr at the end. UnreadableImage: more than half of them."""
+    bad, seen = {}, 0
+    try:
+        for path, *rest in items:
+            seen += 1
+            try:
+                image = load_image(path)
+            except datasets.UnreadableImage as error:
+                bad[path] = str(error.__cause__)
+                continue
+            yield image, path, *rest
+    finally:                                # also if only some images are taken
+        datasets.report_unreadable(name, bad, seen)
+    datasets.check_readable(name, bad, seen)
+
+
+def match_size(name, image, path, width, height):
+    """The image at the width and height of its annotation (None: unknown).
+
+    Annotation tools show photos upright: if only the upright image fits, it is taken. An image that
+    was resized on disk is resized back, so that coordinates and areas fit. ValueError: the
+    proportions differ."""
+    if None in (width, height) or image.shape[1:] == (height, width):
+        return image
+    upright = pil_to_tensor(datasets.read_image(path))
+    if upright.shape[1:] == (height, width):
+        return upright
+    for x in (image, upright):
+        h, w = x.shape[1:]
+        if abs(w * height - h * width) <= width + height:            # sides are rounded to pixels
+            datasets.print_once(f"note: images of {name} have another size on disk than in their "
+                                f"annotation: they are resized to that of the annotation")
+            return resize(x, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    raise ValueError(f"{path} has {image.shape[2]} x {image.shape[1]} pixels and its annotation "
+                     f"{width} x {height}, other proportions: restore the original image")
+
+
+def check_inside(path, width, height, x, y):
+    """ValueError if the annotation extends to (x, y), clearly outside of the image."""
+    if x > 1.1 * width or y > 1.1 * height:
+        raise ValueError(f"{path} has {width} x {height} pixels, but its annotation extends to "
+                         f"x {x:.0f}, y {y:.0f}: was it resized? restore the original image")
 
 
 def read_ids(name, path):

@@ -29,18 +29,21 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from lib import datasets, toy
+from lib import datasets, toy, tree
 from probes import label_maps
 from probes.annotation_files import (
     COCO_CLASSES,
     COCO_IDS,
     LAYOUT,
+    check_inside,
     find_path,
     import_optional,
     list_prefixes,
     load_image,
+    match_size,
     name_damaged_file,
     read_ids,
+    read_images,
     select_evenly,
     to_corners,
 )
@@ -243,9 +246,7 @@ def cue_conflict(root=None):
     folder = find_path("cue-conflict", root, "cue-conflict", "cue_conflict",
                        "style-transfer-preprocessed-512",
                        "stimuli/style-transfer-preprocessed-512")
-    paths = sorted(os.path.join(parent, file)
-                   for parent, _, files in os.walk(folder, followlinks=True)
-                   for file in files if file.lower().endswith(".png") and file[0] != ".")
+    paths = [path for path in tree.list_images(folder)[0] if path.lower().endswith(".png")]
     if not paths:
         raise datasets.missing_error("cue-conflict", folder, LAYOUT)
     pairs = []
@@ -308,26 +309,40 @@ def read_cub(root, split, limit, size):
     paths = [find_path("cub", root, f"CUB_200_2011/{file}", file) for file in files]
     images, trains, boxes, parts = (read_rows("cub", path) for path in paths)
     folder = os.path.dirname(paths[0])
-    with name_damaged_file("cub", folder):
-        chosen = [number for number in images
-                  if split is None or trains[number] == [["1" if split == "train" else "0"]]]
-    for number in select_evenly(chosen, limit):
-        with name_damaged_file("cub", folder):
-            [[file]], [box] = images[number], boxes[number]
-            point = {int(part): [float(x), float(y), 2 * int(visible)]
-                     for part, x, y, visible in parts[number]}
-            points = torch.tensor([[point[i + 1] for i in range(len(CUB_PARTS))]])
-            box = to_corners([[float(side) for side in box]])
-        yield KeypointImage(number, load_image(os.path.join(folder, "images", file)), points, box,
-                            areas=None, crowd=torch.zeros(1, dtype=torch.bool))
+    with name_damaged_file("cub", folder) as place:
+        chosen = []
+        for number in images:
+            place["image"] = number
+            if split is None or trains[number] == [["1" if split == "train" else "0"]]:
+                chosen.append(number)
+
+    def parse():
+        """-> path, number, keypoints and box of each bird."""
+        for number in select_evenly(chosen, limit):
+            with name_damaged_file("cub", folder) as place:
+                place["image"] = number
+                [[file]], [box] = images[number], boxes[number]
+                point = {int(part): [float(x), float(y), 2 * int(visible)]
+                         for part, x, y, visible in parts[number]}
+                points = torch.tensor([[point[i + 1] for i in range(len(CUB_PARTS))]])
+                box = to_corners([[float(side) for side in box]])
+            yield os.path.join(folder, "images", file), number, points, box
+
+    for image, path, number, points, box in read_images("cub", parse()):
+        corner = torch.cat([box[:, 2:], points[0, :, :2]]).amax(0)
+        check_inside(path, image.shape[2], image.shape[1], *corner.tolist())
+        yield KeypointImage(number, image, points, box, areas=None,
+                            crowd=torch.zeros(1, dtype=torch.bool))
 
 
 def read_rows(name, path):
     """A text file of lines `number word ...` -> {number: [words of a line, of the next, ...]}."""
     rows = {}
-    with name_damaged_file(name, path), open(path, encoding="utf-8") as lines:
-        for number, *words in filter(None, map(str.split, lines)):
-            rows.setdefault(int(number), []).append(words)
+    with name_damaged_file(name, path) as place, open(path, encoding="utf-8") as lines:
+        for line, words in enumerate(map(str.split, lines), 1):
+            place["line"] = line
+            if words:
+                rows.setdefault(int(words[0]), []).append(words[1:])
     return rows
 
 
@@ -349,41 +364,59 @@ def read_coco(kind, root, split, limit, size, order=None):
     folder = find_path("coco", root, *(at + year for at in (
         "coco/", "", "coco/images/", "images/")))
     rows = read_coco_json(path)
-    with name_damaged_file("coco", path):   # images without keypoints, half of them, are not read
-        rows = [row for row in rows if not people or any(a["num_keypoints"] for a in row[2])]
-    for number, file, annotations in select_evenly(rows, limit, order):
-        with name_damaged_file("coco", path):
-            values = dict(
-                boxes=to_corners([a["bbox"] for a in annotations]),
-                areas=torch.tensor([a["area"] for a in annotations], dtype=torch.float32),
-                crowd=torch.tensor([a["iscrowd"] for a in annotations], dtype=torch.bool))
-            if people:
-                points = torch.tensor([a["keypoints"] for a in annotations], dtype=torch.float32)
-                values["points"] = points.view(len(annotations), 17, 3)
-            else:
-                values["labels"] = torch.tensor([LABELS[a["category_id"]] for a in annotations],
-                                                dtype=torch.int64)
-        image = load_image(os.path.join(folder, file))
+    if people:                              # images without keypoints, half of them, are not read
+        rows = [row for row in rows if any(parse_coco(path, row, lambda a: a["num_keypoints"]))]
+    items = ((os.path.join(folder, row[0]), row) for row in select_evenly(rows, limit, order))
+    for image, image_path, row in read_images("coco", items):
+        _, about, annotations = row
+        image = match_size("coco", image, image_path, about.get("width"), about.get("height"))
+        shape, n = image.shape[1:], len(annotations)
+        values = dict(
+            boxes=torch.cat([to_corners([]),
+                             *parse_coco(path, row, lambda a: to_corners([a["bbox"]]))]),
+            areas=torch.tensor(parse_coco(path, row, lambda a: float(a["area"]))),
+            crowd=torch.tensor(parse_coco(path, row, lambda a: bool(a["iscrowd"])),
+                               dtype=torch.bool))
+        if people:
+            points = parse_coco(path, row, lambda a: torch.tensor(a["keypoints"]).view(17, 3))
+            values["points"] = torch.stack(points).float()
+        else:
+            values["labels"] = torch.tensor(
+                parse_coco(path, row, lambda a: LABELS[a["category_id"]]), dtype=torch.int64)
         if kind is MaskImage:
-            shape = image.shape[1:]
-            with name_damaged_file("coco", path):
-                values["masks"] = torch.stack(
-                    [decode_mask(a["segmentation"], shape) for a in annotations] or
-                    [torch.zeros(shape, dtype=torch.bool)])[:len(annotations)]
-        yield kind(id=number, image=image, **values)
+            found = parse_coco(path, row, lambda a, shape=shape: decode_mask(a["segmentation"],
+                                                                             shape))
+            values["masks"] = torch.stack(found or [torch.zeros(shape, dtype=torch.bool)])[:n]
+        yield kind(id=about["id"], image=image, **values)
+
+
+def parse_coco(path, row, function):
+    """-> function(annotation) of each annotation of an image. row: as in `read_coco_json`. An error
+    names file, image and annotation."""
+    values = []
+    with name_damaged_file("coco", path) as place:
+        place["image"] = row[0]
+        for annotation in row[2]:
+            place["annotation"] = annotation.get("id")
+            values.append(function(annotation))
+    return values
 
 
 @lru_cache(maxsize=2)                       # hundreds of megabytes: parsed once
 def read_coco_json(path):
-    """-> [(id of the image, file name, its annotations), ...] of instances or keypoints, sorted by
-    file name as in datasets.load_images, so that --limit takes the same images as there (except of
-    keypoints, where images without any are left out first)."""
-    with name_damaged_file("coco", path), open(path, encoding="utf-8") as file:
-        content = json.load(file)
-        rows = {image["id"]: (image["id"], image["file_name"], []) for image in content["images"]}
+    """-> [(file name, its entry in `images`, its annotations), ...] for each image of instances or
+    keypoints, sorted by file name as in datasets.load_images, so that --limit takes the same images
+    as there (except of keypoints, where images without any are left out first)."""
+    with name_damaged_file("coco", path) as place, open(path, encoding="utf-8") as file:
+        content, rows = json.load(file), {}
+        for number, image in enumerate(content["images"], 1):
+            place["image number"] = number
+            rows[image["id"]] = str(image["file_name"]), image, []
+        place.clear()
         for annotation in content["annotations"]:
+            place["annotation"] = annotation.get("id")
             rows[annotation["image_id"]][2].append(annotation)
-        return sorted(rows.values(), key=lambda row: row[1])
+        return sorted(rows.values(), key=lambda row: row[0])
 
 
 def decode_mask(segmentation, shape):
@@ -415,8 +448,8 @@ def read_label_maps(name, list_files, level, root, split, limit, size):
     items, read = list_files(level, root, split)
     if not items:
         raise datasets.missing_error(name, datasets.root_of(root), LAYOUT)
-    for id, path, annotation in select_evenly(items, limit):
-        image = load_image(path)
+    items = ((path, id, annotation) for id, path, annotation in select_evenly(items, limit))
+    for image, _, id, annotation in read_images(name, items):
         with name_damaged_file(name, annotation):
             labels = torch.from_numpy(read(annotation, image.shape[1:]))
             if labels.shape != image.shape[1:]:

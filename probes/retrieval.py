@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from lib import augment, config, datasets, metrics, rng, toy
 from probes import annotations
+from probes.annotation_files import check_inside, load_image
 from probes.common import (
     Model,
     Options,
@@ -304,22 +305,22 @@ def landmark_retrieval(model: Model, opt: Options) -> Report:
         names, encode = ["multiscale"], multiscale_features
     boxes = landmarks.boxes if opt.crop_queries else None
     seed = (opt.seed,) * synthetic                       # frames of toy are cropped at random
-    database, queries = (
+    (database, numbers), (queries, query_numbers) = (
         encode_batches(model, opt, landmark_images(items, crop, side, model), names, encode,
-                       len(items), (role, side, crop is not None, *seed))[0]
+                       len(items), (role, side, crop is not None, *seed))
         for role, items, crop in (("database", landmarks.database, None),
                                   ("queries", landmarks.queries, boxes)))
     rows = {}
     for name, z in database.items():
         similarity = F.normalize(queries[name], dim=1) @ F.normalize(z, dim=1).T
-        ranking = similarity.argsort(dim=1, descending=True, stable=True).cpu()
+        ranking = numbers[similarity.argsort(dim=1, descending=True, stable=True)].cpu()
         rows[name] = {}
         for setting, positive, ignored in (("medium", ("easy", "hard"), ("junk",)),
                                            ("hard", ("hard",), ("junk", "easy")),
                                            ("easy", ("easy",), ("junk", "hard"))):
             scores = [metrics.revisited(order, list_images(landmarks, positive, query),
                                         list_images(landmarks, ignored, query))
-                      for query, order in enumerate(ranking)]
+                      for query, order in zip(query_numbers.tolist(), ranking)]
             ap = torch.tensor([ap for ap, _ in scores], dtype=torch.float64)
             precision = torch.tensor([p for _, p in scores], dtype=torch.float64)   # at 1, 5, 10
             rows[name][f"{setting} mAP"] = 100 * ap.nanmean().item()
@@ -329,7 +330,7 @@ def landmark_retrieval(model: Model, opt: Options) -> Report:
         view = "queries are frames of videos"
     return Report(rows, f"revisited protocol, {view}; cosine; {describe_output(model)}"
                   f"longer side {side} px" + ", 3 scales averaged" * opt.multiscale,
-                  dict(database=len(landmarks.database), queries=len(landmarks.queries)))
+                  dict(database=len(numbers), queries=len(query_numbers)))
 
 
 def list_images(landmarks, kinds, query):
@@ -354,19 +355,28 @@ def landmark_images(items, boxes, side, model):
     """Paths or images (3, H, W) uint8 -> (x (1, 3, h, w) normalized, index (1,)), one by one.
 
     boxes: to crop the images to, or None. The longer side is resized to `side`, but never enlarged;
-    h and w are multiples of the patch.
+    h and w are multiples of the patch. Files that cannot be read are left out and listed at the
+    end.
     """
-    p = model.encoder.patch_size if model.encoder else 1
+    p, bad = model.encoder.patch_size if model.encoder else 1, {}
     for index, item in own_items(enumerate(items)):
-        image = TF.to_pil_image(item) if torch.is_tensor(item) else datasets.read_image(item)
+        try:
+            image = TF.to_pil_image(item if torch.is_tensor(item) else load_image(item))
+        except datasets.UnreadableImage as error:
+            bad[item] = str(error.__cause__)
+            continue
         if boxes is not None:
-            image = image.crop([round(float(v)) for v in boxes[index]])
+            box = [float(v) for v in boxes[index]]
+            check_inside(item, *image.size, *box[2:])
+            image = image.crop([round(v) for v in box])
         image.thumbnail((side, side), Resampling.LANCZOS)
         x = TF.pil_to_tensor(image)
         x = x[:, :max(p, x.shape[1] // p * p), :max(p, x.shape[2] // p * p)]
         x = F.pad(x, (0, max(0, p - x.shape[2]), 0, max(0, p - x.shape[1])))    # less than a patch
         x = x[None].to(model.device).float() / 255
         yield augment.normalize(x, model.mean, model.std), torch.tensor([index])
+    datasets.report_unreadable("the landmarks", bad, len(items))
+    datasets.check_readable("the landmarks", bad, len(items))
 
 
 def draw_toy_landmarks(name, side, limit, seed, n_videos=40, n_frames=16, query=8, near=4):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lib import augment, metrics, toy
+from lib import augment, datasets, metrics, toy
 from probes import annotations
 from probes.common import Report, input_side, is_toy, progress_bar, require_tokens, save_image_grid
 from probes.patches import (
@@ -58,14 +58,19 @@ def video(model, opt):
         x = normalize_images(model, x[None], std)
         return F.normalize(extract_patches(model, x)[0], dim=2)
 
-    scores, rows, n_frames = [], [], 0
+    scores, rows, n_frames, bad = [], [], 0, {}
     videos = annotations.videos(opt.data, opt.data_root, "test", limit, side)
     for item in progress_bar(videos, model):
-        masks = torch.stack([item.masks[0], *propagate_masks(item, encode, p, radius)])
+        try:
+            masks = torch.stack([item.masks[0], *propagate_masks(item, encode, p, radius)])
+        except datasets.UnreadableImage as error:        # a frame: the video is left out
+            bad[item.name] = str(error)
+            continue
         scores.append(metrics.score_video(masks, item.masks))
         n_frames += len(masks)
         if opt.show and len(rows) < 8:
             rows += draw_video(item, masks)
+    datasets.report_unreadable(opt.data, bad, len(scores) + len(bad), "videos")
     if not sum(len(j) for j, _ in scores):
         raise ValueError(f"{opt.task}: no video with an object; raise --limit or change --data")
     if rows:

@@ -191,12 +191,16 @@ def test_coco_is_parsed_once(tmp_path, monkeypatch):
     assert len(loads) == 1
 
 
+THIRD = "image 000000000009.jpg, annotation 3"
+
+
 @pytest.mark.parametrize("change, why", [
-    (lambda c: c["annotations"][0].update(category_id=12), "KeyError: 12"),
-    (lambda c: c["annotations"][0].update(image_id=12345), "KeyError: 12345"),
-    (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "ValueError"),
-    (lambda c: c["annotations"][0].pop("iscrowd"), "KeyError: 'iscrowd'"),
-    (lambda c: c["annotations"][0].update(area=None), "TypeError"),
+    (lambda c: c["annotations"][2].update(category_id=12), f"{THIRD}: KeyError: 12"),
+    (lambda c: c["annotations"][2].update(image_id=12345), "annotation 3: KeyError: 12345"),
+    (lambda c: c["annotations"][2].update(bbox=[1, 2, 3]), f"{THIRD}: RuntimeError"),
+    (lambda c: c["annotations"][2].pop("iscrowd"), f"{THIRD}: KeyError: 'iscrowd'"),
+    (lambda c: c["annotations"][2].update(area=None), f"{THIRD}: TypeError"),
+    (lambda c: c["images"][1].pop("file_name"), "image number 2: KeyError: 'file_name'"),
     (lambda c: c.pop("images"), "KeyError: 'images'"),
     (None, "JSONDecodeError"),
 ])
@@ -217,12 +221,69 @@ def test_a_damaged_coco_is_an_error_that_names_the_file(tmp_path, change, why):
     assert "expected coco/{train2017" in message and "\n" not in message
 
 
-def test_an_unreadable_image_is_an_error_that_names_it(tmp_path):
+def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):
     write_coco(tmp_path)
     path = tmp_path / "coco/train2017/000000000025.jpg"
     path.write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=f"cannot read {path}: .*restore the file"):
+    assert [item.id for item in annotations.boxes("coco", tmp_path, "train")] == [9, 30]
+    assert f"left out 1 of 3 images of coco that cannot be read: {path} (cannot identify" in (
+        capsys.readouterr().err)
+    with pytest.raises(datasets.UnreadableImage, match="1 of 1 images of coco cannot be read"):
         list(annotations.keypoints("coco", tmp_path, "train"))
+
+
+# ---- images of another size than their annotation ------------------------------------------------
+
+
+def resize_file(path, size):
+    Image.open(path).resize(size).save(path)
+
+
+def test_coco_images_that_were_resized_on_disk_are_resized_to_their_annotation(tmp_path, capsys):
+    write_coco(tmp_path)
+    path = tmp_path / "coco/train2017/000000000009.jpg"
+    expected = next(annotations.boxes("coco", tmp_path, "train"))
+    for size in ((32, 24), (19, 14), (128, 96)):           # 19 x 14: rounded down
+        resize_file(path, size)
+        item = next(annotations.boxes("coco", tmp_path, "train"))
+        assert item.image.shape == expected.image.shape == (3, 48, 64)
+        assert torch.equal(item.boxes, expected.boxes)
+        assert (item.image.float() - expected.image.float()).abs().max() < 8
+    assert capsys.readouterr().err.count("another size on disk than in their annotation") <= 1
+    resize_file(path, (48, 48))
+    with pytest.raises(ValueError, match=f"{path} has 48 x 48 pixels and its annotation 64 x 48"):
+        next(annotations.boxes("coco", tmp_path, "train"))
+    content = json.loads((tmp_path / "coco/annotations/instances_train2017.json").read_text())
+    for image in content["images"]:                        # unknown: not compared
+        del image["width"], image["height"]
+    write_json(tmp_path / "coco/annotations/instances_train2017.json", **content)
+    annotations.read_coco_json.cache_clear()
+    assert next(annotations.boxes("coco", tmp_path, "train")).image.shape == (3, 48, 48)
+
+
+def test_an_image_is_turned_if_only_then_its_annotation_fits(tmp_path):
+    write_coco(tmp_path)
+    path = tmp_path / "coco/train2017/000000000009.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6                                       # as stored by phones: on its side
+    image = Image.new("RGB", (64, 48))
+    image.paste((255, 0, 0), (0, 0, 64, 10))
+    image.save(path, exif=exif)
+    stored = next(annotations.boxes("coco", tmp_path, "train")).image
+    assert stored.shape == (3, 48, 64) and stored[0, :8].min() > 200       # fits: not turned
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    turned = next(annotations.boxes("coco", tmp_path, "train")).image
+    assert turned.shape == (3, 48, 64) and turned[0, :8].min() > 200
+
+
+def test_cub_images_that_were_resized_on_disk_are_refused(tmp_path):
+    write_cub(tmp_path)
+    path = tmp_path / "CUB_200_2011/images/001.Bird/Bird_2.jpg"
+    resize_file(path, (112, 90))                           # the leg is at x 120: 7% beyond
+    assert len(list(annotations.keypoints("cub", tmp_path, None))) == 4
+    resize_file(path, (100, 80))
+    with pytest.raises(ValueError, match=f"{path} has 100 x 80 pixels, but .* x 120, y 80: was it"):
+        list(annotations.keypoints("cub", tmp_path, None))
 
 
 @pytest.mark.parametrize("name", ["toy", pytest.param("toy-scenes", marks=pytest.mark.slow)])

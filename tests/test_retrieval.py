@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from small_models import make_encoder, make_model, make_options
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -200,14 +201,17 @@ def test_toy_landmarks_are_easy_hard_and_junk_frames_of_the_querys_video(monkeyp
         assert set(frames["hard"]) == {0, 1, 2, 3, 13, 14, 15} - set(frames["junk"])
 
 
-def test_landmarks_are_scored_as_medium_hard_and_easy(monkeypatch):
+@pytest.mark.parametrize("readable", [range(6), (0, 1, 2, 4, 5)])       # 3 is junk
+def test_landmarks_are_scored_as_medium_hard_and_easy(monkeypatch, readable):
     order = torch.tensor([3, 0, 5, 1, 2, 4])              # the ranking of the revisited AP below
     database = torch.empty(6, 2)
     database[order] = torch.stack([torch.tensor([10., k]) for k in range(6)])
     landmarks = SimpleNamespace(database=[0] * 6, queries=[0, 0], boxes=None, easy=[[0], []],
                                 hard=[torch.tensor([1]), []], junk=[[3], []])
     monkeypatch.setattr(annotations, "landmarks", lambda name, root: landmarks)
-    found = iter([({"cls": database}, None), ({"cls": torch.tensor([[1., 0], [1, 0]])}, None)])
+    rows = torch.tensor(readable)
+    found = iter([({"cls": database[rows]}, rows),
+                  ({"cls": torch.tensor([[1., 0], [1, 0]])}, torch.arange(2))])
     monkeypatch.setattr(retrieval, "encode_batches", lambda *a, **b: next(found))
     row = run("landmark_retrieval", "--data", "roxford5k").rows["cls"]
     assert row["medium mAP"] == pytest.approx(79.1667, abs=1e-3)   # the second query is left out
@@ -230,6 +234,20 @@ def test_only_queries_are_cropped_and_only_with_the_flag(monkeypatch, flags):
     assert calls[0][1] is None and (calls[1][1] is None) == (not flags)
     assert ("queries cropped to their boxes" if flags else "whole queries") in report.protocol
     assert "queries are frames of videos" in run("landmark_retrieval", "--limit", "2").protocol
+
+
+def test_unreadable_landmarks_are_left_out_and_listed(tmp_path, capsys):
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for path in (paths[0], paths[2]):
+        Image.new("RGB", (40, 30)).save(path)
+    open(paths[1], "w").close()
+    model, boxes = make_model(make_encoder()), [[0, 0, 40, 31]] * 3
+    items = retrieval.landmark_images(paths, boxes, 32, model)
+    assert [index.item() for _, index in items] == [0, 2]
+    assert f"left out 1 of 3 images of the landmarks that cannot be read: {paths[1]}" in (
+        capsys.readouterr().err)
+    with pytest.raises(ValueError, match="0.png has 40 x 30 pixels, but its annotation extends to"):
+        list(retrieval.landmark_images(paths, [[0, 0, 80, 60]] * 3, 32, model))
 
 
 def test_multiscale_averages_class_tokens_only():

@@ -343,6 +343,9 @@ def test_coco_masks_are_polygons_and_run_lengths(tmp_path):
     assert item.labels.tolist() == [79, 0, 0] and item.crowd.tolist() == [False, False, True]
     assert none.masks.shape == (0, 6, 7)
     assert not hasattr(next(annotations.boxes("coco", tmp_path)), "masks")
+    write_image(tmp_path / "coco/val2017/000000000009.jpg", 12, 14)       # resized on disk
+    again = next(annotations.masks("coco", tmp_path))
+    assert again.image.shape == (3, 6, 7) and torch.equal(again.masks, item.masks)
 
 
 @pytest.mark.parametrize("segmentation, rows", [
@@ -385,7 +388,8 @@ def test_label_maps_of_coco_have_small_objects_on_top_and_ignore_crowds(tmp_path
 def test_damaged_masks_are_an_error_that_names_the_file(tmp_path, segmentation, why):
     pytest.importorskip("pycocotools")
     write_coco(tmp_path, segmentation=segmentation)
-    with pytest.raises(ValueError, match=f"instances_val2017.json is damaged or does .*{why}"):
+    where = "instances_val2017.json is damaged .*image 000000000009.jpg, annotation 2: "
+    with pytest.raises(ValueError, match=f"{where}.*{why}"):
         list(annotations.masks("coco", tmp_path))
 
 
