@@ -278,4 +278,5 @@ def write_page(path, head, names, notes, with_images):
         body.append(f'<h2 id="{name}">{title}</h2>{image}<p class="r">{reading} Numbers: '
                     f'<a href="{name}.json">JSON</a>, <a href="{name}.csv">CSV</a></p>')
     body += [f"<p>note: {html.escape(note)}</p>" for note in notes]
-    path.write_text(PAGE.format(head=html.escape(head), body="\n".join(body)), "utf-8")
+    path.write_text(PAGE.format(head=html.escape(head), body="\n".join(body)), "utf-8",
+                    "backslashreplace")

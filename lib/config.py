@@ -236,7 +236,10 @@ def main(function):
 
     A ValueError or OSError counts as a user error, as do a full GPU memory and a killed DataLoader
     worker: one line on stderr, exit code 2. Any other exception is not caught. If $TRACEBACK is not
-    empty, user errors are not caught either, so that Python prints the traceback."""
+    empty, user errors are not caught either, so that Python prints the traceback. Characters that
+    the terminal cannot print, as in the path of an image, are printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         function()
     except (ValueError, OSError, RuntimeError) as e:

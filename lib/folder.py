@@ -13,12 +13,13 @@ import dataclasses
 import errno
 import fcntl
 import json
+import math
 from pathlib import Path
 
 import torch
 import yaml
 
-from lib import checkpoints
+from lib import checkpoints, tree
 
 
 class RunFolder:
@@ -28,21 +29,31 @@ class RunFolder:
         self.cfg, self.path, self.lock = cfg, Path(cfg.out), None
 
     def check_resume(self):
-        """Raises ValueError if there is no last.pt."""
+        """Raises ValueError if there is no last.pt, or if the run had another batch size: its
+        progress is counted in steps, each with a fixed place in an epoch."""
         if not (self.path / "last.pt").exists():
             raise ValueError(f"nothing to resume: there is no {self.path / 'last.pt'}; leave out "
                              f"--resume to start, or name the run's folder with --out")
+        config = self.path / "config.yaml"
+        earlier = yaml.safe_load(config.read_text()).get("batch_size") if config.exists() else None
+        if earlier not in (None, self.cfg.batch_size):
+            raise ValueError(f"--batch-size {self.cfg.batch_size} cannot resume the run in "
+                             f"{self.path}, which counts its progress in steps of {earlier} "
+                             f"images: use --batch-size {earlier}, or start again without "
+                             f"--resume")
 
     def open(self, resume):
         """Creates and locks the folder. Returns the new path of an earlier run, or None.
 
         Without `resume`, a folder with last.pt or encoder.pt is an earlier run and is renamed; the
-        log of a run that ended before it saved anything is deleted. Raises ValueError or OSError
-        with a readable message."""
+        log of a run that ended before it saved anything is deleted; a folder of images is refused.
+        Raises ValueError or OSError with a readable message."""
         new_path = None
         try:
             self._lock()
             files = {file.name for file in self.path.iterdir()}
+            if not resume:
+                self._refuse_images(files)
             if not resume and files & {"last.pt", "encoder.pt"}:
                 if "config.yaml" not in files:
                     raise ValueError(f"{self.path} has last.pt or encoder.pt but no config.yaml, "
@@ -75,6 +86,15 @@ class RunFolder:
             if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise                                    # a file system without locks is accepted
 
+    def _refuse_images(self, files):
+        """Raises ValueError for a folder of images: the files of the run would be among them."""
+        if files & {*tree.RUN_FILES, "config.yaml"}:     # a run's, perhaps with its visualization
+            return
+        images, _ = tree.list_images(str(self.path))
+        if images:
+            raise ValueError(f"{self.path} contains images, such as {images[0]}, and the files of "
+                             f"the run would be among them; choose another folder with --out")
+
     def write_config(self):
         """Writes config.yaml, which --resume and --config read."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in
@@ -83,8 +103,10 @@ class RunFolder:
         checkpoints.write_atomic(self.path / "config.yaml", lambda f: f.write(text))
 
     def append_log(self, record):
+        """Writes a line. Numbers that are not finite become null, as JSON has no others."""
+        record = {name: x if math.isfinite(x) else None for name, x in record.items()}
         with open(self.path / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
+            f.write(json.dumps(record, allow_nan=False) + "\n")
 
     def trim_log(self, step):
         """Removes the lines after `step`, and an incomplete one of a process that was killed."""
@@ -103,17 +125,18 @@ class RunFolder:
             raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
         return SummaryWriter(self.path)
 
-    def save(self, state, step, sums):
+    def save(self, state, step, sums, steps_per_epoch):
         """Writes last.pt. state: {name: module or optimizer}; sums: {name: (sum, count)} of what
         was logged since the last line."""
         content = {"format": "training/1", "method": self.cfg.method, "step": step,
-                   "state": {name: x.state_dict() for name, x in state.items()}, "meter": sums}
+                   "steps_per_epoch": steps_per_epoch, "meter": sums,
+                   "state": {name: x.state_dict() for name, x in state.items()}}
         checkpoints.write_atomic(self.path / "last.pt", lambda f: torch.save(content, f))
 
     def load(self, state):
-        """Loads last.pt into `state`. Returns step and sums; see save(). The hyperparameters of
-        optimizers stay those of this run. Raises ValueError for a file of another method or with
-        other shapes, OSError if it cannot be read now."""
+        """Loads last.pt into `state`. Returns step, sums and steps per epoch; see save(). The
+        hyperparameters of optimizers stay those of this run. Raises ValueError for a file of
+        another method or with other shapes, OSError if it cannot be read now."""
         path = self.path / "last.pt"
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -140,4 +163,5 @@ class RunFolder:
                                  f"with the settings in {self.path / 'config.yaml'}") from None
             for group, current in zip(getattr(x, "param_groups", []), groups):
                 group.update(current)       # lr, weight decay, ... of this run, not the saved ones
-        return saved["step"], {name: tuple(entry) for name, entry in sums.items()}
+        sums = {name: tuple(entry) for name, entry in sums.items()}
+        return saved["step"], sums, saved.get("steps_per_epoch")

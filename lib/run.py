@@ -119,6 +119,7 @@ class Run:
         self.precision = distributed.pick_precision(cfg.precision, self.device)
         self.step = 0                       # completed steps; in the body: without the current one
         self.total = 0                      # steps of the whole run, known in steps()
+        self.steps_per_epoch = None         # of this run, known in steps(); before: of last.pt
         self.eval_due = self.save_due = False    # what the body of this step should do
         self.signal = 0                     # the signal received last; 0: none
         self.modules = []                   # of place(), for DDP and --compile
@@ -207,12 +208,18 @@ class Run:
                         f"steps): nothing was trained, nothing was changed")
             return
         self._print_settings(len(loader))
+        if self.steps_per_epoch not in (None, len(loader)):
+            self.print0(f"the data set has changed: an epoch has {len(loader)} steps now and had "
+                        f"{self.steps_per_epoch}; order of the images and schedules are those of "
+                        f"the new number")
+        self.steps_per_epoch = len(loader)
         self.peak_flops = distributed.peak_flops(self.device, self.precision) * self.world
         batches, begin, skipped, compiled = loader.batches(start=self.step), self.step, 0, False
         bar = tqdm(total=self.total, initial=begin, leave=False, dynamic_ncols=True,
                    disable=self.rank > 0 or not sys.stderr.isatty())
         self.last_save = time.perf_counter()
         self.interval = Interval(begin)
+        cpu_seconds = distributed.cpu_seconds()
         if self.rank == 0:
             self.folder.write_config()
         for step in range(begin, self.total):
@@ -241,6 +248,9 @@ class Run:
                 self.print0(f"{skipped} unreadable images replaced so far in process 0 (an image "
                             f"counts each time)")
             self._print_if_due()
+            if step == begin + 9 and self.device.type == "cpu" and self.world == 1:
+                if advice := distributed.busy_advice(cpu_seconds):
+                    self.print0(advice)
             self.step = step + 1
             bar.update()
             if stop and not last:
@@ -356,8 +366,8 @@ class Run:
     @contextlib.contextmanager
     def evaluation(self, *modules):
         """For computations next to training: paused(), these modules in eval mode, no gradients.
-        An unreadable image (datasets.UnreadableImage) ends the evaluation with a message, not the
-        run."""
+        If most images are unreadable (datasets.UnreadableImage), the evaluation ends with a
+        message, but not the run."""
         for module in modules:
             module.eval()
         with self.paused(), torch.no_grad():
@@ -386,7 +396,7 @@ class Run:
         if problem[0]:
             raise problem[0]
         if self.cfg.resume:
-            self.step, self.sums = self.folder.load(self.state)
+            self.step, self.sums, self.steps_per_epoch = self.folder.load(self.state)
             self.last_saved_step = self.step
             self.print0(f"resumed from {self.out / 'last.pt'} after step {self.step}")
         if self.rank == 0:
@@ -404,7 +414,7 @@ class Run:
         with self.paused():
             sums = {name: (self._mean(total), count) for name, (total, count) in self.sums.items()}
             if self.rank == 0:
-                self.folder.save(self.state, self.step + 1, sums)
+                self.folder.save(self.state, self.step + 1, sums, self.steps_per_epoch)
         self.last_saved_step, self.last_save = self.step + 1, time.perf_counter()
 
     def save_encoder(self, backbone, full=None, **info):

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import importlib
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from torch import nn
 
 import data
 import mmc
-from lib import checkpoints, config, datasets
+from lib import checkpoints, config, datasets, distributed
 from lib import run as run_module
 from lib.folder import RunFolder
 from lib.run import Run, cosine, ema_update, param_groups
@@ -158,6 +159,60 @@ def test_a_run_that_was_not_restored_cannot_be_saved(monkeypatch, tmp_path):
     run = Run(config.parse(mmc.Config, [*TINY, "--out", str(tmp_path)]))
     with pytest.raises(RuntimeError, match=r"call run.restore\(...\) first"):
         run.save()
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
+    folder = RunFolder(SimpleNamespace(out=tmp_path))
+    folder.append_log(dict(step=1, loss=0.5, feat_std=math.nan, mi=math.inf))
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == dict(step=1, loss=0.5, feat_std=None, mi=None)
+    with pytest.raises(ValueError, match="NaN is not JSON"):             # control
+        json.loads(json.dumps(dict(feat_std=math.nan)), parse_constant=refuse)
+
+
+def test_paths_that_the_terminal_cannot_print_do_not_end_a_run(monkeypatch):
+    def main():
+        print("photos/caf\xe9/\udcff.jpg")
+
+    for encoding in ("ascii", "utf-8"):
+        buffer = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding))
+        with pytest.raises(UnicodeEncodeError):                          # control
+            main(), sys.stdout.flush()
+        config.main(main)
+        sys.stdout.flush()
+        assert rb"\udcff.jpg" in buffer.getvalue()
+
+
+def test_a_busy_machine_gets_the_advice_once_with_the_command(monkeypatch, tmp_path, capsys):
+    """The main thread runs 0.1 s and waits for `wait` seconds in each step of this clock."""
+    flags = ["--steps", 12]
+    for wait, threads, lines in ((0.1, 2, 1), (0.01, 2, 0), (0.1, 1, 0)):
+        times = iter((0.1 * i, wait * i) for i in range(99))
+        monkeypatch.setattr(distributed, "cpu_seconds", lambda times=times: next(times))
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(sys, "argv", ["mmc.py", "--out", "my run"])
+        run, loader, _ = small_run(monkeypatch, tmp_path / f"{wait}-{threads}", *flags)
+        assert len(list(run.steps(loader))) == 12
+        found = [line for line in capsys.readouterr().out.splitlines() if "CPU is busy" in line]
+        assert len(found) == lines
+        if lines:
+            assert "waited 50% of the time" in found[0]
+            assert found[0].endswith("OMP_NUM_THREADS=1 python mmc.py --out 'my run'")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts it")
+def test_cpu_seconds_grow_with_the_work_of_this_process():
+    before = distributed.cpu_seconds()
+    end = time.process_time() + 0.05
+    while time.process_time() < end:
+        pass
+    ran, waited = (b - a for a, b in zip(before, distributed.cpu_seconds()))
+    assert 0.03 < ran < 1 and waited >= 0
 
 
 # ---- time ----------------------------------------------------------------------------------------
@@ -326,6 +381,40 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_invalid(tmp_path, mo
         run.restore()
 
 
+def test_a_run_is_not_resumed_with_another_batch_size(tmp_path, monkeypatch, capsys):
+    run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 2)
+    for _ in run.steps(loader):
+        if run.save_due:
+            run.save()
+    run.folder.lock.close()
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match="--batch-size 8 cannot resume .*: use --batch-size 16"):
+        small_run(monkeypatch, tmp_path, "--steps", 4, "--resume", "--batch-size", 8)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 4, "--resume")
+    assert [step for step, _ in run.steps(loader)] == [2, 3]
+    assert "the data set has changed" not in capsys.readouterr().out
+    run.folder.lock.close()
+    run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 4, "--resume")
+    loader.images.pixels = loader.images.pixels.repeat(2, 1, 1, 1)
+    assert next(run.steps(loader))[0] == 2
+    assert "an epoch has 2 steps now and had 1" in capsys.readouterr().out
+
+
+def test_a_folder_of_images_is_not_the_folder_of_a_run(tmp_path):
+    (tmp_path / "photos/cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos/cat/a.jpg")
+    for folder in ("photos", "photos/cat"):
+        with pytest.raises(ValueError, match="contains images, such as .*a.jpg, and .* with --out"):
+            opened(tmp_path / folder, resume=False)
+    opened(tmp_path / "photos/cat/mine", resume=False).lock.close()
+    earlier = tmp_path / "earlier"                         # ended after its first visualization
+    earlier.mkdir()
+    (earlier / "config.yaml").write_text("")
+    Image.new("RGB", (8, 8)).save(earlier / "visualization.png")
+    opened(earlier, resume=False).lock.close()
+
+
 def test_a_folder_with_other_files_is_not_moved_away(tmp_path, monkeypatch):
     (tmp_path / "weights.pt").write_bytes(b"")
     opened(tmp_path, resume=False).lock.close()                             # next to it
@@ -340,9 +429,9 @@ def test_a_folder_with_other_files_is_not_moved_away(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--batch-size 4096", "choose 1 to 2048"),
+    ("--batch-size 4096", "more than the 2048 training images of synthetic: try --batch-size 2048"),
     ("--group-size 1", "--group-size must be 2 or more"),
-    ("--batch-size 18", "must divide the 18 images"),
+    ("--batch-size 18", "must divide the 18 images per process: try --group-size 2"),
     ("--accum-iter 2", "micro-batches would change the result"),
     ("--noise-ratio 0.9", "at most 0.8"),
     ("--data cifr10", "did you mean 'cifar10'"),
