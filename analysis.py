@@ -177,7 +177,8 @@ def write_numbers(folder, name, results, opt):
                 for r in results])
     text = json.dumps(content).encode()
     checkpoints.write_atomic(folder / f"{name}.json", lambda file: file.write(text))
-    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8",
+              errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow("model quantity i j k l value".split())
         for r in results:

@@ -32,7 +32,7 @@ import torch
 from PIL.Image import Resampling
 from torch.utils.data import DataLoader
 
-from lib import augment, datasets, rng
+from lib import augment, datasets, distributed, rng
 
 # --------------------------------------------------------------------------------------------------
 # Views
@@ -240,6 +240,8 @@ def training_sets(run, views):
                                        ("test", 500, True)))
     for note in dict.fromkeys(images.notes + bank.notes + queries.notes):
         run.print0(note)
+    if bank.labels is not None is not queries.labels and bank.classes != queries.classes:
+        run.print0("no kNN, as training and test images have different classes")
     if cfg.batch_size > len(images):
         raise ValueError(f"--batch-size {cfg.batch_size} is more than the {len(images)} training "
                          f"images of {cfg.data}: {propose_batch_size(cfg, len(images), run.world)}")
@@ -257,7 +259,7 @@ def propose_batch_size(cfg, n, world):
     if n >= 2 * parts:
         batch = parts * 2**int(math.log2(n // parts))
         return f"try --batch-size {batch} --group-size {batch // world}"
-    return "add images"
+    return "add images, or use fewer processes or a smaller --accum-iter"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,7 +305,8 @@ def batches(images, size, batch_size=256, device="cpu", resize=None, mean=augmen
                 x = x[:, :, edge:edge + size, edge:edge + size].contiguous()
             yield augment.normalize(x, mean, std), index.to(device, non_blocking=True)
     finally:                                               # also if only some batches are taken
-        datasets.report_unreadable(images.name, bad, seen)
+        if rank == distributed.rank():                     # all processes may read the same files
+            datasets.report_unreadable(images.name, bad, seen)
     datasets.check_readable(images.name, bad, seen)
 
 

@@ -123,7 +123,7 @@ def main(argv=None):
     elif not is_first:
         return
     if not is_first:                                     # only the first process prints
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
     distributed.keep_memory()
     models = load_models(opt)
     opt = replace(opt, data=opt.data or default_data(models), show=opt.show and is_first)

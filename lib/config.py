@@ -239,7 +239,8 @@ def main(function):
     empty, user errors are not caught either, so that Python prints the traceback. Characters that
     the terminal cannot print, as in the path of an image, are printed as escapes."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):          # not in notebooks
+            stream.reconfigure(errors="backslashreplace")
     try:
         function()
     except (ValueError, OSError, RuntimeError) as e:

@@ -415,15 +415,16 @@ def check_readable(name, bad, total):
 # Decoding and resizing one image
 
 
-def read_image(path, upright=True):
-    """-> Pillow image in RGB, also for gray, CMYK and palette files; of several frames the first.
+def read_image(file, upright=True):
+    """Path or open file -> Pillow image in RGB, also for gray, CMYK and palette files; the first of
+    several frames.
 
     Transparent pixels are blended with white: the color that a file has under full transparency is
     arbitrary. upright: turned as its EXIF orientation states (photos of phones); not for images
     with annotations, whose coordinates are those of the stored pixels. ValueError for 16-bit and
     float images and for more pixels than Pillow allows.
     """
-    with open_image(path) as image:
+    with open_image(file) as image:
         if image.mode[0] in "IF":              # Pillow would clip them at 255
             raise ValueError(f"more than 8 bits per color (mode {image.mode}): convert it")
         image.load()
@@ -436,12 +437,12 @@ def read_image(path, upright=True):
 
 
 @contextlib.contextmanager
-def open_image(path):
-    """The Pillow image of a file, of which only the header is read yet."""
+def open_image(file):
+    """The Pillow image of a path or open file, of which only the header is read yet."""
     with warnings.catch_warnings():            # about damaged EXIF data and about large images
         warnings.simplefilter("ignore")
         try:
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 yield image
         except UnidentifiedImageError:         # its message repeats the path
             raise UnidentifiedImageError("cannot identify the image format") from None
@@ -466,15 +467,18 @@ def read_pixels(path):
     removed): the pixels are the same, there is one copy less, and the loader is a quarter (10
     crops) to a third (1 crop) faster.
     """
-    with open_image(path) as image:            # before decoding: images that are too large
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    with open_image(io.BytesIO(content)) as image:     # the header, and the limit of its size
         plain = image.format == "JPEG" and image.mode == "RGB" and orientation_of(image) == 1
     if plain:
         try:
-            from torchvision.io import decode_jpeg, read_file  # here: they are slow to import
-            return decode_jpeg(read_file(path)).permute(1, 2, 0)
-        except Exception:                      # damaged: as Pillow
+            from torchvision.io import decode_jpeg  # here: it is slow to import
+
+            return decode_jpeg(torch.frombuffer(content, dtype=torch.uint8)).permute(1, 2, 0)
+        except Exception:                              # damaged: as Pillow
             pass
-    return torch.from_numpy(np.array(read_image(path)))
+    return torch.from_numpy(np.array(read_image(io.BytesIO(content))))
 
 
 def resize(x, size, kernel):

@@ -91,29 +91,26 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def busy_advice():
+    """A sentence with a faster command, if this process has several threads and since its start
+    waited for a CPU core for more than a fifth of the time; else None. Other processes are busy
+    then, and threads wait for each other: each one that has no core delays all of them."""
+    ran, waited = cpu_seconds()
+    if torch.get_num_threads() == 1 or waited <= 0.2 * (ran + waited):
+        return None
+    return (f"the CPU is busy with other processes (this one has waited for a core for "
+            f"{waited / (ran + waited):.0%} of the time): one thread is faster then, "
+            f"OMP_NUM_THREADS=1 python {shlex.join(sys.argv)}")
+
+
 def cpu_seconds():
-    """Seconds that the main thread ran, and that it waited for a CPU core that others used. None
-    if the system does not count them (only Linux does)."""
+    """Seconds that the main thread has run, and that it has waited for a core that others used.
+    Both are 0 if the system does not count them (only Linux does)."""
     try:
         ran, waited, _ = Path("/proc/self/schedstat").read_text().split()
         return int(ran) / 1e9, int(waited) / 1e9
     except (OSError, ValueError):
-        return None
-
-
-def busy_advice(begin):
-    """A sentence with a faster command if this process has several threads and waited for CPU cores
-    for more than a fifth of the time since `begin`, an earlier cpu_seconds(); else None. Threads
-    wait for each other, so that each one that has no core delays all of them."""
-    now = cpu_seconds()
-    if torch.get_num_threads() == 1 or None in (begin, now):
-        return None
-    ran, waited = (after - before for before, after in zip(begin, now))
-    if waited <= 0.2 * (ran + waited):
-        return None
-    return (f"the CPU is busy with other processes (this one waited {waited / (ran + waited):.0%} "
-            f"of the time for a core): one thread is usually faster then, "
-            f"OMP_NUM_THREADS=1 python {shlex.join(sys.argv)}")
+        return 0.0, 0.0
 
 
 def keep_memory():

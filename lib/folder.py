@@ -14,12 +14,13 @@ import errno
 import fcntl
 import json
 import math
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 import yaml
 
-from lib import checkpoints, tree
+from lib import checkpoints, config, tree
 
 
 class RunFolder:
@@ -34,8 +35,8 @@ class RunFolder:
         if not (self.path / "last.pt").exists():
             raise ValueError(f"nothing to resume: there is no {self.path / 'last.pt'}; leave out "
                              f"--resume to start, or name the run's folder with --out")
-        config = self.path / "config.yaml"
-        earlier = yaml.safe_load(config.read_text()).get("batch_size") if config.exists() else None
+        settings = self.path / "config.yaml"
+        earlier = config.read_yaml(settings).get("batch_size") if settings.exists() else None
         if earlier not in (None, self.cfg.batch_size):
             raise ValueError(f"--batch-size {self.cfg.batch_size} cannot resume the run in "
                              f"{self.path}, which counts its progress in steps of {earlier} "
@@ -50,10 +51,10 @@ class RunFolder:
         Raises ValueError or OSError with a readable message."""
         new_path = None
         try:
+            if not resume and self.path.exists():
+                self._refuse_images()
             self._lock()
             files = {file.name for file in self.path.iterdir()}
-            if not resume:
-                self._refuse_images(files)
             if not resume and files & {"last.pt", "encoder.pt"}:
                 if "config.yaml" not in files:
                     raise ValueError(f"{self.path} has last.pt or encoder.pt but no config.yaml, "
@@ -86,14 +87,14 @@ class RunFolder:
             if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise                                    # a file system without locks is accepted
 
-    def _refuse_images(self, files):
+    def _refuse_images(self):
         """Raises ValueError for a folder of images: the files of the run would be among them."""
+        files = {file.name for file in self.path.iterdir()}
         if files & {*tree.RUN_FILES, "config.yaml"}:     # a run's, perhaps with its visualization
             return
-        images, _ = tree.list_images(str(self.path))
-        if images:
-            raise ValueError(f"{self.path} contains images, such as {images[0]}, and the files of "
-                             f"the run would be among them; choose another folder with --out")
+        if image := next(tree.find_images(str(self.path), defaultdict(Counter)), None):
+            raise ValueError(f"{self.path} contains images, such as {image}, and the files of the "
+                             f"run would be among them; choose another folder with --out")
 
     def write_config(self):
         """Writes config.yaml, which --resume and --config read."""

@@ -145,6 +145,8 @@ class Run:
                         f"last.pt")
         elif cfg.init_from:
             self.initial = InitialWeights(cfg)
+        if self.device.type == "cpu" and self.world == 1 and (advice := distributed.busy_advice()):
+            self.print0(advice)
         distributed.keep_memory()
         torch.set_float32_matmul_precision("high")                   # TF32 for a GPU's fp32 parts
         distributed.init_distributed(self.device)
@@ -219,7 +221,6 @@ class Run:
                    disable=self.rank > 0 or not sys.stderr.isatty())
         self.last_save = time.perf_counter()
         self.interval = Interval(begin)
-        cpu_seconds = distributed.cpu_seconds()
         if self.rank == 0:
             self.folder.write_config()
         for step in range(begin, self.total):
@@ -248,9 +249,6 @@ class Run:
                 self.print0(f"{skipped} unreadable images replaced so far in process 0 (an image "
                             f"counts each time)")
             self._print_if_due()
-            if step == begin + 9 and self.device.type == "cpu" and self.world == 1:
-                if advice := distributed.busy_advice(cpu_seconds):
-                    self.print0(advice)
             self.step = step + 1
             bar.update()
             if stop and not last:

@@ -41,12 +41,17 @@ def list_images(folder, only=None):
 
     The latter is {reason: Counter of endings or names}: hidden and system folders, output of runs,
     files that are no images, and links to what is listed already. `only`: names of the subfolders
-    that are read, instead of everything. Folders are read before links to folders, so that an
-    image that can be reached in two ways has the path without a link.
-    """
-    paths, linked_files, real_paths = [], [], set()
-    passed, seen = defaultdict(Counter), set()
-    folders, linked_folders = [(folder, os.path.realpath(folder))], []
+    that are read, instead of everything."""
+    passed = defaultdict(Counter)
+    return sorted(find_images(folder, passed, only)), dict(passed)
+
+
+def find_images(folder, passed, only=None):
+    """Yields the paths of `list_images` as they are found, and adds to `passed` what is passed
+    over. Links come last, so that an image that can be reached in two ways has the path without a
+    link, and links that lead back end."""
+    folders, linked_folders, linked_files = [(folder, os.path.realpath(folder))], [], []
+    seen, real_paths = set(), set()                      # of folders and of images, without links
     while folders or linked_folders:
         here, real = folders.pop() if folders else linked_folders.pop(0)
         if real in seen:
@@ -59,22 +64,20 @@ def list_images(folder, only=None):
         except OSError:
             passed["folders that cannot be opened"][os.path.relpath(here, folder)] += 1
             continue
+        if here != folder and is_output(here, {entry.name for entry in entries}):
+            passed["output of runs"][os.path.relpath(here, folder)] += 1
+            continue
         for entry in entries:
             if here == folder and only is not None and entry.name not in only:
                 continue
-            kind = kind_of(entry)
-            if kind == "folder":
-                if is_hidden(entry.name):
-                    passed["hidden or system folders"][entry.name] += 1
-                elif has_output(entry.path):
-                    passed["output of runs"][os.path.relpath(entry.path, folder)] += 1
-                elif entry.is_symlink():
-                    linked_folders.append((entry.path, os.path.realpath(entry.path)))
-                else:
-                    folders.append((entry.path, os.path.join(real, entry.name)))
-                continue
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith("."):
+            kind, suffix = kind_of(entry), os.path.splitext(entry.name)[1].lower()
+            if kind == "folder" and is_hidden(entry.name):
+                passed["hidden or system folders"][entry.name] += 1
+            elif kind == "folder" and entry.is_symlink():
+                linked_folders.append((entry.path, os.path.realpath(entry.path)))
+            elif kind == "folder":
+                folders.append((entry.path, os.path.join(real, entry.name)))
+            elif entry.name.startswith("."):
                 passed["hidden files"]["._*" if entry.name.startswith("._") else entry.name] += 1
             elif kind is None:
                 passed["broken links and special files"][suffix or "no ending"] += 1
@@ -85,15 +88,14 @@ def list_images(folder, only=None):
             elif entry.is_symlink():
                 linked_files.append(entry.path)
             else:
-                paths.append(entry.path)
                 real_paths.add(os.path.join(real, entry.name))
+                yield entry.path
     for path in sorted(linked_files):
         if (real := os.path.realpath(path)) in real_paths:
             passed["links to what is listed already"][os.path.basename(path)] += 1
         else:
-            paths.append(path)
             real_paths.add(real)
-    return sorted(paths), dict(passed)
+            yield path
 
 
 def kind_of(entry):
@@ -108,12 +110,9 @@ def is_hidden(name):
     return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS
 
 
-def has_output(folder):
-    """Whether a folder is that of a run, or the folder `out` of several runs."""
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return False
+def is_output(folder, names):
+    """Whether a folder with files and folders of these names is that of a run, or is called `out`
+    and contains that of a run."""
     return not RUN_FILES.isdisjoint(names) or os.path.basename(folder) == "out" and any(
         os.path.exists(os.path.join(folder, name, file)) for name in names for file in RUN_FILES)
 
@@ -195,9 +194,9 @@ def label_splits(members):
     notes, alias = [], {}
     first, last = next(iter(names)), next(reversed(names))
     for name in sorted(names[last] - names[first]):
-        same = [other for other in names[first] - names[last]
-                if other.casefold() == name.casefold()]
-        if len(same) == 1:
+        same = [other for other in names[first] ^ names[last]
+                if other != name and other.casefold() == name.casefold()]
+        if len(same) == 1 and same[0] in names[first]:
             alias[name] = same[0]
             notes.append(f"{last}/{name} has the class of {first}/{same[0]}")
     names[last] = {alias.get(name, name) for name in names[last]}

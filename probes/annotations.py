@@ -16,6 +16,7 @@ FileNotFoundError shows the expected layout and where to get the data set. Value
 data set or split, an annotation or image that cannot be read, a missing package (scipy reads .mat
 files, pycocotools reads COCO's masks).
 """
+import contextlib
 import glob
 import json
 import math
@@ -515,7 +516,7 @@ def read_davis(root, split, limit, size):
                                  "do not match")
             masks = np.stack([label_maps.read_label_image(path) for path in labels])
             for path in images:
-                with Image.open(path) as image:                    # reads only the file header
+                with contextlib.suppress(OSError), Image.open(path) as image:    # only the header
                     if image.size != masks.shape[:0:-1]:
                         raise ValueError(f"{os.path.basename(path)} has size {image.size}, its "
                                          f"annotation {masks.shape[:0:-1]}")

@@ -249,6 +249,7 @@ def load_models(opt: CommonOptions) -> list[Model]:
         path, opt.branch, opt.img_size, num_heads=opt.num_heads, normalization=opt.normalization)
         for path in paths]
     names = [path.parent.name if path.name == "encoder.pt" else path.stem for path in paths]
+    names = [name.encode(errors="backslashreplace").decode() for name in names]   # for figures
     names = [name if names.index(name) == i else f"{name} ({i + 1})"     # a column for each
              for i, name in enumerate(names)]
     config = encoders[0].config if encoders else UNTRAINED

@@ -453,6 +453,7 @@ def test_frames_are_read_when_used(tmp_path):
     assert goat.frames[2].shape == (3, 96, 128)
     with pytest.raises(ValueError, match="cannot read .*00003.jpg: .*restore the file"):
         goat.frames[3]
+    assert len(list(annotations.videos("davis", tmp_path))) == 2   # it is reported when it is used
 
 
 @pytest.mark.parametrize("harm, why", [

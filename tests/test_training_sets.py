@@ -37,7 +37,8 @@ def test_a_folder_without_splits_is_trained_on_whole_and_evaluated_in_two_parts(
 def test_with_fewer_images_than_a_batch_all_flags_are_proposed_at_once(n, world, group, flags):
     found = data.propose_batch_size(SimpleNamespace(accum_iter=1, **dict(
         [("group_size", group)] if group else [])), n, world)
-    assert found == (f"try {flags}" if flags else "add images")
+    assert found == (f"try {flags}" if flags else "add images, or use fewer processes or "
+                     "a smaller --accum-iter")
     if flags:                                    # and a run accepts them
         cfg = config.parse(mmc.Config, [*flags.split(), "--data", "synthetic"])
         size = cfg.group_size if group else 1

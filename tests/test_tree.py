@@ -208,6 +208,9 @@ def test_names_that_differ_in_case_or_composition_are_one_class(tmp_path):
     assert train.labels.tolist() == [0, 1] and names(test) == {"Cat": ["c.jpg"],
                                                                composed: ["d.jpg"]}
     assert any("val/cat has the class of train/Cat" in note for note in test.notes)
+    touch(tmp_path, "val/CAT/f.jpg")                       # two that may be it: neither is
+    assert load(tmp_path).classes == ["CAT", "Cat", "cat", composed]
+    (tmp_path / "val/CAT/f.jpg").unlink()
     touch(tmp_path, "train/cat/e.jpg")                     # letters: a and A are two classes
     assert load(tmp_path).classes == ["Cat", "cat", composed]
     assert names(load(tmp_path, "test")) == {"cat": ["c.jpg"], composed: ["d.jpg"]}

@@ -132,6 +132,18 @@ def test_frames_are_480_by_a_multiple_of_64():
     assert video.frame_shape((854, 480), 476, 14) == [840, 476]
 
 
+def test_a_video_with_an_unreadable_frame_is_left_out_and_listed(monkeypatch, tmp_path, capsys):
+    (tmp_path / "3.png").write_bytes(b"not an image")
+    good = moving_square(5)
+    bad = moving_square(5)
+    bad.name, bad.frames = "damaged", annotations.Frames([str(tmp_path / "3.png")] * 5)
+    for items, count in (([good], 1), ([bad, good], 1)):
+        monkeypatch.setattr(annotations, "videos", lambda *_, items=items: iter(items))
+        report = video.video(small_model(), make_options("video", "--img-size", "32"))
+        assert report.images == dict(videos=count, frames=5)
+    assert "left out 1 of 2 videos of toy that cannot be read: damaged" in capsys.readouterr().err
+
+
 def test_pixels_are_refused():
     with pytest.raises(ValueError, match="video needs tokens, and pixels have none"):
         video.video(make_model(None, name="pixels"), make_options("video"))
