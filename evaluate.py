@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from lib import config, distributed
 from lib.flags import parse_flags, refuse_unused
+from lib.folder import finite
 from probes import (
     classification,
     detection,
@@ -228,10 +229,11 @@ def json_line(report: Report, model: Model, opt: Options, seconds):
     """A line of results.jsonl: all that is printed, and all settings."""
     source = model.source
     settings = {**asdict(opt), "device": str(model.device), "precision": model.precision}
+    rows = {feature: finite(row) for feature, row in report.rows.items()}
     return json.dumps(dict(
         task=opt.task, model=model.name, checkpoint=source.path, method=source.method,
         branch=source.branch, step=source.step, data=opt.data, images=report.images,
-        metrics=report.rows, protocol=report.protocol, notes=report.notes,
+        metrics=rows, protocol=report.protocol, notes=report.notes,
         seconds=round(seconds, 1), torch=torch.__version__, settings=settings)) + "\n"
 
 

@@ -23,6 +23,11 @@ import yaml
 from lib import checkpoints, config, tree
 
 
+def finite(numbers):
+    """{name: number} with None (null) for what is not finite, which JSON cannot express."""
+    return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+
+
 class RunFolder:
     """Used by lib.run.Run: check_resume() and load() in every process, the rest in process 0."""
 
@@ -104,10 +109,9 @@ class RunFolder:
         checkpoints.write_atomic(self.path / "config.yaml", lambda f: f.write(text))
 
     def append_log(self, record):
-        """Writes a line. Numbers that are not finite become null, as JSON has no others."""
-        record = {name: x if math.isfinite(x) else None for name, x in record.items()}
+        """Writes a line of metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(record, allow_nan=False) + "\n")
+            f.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
     def trim_log(self, step):
         """Removes the lines after `step`, and an incomplete one of a process that was killed."""

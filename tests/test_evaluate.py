@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -252,6 +253,24 @@ def test_a_task_is_a_function_and_a_line(tmp_path, monkeypatch):
     monkeypatch.setitem(evaluate.TASKS, "brightness", brightness)
     [line] = run(tmp_path, "--task", "brightness")
     assert 0 <= line["metrics"]["patch"]["bright"] <= 100 and line["protocol"] == "mean above 0"
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_results(tmp_path, monkeypatch):
+    def undefined(model, opt):
+        """No query has a positive."""
+        return Report({"cls": {"mAP": math.nan, "mP@10": 50.0}}, "no positives", dict(test=30))
+
+    monkeypatch.setitem(evaluate.TASKS, "undefined", undefined)
+    [line] = run(tmp_path, "--task", "undefined")
+    assert line["metrics"] == {"cls": {"mAP": None, "mP@10": 50.0}}
+    assert "NaN" not in (tmp_path / "results.jsonl").read_text()
+
+
+def test_the_name_of_a_model_can_be_printed_whatever_its_folder_is_called(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    save_run(tmp_path, name, 0)
+    [line] = run(tmp_path, "--task", "knn", "--workers", "0")
+    assert line["model"] == "caf\\udce9" and line["checkpoint"].endswith(f"{name}/encoder.pt")
 
 
 # ---- cache ---------------------------------------------------------------------------------------
