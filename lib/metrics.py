@@ -44,6 +44,43 @@ def knn(bank, bank_labels, queries, k=(10, 20), tau=0.07, classes=None, chunk=25
     return {n: torch.cat(p) for n, p in predicted.items()}
 
 
+def ridge(bank, bank_labels, queries):
+    """Linear classification in closed form: ridge regression of one-hot labels.
+
+    The features are standardized. The regularization is the one of 15 strengths with the smallest
+    squared leave-one-out error on the bank, which has a closed form too (PRESS, Allen 1974).
+    bank: (items, D), bank_labels: (items,) int64, queries: (queries, D) -> predicted labels
+    (queries,). Computed in float64.
+    """
+    x, q = bank.double(), queries.double()
+    x, q = x - x.mean(0), q - x.mean(0)
+    std = x.square().mean(0).sqrt()
+    varies = std > 1e-6 * std.max()
+    x, q = (z[:, varies] / std[varies] for z in (x, q))
+    y = F.one_hot(bank_labels).double()
+    frequency = y.mean(0)                                           # (C,)
+    if not varies.any():
+        return frequency.argmax().expand(len(q))
+    # x = U diag(s) V'. From the smaller of x'x and xx', since both have the eigenvalues s^2.
+    if x.shape[1] < len(x):
+        s, V = torch.linalg.eigh(x.T @ x)
+        s = s.clamp(min=1e-9 * len(x)).sqrt()
+        U = x @ V / s
+    else:
+        s, U = torch.linalg.eigh(x @ x.T)
+        s, U = s[1:].clamp(min=1e-9 * len(x)).sqrt(), U[:, 1:]      # the mean is 0: one s is 0
+        V = x.T @ U / s
+    target = U.T @ (y - frequency)                                  # (rank, C)
+    best = math.inf
+    for strength in s.square().mean() * torch.logspace(-4, 3, 15, dtype=s.dtype, device=s.device):
+        shrink = s.square() / (s.square() + strength)
+        leverage = (U.square() * shrink).sum(1, keepdim=True) + 1 / len(x)
+        residual = (y - frequency - U @ (shrink[:, None] * target)) / (1 - leverage)
+        if (error := residual.square().sum()) < best:
+            best, weight = error, V @ (target * (shrink / s)[:, None])       # (D, C)
+    return (q @ weight + frequency).argmax(1)
+
+
 def accuracy(scores, labels, top=(1, 5)):
     """Top-n accuracies in percent, one for each n in `top`. If C < n, top-n is top-C.
 

@@ -434,8 +434,9 @@ class Run:
 
 
 # How the console prints a value, by its name; metrics.jsonl keeps all digits.
-FORMATS = {"lr": "{:.1e}", "grad_norm": "{:.2f}", "knn": "{:.1f}%", "knn_patch": "{:.1f}%",
-           "images_per_s": "{:,.0f}", "mfu": "{:.0%}"}
+FORMATS = {"lr": "{:.1e}", "grad_norm": "{:.2f}", "knn": "{:.1f}%", "linear": "{:.1f}%",
+           "knn_patch": "{:.1f}%", "linear_patch": "{:.1f}%", "images_per_s": "{:,.0f}",
+           "mfu": "{:.0%}"}
 
 
 class Interval:

@@ -1,5 +1,5 @@
-"""Evaluation during a run: kNN accuracy, statistics that reveal a collapse, warnings, and
-visualization.png, a grid of images and heat maps.
+"""Evaluation during a run: accuracy of two classifiers, statistics that reveal a collapse,
+warnings, and visualization.png, a grid of images and heat maps.
 
 Methods call these functions in the steps where `run.eval_due` is true. None of them changes a
 weight.
@@ -19,46 +19,83 @@ from lib import augment, checkpoints, distributed, metrics
 # Evaluation during training
 
 
-def knn(run, encoder, bank, queries, k=10):
-    """Weighted k-nearest-neighbor accuracy in percent, and feat_std.
+def knn(run, encoder, bank, queries):
+    """Accuracies in percent of two classifiers on frozen features, and feat_std.
 
-    The accuracy is that of metrics.knn, which evaluate.py also uses; here k is 10, and in a run
-    bank and queries (datasets.Images) are 2,000 and 500 images. Returns {"knn": with the class
-    token, "knn_patch": with the mean patch token}, if the two sets have the same classes and are
-    different splits; and {"feat_std": standard deviation of the bank's L2-normalized class tokens
-    times sqrt(D): 1 if they are spread over the sphere, 0 if they are all equal}. In a model
-    without a class token the mean patch token takes its place. If only some of the processes can
-    read all images, {} is returned in all of them."""
-    def embed(images):
-        """Class tokens and mean patch tokens (2, n, D) of the images that can be read, and their
-        labels (n,), if there are any."""
-        parts, numbers = [], []
-        for x, index in data.batches(images, run.cfg.img_size, device=run.device,
-                                     workers=run.cfg.workers):
-            with run.autocast():
-                cls, patches = encoder.split(encoder(x))
-            pat = patches.float().mean(1)
-            parts.append(torch.stack([pat if cls is None else cls.float(), pat]))
-            numbers.append(index)
-        labels = images.labels
-        return torch.cat(parts, 1), None if labels is None else labels.to(run.device)[
-            torch.cat(numbers)]
-
+    bank and queries: datasets.Images, in a run 2,000 and 500. Returns {"knn": weighted 10 nearest
+    neighbors (metrics.knn) by class token, "linear": a linear classifier in closed form
+    (metrics.ridge) on the class token, "knn_patch", "linear_patch": the same with the mean patch
+    token}, if the two sets have the same classes and are different splits; and {"feat_std":
+    standard deviation of the bank's L2-normalized class tokens times sqrt(D): 1 if they are spread
+    over the sphere, 0 if they are all equal}. In a model without a class token the mean patch token
+    takes its place. If only some of the processes can read all images, {} is returned in all of
+    them. At the first evaluation of a run the accuracies of raw pixels and of an untrained network
+    are printed."""
     found = {}
     with run.evaluation(encoder):
-        known, labels = embed(bank)
-        if known.shape[1] > 1:                           # one image has no standard deviation
-            found["feat_std"] = F.normalize(known[0], dim=-1).std(0).mean() * known.shape[2]**0.5
+        known = embed(run, encoder, bank)
+        if known[0].shape[1] > 1:                        # one image has no standard deviation
+            tokens = known[0][0]
+            found["feat_std"] = F.normalize(tokens, dim=-1).std(0).mean() * tokens.shape[1]**0.5
         labeled = bank.labels is not None and queries.labels is not None
         if labeled and bank.classes == queries.classes and bank.split != queries.split:
-            tokens, truth = embed(queries)
-            for name, b, q in zip(("knn", "knn_patch"), known, tokens):
-                right = metrics.knn(b, labels, q, k=(k,))[k] == truth
-                found[name] = 100 * right.float().mean()
+            found |= accuracies(known, embed(run, encoder, queries))
+            if (run.step + 1) * run.cfg.evals // run.total == 1:
+                print_baselines(run, encoder, bank, queries)
     # All processes must log the same names, or they would wait for each other forever. If only some
     # of them can read all images, the numbers of values differ: their variance is not 0.
     n = distributed.all_mean(torch.tensor([len(found), len(found)**2.0], device=run.device))
     return found if n[1] == n[0]**2 else {}
+
+
+def embed(run, encoder, images):
+    """Class tokens and mean patch tokens (2, n, D) of the images that can be read, and their labels
+    (n,), None if there are none. The mean patch token replaces a missing class token."""
+    tokens, numbers = [], []
+    for x, index in data.batches(images, run.cfg.img_size, device=run.device,
+                                 workers=run.cfg.workers):
+        with run.autocast():
+            cls, patches = encoder.split(encoder(x))
+        patch = patches.float().mean(1)
+        tokens.append(torch.stack([patch if cls is None else cls.float(), patch]))
+        numbers.append(index)
+    labels = images.labels
+    return torch.cat(tokens, 1), None if labels is None else labels.to(run.device)[
+        torch.cat(numbers)]
+
+
+def accuracies(bank, queries):
+    """bank and queries: results of `embed` -> {"knn", "linear", "knn_patch", "linear_patch":
+    accuracy in percent}."""
+    (tokens, labels), (query_tokens, truth) = bank, queries
+    found = {}
+    for suffix, x, q in zip(("", "_patch"), tokens, query_tokens):
+        for name, predicted in (("knn", metrics.knn(x, labels, q, k=(10,))[10]),
+                                ("linear", metrics.ridge(x, labels, q))):
+            found[name + suffix] = 100 * (predicted == truth).float().mean()
+    return found
+
+
+class Pixels(torch.nn.Module):
+    """An encoder whose only token is the image itself, at 32 x 32 pixels."""
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(x, 32).flatten(1)                       # (B, 3072)
+
+    def split(self, x):
+        return None, x[:, None]
+
+
+def print_baselines(run, encoder, bank, queries):
+    """Prints the accuracies of raw pixels and of an untrained network with the settings of
+    `encoder`."""
+    untrained = type(encoder)(**encoder.config).to(run.device).eval()
+    for name, baseline in (("raw pixels", Pixels()), ("an untrained network", untrained)):
+        found = accuracies(*(embed(run, baseline, images) for images in (bank, queries)))
+        if name == "raw pixels":
+            found = {key: x for key, x in found.items() if not key.endswith("_patch")}
+        run.print0(f"for comparison, {name}: " +
+                   "  ".join(f"{key} {x:.1f}%" for key, x in found.items()))
 
 
 class AssignmentStats:

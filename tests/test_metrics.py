@@ -66,6 +66,54 @@ def test_knn_is_finite_at_a_small_temperature():
     assert metrics.knn(bank, labels, on_circle([1.0]).float(), k=(2,), tau=1e-3)[2].tolist() == [1]
 
 
+# --------------------------------------------------------------------------- linear classifier
+
+def ridge_by_refitting(x, labels, q):
+    """metrics.ridge by the definition: one regression per strength and left-out item, solved with
+    an augmented system instead of eigenvectors."""
+    mean, std = x.mean(0), x.std(0, correction=0)
+    x, q, y = (x - mean) / std, (q - mean) / std, torch.eye(3, dtype=x.dtype)[labels]
+
+    def fit(rows, strength):
+        inputs = torch.cat([x[rows], torch.ones(len(x[rows]), 1, dtype=x.dtype)], 1)
+        penalty = torch.eye(x.shape[1] + 1, dtype=x.dtype) * strength
+        penalty[-1, -1] = 0                                             # the bias is free
+        return torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ y[rows])
+
+    def predict(x, weight):
+        return x @ weight[:-1] + weight[-1]
+
+    everything = torch.arange(len(x))
+    rank = min(x.shape[1], len(x) - 1)
+    strengths = (x.square().sum() / rank * torch.logspace(-4, 3, 15, dtype=x.dtype)).tolist()
+    errors = [sum((predict(x[i], fit(everything != i, strength)) - y[i]).square().sum().item()
+                  for i in range(len(x))) for strength in strengths]
+    strength = strengths[errors.index(min(errors))]
+    return predict(q, fit(everything, strength)).argmax(1), strength / strengths[0]
+
+
+@pytest.mark.parametrize("items, width", [(40, 6), (15, 30)])
+def test_ridge_equals_refitting_without_each_item(items, width):
+    g = torch.Generator().manual_seed(items)
+    labels = torch.arange(items) % 3
+    centers = torch.randn(3, width, generator=g)
+    x = (centers[labels] + 1.5 * torch.randn(items, width, generator=g)).double()
+    q = (centers[torch.arange(200) % 3] + 1.5 * torch.randn(200, width, generator=g)).double()
+    expected, strength = ridge_by_refitting(x, labels, q)
+    assert 1 < strength < 1e7                                           # not at an edge
+    assert metrics.ridge(x, labels, q).equal(expected)
+    scale = torch.logspace(-2, 2, width, dtype=x.dtype)                 # features are standardized
+    assert metrics.ridge(x * scale + 7, labels, q * scale + 7).equal(expected)
+    assert not metrics.ridge(x * scale, labels, q).equal(expected)      # negative control
+
+
+def test_ridge_of_features_without_information_predicts_the_most_frequent_class():
+    labels = torch.tensor([1, 2, 2, 0])
+    for width in (2, 9):
+        assert metrics.ridge(torch.ones(4, width), labels, torch.rand(3, width)).eq(2).all()
+    assert metrics.ridge(torch.rand(1, 3), labels[:1], torch.rand(2, 3)).tolist() == [1, 1]
+
+
 # --------------------------------------------------------------------------- accuracy
 
 def test_accuracy_counts_the_top_n_and_clips_n_to_the_number_of_classes():

@@ -1,5 +1,6 @@
 """Evaluation during a run: kNN accuracy, statistics of assignments, images."""
 import contextlib
+import copy
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from lib import augment, datasets, distributed, visualize
+import vit
+from lib import augment, datasets, distributed, metrics, visualize
 from lib.run import Run
 
 
@@ -29,11 +31,18 @@ class Lookup(nn.Module):
         return self.cls[number], self.patches[number]
 
 
+def small_run(step, printed):
+    """What visualize.knn needs of a run of 20 steps with 2 evaluations."""
+    run = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext, step=step,
+                          total=20, cfg=SimpleNamespace(workers=0, img_size=16, evals=2),
+                          print0=printed.append)
+    run.paused, run.evaluation = contextlib.nullcontext, lambda net: Run.evaluation(run, net)
+    return run
+
+
 def test_knn_needs_two_splits_of_the_same_classes(monkeypatch):
     """Ten class tokens vote: the nearest alone is wrong. Patches of queries: the other class."""
-    cfg = SimpleNamespace(workers=0, img_size=16)
-    run = SimpleNamespace(device=torch.device("cpu"), cfg=cfg, autocast=contextlib.nullcontext)
-    run.paused, run.evaluation = contextlib.nullcontext, lambda net: Run.evaluation(run, net)
+    run = small_run(19, printed := [])
     looks = torch.tensor([0] * 6 + [1] * 6 + [0, 0, 1, 1])                    # the last 4: queries
     labels = looks.clone()
     labels[0], cls = 1, 3 * F.one_hot(looks, 4).float()
@@ -45,6 +54,8 @@ def test_knn_needs_two_splits_of_the_same_classes(monkeypatch):
     tests = replace(bank, split="test", labels=labels[12:], pixels=pixels[12:])
     found = visualize.knn(run, net, bank, tests)
     assert (found["knn"], found["knn_patch"]) == (100, 0)
+    linear = metrics.ridge(cls[:12], labels[:12], cls[12:]) == labels[12:]
+    assert found["linear"] == 100 * linear.float().mean() and found["linear_patch"] == 0
     unit = cls[:12] / cls[:12].square().sum(1, keepdim=True).sqrt()
     variance = (unit - unit.mean(0)).square().sum(0) / 11
     assert found["feat_std"].item() == pytest.approx(2 * variance.sqrt().mean().item())   # sqrt(D)
@@ -57,13 +68,40 @@ def test_knn_needs_two_splits_of_the_same_classes(monkeypatch):
     assert net.training
     monkeypatch.setattr(distributed, "all_mean", lambda x: x / 2)       # another process could not
     assert visualize.knn(run, net, bank, tests) == {}
+    assert not printed                                                  # the second evaluation
+
+
+def test_the_first_evaluation_also_classifies_pixels_and_an_untrained_network():
+    """Class 1 is a little brighter, and its position differs from image to image."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(48) % 2
+    pixels = torch.full((48, 3, 16, 16), 100, dtype=torch.uint8)
+    for i in labels.nonzero()[:, 0].tolist():
+        top, left = torch.randint(0, 12, (2,), generator=generator).tolist()
+        pixels[i, :, top:top + 4, left:left + 4] += 80
+    bank = datasets.Images("x", "train", ["a", "b"], labels[:36], pixels[:36])
+    tests = replace(bank, split="test", labels=labels[36:], pixels=pixels[36:])
+    net = vit.ViT(16, 8, 32, 1, 2)
+    lines = {}
+    for step in (8, 9, 19):
+        run = small_run(step, lines.setdefault(step, []))
+        found = visualize.knn(run, net, bank, tests)
+        assert set(found) == {"knn", "linear", "knn_patch", "linear_patch", "feat_std"}
+    assert not lines[8] and not lines[19]
+    (raw, untrained), weights = lines[9], copy.deepcopy(net.state_dict())
+    assert raw.startswith("for comparison, raw pixels: knn ") and "_patch" not in raw
+    assert untrained.startswith("for comparison, an untrained network: knn ")
+    x, q = (augment.normalize(z.float() / 255).flatten(1) for z in (bank.pixels, tests.pixels))
+    for name, predicted in (("knn", metrics.knn(x, bank.labels, q, k=(10,))[10]),
+                            ("linear", metrics.ridge(x, bank.labels, q))):
+        accuracy = 100 * (predicted == tests.labels).float().mean()
+        assert f"{name} {accuracy:.1f}%" in raw
+    assert all(torch.equal(x, weights[name]) for name, x in net.state_dict().items())
 
 
 def test_knn_keeps_labels_and_images_together_if_a_file_is_unreadable(tmp_path, monkeypatch):
     """The color of an image is its class; without its label an image would shift the others'."""
-    cfg = SimpleNamespace(workers=0, img_size=16)
-    run = SimpleNamespace(device=torch.device("cpu"), cfg=cfg, autocast=contextlib.nullcontext)
-    run.paused, run.evaluation = contextlib.nullcontext, lambda net: Run.evaluation(run, net)
+    run = small_run(19, [])
     net = Lookup(torch.eye(2), torch.eye(2)[:, None])
     labels = torch.tensor([0, 1] * 6)
     paths = []
@@ -74,7 +112,7 @@ def test_knn_keeps_labels_and_images_together_if_a_file_is_unreadable(tmp_path, 
         open(paths[i], "w").close()
     bank = datasets.Images("x", "train", ["a", "b"], labels[:8], paths=paths[:8])
     tests = replace(bank, split="test", labels=labels[8:], paths=paths[8:])
-    found = visualize.knn(run, net, bank, tests, k=1)
+    found = visualize.knn(run, net, bank, tests)
     assert (found["knn"], found["knn_patch"]) == (100, 100)
 
 
