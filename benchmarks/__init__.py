@@ -1,5 +1,5 @@
 """Measurements that docs/results.md quotes. Each file runs as `python -m benchmarks.NAME`."""
 METHODS = {       # name of the script without .py: name in tables
     "mae": "MAE", "asl": "ASL", "simmim": "SimMIM", "beit": "BEiT", "cae": "CAE",
-    "moco_v3": "MoCo v3", "dino": "DINO", "ibot": "iBOT", "selfpatch": "SelfPatch",
-    "hybrid": "hybrid", "mmc": "MMC"}
+    "moco_v3": "MoCo v3", "moby": "MoBY", "dino": "DINO", "ibot": "iBOT",
+    "selfpatch": "SelfPatch", "hybrid": "hybrid", "mmc": "MMC"}

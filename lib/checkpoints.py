@@ -265,7 +265,8 @@ def projector(encoder, narrow=True):
     which represents the image in the loss. None: the file has no such head (MAE, BEiT, CAE, SimMIM,
     files with the backbone only).
 
-    MoCo v3, hybrid   class token -> projector; the predictor is left out
+    MoCo v3, MoBY,    class token -> projector; the predictor is left out
+    hybrid
     MMC               class token -> its head "cls"; "patch", the head for patches, is left out
     DINO, iBOT        class token -> MLP, L2-normalized -> prototypes: logits (B, K), before center
                       and softmax

@@ -467,9 +467,9 @@ def keep_features(model, features, names):
     """The features with these names, or all if there is none of them."""
     if list(names) == ["projected"] and "projected" not in features and model.encoder:
         raise ValueError(f"{model.name} has no projection head in its checkpoint; take a file with "
-                         f"one (encoder.pt of dino, ibot, selfpatch, moco_v3, mmc or hybrid; "
-                         f"official files: MoCo v3, full checkpoints of DINO and iBOT), or another "
-                         f"--feature")
+                         f"one (encoder.pt of dino, ibot, selfpatch, moco_v3, moby, mmc or "
+                         f"hybrid; official files: MoCo v3, full checkpoints of DINO and iBOT), or "
+                         f"another --feature")
     return {name: z for name, z in features.items() if name in names} or features
 
 

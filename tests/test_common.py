@@ -14,6 +14,7 @@ import dino
 import hybrid
 import ibot
 import mmc
+import moby
 import moco_v3
 import selfpatch
 import vit
@@ -147,7 +148,7 @@ def method_networks():
 
     mlp = "--mlp-dim 32 --out-dim 16"
     logits = "--head-hidden-dim 32 --bottleneck-dim 12 --out-dim 40"
-    return [(moco_v3, mlp, moco_v3_head), (dino, logits, dino_head),
+    return [(moco_v3, mlp, moco_v3_head), (moby, mlp, moco_v3_head), (dino, logits, dino_head),
             (dino, f"{logits} --use-bn-in-head true", dino_head), (ibot, logits, dino_head),
             (ibot, f"{logits} --shared-head false", dino_head), (mmc, mlp, mmc_head),
             (selfpatch, f"{logits} --out-dim-selfpatch 8", selfpatch_head),

@@ -23,9 +23,9 @@ METHODS = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
 SECTIONS = ["toy", "cifar10", "imagenet100", "imagenet", "coco"]
 TINY = dict(                                  # whichever of these a method has
     img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, drop_path=0.2, mlp_dim=16,
-    head_hidden_dim=16, bottleneck_dim=8, out_dim=8, group_size=4, local_crops_number=2,
-    local_crops_size=8, mask_patch_size=8, decoder_embed_dim=16, decoder_depth=1,
-    decoder_num_heads=2, warmup_epochs=0, freeze_last_layer=0, num_mask_patches=8,
+    head_hidden_dim=16, bottleneck_dim=8, out_dim=8, queue_size=32, group_size=4,
+    local_crops_number=2, local_crops_size=8, mask_patch_size=8, decoder_embed_dim=16,
+    decoder_depth=1, decoder_num_heads=2, warmup_epochs=0, freeze_last_layer=0, num_mask_patches=8,
     min_mask_patches_per_block=2, second_input_size=16, vocab_size=16, tokenizer_steps=3,
     layer_scale=4)
 OWN = dict(hybrid=dict(layer_scale=64),       # else a batch norm magnifies the rounding of class
@@ -70,6 +70,7 @@ HEADS = dict(
     dino=dict(head="head"), ibot=dict(head="head"), mmc=dict(cls="head_cls", patch="head_patch"),
     selfpatch=dict(ca_head="ca_head", c_head="c_head", p_head="p_head"),
     moco_v3=dict(projector="projector", predictor="predictor"),
+    moby=dict(projector="projector", predictor="predictor"),
     hybrid=dict(projector="projector", predictor="predictor", decoder="decoder"))
 
 
@@ -82,6 +83,7 @@ def records(out):
 DINOS = r"head\.mlp\.([03]\.bias|[14]\.running_mean)$|"
 TAKEN_AWAY = dict(                            # by a batch norm right behind: shifts of its input
     moco_v3=r"backbone\.norm\.bias|projector\.1\.running_mean",
+    moby=r"backbone\.norm\.bias|(projector|predictor)\.(0\.bias|1\.running_mean)|projector\.3\.bias",
     dino=DINOS + r"backbone\.norm\.bias", ibot=DINOS + r"backbone\.norm\.bias",
     selfpatch=DINOS + r"ca_head\.norm\.bias|\.k\.bias")
 
@@ -171,6 +173,7 @@ REFUSED = dict(
          ("--lambda-rec 0 --lambda-cls 0 --lambda-patch 0", "there is no loss")],
     mae=[("--mask-ratio -1", "0 or more"), ("--mask-ratio nan", "0 or more")],
     moco_v3=[("--temperature 0", "must be above 0")],
+    moby=[("--temperature 0", "must be above 0"), ("--queue-size 15", "at least --batch-size 16")],
     hybrid=[("--temperature 0", "must be above 0")],
     beit=[("--pos none", "add --rel-pos-bias"), ("--clip-grad -1", "0 or more"),
           ("--depth 0", "1 or more"), ("--crop-min nan", "at most 1")])
@@ -219,6 +222,8 @@ def loss_examples():
     for method in ("moco_v3", "hybrid"):
         found[f"{method}.contrastive_loss"] = (
             lambda q, method=method: load(method).contrastive_loss(q, keys, 0.2), (4, 5))
+    found["moby.contrastive_loss"] = (lambda q: load("moby").contrastive_loss(
+        q, keys, keys.flip(1), 0.2), (4, 5))
     for method in ("dino", "ibot", "selfpatch"):
         found[f"{method}.cls_loss"] = (lambda s, method=method: load(method).cls_loss(
             s, load(method).assign(keys.expand(2, -1, -1), 0.1, 0.04), 0.1), (3, 4, 5))
@@ -265,11 +270,13 @@ def test_a_mean_over_masked_patches_keeps_float64():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_learning_rate_increases_during_warmup(method, run, few, tmp_path):
-    """Three steps of it; those of DINO's family reach the peak in its last step already."""
-    run(method, "--out", tmp_path / "run", warmup_epochs=1.5, warmup_lr=0)
+    """Three steps of it; those of DINO's family reach the peak in its last step already, MoBY never
+    does: it goes on where a cosine without a warmup would be."""
+    run(method, "--out", tmp_path / "run", warmup_epochs=1.5, warmup_lr=0, min_lr=0)
     lr = [line["lr"] for line in records(tmp_path / "run")]
     rise = 2 if method in ("dino", "ibot", "selfpatch") else 3
-    assert lr[:3] == pytest.approx([cosine(step, 5, lr[3], 0, rise) for step in range(3)])
+    peak = lr[3] / (cosine(3, 5, 1, 0) if method == "moby" else 1)
+    assert lr[:3] == pytest.approx([cosine(step, 5, peak, 0, rise) for step in range(3)])
     assert lr[3] > 0
 
 
@@ -421,7 +428,8 @@ def test_the_evaluated_network_is_saved_with_its_own_heads(
     for name, head in net.source.heads.items():
         for key, x in head.items():
             assert torch.equal(x, own[f"{HEADS[method][name]}.{key}"]), (name, key)
-    assert net.source.interpolation == ("bilinear" if method == "moco_v3" else "bicubic")
+    assert net.source.interpolation == (
+        "bilinear" if method in ("moco_v3", "moby") else "bicubic")
 
 
 def test_a_resumed_run_uses_the_current_weight_decay(run, few, tmp_path):
@@ -494,6 +502,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
 
     sentence = dict(
         hybrid="the hybrid contrasts", mmc="MMC contrasts", moco_v3="MoCo v3 contrasts",
+        moby="MoBY's batch norms",
         **dict.fromkeys(("dino", "ibot", "selfpatch"), "or --use-bn-in-head false")).get(method)
     if sentence:
         with pytest.raises(ValueError, match=sentence):

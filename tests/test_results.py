@@ -137,5 +137,5 @@ def test_docs_show_the_table_of_results_yaml(data, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["results.py", "--table", "--data", data])
     results.main()
     table = capsys.readouterr().out
-    assert len(table.splitlines()) == 2 + len(METHODS)
+    assert len(table.splitlines()) == 2 + len(METHODS.keys() - {"moby"})       # not measured yet
     assert table in (results.ROOT / "docs" / "results.md").read_text()
