@@ -1,4 +1,4 @@
-"""SelfPatch: patch-level self-supervision (Yun et al., 2022, arXiv 2206.07990), on top of DINO.
+"""SelfPatch: patch-level self-supervision (Yun et al., 2022, arXiv 2206.07990), on DINO or MoBY.
 
 DINO has a target for one vector per image. SelfPatch adds a target for each patch: neighboring
 patches mostly belong to the same object. Of the 8 neighbors of a patch the teacher takes the most
@@ -27,6 +27,13 @@ into the image vector for DINO's loss.
     c   <- m_c c   + (1 - m_c) mean of t over *all* crops, local ones included, after the step
     c_p <- m_c c_p + (1 - m_c) mean of u over all patches of these
 
+With --base moby, L_cls is the loss of MoBY (Xie et al., 2021; see moby.py) between two global
+crops: c_head is a projector to keys t and, in the student, a predictor to queries s behind it, and
+
+    L_cls = ctr(s_1, t_2, queue of t_2) + ctr(s_2, t_1, queue of t_1)
+
+with optimizer, schedules and drop path of MoBY, which evaluates the student.
+
 The paper (ViT-S/16, ImageNet; DINO -> SelfPatch): COCO box AP 40.8 -> 42.1, ADE20K mIoU (Semantic
 FPN) 38.3 -> 41.2 (300 -> 200 epochs, supplement A), linear 75.1 -> 75.6 (300 epochs, supplement D).
 
@@ -42,10 +49,13 @@ moving average to the positives. Ours: neighbors end at the border, where a patc
 corner 3) and no more positives than neighbors; in the code they wrap around: a positive of a patch
 at the left edge may lie at the right edge (--borders official). Keys and values of a patch are
 computed once for all its neighbors; one pass of attention computes the image vector and the patch
-targets together; batch norms take (B, N, D), where the code's fail. Left out: SelfPatch on MoBY.
+targets together; batch norms take (B, N, D), where the code's fail. All of --base moby but the fact
+that they trained it (supplement A) is ours, as there is no code: the image vector, lambda and the
+head of the patches are those of SelfPatch on DINO.
 
     python selfpatch.py   toy (configs/selfpatch.yaml): minutes on a laptop, offline, no local crops
     python selfpatch.py --lambda-patch 0   DINO without a class token, local crops in its center
+    python selfpatch.py --base moby        MoBY without a class token, and the loss of patches
     torchrun --nproc_per_node=8 selfpatch.py --data imagenet  as published except --borders, not run
 """
 import math
@@ -60,7 +70,7 @@ import data
 import vit
 from lib import config, positions, rng, visualize
 from lib.config import Fraction, Positive, Several, Size
-from lib.distributed import BatchNorm, all_mean, unwrap
+from lib.distributed import BatchNorm, all_gather, all_mean, unwrap
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 from lib.weights import init_linear
 
@@ -73,6 +83,8 @@ from lib.weights import init_linear
 @dataclass
 class Config(config.Settings):
     """ImageNet's settings; configs/selfpatch.yaml overrides them per data set (default: toy)."""
+    base: Literal["dino", "moby"] = "dino"    # method of the image-level loss (paper: both, moby in
+                                              # supplement A); moby: other values in the .yaml
     # the network (paper: ViT-S/16)
     img_size: Size = 224            # image side in pixels (global crop; paper)
     patch_size: Size = 16           # pixels per patch side (paper)
@@ -86,7 +98,9 @@ class Config(config.Settings):
     drop_path: Fraction = 0.1       # rate of stochastic depth, student only (code)
     head_hidden_dim: Size = 2048    # width inside the head (DINO)
     bottleneck_dim: Size = 256      # width before the prototypes, L2-normalized (DINO)
-    out_dim: Several = 65536        # image prototypes, K (paper; COCO: 4096); toy, CIFAR-10: 1024
+    out_dim: Several = 65536        # image prototypes, K (paper; COCO: 4096); toy, CIFAR-10: 1024;
+                                    # moby: width of queries and keys, 256 (MoBY)
+    mlp_dim: Size = 4096            # moby: hidden width of projector and predictor (MoBY)
     out_dim_selfpatch: Several = 4096      # patch prototypes, K_patch (paper)
     use_bn_in_head: bool = False    # batch norms in the head (code: option); toy, CIFAR-10: true
     norm_last_layer: bool = True    # keeps prototypes at norm 1 (code)
@@ -102,6 +116,8 @@ class Config(config.Settings):
     warmup_teacher_temp_epochs: int = 0    # epochs of linear temperature warmup (code; DINO: 30)
     center_momentum: Fraction = 0.9 # EMA momentum of centers (code)
     freeze_last_layer: float = 1.0  # epochs in which the last layer is frozen (code)
+    temperature: Positive = 0.2     # moby: tau of the contrastive loss (MoBY)
+    queue_size: Size = 4096         # moby: keys in the queue of each view (MoBY)
     # the views
     global_crops_scale: tuple = (0.25, 1.0)   # global crop area (code;
                                               # without local crops, code: 0.14 to 1)
@@ -118,7 +134,8 @@ class Config(config.Settings):
     min_lr: float = 1e-6            # final learning rate of the cosine (code)
     weight_decay: float = 0.04      # AdamW weight decay; not for biases, norm layers (code)
     weight_decay_end: float = 0.4   # weight decay increases to this by a cosine (code)
-    clip_grad: float = 3.0          # max gradient norm of each tensor (code); 0: off
+    clip_grad: float = 3.0          # max gradient norm of each tensor (code); moby: of all
+                                    # together, 5 (MoBY); 0: off
     momentum_teacher: Fraction = 0.996     # teacher's EMA momentum, rises to 1 by a cosine (code)
     overfit_one_batch: bool = False # train on the first batch only, as a check; on large data sets
                                     # add --warmup-epochs 0 --freeze-last-layer 0 (both last epochs)
@@ -132,6 +149,15 @@ class Config(config.Settings):
         if self.use_bn_in_head and self.accum_iter > 1:
             raise ValueError("--use-bn-in-head normalizes over the batch: micro-batches would "
                              "change the result; use --accum-iter 1 or --use-bn-in-head false")
+        if self.base == "moby" and self.accum_iter > 1:
+            raise ValueError("MoBY's batch norms see all images of a batch: micro-batches would "
+                             "change the result; leave out --accum-iter")
+        if self.base == "moby" and self.local_crops_number:
+            raise ValueError("--base moby has two views and no local crops: pass "
+                             "--local-crops-number 0")
+        if self.base == "moby" and self.queue_size < self.batch_size:
+            raise ValueError(f"--queue-size {self.queue_size} must hold the keys of a batch, at "
+                             f"least --batch-size {self.batch_size}")
 
 
 # ---- Views ---------------------------------------------------------------------------------------
@@ -140,7 +166,8 @@ class Config(config.Settings):
 def views(cfg):
     """Two global crops, blurred and solarized with BYOL's unequal probabilities, and local ones."""
     color = dict(jitter=cfg.color_jitter, jitter_p=0.8, gray_p=0.2)
-    crop = dict(size=cfg.img_size, scale=cfg.global_crops_scale, **color)
+    crop = dict(size=cfg.img_size, scale=cfg.global_crops_scale, **color,
+                interpolation="bilinear" if cfg.base == "moby" else "bicubic")
     return [data.View(**crop, blur_p=cfg.blur_p),
             data.View(**crop, blur_p=0.1 * cfg.blur_p, solarize_p=0.2),
             data.View(cfg.local_crops_size, scale=cfg.local_crops_scale, **color,
@@ -180,6 +207,25 @@ class Head(nn.Module):
 
     def forward(self, x):
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+def mlp(n, hidden, out):
+    """Two linear layers with a batch norm and a ReLU between; the output is not normalized."""
+    return nn.Sequential(nn.Linear(n, hidden), BatchNorm(hidden), nn.ReLU(),
+                         nn.Linear(hidden, out))
+
+
+class QueryHead(nn.Module):
+    """The head of images of --base moby: projector and, in the student only, predictor."""
+
+    def __init__(self, cfg, teacher):
+        super().__init__()
+        self.projector = mlp(cfg.embed_dim, cfg.mlp_dim, cfg.out_dim)
+        self.predictor = nn.Identity() if teacher else mlp(cfg.out_dim, cfg.mlp_dim, cfg.out_dim)
+
+    def forward(self, x):
+        """(2B, D) -> (2B, out_dim), one view at a time: batch statistics do not mix the views."""
+        return torch.cat([self.predictor(self.projector(z)) for z in x.chunk(2)])
 
 
 class ClassAttention(nn.Module):
@@ -263,14 +309,16 @@ class Network(nn.Module):
                                 drop_path=0.0 if teacher else cfg.drop_path,
                                 class_token=False, final_norm=False)
         self.ca_head = Aggregation(cfg)
-        self.c_head, self.p_head = Head(cfg, cfg.out_dim), Head(cfg, cfg.out_dim_selfpatch)
+        self.c_head = QueryHead(cfg, teacher) if cfg.base == "moby" else Head(cfg, cfg.out_dim)
+        self.p_head = Head(cfg, cfg.out_dim_selfpatch)
         self.is_teacher, self.num_positives, self.borders = teacher, cfg.num_positives, cfg.borders
 
     def forward(self, x, crops=None, drop=None, drop_crops=None):
         """x: (2B, 3, S, S); crops: (n_local*B, 3, S', S') or None; drop, drop_crops: their random
         numbers for drop path. Crops of the same size go through the backbone together.
-        Returns logits of images ((2+n_local)*B, K) and a list of logits of patches: (2B, N,
-        K_patch) and, of local crops, (n_local*B, N, K_patch)."""
+        Returns logits of images ((2+n_local)*B, K), with --base moby queries or keys (2B, out_dim),
+        and a list of logits of patches: (2B, N, K_patch) and, of local crops, (n_local*B, N,
+        K_patch)."""
         tokens = [self.aggregate(self.backbone(x, drop=drop))]               # (2B, 1+N, D)
         if crops is not None:
             tokens.append(self.aggregate(self.backbone(crops, drop=drop_crops)))
@@ -297,6 +345,15 @@ def cls_loss(s, P, tau):
     return -(P * log_p_sum).sum(-1).mean() / (len(s) - 1)
 
 
+def contrastive_loss(q, k, queue, tau):
+    """InfoNCE of --base moby. q: (B, out_dim) of the student; k: (B, out_dim) of the teacher, of
+    the other view; queue: (queue_size, out_dim), earlier keys of that view, L2-normalized."""
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    positive = (q * k).sum(-1, keepdim=True)                         # (B, 1)
+    logits = torch.cat([positive, q @ queue.T], 1) / tau             # (B, 1 + queue_size)
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
 def patch_loss(w, Q, tau):
     """Cross-entropy of patches. w, Q: the student's logits and the teacher's assignments, a tensor
     (2B or n_local*B, N, K_patch) per crop size. Mean over patches of a crop, then over crops."""
@@ -317,6 +374,21 @@ class Center(nn.Module):
         self.center.lerp_(all_mean(torch.stack(means).mean(0)), 1 - self.momentum)
 
 
+class Queue(nn.Module):
+    """The last `size` keys of each view, from all processes, the oldest first; initially random."""
+
+    def __init__(self, size, dim):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(2, size, dim), dim=-1))
+
+    def append(self, k1, k2):
+        """k1, k2: (batch_size, out_dim), keys of both views. Once per step, after the loss, which
+        uses the old queue; as many of the oldest keys are dropped."""
+        new = F.normalize(torch.stack([k1, k2]), dim=-1)
+        self.keys = torch.cat([self.keys[:, len(k1):], new], 1)  # another tensor: backward needs
+                                                                 # the old one
+
+
 # ---- Train ---------------------------------------------------------------------------------------
 
 
@@ -333,6 +405,12 @@ def schedules(step, total, per_epoch, cfg):
     return lr, weight_decay, momentum, temp
 
 
+def moby_lr(step, total, per_epoch, cfg):
+    """Learning rate of MoBY: linear warmup, then the rest of half a cosine that began at step 0."""
+    warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
+    return peak * step / warmup if step < warmup else cosine(step, total, peak, cfg.min_lr)
+
+
 def clip_per_tensor(parameters, max_norm):
     """Scales the gradient of each tensor to a norm of at most max_norm (official code); max_norm 0:
     no clipping. Returns the norm of all gradients together, before clipping."""
@@ -345,28 +423,38 @@ def clip_per_tensor(parameters, max_norm):
 
 def main():
     cfg = config.parse(Config)
-    run = Run(cfg)
+    run, moby = Run(cfg), cfg.base == "moby"
     loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     student = run.place(Network(cfg))
     teacher = run.place(Network(cfg, teacher=True).requires_grad_(False))
     run.init_encoder(unwrap(student).backbone)                               # with --init-from
     ema_update(teacher, student, 0.0)                                        # equal at the start
-    center = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
+    if moby:
+        queue = Queue(cfg.queue_size, cfg.out_dim).to(run.device)
+    else:
+        center = Center(cfg.out_dim, cfg.center_momentum).to(run.device)
     center_patch = Center(cfg.out_dim_selfpatch, cfg.center_momentum).to(run.device)
     opt = torch.optim.AdamW(param_groups(student, cfg.weight_decay), fused=True)
-    run.restore(student=student, teacher=teacher, center=center, center_patch=center_patch, opt=opt)
+    run.restore(student=student, teacher=teacher, center_patch=center_patch, opt=opt,
+                **(dict(queue=queue) if moby else dict(center=center)))
     total, freeze = run.total_steps(loader), round(cfg.freeze_last_layer * len(loader))
     fixed_batch = next(loader.batches()) if cfg.overfit_one_batch else None
-    run.print0(f"loss of a uniform prediction: loss_cls ln K = {math.log(cfg.out_dim):.3f}, "
+    chance = 2 * math.log(1 + cfg.queue_size) if moby else math.log(cfg.out_dim)
+    run.print0(f"loss of a uniform prediction: loss_cls "
+               f"{'2 ln(1 + queue size)' if moby else 'ln K'} = {chance:.3f}, "
                f"loss_patch ln K_patch = {math.log(cfg.out_dim_selfpatch):.3f}")
 
     for step, batch in run.steps(loader):
         lr, weight_decay, momentum, temp = schedules(step, total, len(loader), cfg)
+        if moby:
+            lr = moby_lr(step, total, len(loader), cfg)
         set_lr(opt, lr)
         opt.param_groups[0]["weight_decay"] = weight_decay      # group 1 (vectors) has none
 
         # ---- the method ----------------------------------------------------------------------
+        if moby:
+            ema_update(teacher, student, momentum)                           # with the old weights
         means, stats = [], visualize.AssignmentStats()
         means_patch, stats_patch = [], visualize.AssignmentStats()
         for part in run.micro_batches(fixed_batch or batch):
@@ -385,53 +473,74 @@ def main():
             t = t.float().unflatten(0, (2 + cfg.local_crops_number, -1))     # fp32 from here on
             s = s.float().unflatten(0, (2 + cfg.local_crops_number, -1))
             u, w = [z.float() for z in u], [z.float() for z in w]
-            P = assign(t[:2], center.center, temp)               # of global crops only, as in DINO
+            if moby:
+                loss_cls = (contrastive_loss(s[0], t[1], queue.keys[1], cfg.temperature) +
+                            contrastive_loss(s[1], t[0], queue.keys[0], cfg.temperature))
+            else:
+                P = assign(t[:2], center.center, temp)           # of global crops only, as in DINO
+                loss_cls = cls_loss(s, P, cfg.student_temp)
             Q = [assign(z, center_patch.center, temp) for z in u]
-            loss_cls = cls_loss(s, P, cfg.student_temp)
             loss_patch = patch_loss(w, Q, cfg.student_temp)
             loss = loss_cls + cfg.lambda_patch * loss_patch
             (loss / cfg.accum_iter).backward()
 
-            means.append(t.mean((0, 1)))                                     # DINO: of t[:2]
-            stats.add(P)
             means_patch.append(torch.cat([z.flatten(0, 1) for z in u]).mean(0))
             stats_patch.add(Q[0])                                            # of global crops
-            entropy = torch.special.entr(P).sum(-1).mean()
-            run.log(loss=loss, loss_cls=loss_cls, loss_patch=loss_patch, entropy=entropy,
-                    kl=loss_cls - entropy)
+            run.log(loss=loss, loss_cls=loss_cls, loss_patch=loss_patch)
+            if not moby:
+                means.append(t.mean((0, 1)))                                 # DINO: of t[:2]
+                stats.add(P)
+                entropy = torch.special.entr(P).sum(-1).mean()
+                run.log(entropy=entropy, kl=loss_cls - entropy)
 
-        grad_norm = clip_per_tensor(student.parameters(), cfg.clip_grad)
+        if moby:
+            grad_norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad or math.inf)
+        else:
+            grad_norm = clip_per_tensor(student.parameters(), cfg.clip_grad)
         if step < freeze:         # None, not 0: with gradient 0 AdamW still applies weight decay
             for name, p in student.named_parameters():
                 if "last_layer" in name:
                     p.grad = None
         opt.step()
         opt.zero_grad()
-        ema_update(teacher, student, momentum)                               # with the new weights
-        center.update(means)
+        if moby:
+            queue.append(*(all_gather(k) for k in t))                        # of the global batch
+        else:
+            ema_update(teacher, student, momentum)                           # with the new weights
+            center.update(means)
         center_patch.update(means_patch)
         # ---- bookkeeping ---------------------------------------------------------------------
 
-        mean_entropy, mi = stats.compute()
         entropy_patch, mi_patch = stats_patch.compute()
-        run.log(mi=mi, entropy_patch=entropy_patch, mi_patch=mi_patch, lr=lr, grad_norm=grad_norm)
+        if not moby:
+            mean_entropy, mi = stats.compute()
+            run.log(mi=mi)
+        run.log(entropy_patch=entropy_patch, mi_patch=mi_patch, lr=lr, grad_norm=grad_norm)
+        net = unwrap(student) if moby else teacher                           # the one to evaluate
         if run.eval_due:
-            run.log(**visualize.knn(run, teacher.backbone, bank, queries))
-            with run.evaluation(teacher):
+            found = visualize.knn(run, net.backbone, bank, queries)
+            run.log(**found)
+            with run.evaluation(net):
                 maps = []
                 with run.autocast():
-                    teacher.aggregate(teacher.backbone(part.views[0][:8]), maps)
-                attention = maps[-1][:, :, 0]
+                    net.aggregate(net.backbone(part.views[0][:8]), maps)
+                assignments = () if moby else (P[0], (s[1] / cfg.student_temp).softmax(-1))
                 visualize.save_self_distillation(
-                    run, part.views, attention, P[0], (s[1] / cfg.student_temp).softmax(-1),
-                    patch_columns(run, u[0], w[0], center_patch))
-            visualize.warn_of_equal_assignments(run, "images", mean_entropy, mi, cfg.out_dim)
+                    run, part.views, maps[-1][:, :, 0], *assignments,
+                    extra=patch_columns(run, u[0], w[0], center_patch))
+            if moby:
+                visualize.warn_of_equal_tokens(run, found.get("feat_std", 1), "loss_cls", loss_cls,
+                                               chance)
+            else:
+                visualize.warn_of_equal_assignments(run, "images", mean_entropy, mi, cfg.out_dim)
             visualize.warn_of_equal_assignments(run, "patches", entropy_patch, mi_patch,
                                                 cfg.out_dim_selfpatch)
         if run.save_due:
-            run.save_encoder(teacher.backbone, branch="teacher",
-                             heads={name: getattr(teacher, name).state_dict()
-                                    for name in ("ca_head", "c_head", "p_head")})
+            heads = dict(ca_head=net.ca_head, p_head=net.p_head, **(
+                dict(net.c_head.named_children()) if moby else dict(c_head=net.c_head)))
+            run.save_encoder(net.backbone, branch="base" if moby else "teacher",
+                             interpolation="bilinear" if moby else "bicubic",
+                             heads={name: head.state_dict() for name, head in heads.items()})
             run.save()
 
 

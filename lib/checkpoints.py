@@ -270,7 +270,7 @@ def projector(encoder, narrow=True):
     MMC               class token -> its head "cls"; "patch", the head for patches, is left out
     DINO, iBOT        class token -> MLP, L2-normalized -> prototypes: logits (B, K), before center
                       and softmax
-    SelfPatch         patches -> class attention -> the same as DINO
+    SelfPatch         patches -> class attention -> the same as DINO; on MoBY: -> projector
 
     narrow: logits in an orthonormal basis of their span, (B, 256) instead of (B, 65536). Lengths
     and angles of logits do not change, hence neither do linear classifiers of them.

@@ -180,9 +180,10 @@ def parse(cls, argv=None):
     """The settings of this run, an instance of `cls` (a Config).
 
     The sources and their order are given at the top of this file. A --config file has either
-    settings, or sections of them like configs/METHOD.yaml. The result also has method, section, and
-    origin {name: source}. Raises ValueError for unknown keys (with the nearest known one) and for
-    values of a wrong type or out of bounds."""
+    settings, or sections of them like configs/METHOD.yaml. Settings below a key such as `base moby`
+    are overridden only if --base is moby. The result also has method, section, and origin {name:
+    source}. Raises ValueError for unknown keys (with the nearest known one) and for values of a
+    wrong type or out of bounds."""
     method, known = Path(inspect.getfile(cls)).stem, fields(cls)
     legend = (f"[...]: default; configs/{method}.yaml overrides it for toy and other data sets.\n"
               "(paper), (code), (our choice): the value is from the paper, the official code, "
@@ -207,23 +208,28 @@ def parse(cls, argv=None):
     if Path.cwd() in out.parents:
         out = out.relative_to(Path.cwd())
 
+    resume = convert("resume", {**file, **given}.get("resume", False), bool)
+    earlier = read_yaml(out / "config.yaml") if resume and (out / "config.yaml").exists() else {}
+    if earlier.pop("method", method) != method:
+        raise ValueError(f"{out} is the folder of another method's run: resume it with that "
+                         f"method's script, or choose another folder with --out")
+    chosen = {**(sections[section] or {}), **earlier, **file, **given}
     values, origin = {}, {}
 
     def override(settings, source):
         for name, value in settings.items():
+            flag_name, _, choice = name.partition(" ")
+            if isinstance(value, dict) and flag_name in known:
+                if chosen.get(flag_name, known[flag_name][1]) == choice:
+                    override(value, f"{source}, {name}")
+                continue
             if name not in known:
                 raise ValueError(f"unknown key {name!r} in {source}{nearest(name, known)}")
             values[name], origin[name] = convert(name, value, known[name][0]), source
 
     override(sections[section] or {}, f"configs/{method}.yaml [{section}]")
-    resume = convert("resume", {**file, **given}.get("resume", False), bool)
-    if resume and (out / "config.yaml").exists():
-        earlier = read_yaml(out / "config.yaml")
-        if earlier.pop("method", method) != method:
-            raise ValueError(f"{out} is the folder of another method's run: resume it with that "
-                             f"method's script, or choose another folder with --out")
-        override({k: v for k, v in earlier.items()
-                  if k not in known or v != values.get(k, known[k][1])}, "the run to resume")
+    override({k: v for k, v in earlier.items()
+              if k not in known or v != values.get(k, known[k][1])}, "the run to resume")
     override({k: v for k, v in file.items() if k != "method"}, given.get("config"))
     override(given, "flags")
     cfg = cls(**{**values, "out": str(out)})

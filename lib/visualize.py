@@ -216,11 +216,11 @@ def assignment_map(P, Q, size):
     return scaled_heat_map(torch.stack([P, Q], 1)[:, :, top], size)
 
 
-def save_self_distillation(run, crops, attention, P, Q, extra=None, n=8):
+def save_self_distillation(run, crops, attention, P=None, Q=None, extra=None, n=8):
     """Writes visualization.png of DINO, iBOT and SelfPatch. Its columns are crops after the
-    augmentations; the teacher's attention in the first one; and assignments to the 16 most used
-    prototypes, of the first crop by the teacher (upper bars) and of the second by the student
-    (lower bars).
+    augmentations; the attention in the first one, of the teacher (SelfPatch on MoBY: of the
+    student); and, with P and Q, assignments to the 16 most used prototypes, of the first crop by
+    the teacher (upper bars) and of the second by the student (lower bars).
 
     crops: views (B, 3, S, S), global ones first; attention: see attention_map; P, Q: (B, K);
     extra: more columns {title: (n, 3, S, S) uint8}."""
@@ -231,7 +231,8 @@ def save_self_distillation(run, crops, attention, P, Q, extra=None, n=8):
         columns["local"] = F.interpolate(local[0], size)
     columns = {title: augment.denormalize(x) for title, x in columns.items()}
     columns["attention"] = attention_map(attention[:n], size)
-    columns["assignment"] = assignment_map(P[:n], Q[:n], size)
+    if P is not None:
+        columns["assignment"] = assignment_map(P[:n], Q[:n], size)
     save_grid(run, columns | (extra or {}))
 
 

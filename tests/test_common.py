@@ -142,6 +142,10 @@ def method_networks():
         return (dict(ca_head=n.ca_head, c_head=n.c_head, p_head=n.p_head),
                 lambda t: n.c_head(n.aggregate(t)[:, 0]))
 
+    def selfpatch_on_moby_head(n):
+        return (dict(ca_head=n.ca_head, projector=n.c_head.projector, p_head=n.p_head),
+                lambda t: n.c_head.projector(n.aggregate(t)[:, 0]))
+
     def hybrid_head(n):
         return (dict(decoder=n.decoder, projector=n.projector, predictor=n.predictor),
                 lambda t: n.projector(t[:, 0]))
@@ -152,6 +156,7 @@ def method_networks():
             (dino, f"{logits} --use-bn-in-head true", dino_head), (ibot, logits, dino_head),
             (ibot, f"{logits} --shared-head false", dino_head), (mmc, mlp, mmc_head),
             (selfpatch, f"{logits} --out-dim-selfpatch 8", selfpatch_head),
+            (selfpatch, f"--base moby {mlp} --out-dim-selfpatch 8", selfpatch_on_moby_head),
             (hybrid, f"{mlp} --mask-patch-size 16", hybrid_head)]
 
 

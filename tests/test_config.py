@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mmc
+import selfpatch
 from lib import config
 from lib.config import Fraction, Size
 
@@ -26,6 +27,29 @@ def test_precedence_is_dataclass_then_section_then_file_then_flags(tmp_path):
     assert "min_lr" not in cfg.origin and cfg.origin["img_size"] == "configs/mmc.yaml [toy]"
     assert cfg.origin["lr"] == str(file) and cfg.origin["temperature"] == "flags"
     assert config.parse(mmc.Config, ["--data", "imagenet"]).img_size == 224
+
+
+def test_settings_below_a_choice_count_only_with_it(tmp_path):
+    def parse(*flags):
+        return config.parse(selfpatch.Config, ["--data", "coco", "--out", str(tmp_path), *flags])
+
+    cfg, moby = parse(), parse("--base", "moby")
+    assert (cfg.drop_path, moby.drop_path) == (0.1, 0.2)
+    assert moby.origin["drop_path"] == "configs/selfpatch.yaml [coco], base moby"
+    assert parse("--base", "moby", "--drop-path", "0.3").drop_path == 0.3
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: moby\nlr: 2e-3\nbase dino: {seed: 1}\nbase moby: {seed: 2}\n")
+    cfg = parse("--config", str(file))
+    assert (cfg.drop_path, cfg.lr, cfg.seed) == (0.2, 2e-3, 2)
+    assert parse("--config", str(file), "--base", "dino").drop_path == 0.1
+    (tmp_path / "config.yaml").write_text("base: moby\n")
+    assert (parse("--resume").drop_path, parse().drop_path) == (0.2, 0.1)
+    file.write_text("bass moby: {lr: 1}\n")
+    with pytest.raises(ValueError, match="unknown key 'bass moby'"):
+        parse("--config", str(file))
+    file.write_text("base moby: {drop_pth: 1}\nbase: moby\n")
+    with pytest.raises(ValueError, match="unknown key 'drop_pth'.*did you mean drop_path"):
+        parse("--config", str(file))
 
 
 def test_every_setting_has_a_comment_for_the_help():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,12 @@ def records(out):
 
 
 DINOS = r"head\.mlp\.([03]\.bias|[14]\.running_mean)$|"
+MOBYS = r"(projector|predictor)\.(0\.bias|1\.running_mean)|projector\.3\.bias|"
 TAKEN_AWAY = dict(                            # by a batch norm right behind: shifts of its input
     moco_v3=r"backbone\.norm\.bias|projector\.1\.running_mean",
-    moby=r"backbone\.norm\.bias|(projector|predictor)\.(0\.bias|1\.running_mean)|projector\.3\.bias",
+    moby=MOBYS + r"backbone\.norm\.bias",
     dino=DINOS + r"backbone\.norm\.bias", ibot=DINOS + r"backbone\.norm\.bias",
-    selfpatch=DINOS + r"ca_head\.norm\.bias|\.k\.bias")
+    selfpatch=DINOS + MOBYS + r"ca_head\.norm\.bias|\.k\.bias")
 
 
 def weights(out):
@@ -122,6 +124,11 @@ def test_every_field_is_explained_and_every_section_can_be_had(method):
     for section in SECTIONS:
         cfg = config.parse(module.Config, ["--data", section])
         assert (cfg.method, cfg.data) == (method, section)
+        section = config.read_yaml(ROOT / "configs" / f"{method}.yaml")[section] or {}
+        for key in (key for key in section if " " in key):         # such as "base moby"
+            name, choice = key.split()
+            assert choice in typing.get_args(own[name][0])
+            config.parse(module.Config, ["--data", cfg.data, f"--{name}", choice])
     paper = config.parse(module.Config, ["--data", "imagenet"])
     assert (paper.img_size, paper.patch_size, paper.depth) == (224, 16, 12)
     assert config.parse(module.Config, []).img_size <= 64                    # toy
@@ -458,18 +465,21 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, settings", [
+    *((method, {}) for method in METHODS),
+    # with a lower momentum, more of the noise in the projector's last bias would enter the keys
+    ("selfpatch", dict(base="moby", local_crops_number=0, momentum_teacher=0.99))])
 def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
-        method, run, tmp_path, torchrun, monkeypatch):
+        method, settings, run, tmp_path, torchrun, monkeypatch):
     """Loss parts, gradient norm and all weights after five steps; another seed is the control."""
     names = "whole", "two", "killed", "other", "micro", "plain"
     whole, two, killed, other, micro, plain = (tmp_path / name for name in names)
     both = ["--accum-iter", 2] * (method == "mae")        # of one method both at once
-    command = [*torchrun, f"{method}.py", *flags(method, "--out", two, *both)]
+    command = [*torchrun, f"{method}.py", *flags(method, "--out", two, *both, **settings)]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT)
-    run(method, "--out", whole)
-    run(method, "--out", other, "--seed", 1)
+    run(method, "--out", whole, **settings)
+    run(method, "--out", other, "--seed", 1, **settings)
 
     save = Run.save
     with monkeypatch.context() as patch:
@@ -481,8 +491,8 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
 
         patch.setattr(Run, "save", save_and_die)
         with pytest.raises(Killed):
-            run(method, "--out", killed)
-    run(method, "--out", killed, "--resume")
+            run(method, "--out", killed, **settings)
+    run(method, "--out", killed, "--resume", **settings)
     assert (killed / "encoder.pt").read_bytes() == (whole / "encoder.pt").read_bytes()
     assert records(killed) == records(whole) and len(records(whole)) == 5
 
@@ -496,8 +506,8 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
     assert apart(two, whole) < 1e-5
     assert apart(other, whole) > 1e-2
 
-    def in_micro_batches(whole, **settings):
-        run(method, "--out", micro, "--accum-iter", 2, **settings)
+    def in_micro_batches(whole, **more):
+        run(method, "--out", micro, "--accum-iter", 2, **settings, **more)
         assert apart(micro, whole) < 1e-5
 
     sentence = dict(
@@ -509,7 +519,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
             in_micro_batches(whole)
     else:
         in_micro_batches(whole)
-    if method in ("dino", "ibot", "selfpatch"):             # without batch norms they are exact
+    if method in ("dino", "ibot", "selfpatch") and not settings:  # without batch norms: exact
         run(method, "--out", plain, use_bn_in_head=False)
         in_micro_batches(plain, use_bn_in_head=False)
 

@@ -1,11 +1,13 @@
 """SelfPatch against closed forms and the published equations, with negative controls."""
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_dino import (  # noqa: F401
     PLAIN,
+    TINY,
     assert_equal_states,
     assert_no_gradient_in_teacher,
     close,
@@ -18,8 +20,10 @@ from test_dino import (  # noqa: F401
     train_plainly,
 )
 from test_ibot import syntax_tree
+from test_methods import TAKEN_AWAY
 
 import dino
+import moby
 import selfpatch
 from lib import config
 from lib.run import ema_update
@@ -35,7 +39,7 @@ class ImageNetwork(selfpatch.Network):
     """SelfPatch's network with the interface of DINO's: image logits only."""
 
     def __init__(self, cfg, teacher=False):
-        cfg.out_dim_selfpatch, cfg.num_positives, cfg.borders = 16, 4, "correct"
+        cfg.base, cfg.out_dim_selfpatch, cfg.num_positives, cfg.borders = "dino", 16, 4, "correct"
         super().__init__(cfg, teacher)
         self.head = self.c_head
 
@@ -59,9 +63,119 @@ def test_with_lambda_0_a_run_equals_dinos_on_the_same_network(train, monkeypatch
         assert_equal_states(with_patches, expected, "student")
 
 
-def test_schedules_and_head_are_dinos():
+def test_schedules_and_head_are_dinos_queue_and_heads_mobys():
     for name in ("Head", "schedules"):
         assert syntax_tree(getattr(selfpatch, name)) == syntax_tree(getattr(dino, name)), name
+    for name in ("mlp", "Queue"):
+        assert syntax_tree(getattr(selfpatch, name)) == syntax_tree(getattr(moby, name)), name
+    q, k, queue = normal(4, 6), normal(4, 6, seed=1), F.normalize(normal(9, 6, seed=2), dim=1)
+    assert torch.equal(*(m.contrastive_loss(q, k, queue, 0.3) for m in (selfpatch, moby)))
+
+
+# ---- what it has in common with MoBY -------------------------------------------------------------
+
+
+MOBY = ("--base", "moby", "--local-crops-number", 0, "--mlp-dim", 32, "--queue-size", 24,
+        "--out-dim", 12, "--weight-decay-end", 0.04)
+
+
+class PairNetwork(selfpatch.Network):
+    """SelfPatch's network with the interface of MoBY's: queries or keys of two views."""
+
+    def __init__(self, cfg, teacher=False):
+        cfg.base, cfg.head_hidden_dim, cfg.bottleneck_dim = "moby", 16, 8
+        cfg.use_bn_in_head = cfg.norm_last_layer = False
+        cfg.out_dim_selfpatch, cfg.num_positives, cfg.borders = 16, 4, "correct"
+        super().__init__(cfg, teacher)
+        self.projector, self.predictor = self.c_head.projector, self.c_head.predictor
+
+    def forward(self, x1, x2, drop=None):
+        return super().forward(torch.cat([x1, x2]), drop=drop)[0].chunk(2)
+
+
+def test_with_lambda_0_a_run_equals_mobys_on_the_same_network(train, monkeypatch):  # noqa: F811
+    flags = "--steps", 3, "--drop-path", 0.3, "--warmup-epochs", 0.25, "--min-lr", 0
+    without, log_without = train("selfpatch", *SMALL, *MOBY, *flags, "--lambda-patch", 0)
+    with_patches, _ = train("selfpatch", *SMALL, *MOBY, *flags, "--lambda-patch", 1)
+    known = config.fields(moby.Config)
+    same = [x for name, value in zip(TINY[::2], TINY[1::2])
+            if name[2:].replace("-", "_") in known for x in (name, value)]
+    monkeypatch.setattr(moby, "Network", PairNetwork)
+    monkeypatch.setattr("test_dino.TINY", same)
+    mine = ("--mlp-dim", 32, "--queue-size", 24, "--out-dim", 12, "--warmup-lr", 0, "--lr", 0.064,
+            "--crop-min", 0.4, "--color-jitter", 0.1, 0.1, 0.1, 0.5)
+    expected, log = train("moby", *mine, *flags)
+    unseen = r"^(p_head|projector|predictor)\.|" + TAKEN_AWAY["selfpatch"]    # p_head: decays only
+    for name in ("student", "teacher"):
+        expected[name] = {k: v for k, v in expected[name].items() if not re.search(unseen, k)}
+    assert_equal_states(without, expected, "student", "teacher", "queue")
+    for a, b in zip(log, log_without, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and b["loss_patch"] > 1
+        assert a["lr"] == pytest.approx(b["lr"])
+    with pytest.raises(AssertionError):
+        assert_equal_states(with_patches, expected, "student")
+
+
+def test_on_moby_the_patch_loss_is_that_on_dino(train, monkeypatch):  # noqa: F811
+    outputs, forward = [], selfpatch.Network.forward
+    monkeypatch.setattr(selfpatch.Network, "forward", lambda *given: (
+        outputs.append(forward(*given)), outputs[-1])[1])
+    state, log = train("selfpatch", *SMALL, *MOBY, "--steps", 1, "--lambda-patch", 0.7)
+    (_, (u,)), (_, (w,)) = outputs                                           # teacher, student
+    crops = [F.cross_entropy(x / 0.1, (y / 0.04).softmax(-1)) for x, y in zip(w, u, strict=True)]
+    assert len(crops) == 16 and log[0]["loss_patch"] == pytest.approx(
+        torch.stack(crops).mean().item(), rel=1e-5)
+    assert log[0]["loss"] == pytest.approx(log[0]["loss_cls"] + 0.7 * log[0]["loss_patch"])
+    assert not {"entropy", "kl", "mi"} & log[0].keys() and "center" not in state
+    close(state["center_patch"]["center"], 0.1 * u.mean((0, 1))[None])
+
+
+def test_on_moby_the_image_head_trains_the_aggregation_and_the_patch_loss_does_not():
+    student, teacher = pair(*MOBY)
+    x = images(6)
+    s, w = student.train()(x)
+    t, u = teacher.train()(x)
+    assert s.shape == t.shape == (6, 12) and not hasattr(teacher.c_head.predictor, "weight")
+    Q = [selfpatch.assign(z, torch.zeros(1, 16), 0.04) for z in u]
+    selfpatch.patch_loss(w, Q, 0.1).backward(retain_graph=True)
+    assert not student.ca_head.cls_token.grad.any() and student.ca_head.norm.weight.grad.any()
+    selfpatch.contrastive_loss(s[:3], t[3:], selfpatch.Queue(24, 12).keys[0], 0.2).backward()
+    assert student.ca_head.cls_token.grad.abs().sum() > 0
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_on_moby_a_collapse_of_the_images_gives_a_warning(
+        train, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr("lib.visualize.knn", lambda *_: {"feat_std": torch.tensor(0.01)})
+    for fraction in (1.0, 0.9):                              # of the chance level
+        monkeypatch.setattr(selfpatch, "contrastive_loss", lambda q, *_, fraction=fraction: (
+            0 * q.sum() + fraction * math.log(25)))
+        train("selfpatch", *SMALL, *MOBY, "--steps", 1, "--evals", 1)
+        assert ("collapsed: all class tokens" in capsys.readouterr().out) == (fraction == 1)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--local-crops-number 2", "pass --local-crops-number 0"),
+    ("--accum-iter 2", "leave out --accum-iter"),
+    ("--queue-size 7", "at least --batch-size 8")])
+def test_on_moby_some_settings_are_refused(flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny(selfpatch, *SMALL, *MOBY, *flags.split())
+    tiny(selfpatch, *SMALL, *MOBY)
+
+
+def test_settings_of_moby_are_those_of_its_file():
+    for data in ("imagenet", "imagenet100", "coco"):
+        cfg = config.parse(selfpatch.Config, ["--data", data, "--base", "moby"])
+        own = config.parse(moby.Config, ["--data", data])
+        for name in ("out_dim", "mlp_dim", "queue_size", "temperature", "drop_path", "clip_grad",
+                     "momentum_teacher", "weight_decay", "warmup_epochs", "color_jitter", "blur_p"):
+            assert getattr(cfg, name) == getattr(own, name), name
+        assert cfg.lr / 256 == own.lr / 512 and cfg.weight_decay_end == cfg.weight_decay
+        assert cfg.min_lr == pytest.approx(own.min_lr * cfg.batch_size / 512)
+        assert cfg.global_crops_scale[0] == own.crop_min
+        assert selfpatch.views(cfg)[:2] == moby.views(own)
+    assert (cfg.epochs, cfg.batch_size, cfg.embed_dim) == (200, 256, 192)
 
 
 # ---- neighbors -----------------------------------------------------------------------------------
