@@ -34,7 +34,7 @@ from diagnostics.plots import Result
 from diagnostics.shared_pass import run_shared_pass
 from lib import checkpoints, config, distributed
 from lib.flags import flag, parse_flags
-from probes.common import CommonOptions, default_data, load_models
+from probes.common import CommonOptions, default_data, load_models, require_vit
 
 # ---- the diagnostics -----------------------------------------------------------------------------
 
@@ -229,6 +229,8 @@ def main(argv=None):
     folder = make_folder(Path(opt.out) / "analysis")
     plt = import_pyplot()
     models = load_models(opt)
+    for model in models:
+        require_vit(model, "analysis.py")
     opt = dataclasses.replace(opt, data=opt.data or default_data(models))
     results, missing = {name: [] for name in opt.what}, {}
     for position, model in enumerate(models):

@@ -34,6 +34,7 @@ differ between processes at first, and that a resumed run starts again with the 
 
     python moby.py                                       minutes on a laptop, offline
     python moby.py --drop-path 0                         without the asymmetry that is new
+    python moby.py --backbone swin_micro                 a small Swin instead of the ViT
     torchrun --nproc_per_node=8 moby.py --data imagenet  the paper's DeiT-S/16 (not run by us)
 """
 import math
@@ -46,7 +47,7 @@ from torch import nn
 
 import data
 import vit
-from lib import augment, config, rng, visualize
+from lib import augment, config, rng, swin, visualize
 from lib.config import Fraction, Positive, Several, Size
 from lib.distributed import BatchNorm, all_gather, unwrap
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
@@ -58,7 +59,9 @@ from lib.run import Run, cosine, ema_update, param_groups, set_lr
 @dataclass
 class Config(config.Settings):
     """ImageNet's settings; configs/moby.yaml overrides them per data set (default: toy)."""
-    # the network (paper: DeiT-S/16)
+    # the network (paper: DeiT-S/16, Swin-T)
+    backbone: Literal["vit", "swin_tiny", "swin_micro"] = "vit"    # vit: the sizes below (paper);
+                                    # swin_tiny (paper); swin_micro: for small images (our choice)
     img_size: Size = 224            # side of a view in pixels (paper)
     patch_size: Size = 16           # pixels per patch side (paper)
     embed_dim: Size = 384           # encoder width (paper)
@@ -96,6 +99,8 @@ class Config(config.Settings):
 
     def __post_init__(self):
         config.check_bounds(self)
+        if self.backbone != "vit":
+            swin.set_sizes(self)
         if self.accum_iter > 1:
             raise ValueError("MoBY's batch norms see all images of a batch: micro-batches would "
                              "change the result; leave out --accum-iter and use a smaller "
@@ -132,17 +137,22 @@ class Network(nn.Module):
     def __init__(self, cfg, teacher=False):
         super().__init__()
         D, hidden, out = cfg.embed_dim, cfg.mlp_dim, cfg.out_dim
-        self.backbone = vit.ViT(cfg.img_size, cfg.patch_size, D, cfg.depth, cfg.num_heads,
-                                pos=cfg.pos, init=cfg.init,
-                                drop_path=0.0 if teacher else cfg.drop_path)
+        drop_path = 0.0 if teacher else cfg.drop_path
+        if cfg.backbone == "vit":
+            self.backbone = vit.ViT(cfg.img_size, cfg.patch_size, D, cfg.depth, cfg.num_heads,
+                                    pos=cfg.pos, init=cfg.init, drop_path=drop_path)
+        else:
+            self.backbone = swin.make_swin(cfg.backbone, cfg.img_size, drop_path=drop_path)
         self.projector = mlp(D, hidden, out)
         self.predictor = nn.Identity() if teacher else mlp(out, hidden, out)
 
     def forward(self, x1, x2, drop=None):
         """Two views, each (B, 3, S, S) -> [q1, q2], each (B, out_dim). The backbone processes both
         views in one batch, the heads one view at a time: batch statistics do not mix the views.
-        drop: (2B, 2*depth), the random numbers for drop path."""
-        cls, _ = self.backbone.split(self.backbone(torch.cat([x1, x2]), drop=drop))    # (2B, D)
+        drop: (2B, 2*depth), the random numbers for drop path. A Swin has no class token: the mean
+        patch token takes its place."""
+        cls, patches = self.backbone.split(self.backbone(torch.cat([x1, x2]), drop=drop))
+        cls = patches.mean(1) if cls is None else cls                        # (2B, D)
         return [self.predictor(self.projector(z)) for z in cls.chunk(2)]
 
 
@@ -241,15 +251,15 @@ def main():
 
 def save_visualization(run, backbone, pair, q1, k2, n=8):
     """visualization.png: the two views; the attention of the class token in view 1 (last block,
-    mean of the heads); the second view, among those of this process, whose key is most similar to
-    the query of view 1."""
+    mean of the heads; a Swin has none); the second view, among those of this process, whose key is
+    most similar to the query of view 1."""
     x1, x2 = pair[0][:n], pair[1]
-    attention = visualize.last_attention(run, backbone, x1)
+    columns = {"view 1": augment.denormalize(x1), "view 2": augment.denormalize(x2[:n])}
+    if backbone.num_prefix:
+        attention = visualize.last_attention(run, backbone, x1)
+        columns["attention"] = visualize.attention_map(attention, run.cfg.img_size)
     nearest = (F.normalize(q1[:n].float(), dim=-1) @ F.normalize(k2, dim=-1).T).argmax(1)
-    visualize.save_grid(run, {
-        "view 1": augment.denormalize(x1), "view 2": augment.denormalize(x2[:n]),
-        "attention": visualize.attention_map(attention, run.cfg.img_size),
-        "most similar": augment.denormalize(x2[nearest])})
+    visualize.save_grid(run, columns | {"most similar": augment.denormalize(x2[nearest])})
 
 
 if __name__ == "__main__":

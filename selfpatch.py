@@ -32,7 +32,8 @@ crops: c_head is a projector to keys t and, in the student, a predictor to queri
 
     L_cls = ctr(s_1, t_2, queue of t_2) + ctr(s_2, t_1, queue of t_1)
 
-with optimizer, schedules and drop path of MoBY, which evaluates the student.
+with optimizer, schedules and drop path of MoBY, which evaluates the student. With --backbone
+swin_tiny, patches are those of the last stage, of 32 pixels: 2 positives then (--num-positives 2).
 
 The paper (ViT-S/16, ImageNet; DINO -> SelfPatch): COCO box AP 40.8 -> 42.1, ADE20K mIoU (Semantic
 FPN) 38.3 -> 41.2 (300 -> 200 epochs, supplement A), linear 75.1 -> 75.6 (300 epochs, supplement D).
@@ -56,6 +57,7 @@ head of the patches are those of SelfPatch on DINO.
     python selfpatch.py   toy (configs/selfpatch.yaml): minutes on a laptop, offline, no local crops
     python selfpatch.py --lambda-patch 0   DINO without a class token, local crops in its center
     python selfpatch.py --base moby        MoBY without a class token, and the loss of patches
+    python selfpatch.py --base moby --backbone swin_micro     the same with a small Swin
     torchrun --nproc_per_node=8 selfpatch.py --data imagenet  as published except --borders, not run
 """
 import math
@@ -68,7 +70,7 @@ from torch import nn
 
 import data
 import vit
-from lib import config, positions, rng, visualize
+from lib import config, positions, rng, swin, visualize
 from lib.config import Fraction, Positive, Several, Size
 from lib.distributed import BatchNorm, all_gather, all_mean, unwrap
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
@@ -85,7 +87,10 @@ class Config(config.Settings):
     """ImageNet's settings; configs/selfpatch.yaml overrides them per data set (default: toy)."""
     base: Literal["dino", "moby"] = "dino"    # method of the image-level loss (paper: both, moby in
                                               # supplement A); moby: other values in the .yaml
-    # the network (paper: ViT-S/16)
+    # the network (paper: ViT-S/16; supplement A: ViT-Ti/16, Swin-T)
+    backbone: Literal["vit", "swin_tiny", "swin_micro"] = "vit"    # vit: the sizes below (paper);
+                                    # swin_tiny (paper: on MoBY); swin_micro: small images (our
+                                    # choice)
     img_size: Size = 224            # image side in pixels (global crop; paper)
     patch_size: Size = 16           # pixels per patch side (paper)
     embed_dim: Size = 384           # encoder width, D (paper)
@@ -142,6 +147,8 @@ class Config(config.Settings):
 
     def __post_init__(self):
         config.check_bounds(self)
+        if self.backbone != "vit":
+            swin.set_sizes(self)
         if not 1 <= self.num_positives <= 8:
             raise ValueError("--num-positives must be 1 to 8 of the 8 neighbors")
         if self.local_crops_number and self.local_crops_size % self.patch_size:
@@ -304,10 +311,13 @@ class Network(nn.Module):
 
     def __init__(self, cfg, teacher=False):
         super().__init__()
-        self.backbone = vit.ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth,
-                                cfg.num_heads, pos=cfg.pos, init=cfg.init,
-                                drop_path=0.0 if teacher else cfg.drop_path,
-                                class_token=False, final_norm=False)
+        more = dict(drop_path=0.0 if teacher else cfg.drop_path, final_norm=False)
+        if cfg.backbone == "vit":
+            self.backbone = vit.ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth,
+                                    cfg.num_heads, pos=cfg.pos, init=cfg.init, class_token=False,
+                                    **more)
+        else:
+            self.backbone = swin.make_swin(cfg.backbone, cfg.img_size, **more)
         self.ca_head = Aggregation(cfg)
         self.c_head = QueryHead(cfg, teacher) if cfg.base == "moby" else Head(cfg, cfg.out_dim)
         self.p_head = Head(cfg, cfg.out_dim_selfpatch)

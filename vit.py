@@ -206,6 +206,7 @@ class ViT(nn.Module):
         self.config, self.embed_dim, self.depth, self.patch_size = (
             config, embed_dim, depth, patch_size)
         self.grid, self.num_prefix = (img_size // patch_size,) * 2, class_token + registers
+        self.widths, self.strides = [embed_dim] * depth, [patch_size] * depth    # of each block
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None

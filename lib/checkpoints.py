@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vit
+from lib import swin
 from lib.checkpoint_layouts import (
     MEAN,
     NORMALIZATIONS,
@@ -195,7 +196,7 @@ def load_encoder(path, branch=None, img_size=None, quiet=False, num_heads=None, 
     parse = parse_own_file if form.startswith("encoder/") else parse_official_file
     name, config, state, source = parse(path, raw, branch, num_heads, normalization)
     try:
-        net = vit.ViT(**config)
+        net = build_encoder(config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: its config does not describe a ViT ({error})") from None
     expected = net.state_dict()
@@ -215,12 +216,18 @@ def load_encoder(path, branch=None, img_size=None, quiet=False, num_heads=None, 
     return net.eval()
 
 
+def build_encoder(config):
+    """The untrained encoder, a ViT or a Swin, that has this `config`."""
+    return swin.Swin(**config) if "depths" in config else vit.ViT(**config)
+
+
 def print_description(net, img_size):
     """Prints what was loaded, and for images of which side."""
     source, side, p = net.source, net.grid[0], net.patch_size
     also = f" (also in the file: {', '.join(source.other_branches)})" * bool(source.other_branches)
     heads = f" ({source.num_heads_from})" * bool(source.num_heads_from)
-    registers = f"registers {net.config['registers']}, " * bool(net.config["registers"])
+    registers = net.config.get("registers")              # a Swin has none
+    registers = f"registers {registers}, " * bool(registers)
     resized = f" interpolated to {img_size // p}" if img_size != side * p else ""
     norm = "" if net.config["final_norm"] else "no final norm, "
     print(f"{os.path.basename(source.path)}: {source.layout}, {source.branch}{also}; "
@@ -265,8 +272,8 @@ def projector(encoder, narrow=True):
     which represents the image in the loss. None: the file has no such head (MAE, BEiT, CAE, SimMIM,
     files with the backbone only).
 
-    MoCo v3, MoBY,    class token -> projector; the predictor is left out
-    hybrid
+    MoCo v3, MoBY,    class token -> projector; the predictor is left out. MoBY with a Swin: mean
+    hybrid            patch token
     MMC               class token -> its head "cls"; "patch", the head for patches, is left out
     DINO, iBOT        class token -> MLP, L2-normalized -> prototypes: logits (B, K), before center
                       and softmax
@@ -281,7 +288,10 @@ def projector(encoder, narrow=True):
     if not names:
         return None
     try:
-        head = Projector(heads[names[0]], heads.get("ca_head"), encoder.config["num_heads"], narrow)
+        num_heads = encoder.config["num_heads"]
+        num_heads = num_heads if isinstance(num_heads, int) else num_heads[-1]     # Swin: by stage
+        head = Projector(heads[names[0]], heads.get("ca_head"), num_heads, narrow,
+                         encoder.num_prefix > 0)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{encoder.source.path}: cannot rebuild the head with the keys "
                          f"{', '.join(heads[names[0]])} ({error})") from None
@@ -343,14 +353,14 @@ class Classifier(nn.Module):
 class Projector(nn.Module):
     """A projection head built from state dicts, see `projector`."""
 
-    def __init__(self, head, pooling=None, num_heads=1, narrow=True):
+    def __init__(self, head, pooling=None, num_heads=1, narrow=True, class_token=True):
         super().__init__()
         prototypes = {key: x for key, x in head.items() if key.startswith("last_layer.")}
         mlp = {key.removeprefix("mlp."): x for key, x in head.items()
                if not key.startswith("last_layer")}
         self.mlp = build_sequential(mlp, relu=not prototypes)
         self.pooling = ClassAttention(pooling, num_heads) if pooling else None
-        self.prototypes = None
+        self.prototypes, self.class_token = None, class_token
         if prototypes:
             weight = prototype_matrix(prototypes)                              # (K, bottleneck)
             if narrow and len(weight) > weight.shape[1]:      # W = QR: |Wz| = |Rz|, equal angles
@@ -358,7 +368,11 @@ class Projector(nn.Module):
             self.prototypes = nn.Parameter(weight)
 
     def forward(self, tokens):
-        z = self.mlp(self.pooling(tokens) if self.pooling else tokens[:, 0])
+        if self.pooling:
+            tokens = self.pooling(tokens)
+        else:
+            tokens = tokens[:, 0] if self.class_token else tokens.mean(1)
+        z = self.mlp(tokens)
         if self.prototypes is None:
             return z
         return F.linear(F.normalize(z, dim=-1), self.prototypes)

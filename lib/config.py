@@ -233,6 +233,10 @@ def parse(cls, argv=None):
     override({k: v for k, v in file.items() if k != "method"}, given.get("config"))
     override(given, "flags")
     cfg = cls(**{**values, "out": str(out)})
+    for name in given.keys() & values.keys() - {"out"}:
+        if getattr(cfg, name) != values[name]:                               # set by __post_init__
+            raise ValueError(f"{flag(name)} {values[name]} does not go with the other settings, "
+                             f"which make it {getattr(cfg, name)}: leave it out")
     cfg.method, cfg.section, cfg.origin = method, section, origin
     return cfg
 

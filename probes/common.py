@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 import vit
-from lib import augment, checkpoints, datasets, distributed, rng
+from lib import augment, checkpoints, datasets, distributed, rng, swin
 from lib.flags import flag
 from probes.annotation_files import LAYOUT
 
@@ -199,7 +199,7 @@ class Options(CommonOptions):
 class Model:
     """A model to evaluate: a frozen encoder and its input, or raw pixels (encoder None)."""
     name: str
-    encoder: vit.ViT | None
+    encoder: vit.ViT | swin.Swin | None
     img_size: int                        # side of the input in pixels
     mean: tuple[float, ...]              # of the input normalization
     std: tuple[float, ...]
@@ -256,7 +256,8 @@ def load_models(opt: CommonOptions) -> list[Model]:
     first = encoders[0].source if encoders else NO_SOURCE
     for baseline in baselines:
         torch.manual_seed(opt.seed)
-        encoders.append(vit.ViT(**config).eval() if baseline == "untrained" else None)
+        encoders.append(checkpoints.build_encoder(config).eval() if baseline == "untrained" else
+                        None)
     models = []
     for name, encoder in zip([*names, *baselines], encoders):
         source = getattr(encoder, "source", NO_SOURCE)
@@ -290,6 +291,13 @@ def is_toy(name):
 def require_tokens(model, task):
     if not model.encoder:
         raise ValueError(f"{task} needs tokens, and pixels have none: leave out that --baseline")
+
+
+def require_vit(model, what):
+    """ValueError for a Swin: `what` needs blocks that all have the same patches."""
+    if isinstance(model.encoder, swin.Swin):
+        raise ValueError(f"{what} needs a ViT, whose blocks all have the same patches and attend "
+                         f"to all of them; {model.name} is a Swin: leave it out")
 
 
 # ---- features of a batch -------------------------------------------------------------------------

@@ -64,6 +64,7 @@ from probes.common import (
     is_toy,
     progress_bar,
     require_tokens,
+    require_vit,
     save_image_grid,
 )
 from probes.training import Progress, copy_encoder, layer_decay_groups
@@ -114,6 +115,7 @@ def detection(model, opt):
     pycocotools, a patch side that is not a power of two, a batch that the processes cannot share.
     """
     require_tokens(model, opt.task)
+    require_vit(model, opt.task)
     if opt.data not in annotations.MASKS:
         raise ValueError(f"detection needs masks of objects, and {opt.data} has none; choose "
                          f"--data {' or '.join(annotations.MASKS)}")

@@ -166,7 +166,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, classes, with_cls=False):
         super().__init__()
-        width, eps = encoder.embed_dim, encoder.config["norm_eps"]
+        width, eps = encoder.embed_dim, encoder.config.get("norm_eps", 1e-5)         # Swin: 1e-5
         self.encoder, self.with_cls = encoder, with_cls
         self.fc_norm = nn.Identity() if with_cls else nn.LayerNorm(width, eps)
         self.head = nn.Linear(2 * width if with_cls else width, classes)

@@ -31,6 +31,7 @@ from probes.common import (
     progress_bar,
     refuse_img_size,
     require_tokens,
+    require_vit,
     save_image_grid,
 )
 from probes.patches import (
@@ -103,6 +104,7 @@ def linear_segmentation(model, opt):
     a data set without a class for every pixel, the pixels baseline, an unknown recipe.
     """
     require_tokens(model, opt.task)
+    require_vit(model, opt.task)
     recipe_name, recipe = choose_recipe(opt, LINEAR_SEGMENTATION_RECIPES)
     depth, p = model.encoder.depth, model.encoder.patch_size
     names = annotations.segmentation_classes(opt.data, opt.level, opt.data_root)
@@ -694,20 +696,22 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder, blocks, head, classes, crop, narrow=False):
         super().__init__()
-        p, width = encoder.patch_size, encoder.embed_dim
+        p, widths = encoder.patch_size, [encoder.widths[i] for i in blocks]
         self.encoder = copy_encoder(encoder, DROP_PATH, img_size=-(-crop // p) * p)
-        self.blocks = blocks
+        self.blocks, self.strides = blocks, [encoder.strides[i] for i in blocks]
+        plain = len(set(encoder.strides)) == 1           # a ViT; a Swin's stages are a pyramid
         if head == "fpn":
-            self.head = SemanticFPN(width, classes, **dict(neck=64, channels=32) if narrow else {})
+            self.head = SemanticFPN(widths, classes, **dict(neck=64, channels=32) if narrow else {})
         else:
-            self.head = UPerNet(width, classes, p, **dict(channels=64, aux=32) if narrow else {})
+            self.head = UPerNet(widths, classes, p if plain else None,
+                                **dict(channels=64, aux=32) if narrow else {})
 
     def forward(self, x):
         p, (height, width) = self.encoder.patch_size, x.shape[2:]
         x = F.pad(x, (0, -width % p, 0, -height % p))
         outputs, _ = self.encoder.layers(x, self.blocks, norm=False)
-        maps = [self.encoder.split(z)[1].transpose(1, 2).unflatten(2, (x.shape[2] // p, -1))
-                for z in outputs]                                            # (B, D, rows, columns)
+        maps = [self.encoder.split(z)[1].transpose(1, 2).unflatten(2, (x.shape[2] // stride, -1))
+                for z, stride in zip(outputs, self.strides)]                 # (B, D, rows, columns)
         return [resize_like(logits.float(), x)[..., :height, :width] for logits in self.head(maps)]
 
 
@@ -720,13 +724,13 @@ class SemanticFPN(nn.Module):
         block 12 1x1- + -3x3- conv x2 conv x2 conv x2 ------------ |
 
     + on the left: from the bottom up, the map below is added; x2: upsampled. The head was designed
-    for maps of strides 4, 8, 16, 32. All maps of a plain ViT have the stride of the patch; they are
-    nevertheless upsampled, then resized back (SelfPatch's configuration).
+    for maps of strides 4, 8, 16, 32, as a Swin has. All maps of a plain ViT have the stride of the
+    patch; they are nevertheless upsampled, then resized back (SelfPatch's configuration).
     """
 
-    def __init__(self, width, classes, neck=256, channels=128):
+    def __init__(self, widths, classes, neck=256, channels=128):
         super().__init__()
-        self.laterals = nn.ModuleList(nn.Conv2d(width, neck, 1) for _ in range(4))
+        self.laterals = nn.ModuleList(nn.Conv2d(width, neck, 1) for width in widths)
         self.smooth = nn.ModuleList(nn.Conv2d(neck, neck, 3, padding=1) for _ in range(4))
         for layer in (*self.laterals, *self.smooth):
             nn.init.xavier_uniform_(layer.weight)
@@ -741,33 +745,36 @@ class SemanticFPN(nn.Module):
     def forward(self, maps):
         maps = [lateral(x) for lateral, x in zip(self.laterals, maps)]
         for i in (2, 1, 0):
-            maps[i] = maps[i] + maps[i + 1]
+            maps[i] = maps[i] + resize_like(maps[i + 1], maps[i])
         maps = [level(smooth(x)) for level, smooth, x in zip(self.levels, self.smooth, maps)]
         return [self.classify(sum(resize_like(x, maps[0]) for x in maps))]
 
 
 class UPerNet(nn.Module):
-    """Xiao et al., 2018: four maps (B, D, rows, columns) of one size -> [logits at stride 4]; in
-    training also those of an auxiliary head (a fully convolutional one) on the map at stride 16.
+    """Xiao et al., 2018: four maps (B, D, rows, columns) -> [logits at stride 4]; in training also
+    those of an auxiliary head (a fully convolutional one) on the map at stride 16.
 
         stride 4  -1x1- + -3x3-+
         stride 8  -1x1- + -3x3-+
         stride 16 -1x1- + -3x3-+
         stride 32 pooled, 3x3 -+- 3x3 - dropout - 1x1
 
-    + on the left: the coarser map below is upsampled and added. `make_pyramid` makes the strides.
+    + on the left: the coarser map below is upsampled and added. `make_pyramid` makes the strides
+    of a plain ViT; patch_size None: the maps have them, as those of a Swin.
     """
 
-    def __init__(self, width, classes, patch_size=16, channels=512, aux=256):
+    def __init__(self, widths, classes, patch_size=16, channels=512, aux=256):
         super().__init__()
-        self.pyramid = make_pyramid(width, patch_size)
-        self.pools = nn.ModuleList(conv_norm_relu(width, channels, 1) for _ in POOL_SIZES)
-        self.context = conv_norm_relu(width + len(POOL_SIZES) * channels, channels, 3)
-        self.laterals = nn.ModuleList(conv_norm_relu(width, channels, 1) for _ in range(3))
+        self.pyramid = make_pyramid(widths[0], patch_size) if patch_size else (
+            nn.ModuleList(nn.Identity() for _ in widths))
+        self.pools = nn.ModuleList(conv_norm_relu(widths[3], channels, 1) for _ in POOL_SIZES)
+        self.context = conv_norm_relu(widths[3] + len(POOL_SIZES) * channels, channels, 3)
+        self.laterals = nn.ModuleList(conv_norm_relu(width, channels, 1) for width in widths[:3])
         self.smooth = nn.ModuleList(conv_norm_relu(channels, channels, 3) for _ in range(3))
         self.fuse = conv_norm_relu(4 * channels, channels, 3)
         self.classify = make_classifier(channels, classes)
-        self.auxiliary = nn.Sequential(conv_norm_relu(width, aux, 3), make_classifier(aux, classes))
+        self.auxiliary = nn.Sequential(conv_norm_relu(widths[2], aux, 3),
+                                       make_classifier(aux, classes))
 
     def forward(self, maps):
         maps = [level(x) for level, x in zip(self.pyramid, maps)]

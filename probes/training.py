@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import data
 import vit
-from lib import checkpoints, distributed, positions, rng
+from lib import checkpoints, distributed, positions, rng, swin
 from probes.common import hash_settings, is_toy
 
 SHUFFLE_BYTES = 2**31    # images kept in memory for shuffling: 2 GiB per worker
@@ -216,9 +216,10 @@ def layer_decay_groups(named_parameters, depth, layer_decay, weight_decay):
     """Parameter groups for AdamW: an `encoder` with that depth and its head. The learning rate of a
     group is lr times its `factor`, which is smaller for earlier layers.
 
-    Layer 0: patch embedding, class and register tokens, positions; layer i: block i, counted from
-    1; layer depth + 1: final norm and head. factor = layer_decay^(depth + 1 - layer). Vectors,
-    class and register tokens, and positions have no weight decay.
+    Layer 0: patch embedding, class and register tokens, positions; layer i: block i, counted from 1
+    (of a Swin: stage i with the merging before it; our choice); layer depth + 1: final norm and
+    head. factor = layer_decay^(depth + 1 - layer). Vectors, class and register tokens, and
+    positions have no weight decay.
     """
     groups, top = {}, depth + 1
     for name, p in named_parameters:
@@ -226,6 +227,8 @@ def layer_decay_groups(named_parameters, depth, layer_decay, weight_decay):
         tokens = part in ("cls_token", "register_tokens", "pos_embed")
         embeds = tokens or part == "patch_embed"
         layer = int(rest[0]) + 1 if part == "blocks" else 0 if embeds else top
+        if part == "features":                           # Swin: embedding, stage, merging, ...
+            layer = 0 if rest[0] == "0" else int(rest[0]) // 2 + 1
         no_decay = p.ndim <= 1 or tokens
         groups.setdefault((layer, no_decay), []).append(p)
     return [dict(params=params, factor=layer_decay**(top - layer),
@@ -244,6 +247,12 @@ def copy_encoder(encoder, drop_path, reinit=(), final_norm=False, img_size=None)
     config = {**encoder.config, "drop_path": drop_path}
     config["final_norm"] &= final_norm
     state, key = encoder.state_dict(), "relative_position_bias_table"
+    if isinstance(encoder, swin.Swin):
+        if reinit:
+            raise ValueError("--reinit re-initializes blocks of a ViT, and this encoder is a Swin")
+        copy = swin.Swin(**config)                       # windows keep their size
+        copy.load_state_dict({name: state[name] for name in copy.state_dict()})
+        return copy
     if config["rel_pos"] == "shared":
         config["rel_pos"] = "block"
         for i in range(encoder.depth):

@@ -132,6 +132,9 @@ def method_networks():
     def moco_v3_head(n):
         return dict(projector=n.projector, predictor=n.predictor), lambda t: n.projector(t[:, 0])
 
+    def moby_swin_head(n):
+        return dict(projector=n.projector, predictor=n.predictor), lambda t: n.projector(t.mean(1))
+
     def dino_head(n):
         return dict(head=n.head), lambda t: n.head(t[:, 0])
 
@@ -150,19 +153,22 @@ def method_networks():
         return (dict(decoder=n.decoder, projector=n.projector, predictor=n.predictor),
                 lambda t: n.projector(t[:, 0]))
 
-    mlp = "--mlp-dim 32 --out-dim 16"
+    mlp, swin = "--mlp-dim 32 --out-dim 16", "--backbone swin_micro"
     logits = "--head-hidden-dim 32 --bottleneck-dim 12 --out-dim 40"
     return [(moco_v3, mlp, moco_v3_head), (moby, mlp, moco_v3_head), (dino, logits, dino_head),
             (dino, f"{logits} --use-bn-in-head true", dino_head), (ibot, logits, dino_head),
             (ibot, f"{logits} --shared-head false", dino_head), (mmc, mlp, mmc_head),
             (selfpatch, f"{logits} --out-dim-selfpatch 8", selfpatch_head),
             (selfpatch, f"--base moby {mlp} --out-dim-selfpatch 8", selfpatch_on_moby_head),
+            (selfpatch, f"--base moby {mlp} --out-dim-selfpatch 8 {swin}", selfpatch_on_moby_head),
+            (moby, f"{mlp} {swin}", moby_swin_head),
             (hybrid, f"{mlp} --mask-patch-size 16", hybrid_head)]
 
 
 @pytest.mark.parametrize("method, flags, heads_of", method_networks())
 def test_projected_features_are_those_of_the_methods_own_network(tmp_path, method, flags, heads_of):
-    cfg = config.parse(method.Config, [*NET, *flags.split()])
+    sizes = NET[:4] if "swin" in flags else NET
+    cfg = config.parse(method.Config, [*sizes, *flags.split()])
     teacher = {} if method is mmc else {"teacher": method is selfpatch}
     network = perturb(method.Network(cfg, **teacher))
     heads, project = heads_of(network)

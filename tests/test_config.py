@@ -52,6 +52,16 @@ def test_settings_below_a_choice_count_only_with_it(tmp_path):
         parse("--config", str(file))
 
 
+def test_a_flag_that_other_settings_replace_is_refused():
+    cfg = config.parse(selfpatch.Config, ["--backbone", "swin_micro"])
+    assert (cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads) == (16, 128, 6, 4)
+    for name, value in (("embed_dim", "64"), ("depth", "4"), ("pos", "sincos_row")):
+        with pytest.raises(ValueError, match=f"{config.flag(name)} {value} does not go with"):
+            config.parse(selfpatch.Config, ["--backbone", "swin_micro", config.flag(name), value])
+    config.parse(selfpatch.Config, ["--backbone", "swin_micro", "--embed-dim", "128"])
+    config.parse(selfpatch.Config, ["--embed-dim", "64"])
+
+
 def test_every_setting_has_a_comment_for_the_help():
     assert all(text for _, _, text in config.fields(config.Settings).values())
 

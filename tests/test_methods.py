@@ -29,6 +29,9 @@ TINY = dict(                                  # whichever of these a method has
     decoder_depth=1, decoder_num_heads=2, warmup_epochs=0, freeze_last_layer=0, num_mask_patches=8,
     min_mask_patches_per_block=2, second_input_size=16, vocab_size=16, tokenizer_steps=3,
     layer_scale=4)
+SWIN = dict(                                  # instead of TINY
+    backbone="swin_micro", img_size=16, drop_path=0.2, mlp_dim=16, head_hidden_dim=16,
+    bottleneck_dim=8, out_dim=8, queue_size=32, warmup_epochs=0, freeze_last_layer=0)
 OWN = dict(hybrid=dict(layer_scale=64),       # else a batch norm magnifies the rounding of class
            #                                    tokens that hardly differ
            # not equally many masked patches in every image: 5 to 10
@@ -39,7 +42,8 @@ COMMON = ("--data synthetic --batch-size 16 --workers 0 --evals 0 --log-every 1 
 
 def flags(method, *more, **settings):
     known = config.fields(importlib.import_module(method).Config)
-    given = {**TINY, **OWN.get(method, {}), **settings}
+    sizes = {} if "backbone" in settings else TINY           # a Swin has its own
+    given = {**sizes, **OWN.get(method, {}), **settings}
     own = {k: v for k, v in given.items() if k in known}
     return [*COMMON, *(f"--{k}={v}" for k, v in own.items()), *map(str, more)]
 
@@ -468,7 +472,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("method, settings", [
     *((method, {}) for method in METHODS),
     # with a lower momentum, more of the noise in the projector's last bias would enter the keys
-    ("selfpatch", dict(base="moby", local_crops_number=0, momentum_teacher=0.99))])
+    ("selfpatch", dict(base="moby", local_crops_number=0, momentum_teacher=0.99)),
+    ("moby", SWIN),
+    ("selfpatch", dict(SWIN, base="moby", num_positives=2, momentum_teacher=0.99))])
 def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
         method, settings, run, tmp_path, torchrun, monkeypatch):
     """Loss parts, gradient norm and all weights after five steps; another seed is the control."""

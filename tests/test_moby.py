@@ -184,6 +184,36 @@ def test_parameter_counts_are_the_published_ones(D, heads, backbone, projector):
         assert count(student) == 26_409_344 and count(student) + count(teacher) == 50_708_992
 
 
+def test_with_swin_tiny_the_parameter_counts_are_the_published_ones():
+    cfg = config.parse(moby.Config, ["--data", "imagenet", "--backbone", "swin_tiny"])
+    with torch.device("meta"):
+        student, teacher = moby.Network(cfg), moby.Network(cfg, teacher=True)
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (
+        student.backbone, student.projector, student, teacher)]
+    assert sizes[:3] == [27_519_354, 4_206_848, 33_835_898] and sum(sizes[2:]) == 65_562_100
+    assert student.backbone.config["drop_path"] == 0.2
+    assert teacher.backbone.config["drop_path"] == 0
+
+
+def test_the_image_vector_of_a_swin_is_the_mean_of_its_normalized_tokens():
+    cfg = config.parse(moby.Config, [*"--data toy --img-size 32 --backbone swin_micro".split()])
+    student, teacher = moby.Network(cfg), moby.Network(cfg, teacher=True)
+    x1, x2 = torch.randn(2, 8, 3, 32, 32)
+    k1, _ = teacher(x1, x2)
+    z = teacher.backbone(torch.cat([x1, x2]))[:8].mean(1)
+    assert z.shape == (8, 128) and torch.allclose(teacher.projector(z), k1, atol=1e-5)
+    q1, q2 = student(x1, x1, torch.rand(16, 2 * cfg.depth))
+    assert not torch.allclose(q1, q2, atol=1e-3) and cfg.depth == 6              # drop path
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--img-size 36", "36 is not a multiple of 8"), ("--init-from a.pt", "choose --backbone vit"),
+    ("--depth 3", "--depth 3 does not go with"), ("--backbone resnet", "swin_tiny or swin_micro")])
+def test_what_a_swin_cannot_do_is_one_sentence(flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        config.parse(moby.Config, ["--backbone", "swin_micro", *flags.split()])
+
+
 def test_state_dict_has_the_layers_of_the_official_heads():
     student, teacher = (net.state_dict() for net in networks())
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]

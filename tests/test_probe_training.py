@@ -7,7 +7,7 @@ import torch
 from small_models import make_encoder, make_model, make_options
 
 import vit
-from lib import checkpoints, rng
+from lib import checkpoints, rng, swin
 from probes import detection, finetune, pose, segmentation, training
 
 BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
@@ -221,3 +221,39 @@ def test_progress_that_cannot_be_written_or_read_is_reported_in_one_sentence(mon
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="delete it to start finetune from scratch"):
         run_probe("finetune", tmp_path, "--epochs", "1")
+
+
+# ---- Swin ----------------------------------------------------------------------------------------
+
+
+def small_swin():
+    torch.manual_seed(0)
+    return swin.Swin(32, 2, 16, (2, 1, 2), (1, 2, 4), drop_path=0.3).eval()
+
+
+def test_a_copy_of_a_swin_gives_the_same_tokens_without_the_norm_and_shares_no_memory():
+    encoder, x = small_swin(), torch.randn(2, 3, 48, 48)
+    copy = training.copy_encoder(encoder, 0.1, img_size=48).eval()
+    assert copy.config == {**encoder.config, "drop_path": 0.1, "final_norm": False}
+    assert torch.equal(copy(x), encoder.layers(x, [2], norm=False)[0][0])
+    assert torch.equal(training.copy_encoder(encoder, 0.1, final_norm=True).eval()(x), encoder(x))
+    for p in copy.parameters():
+        p.data.zero_()
+    assert encoder(x).abs().sum() > 0
+    with pytest.raises(ValueError, match="this encoder is a Swin"):
+        training.copy_encoder(encoder, 0.1, reinit=[0])
+
+
+def test_layers_of_a_swin_are_its_stages():
+    net = torch.nn.ModuleDict(dict(encoder=small_swin(), head=torch.nn.Linear(64, 3)))
+    groups = training.layer_decay_groups(net.named_parameters(), 3, 0.5, 0.05)
+    names = {id(p): name for name, p in net.named_parameters()}
+    found = {names[id(p)]: (group["factor"], group["weight_decay"])
+             for group in groups for p in group["params"]}
+    assert len(found) == len(names)
+    for name, factor in {"features.0.0.weight": 1 / 16, "features.1.1.mlp.0.weight": 1 / 8,
+                         "features.2.reduction.weight": 1 / 4,
+                         "features.5.0.mlp.0.weight": 1 / 2}.items():
+        assert found[f"encoder.{name}"] == (factor, 0.05), name
+    assert found["encoder.norm.bias"] == (1, 0) and found["head.weight"] == (1, 0.05)
+    assert found["encoder.features.0.2.weight"] == (1 / 16, 0)

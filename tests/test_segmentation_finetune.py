@@ -15,7 +15,7 @@ from small_models import make_encoder, make_model, make_options
 from torch import nn
 
 import evaluate
-from lib import config, rng
+from lib import config, rng, swin
 from probes import annotations, segmentation, training
 from probes.segmentation import Sizes
 
@@ -95,7 +95,7 @@ def classify(x, state, name="classify"):
 @torch.no_grad()
 def test_semantic_fpn_is_the_published_head():
     torch.manual_seed(0)
-    head = scramble(segmentation.SemanticFPN(12, 5, neck=8, channels=6)).eval()
+    head = scramble(segmentation.SemanticFPN([12] * 4, 5, neck=8, channels=6)).eval()
     maps, state = [torch.randn(2, 12, 5, 7) for _ in range(4)], head.state_dict()
     x = [F.conv2d(m, state[f"laterals.{i}.weight"], state[f"laterals.{i}.bias"])
          for i, m in enumerate(maps)]
@@ -123,7 +123,7 @@ def upsampled(x, state, name):
 @pytest.mark.parametrize("patch", [16, 8])
 def test_upernet_is_the_published_head(patch):
     torch.manual_seed(0)
-    head = scramble(segmentation.UPerNet(12, 5, patch, channels=6, aux=4)).eval()
+    head = scramble(segmentation.UPerNet([12] * 4, 5, patch, channels=6, aux=4)).eval()
     head.training = True                                 # the auxiliary head, but no dropout
     maps, s = [torch.randn(2, 12, 8, 12) for _ in range(4)], head.state_dict()
     if patch == 16:
@@ -164,7 +164,8 @@ def test_upernet_is_the_published_head(patch):
 
 def test_heads_have_the_published_widths():
     with torch.device("meta"):
-        fpn, uper = segmentation.SemanticFPN(384, 150), segmentation.UPerNet(768, 150)
+        fpn = segmentation.SemanticFPN([384] * 4, 150)
+        uper = segmentation.UPerNet([768] * 4, 150)
     assert [x.out_channels for x in (*fpn.laterals, *fpn.smooth)] == [256] * 8
     assert fpn.classify[1].weight.shape == (150, 128, 1, 1)
     assert uper.context[0].weight.shape == (512, 768 + 4 * 512, 3, 3)
@@ -190,6 +191,28 @@ def test_the_head_gets_raw_blocks_as_maps_and_logits_have_the_size_of_the_image(
     torch.testing.assert_close(found, bilinear(logits, (40, 24))[:, :, :35, :22])
     larger = segmentation.Segmenter(encoder, [0, 1, 1, 2], "fpn", 5, 44, True)
     assert larger.encoder.grid == (6, 6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["fpn", "upernet"])
+def test_heads_take_the_stages_of_a_swin_as_they_are(head):
+    torch.manual_seed(0)
+    encoder = swin.Swin(64, 2, 16, (2, 1, 1, 1), (1, 2, 4, 8)).eval()
+    net, maps = segmentation.Segmenter(encoder, [0, 1, 2, 3], head, 5, 64, True).eval(), []
+    forward = net.head.forward
+    net.head.forward = lambda x: (maps.extend(x), forward(x))[1]
+    x = torch.randn(2, 3, 60, 37)
+    [found] = net(x)
+    assert found.shape == (2, 5, 60, 37)
+    outputs, _ = encoder.layers(F.pad(x, (0, 11, 0, 4)), norm=False)
+    for tokens, z, width, stride in zip(maps, outputs, (16, 32, 64, 128), (2, 4, 8, 16)):
+        assert tokens.shape == (2, width, 64 // stride, 48 // stride)
+        assert torch.equal(tokens.flatten(2).mT, z)
+    if head == "upernet":                                # no layer makes other strides
+        assert not list(net.head.pyramid.parameters())
+        net.head.training = True
+        logits, auxiliary = forward(maps)
+        assert logits.shape[2:] == (32, 24) and auxiliary.shape[2:] == (8, 6)
 
 
 # ---- batch norm ----------------------------------------------------------------------------------

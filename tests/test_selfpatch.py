@@ -39,7 +39,8 @@ class ImageNetwork(selfpatch.Network):
     """SelfPatch's network with the interface of DINO's: image logits only."""
 
     def __init__(self, cfg, teacher=False):
-        cfg.base, cfg.out_dim_selfpatch, cfg.num_positives, cfg.borders = "dino", 16, 4, "correct"
+        cfg.base, cfg.backbone = "dino", "vit"
+        cfg.out_dim_selfpatch, cfg.num_positives, cfg.borders = 16, 4, "correct"
         super().__init__(cfg, teacher)
         self.head = self.c_head
 
@@ -162,6 +163,29 @@ def test_on_moby_some_settings_are_refused(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny(selfpatch, *SMALL, *MOBY, *flags.split())
     tiny(selfpatch, *SMALL, *MOBY)
+
+
+def test_with_a_swin_the_patches_are_those_of_its_last_stage_before_the_norm():
+    sizes = "--img-size 64 --head-hidden-dim 16 --bottleneck-dim 8 --batch-size 8".split()
+    cfg = config.parse(selfpatch.Config, [*sizes, *map(str, SMALL + MOBY), "--backbone",
+                                          "swin_micro"])
+    assert (cfg.patch_size, cfg.embed_dim, cfg.num_heads) == (16, 128, 4)
+    student, teacher = selfpatch.Network(cfg), selfpatch.Network(cfg, teacher=True)
+    for net in (student, teacher):
+        s, (w,) = net(images(6, 64), drop=torch.rand(6, 12))
+        assert s.shape == (6, 12) and w.shape == (6, 16, 16)
+        assert not list(net.backbone.norm.parameters())
+    y = student.backbone.eval()(images(6, 64))
+    assert torch.equal(y, student.backbone.layers(images(6, 64), [2], norm=False)[0][0])
+    assert student.ca_head.cls_blocks[0].num_heads == 4
+    with torch.device("meta"):
+        cfg = config.parse(selfpatch.Config, ["--data", "coco", "--backbone", "swin_tiny", "--base",
+                                              "moby"])
+        net = selfpatch.Network(cfg)
+    assert sum(p.numel() for p in net.ca_head.parameters()) == 14_178_048
+    assert net.ca_head.cls_blocks[0].num_heads == 24 and net.backbone.grid == (7, 7)
+    neighbors = selfpatch.neighbor_mask(7, "official")
+    assert list_neighbors(neighbors, 0) == [[1, 6, 7, 8, 13, 42, 43, 48]]
 
 
 def test_settings_of_moby_are_those_of_its_file():
