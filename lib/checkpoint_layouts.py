@@ -1,5 +1,5 @@
 """Published checkpoint files: their layouts, and how each becomes the arguments and weights of a
-ViT.
+ViT (of MoBY also of a Swin).
 
     name, config, state, source = checkpoint_layouts.parse_official_file(path, raw)
 
@@ -55,12 +55,16 @@ class Layout:
 # "../" precedes the names of keys that are beside the encoder, see find_encoders.
 DINO = dict(branch="teacher", resize="dino")
 BEIT = dict(init="beit", normalization="0.5", drop=r"lm_head\.|cls_pt_(layers|norm|lm_head)\.")
+MOBY = dict(interpolation="bilinear",
+            drop=r"\.\./(encoder|projector|predictor)(_k)?\.|\.\./queue|.*\.attn_mask$")
 LAYOUTS = {
     "DeiT": Layout("deit"),
     "DeiT III": Layout("deit3", layer_scale=1e-4),
     "MoCo v3": Layout("moco_v3", {"projector": "head.", "predictor": "../predictor."},
                       drop=r"\.\./(base|momentum)_encoder\.", num_heads=MOCO_HEADS, init="moco",
                       interpolation="bilinear"),
+    "MoBY": Layout("moby", {"projector": "../projector.", "predictor": "../predictor."}, **MOBY),
+    "MoBY momentum": Layout("moby", {"projector": "../projector_k."}, **MOBY),
     "DINO": Layout("dino", {"head": "../head."}, **DINO),
     "iBOT": Layout("ibot", {"head": "../head."}, **DINO),
     "SelfPatch": Layout("selfpatch", {name: f"../{name}." for name in ("ca_head", "c_head",
@@ -92,7 +96,8 @@ TIMM_NAMES = ((r"gamma_([12])$", r"ls\1.gamma"), (r"mlp\.w12\.", "mlp.fc1."),
 # Entries of a file that are state dicts, and the branch in each; words in prefixes likewise.
 ENTRIES = {"model": "base", "state_dict": "base", "teacher": "teacher", "student": "student",
            "model_ema": "ema", "state_dict_ema": "ema"}
-PREFIX_WORDS = ("teacher", "student", "momentum")
+PREFIX_WORDS = {"teacher": "teacher", "student": "student", "momentum": "momentum",
+                "encoder_k.": "momentum"}
 ANCHOR = "patch_embed.proj.weight"                 # every ViT has it: what precedes it is a prefix
 
 
@@ -125,8 +130,14 @@ def parse_official_file(path, raw, branch=None, num_heads=None, normalization=No
                          "another --branch")
     name, keys = encoders[branch]
     state, heads, unexpected, beside = split_keys(keys, LAYOUTS[name])
-    config = infer_config(path, name, state, unexpected)
-    config["num_heads"], origin = choose_num_heads(path, name, config, raw, state, num_heads)
+    if LAYOUTS[name].method == "moby":
+        heads = {head: rename_moby_head(tensors) for head, tensors in heads.items()}
+    if "layers.0.blocks.0.norm1.weight" in state:
+        state, config = convert_swin(path, name, state, unexpected)
+        origin = "in the file"
+    else:
+        config = infer_config(path, name, state, unexpected)
+        config["num_heads"], origin = choose_num_heads(path, name, config, raw, state, num_heads)
     mean_and_std, notes = choose_normalization(name, raw, normalization)
     if beside:
         notes.append(f"{len(beside)} keys beside the encoder are left out: "
@@ -158,7 +169,7 @@ def find_encoders(raw):
         flat = {re.sub(r"\b(module|_orig_mod)\.", "", str(key)): x
                 for key, x in (raw[entry] if entry else raw).items()}
         for prefix in [key.removesuffix(ANCHOR) for key in flat if key.endswith(ANCHOR)]:
-            branch = next((word for word in PREFIX_WORDS if word in prefix),
+            branch = next((branch for word, branch in PREFIX_WORDS.items() if word in prefix),
                           ENTRIES.get(entry, "base"))
             if branch in encoders:                           # for example CAE's alignment_encoder
                 branch = prefix.rstrip(".") or entry
@@ -197,6 +208,8 @@ def recognize_layout(keys, raw):
     def has(*starts):
         return any(key.startswith(starts) for key in keys)
 
+    if has("../projector_k.") and has("blocks.0.", "layers.0.blocks."):
+        return "MoBY momentum" if has("../encoder.") else "MoBY"
     if not has("blocks.0.") or ANCHOR not in keys:
         return None
     pos, in_entry = kind_of_positions(keys), bool(ENTRIES.keys() & raw.keys())
@@ -312,6 +325,42 @@ def convert_npz(arrays):
         ours = {"kernel": "weight", "scale": "weight", "bias": "bias"}.get(kind)
         out[f"{stems[stem]}.{ours}" if stem in stems and ours else key] = value
     return out
+
+
+def rename_moby_head(head):
+    """MoBY's names of the layers of a head -> those of moby.py."""
+    indices = {"linear_hidden.1": "0", "linear_hidden.2": "1", "linear_out": "3"}
+    return {re.sub(r"^(linear_hidden\.\d|linear_out)", lambda stem: indices.get(stem[0], stem[0]),
+                   key): x for key, x in head.items()}
+
+
+def convert_swin(path, name, state, unexpected):
+    """State dict of MoBY's Swin -> the same with torchvision's names, arguments of swin.Swin.
+    ValueError: keys or shapes do not match."""
+    def rename(key):
+        key = re.sub(r"^patch_embed\.(proj|norm)\.",
+                     lambda part: f"features.0.{0 if part[1] == 'proj' else 2}.", key)
+        key = re.sub(r"^layers\.(\d+)\.blocks\.", lambda n: f"features.{2 * int(n[1]) + 1}.", key)
+        key = re.sub(r"^layers\.(\d+)\.downsample\.", lambda n: f"features.{2 * int(n[1]) + 2}.",
+                     key)
+        return key.replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")
+
+    state = {rename(key): x for key, x in state.items()}
+    embed, table = "features.0.0.weight", "features.{}.0.attn.relative_position_bias_table"
+    blocks = [re.match(r"features\.(\d+)\.\d+\.norm1\.weight", key) for key in state]
+    blocks = [int(match[1]) for match in blocks if match]
+    stages = sorted(set(blocks))
+    rank = {embed: 4, **{table.format(stage): 2 for stage in stages}}
+    check_keys(path, name, rank.keys() - state.keys(), unexpected,
+               [f"{key} {tuple(state[key].shape)}" for key in rank
+                if key in state and state[key].dim() != rank[key]])
+    tables = [state[table.format(stage)] for stage in stages]                # ((2 window - 1)^2, H)
+    window, p = (math.isqrt(len(tables[-1])) + 1) // 2, state[embed].shape[2]
+    config = dict(
+        img_size=window * p * 2 ** (len(stages) - 1), patch_size=p, embed_dim=len(state[embed]),
+        depths=tuple(blocks.count(stage) for stage in stages),
+        num_heads=tuple(bias.shape[1] for bias in tables), drop_path=0.0, final_norm=True)
+    return state, config
 
 
 # --------------------------------------------------------------------------------------------------

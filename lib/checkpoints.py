@@ -1,5 +1,5 @@
-"""Encoder checkpoints: our encoder.pt, and the official files of DeiT, DeiT III, MoCo v3, DINO,
-iBOT, SelfPatch, DINOv2, MAE, BEiT, CAE, SimMIM and timm.
+"""Encoder checkpoints: our encoder.pt, and the official files of DeiT, DeiT III, MoCo v3, MoBY,
+DINO, iBOT, SelfPatch, DINOv2, MAE, BEiT, CAE, SimMIM and timm.
 
     net = checkpoints.load_encoder("out/mmc-toy/encoder.pt")      # a ViT; net.source: its origin
     head = checkpoints.projector(net)                             # its projection head, or None
@@ -168,7 +168,8 @@ def read_tensors(path):
 
 
 def load_encoder(path, branch=None, img_size=None, quiet=False, num_heads=None, normalization=None):
-    """The encoder of a checkpoint file, ours or an official one, as a ViT in eval mode.
+    """The encoder of a checkpoint file, ours or an official one, as a ViT or Swin in eval
+    mode.
 
     branch         "teacher", "student", "base", "momentum" or "ema", if the file has it; default:
                    the one that the method evaluates
@@ -198,7 +199,7 @@ def load_encoder(path, branch=None, img_size=None, quiet=False, num_heads=None, 
     try:
         net = build_encoder(config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path}: its config does not describe a ViT ({error})") from None
+        raise ValueError(f"{path}: its config does not describe a ViT or Swin ({error})") from None
     expected = net.state_dict()
     check_keys(path, name, expected.keys() - state.keys(), state.keys() - expected.keys(),
                [f"{key} {tuple(value.shape)} for {tuple(expected[key].shape)}"

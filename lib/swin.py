@@ -1,6 +1,7 @@
 """Swin Transformers (Liu et al., 2021), backbones of moby.py and selfpatch.py: torchvision's, with
 the interface of vit.ViT. Parameters have torchvision's names: a state dict of swin_tiny can be
-loaded into torchvision.models.swin_t(), whose classifier `head` is all that is missing.
+loaded into torchvision.models.swin_t(), whose classifier `head` and index buffers, which it
+computes, are all that is missing (strict=False).
 
     images (B, 3, height, width)
       | cut into patches, Linear, LayerNorm             features.0     width C, stride p
@@ -58,6 +59,9 @@ class Swin(SwinTransformer):
         self.widths = [embed_dim * 2**stage for stage in range(len(depths))]
         self.strides = [patch_size * 2**stage for stage in range(len(depths))]
         self.embed_dim = self.widths[-1]
+        for block in (block for stage in self.features[1::2] for block in stage):
+            index = block.attn.relative_position_index   # recomputed, not a part of checkpoints
+            block.attn.register_buffer("relative_position_index", index, persistent=False)
         rates = torch.linspace(0, drop_path, sum(depths)).repeat_interleave(2)
         self.register_buffer("drop_rates", rates, persistent=False)
 

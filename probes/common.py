@@ -476,8 +476,8 @@ def keep_features(model, features, names):
     if list(names) == ["projected"] and "projected" not in features and model.encoder:
         raise ValueError(f"{model.name} has no projection head in its checkpoint; take a file with "
                          f"one (encoder.pt of dino, ibot, selfpatch, moco_v3, moby, mmc or "
-                         f"hybrid; official files: MoCo v3, full checkpoints of DINO and iBOT), or "
-                         f"another --feature")
+                         f"hybrid; official files: MoCo v3, MoBY, full checkpoints of DINO and "
+                         f"iBOT), or another --feature")
     return {name: z for name, z in features.items() if name in names} or features
 
 
