@@ -36,6 +36,9 @@ class InitialWeights:
             self.encoder = checkpoints.load_encoder(self.path, quiet=True, num_heads=cfg.num_heads)
             self.encoder.source.notes.append("the file does not contain its number of attention "
                                              f"heads, {cfg.num_heads} is assumed (--num-heads)")
+        if "depths" in self.encoder.config:
+            raise ValueError(f"--init-from {self.path}: the file has a Swin, and runs start from a "
+                             f"ViT: use another file")
         self.published = published_tensors(checkpoints.read_file(self.path))
         sizes = {name: self.encoder.config[name]
                  for name in ("embed_dim", "depth", "num_heads", "patch_size")}

@@ -115,12 +115,13 @@ def detection(model, opt):
     pycocotools, a patch side that is not a power of two, a batch that the processes cannot share.
     """
     require_tokens(model, opt.task)
-    require_vit(model, opt.task)
     if opt.data not in annotations.MASKS:
         raise ValueError(f"detection needs masks of objects, and {opt.data} has none; choose "
                          f"--data {' or '.join(annotations.MASKS)}")
     metrics.coco_ap([])                                  # reports a missing pycocotools
-    p = model.encoder.patch_size
+    if model.encoder.depth != 4 or (opt.recipe or "1x") != "1x":             # four stages of a Swin
+        require_vit(model, "detection (except --recipe 1x with a Swin of four stages)")
+    p = finest_patch(model.encoder)
     if p < 4 or p & (p - 1):
         raise ValueError(f"detection needs a patch side that is a power of two and at least 4 px, "
                          f"and {model.name} has {p}")
@@ -204,7 +205,7 @@ def count_iters(recipe, n_images, opt):
 
 def make_mask_rcnn(model, classes, recipe, side):
     """torchvision's Mask R-CNN on the Pyramid; class 0 is the background."""
-    p = model.encoder.patch_size
+    p = finest_patch(model.encoder)
     channels, fc_dim = recipe["channels"], recipe["fc_dim"]
     rpn_convs, box_convs = recipe["convs"]
     strides = [p // 4, p // 2, p, 2 * p, 4 * p]
@@ -229,10 +230,21 @@ def make_mask_rcnn(model, classes, recipe, side):
         mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1))
 
 
+def finest_patch(encoder):
+    """Four times the stride of the finest level: a ViT's patch side, or of a Swin four patches."""
+    return 4 * encoder.strides[0] if is_swin(encoder) else encoder.patch_size
+
+
+def is_swin(encoder):
+    return len(set(encoder.strides)) > 1
+
+
 def make_backbone(encoder, recipe):
     """A trainable copy of the encoder. With windows, each block has a bias table; new ones are
     0."""
     start = copy_encoder(encoder, recipe["drop_path"])
+    if is_swin(encoder):
+        return start
     config = dict(start.config)
     if recipe["windows"]:
         config["rel_pos"] = "block"
@@ -250,9 +262,10 @@ class Pyramid(nn.Module):
     """(B, 3, height, width) normalized -> {"0" ... "3", "pool": (B, channels, rows, columns)} of
     strides p/4 ... 4p.
 
-    With an FPN (1x, 100ep) each of four blocks gives a level, and the FPN adds coarser levels to
-    finer ones; without it (vitdet: the simple pyramid) all levels are made from the last block.
-    Outputs of blocks are taken before the final norm. With bf16 the encoder runs in bf16, all else
+    With an FPN (1x, 100ep) each of four blocks gives a level, of a Swin each of its four stages
+    (then p is four times its first stride), and the FPN adds coarser levels to finer ones; without
+    it (vitdet: the simple pyramid) all levels are made from the last block. Outputs of blocks are
+    taken before the final norm. With bf16 the encoder runs in bf16, all else
     in fp32.
     """
 
@@ -269,11 +282,14 @@ class Pyramid(nn.Module):
         self.global_blocks = sorted({*range(every - 1, depth, every), depth - 1})
         simple = len(self.blocks) == 1
         half, quarter = (D // 2, D // 4) if simple else (D, D)
+        self.strides = [encoder.strides[i] for i in self.blocks]
         self.scales = nn.ModuleList([
             nn.Sequential(nn.ConvTranspose2d(D, half, 2, 2), norm(half), nn.GELU(),
                           nn.ConvTranspose2d(half, quarter, 2, 2)),
             nn.ConvTranspose2d(D, half, 2, 2), nn.Identity(), nn.MaxPool2d(2)])
         widths, fpn_norm = [quarter, half, D, D], NORMS[recipe["fpn"]]
+        if is_swin(encoder):                             # its stages are a pyramid
+            widths, self.scales = encoder.widths, nn.ModuleList(nn.Identity() for _ in range(4))
         conv = functools.partial(Conv2dNormActivation, norm_layer=fpn_norm, activation_layer=None)
         self.levels = nn.ModuleList(
             nn.Sequential(conv(width, self.out_channels, 1),
@@ -288,8 +304,8 @@ class Pyramid(nn.Module):
             outputs = self.windowed_blocks(images) if self.window else [
                 self.encoder.split(z)[1]
                 for z in self.encoder.layers(images, self.blocks, norm=False)[0]]
-        grid = [n // self.encoder.patch_size for n in images.shape[2:]]
-        maps = [z.float().transpose(1, 2).unflatten(2, grid) for z in outputs]
+        maps = [z.float().transpose(1, 2).unflatten(2, (images.shape[2] // stride, -1))
+                for z, stride in zip(outputs, self.strides)]
         maps = [scale(z) for scale, z in zip(self.scales, maps * 4 if self.levels else maps)]
         names = ["0", "1", "2", "3"]
         if self.levels:

@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
+from small_models import make_model, make_options
 
 import analysis
 import evaluate
-from lib import checkpoints, swin
+import moby
+from lib import checkpoints, config, swin
+from lib.init_from import InitialWeights
+from probes import detection
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +62,42 @@ def test_tasks_run_with_a_swin(run, task):
 
 @pytest.mark.parametrize("task", ["linear_segmentation", "detection"])
 def test_tasks_that_need_a_vit_refuse_in_one_sentence(run, task):
-    with pytest.raises(ValueError, match=f"{task} needs a ViT.*is a Swin") as error:
+    with pytest.raises(ValueError, match=f"^{task}.* needs a ViT.*is a Swin") as error:
         evaluate.main([*flags(run), "--task", task])
     assert "\n" not in str(error.value)
+
+
+def test_detection_takes_the_four_stages_of_a_swin_as_they_are():
+    torch.manual_seed(0)
+    encoder = swin.Swin(64, 2, 16, (2, 1, 1, 1), (1, 2, 4, 8)).eval()
+    recipe = detection.DETECTOR | detection.DETECTION_RECIPES["1x"] | detection.TOY_DETECTION
+    net = detection.make_mask_rcnn(make_model(encoder, img_size=64), 3, recipe, 64).eval()
+    pyramid, x = net.backbone, torch.randn(2, 3, 64, 64)
+    assert pyramid.blocks == [0, 1, 2, 3] and not list(pyramid.scales.parameters())
+    found, maps = pyramid(x), []
+    pyramid.fpn.forward = lambda x: (maps.extend(x.values()), x)[1]
+    pyramid(x)
+    for z, tokens in zip(maps, encoder.layers(x, norm=False)[0], strict=True):
+        assert torch.equal(z.flatten(2).mT, tokens)
+    assert [z.shape[2] for z in found.values()] == [32, 16, 8, 4, 2]
+    assert net.roi_heads.box_roi_pool.scales == [1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    assert [sizes[0] for sizes in net.rpn.anchor_generator.sizes] == [16, 32, 64, 128, 256]
+    assert net.transform.size_divisible == 32
+    del pyramid.fpn.forward
+    groups = detection.parameter_groups(net, recipe)
+    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+    [predicted, _] = net(list(torch.rand(2, 3, 64, 64)))
+    assert {"boxes", "labels", "scores", "masks"} <= predicted.keys()
+    for changes in (dict(recipe="vitdet"), dict(recipe="100ep")):
+        opt = make_options("detection", "--recipe", changes["recipe"], data="toy-scenes")
+        with pytest.raises(ValueError, match="^detection .*needs a ViT"):
+            detection.detection(make_model(encoder), opt)
+
+
+def test_a_run_does_not_start_from_a_swin(run):
+    cfg = config.parse(moby.Config, ["--init-from", str(run / "encoder.pt")])
+    with pytest.raises(ValueError, match="the file has a Swin"):
+        InitialWeights(cfg)
 
 
 def test_analysis_refuses_in_one_sentence(run):
