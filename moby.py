@@ -54,6 +54,7 @@ from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
 # B images per process, batch_size of all processes, N patches, D width, S image side,
 # out_dim width of queries and keys
+# (paper), (code): the value is the paper's or the official code's
 
 
 @dataclass
@@ -71,31 +72,29 @@ class Config(config.Settings):
                                                        # sincos_row, fixed: our choice
     init: Literal["trunc", "moco"] = "trunc"  # initial weights; trunc: normal, std 0.02 (code);
                                               # moco: Xavier (our choice)
-    drop_path: Fraction = 0.2       # rate of stochastic depth, student only (paper)
-    mlp_dim: Size = 4096            # hidden width of projector and predictor (paper)
-    out_dim: Size = 256             # width of queries and keys (paper)
+    drop_path: Fraction = 0.2       # rate of stochastic depth, student only (code)
+    mlp_dim: Size = 4096            # hidden width of projector and predictor (code)
+    out_dim: Size = 256             # width of queries and keys (code)
     # the objective
-    temperature: Positive = 0.2     # tau (paper)
-    queue_size: Size = 4096         # keys in the queue of each view (paper); at most an eighth of
+    temperature: Positive = 0.2     # tau (code)
+    queue_size: Size = 4096         # keys in the queue of each view (code); at most an eighth of
                                     # the images, or it often holds the query's own image (our
                                     # choice)
     momentum_teacher: Fraction = 0.99      # EMA momentum, increased to 1 by a cosine (paper)
     # the views
-    crop_min: Fraction = 0.08       # smallest area of a crop (official code)
-    color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (official
-                                                  # code)
-    blur_p: Fraction = 1.0          # probability of blur in view 1; view 2: a tenth of it (official
-                                    # code: BYOL's)
+    crop_min: Fraction = 0.08       # smallest area of a crop (code)
+    color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (code)
+    blur_p: Fraction = 1.0          # probability of blur in view 1; view 2: a tenth of it (code:
+                                    # BYOL's)
     # the optimization
     epochs: Positive = 300          # epochs (paper)
-    warmup_epochs: float = 5.0      # linear warmup from --warmup-lr (official code)
+    warmup_epochs: float = 5.0      # linear warmup from --warmup-lr (code)
     batch_size: Several = 512       # global batch size (paper)
-    lr: float = 1e-3                # base learning rate; the peak is lr * batch/512 (official code)
-    warmup_lr: float = 5e-7         # first learning rate of the warmup, times batch/512 (official
-                                    # code)
-    min_lr: float = 5e-6            # final learning rate, times batch/512 (official code)
-    weight_decay: float = 0.05      # AdamW's (paper); not for biases, norm layers (official code)
-    clip_grad: float = 5.0          # max norm of the gradient (official code); 0: no clipping
+    lr: float = 1e-3                # base learning rate; the peak is lr * batch/512 (code)
+    warmup_lr: float = 5e-7         # first learning rate of the warmup, times batch/512 (code)
+    min_lr: float = 5e-6            # final learning rate, times batch/512 (code)
+    weight_decay: float = 0.05      # AdamW's (code); not for biases, norm layers (code)
+    clip_grad: float = 5.0          # max norm of the gradient (code); 0: no clipping
 
     def __post_init__(self):
         config.check_bounds(self)
