@@ -209,13 +209,14 @@ def load_tree(name, root, split):
     paths, passed = tree.list_images(folder, subset)
     passed_over = tree.describe_passed(passed)
     if not paths:
-        hint = f"Expected {LAYOUT[name][0]}" if name in LAYOUT else "Labels are not needed"
+        hint = (f"Expected {LAYOUT[name][0]}" if name in LAYOUT else
+                "Unpack archives, convert other formats; labels are not needed")
         raise FileNotFoundError(
             f"No images under {folder}: looked for {' '.join(sorted(tree.readable_suffixes()))} in "
             f"it and its subfolders{'; passed over: ' * bool(passed_over)}{passed_over}. {hint}")
     relative = [path[len(folder):].lstrip(os.sep) for path in paths]
     if name in LAYOUT:
-        members = [(path, *path.split(os.sep)[:-1][:1]) for path in relative]
+        members = [(path, *tree.folders_of(path)[:1]) for path in relative]
         splits, notes = tree.label_splits({split: members})
         notes.insert(0, f"{len(paths):,} images in {folder}{tree.describe_classes(splits)}")
     else:
@@ -249,6 +250,9 @@ def find_folder(name):
     """The folder of images of that path."""
     if os.path.isdir(name):
         return name
+    if os.path.exists(name):
+        raise ValueError(f"{name} is a file: give the folder that contains the images, and unpack "
+                         f"archives first")
     if os.sep in name or name.startswith("."):
         raise FileNotFoundError(f"No folder {name}: give the path of a folder of images, or one of "
                                 f"{', '.join(NAMES)}")

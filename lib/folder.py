@@ -14,7 +14,6 @@ import errno
 import fcntl
 import json
 import math
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -97,9 +96,9 @@ class RunFolder:
         files = {file.name for file in self.path.iterdir()}
         if files & {*tree.RUN_FILES, "config.yaml"}:     # a run's, perhaps with its visualization
             return
-        if image := next(tree.find_images(str(self.path), defaultdict(Counter)), None):
-            raise ValueError(f"{self.path} contains images, such as {image}, and the files of the "
-                             f"run would be among them; choose another folder with --out")
+        if images := tree.list_images(str(self.path))[0]:
+            raise ValueError(f"{self.path} contains images, such as {images[0]}, and the files of "
+                             f"the run would be among them; choose another folder with --out")
 
     def write_config(self):
         """Writes config.yaml, which --resume and --config read."""

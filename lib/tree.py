@@ -41,17 +41,14 @@ def list_images(folder, only=None):
 
     The latter is {reason: Counter of endings or names}: hidden and system folders, output of runs,
     files that are no images, and links to what is listed already. `only`: names of the subfolders
-    that are read, instead of everything."""
+    that are read, instead of everything.
+
+    Of an image that can be reached in two ways, the path in a split folder is listed, else that
+    without a link. Linked folders are read last, each folder once, so that links that lead back
+    end."""
     passed = defaultdict(Counter)
-    return sorted(find_images(folder, passed, only)), dict(passed)
-
-
-def find_images(folder, passed, only=None):
-    """Yields the paths of `list_images` as they are found, and adds to `passed` what is passed
-    over. Links come last, so that an image that can be reached in two ways has the path without a
-    link, and links that lead back end."""
     folders, linked_folders, linked_files = [(folder, os.path.realpath(folder))], [], []
-    seen, real_paths = set(), set()                      # of folders and of images, without links
+    seen, found = set(), {}                              # folders; {path without links: path}
     while folders or linked_folders:
         here, real = folders.pop() if folders else linked_folders.pop(0)
         if real in seen:
@@ -88,14 +85,24 @@ def find_images(folder, passed, only=None):
             elif entry.is_symlink():
                 linked_files.append(entry.path)
             else:
-                real_paths.add(os.path.join(real, entry.name))
-                yield entry.path
+                found[f"{real}{os.sep}{entry.name}"] = entry.path
     for path in sorted(linked_files):
-        if (real := os.path.realpath(path)) in real_paths:
-            passed["links to what is listed already"][os.path.basename(path)] += 1
+        real = os.path.realpath(path)
+        if real not in found or in_split(path, folder) and not in_split(found[real], folder):
+            found[real] = path
         else:
-            real_paths.add(real)
-            yield path
+            passed["links to what is listed already"][os.path.basename(path)] += 1
+    return sorted(found.values()), dict(passed)
+
+
+def in_split(path, root):
+    return any(name.lower() in TRAIN + TEST for name in folders_of(os.path.relpath(path, root)))
+
+
+def folders_of(path):
+    """The folders on a relative path. A backslash separates them too: archives made on Windows are
+    sometimes unpacked to files with names like train\\cat\\1.jpg."""
+    return tuple(path.replace("\\", os.sep).split(os.sep)[:-1])
 
 
 def kind_of(entry):
@@ -152,27 +159,29 @@ def find_splits(paths):
     folder for each. If there are split folders for one of them only and no others, the class of an
     image is the folder below these; else it is the first folder of its path.
     """
-    folders = [tuple(path.split(os.sep)[:-1]) for path in paths]
-    shared = len(os.path.commonprefix(folders))
-    folders = [folder[shared:] for folder in folders]
+    folders = skip_shared([folders_of(path) for path in paths])
     tops = {folder[0] for folder in folders if folder}
     train = sorted(name for name in tops if name.lower() in TRAIN)
     test = sorted((name for name in tops if name.lower() in TEST),
                   key=lambda name: (TEST.index(name.lower()), name))
     if not (train and test):
         start = int(bool(tops) and tops == {*train, *test})
-        members = [(path, *folder[start:start + 1]) for path, folder in zip(paths, folders)]
+        folders = skip_shared([folder[start:] for folder in folders])
+        members = [(path, *folder[:1]) for path, folder in zip(paths, folders)]
         splits, notes = label_splits({"all": members})
         return splits, [f"{len(paths):,} images{describe_classes(splits)}", *notes]
     if len(train) > 1:
         raise ValueError(f"{' and '.join(train)} are both folders of training images: merge them "
                          f"or rename one")
-    members, beside = {train[0]: [], test[0]: []}, Counter()
+    members, used, beside = {train[0]: [], test[0]: []}, [], Counter()
     for path, folder in zip(paths, folders):
         if folder and folder[0] in members:
-            members[folder[0]].append((path, *folder[1:2]))
+            used.append((path, folder))
         else:
             beside[f"{folder[0]}/" if folder else os.path.basename(path)] += 1
+    below = skip_shared([folder[1:] for _, folder in used])
+    for (path, folder), rest in zip(used, below):
+        members[folder[0]].append((path, *rest[:1]))
     splits, notes = label_splits(members)
     counts = ", ".join(f"{len(split.paths):,} images in {name}/" for name, split in splits.items())
     if beside:
@@ -180,6 +189,12 @@ def find_splits(paths):
                      f"{list_counts(beside)}")
     return (dict(zip(("train", "test"), splits.values())),
             [counts + describe_classes(splits), *notes])
+
+
+def skip_shared(folders):
+    """Tuples of folder names without the names that all of them begin with."""
+    shared = len(os.path.commonprefix(folders))
+    return [folder[shared:] for folder in folders]
 
 
 def label_splits(members):
@@ -233,6 +248,7 @@ def unicode_name(folder):
 def describe_classes(splits):
     classes = {tuple(split.classes) for split in splits.values() if split.classes}
     if not classes:
-        return "; no labels, as there are no class folders (kNN and most probes need them)"
+        return ("; no labels, as there are fewer than two class folders (kNN and most probes need "
+                "labels)")
     return "; " + "; ".join(f"{len(names):,} classes: {list_names(names)}"
                             for names in sorted(classes))

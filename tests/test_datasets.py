@@ -457,7 +457,7 @@ def test_wrong_names_and_numbers_are_errors_with_the_next_step(tmp_path):
     with pytest.raises(FileNotFoundError, match="No folder ./nowhere"):
         datasets.load_images("./nowhere")
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(FileNotFoundError, match="No images .*for .*.jpg .*: .txt .1.. Labels are"):
+    with pytest.raises(FileNotFoundError, match="No images .*for .*.jpg .*: .txt .1.. Unpack"):
         datasets.load_images(str(tmp_path))
     with pytest.raises(ValueError, match="No split 'dev'"):
         datasets.load_images("synthetic", split="dev")

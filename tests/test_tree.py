@@ -104,6 +104,25 @@ def test_links_give_each_image_once_and_end(tmp_path):
     assert names(load(tmp_path / "linked")) == {"x": ["1.jpg"], "y": ["1.jpg"]}
 
 
+def test_splits_made_of_links_keep_their_labels(tmp_path):
+    """images/ has all files, train/ and val/ have links to some of them."""
+    def link(name, *links):
+        for path in links:
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).symlink_to(tmp_path / name)
+
+    touch(tmp_path, *(f"images/{i}.jpg" for i in range(5)))
+    link("images/0.jpg", "train/cat/0.jpg"), link("images/1.jpg", "train/dog/1.jpg")
+    link("images/2.jpg", "val/cat/2.jpg"), link("images/3.jpg", "val/dog/3.jpg", "val/cat/3.jpg")
+    train, test = load(tmp_path), load(tmp_path, "test")
+    assert names(train) == {"cat": ["0.jpg"], "dog": ["1.jpg"]}
+    assert names(test) == {"cat": ["2.jpg", "3.jpg"]}      # 3.jpg once
+    assert any("beside train/ and val/: images in images/ (1)" in note for note in train.notes)
+    assert any("links to what is listed already: 3.jpg (1)" in note for note in train.notes)
+    link("train/cat/0.jpg", "val/cat/0.jpg")               # a training image is no test image
+    assert names(load(tmp_path, "test")) == names(test)
+
+
 def test_a_folder_without_permission_is_counted(tmp_path, monkeypatch):
     touch(tmp_path, "a/1.jpg", "b/2.jpg")
     scandir = os.scandir
@@ -148,6 +167,24 @@ def test_without_both_splits_all_images_are_one(tmp_path, files, classes):
     images = load(tmp_path)
     assert images.split == "all" and names(images) == classes
     assert images.paths == load(tmp_path, "test").paths
+
+
+@pytest.mark.parametrize("between", ["images/", "data/jpg/"])
+def test_one_folder_between_the_splits_and_their_classes_is_skipped(tmp_path, between):
+    touch(tmp_path, f"train/{between}cat/a.jpg", f"train/{between}dog/b.jpg",
+          f"val/{between}cat/c.jpg", "train/labels/a.txt")
+    assert names(load(tmp_path)) == {"cat": ["a.jpg"], "dog": ["b.jpg"]}
+    assert names(load(tmp_path, "test")) == {"cat": ["c.jpg"]}
+    touch(tmp_path, "val/dog/d.jpg")                       # not in all: it may be a class
+    assert load(tmp_path, "test").classes == sorted([between.split("/")[0], "dog"])
+
+
+@pytest.mark.skipif(os.sep != "/", reason="a backslash is a separator")
+def test_names_with_backslashes_of_archives_from_windows_are_paths(tmp_path):
+    touch(tmp_path, "train\\cat\\a.jpg", "train\\dog\\b.jpg", "val\\cat\\c.jpg")
+    train, test = load(tmp_path), load(tmp_path, "test")
+    assert names(train) == {"cat": ["train\\cat\\a.jpg"], "dog": ["train\\dog\\b.jpg"]}
+    assert names(test) == {"cat": ["val\\cat\\c.jpg"]} and os.path.exists(test.paths[0])
 
 
 def test_splits_in_a_folder_of_their_own_and_what_is_beside_them(tmp_path):
@@ -220,8 +257,14 @@ def test_no_images_at_all_is_an_error_that_lists_what_there_is(tmp_path):
     touch(tmp_path, "a.heic", ".git/b.jpg", "data.zip")
     with pytest.raises(FileNotFoundError) as error:
         load(tmp_path)
-    for part in (".heic (1)", ".zip (1)", ".git (1)", ".jpg", "Labels are not needed"):
+    for part in (".heic (1)", ".zip (1)", ".git (1)", ".jpg", "Unpack archives"):
         assert part in str(error.value)
+
+
+def test_a_file_or_an_archive_instead_of_a_folder_is_refused_with_the_next_step(tmp_path):
+    touch(tmp_path, "photos.zip")
+    with pytest.raises(ValueError, match="photos.zip is a file: give the folder .* unpack"):
+        load(tmp_path / "photos.zip")
 
 
 # ---- names that cannot be printed ----------------------------------------------------------------
