@@ -96,8 +96,8 @@ class Loader:
 
     batch_size is global: each of `world` processes gets an equal part, in the order of the ranks.
     Images at the end of an epoch that do not fill a batch are dropped. A file that cannot be read
-    is reported once on stderr and replaced by the next image of the data set; `skipped` counts the
-    replacements. ValueError: an impossible batch size; more than half of a batch unreadable.
+    is reported once on stderr and replaced by another image of the data set; `skipped` counts the
+    replacements. ValueError: an impossible batch size; most images tried for a batch unreadable.
     """
 
     def __init__(self, images, views, batch_size, seed=0, device="cpu", workers=2, rank=0, world=1):
@@ -116,6 +116,10 @@ class Loader:
         self.scale = torch.tensor([view.scale for view in self.views])         # (len(views), 2)
         self.ratio = torch.tensor([view.ratio for view in self.views])
         self.order = None, None                                                # epoch, permutation
+        # From an unreadable image to the one that replaces it: far away, as files like it are often
+        # neighbors. Without a common factor, so that all images are tried in the end.
+        self.stride = next(stride for stride in itertools.count(round(0.618 * len(images)) or 1)
+                           if math.gcd(stride, len(images)) == 1)
         self.skipped, self.reported = 0, set()
 
     def __len__(self):
@@ -158,8 +162,10 @@ class Loader:
                 self.reported.add(i)
                 print(f"skipped {self.images.paths[i]}: {bad[i]}", file=sys.stderr)
             if crops is None:
-                raise ValueError(f"More than half of a batch of {self.images.name} cannot be read, "
-                                 f"for example {self.images.paths[min(bad)]}: are these images?")
+                i = min(bad)
+                raise ValueError(f"More than half of the images tried for a batch of "
+                                 f"{self.images.name} cannot be read, for example "
+                                 f"{self.images.paths[i]} ({bad[i]}): are these images?")
             yield self.augment_batch(step, index, crops)
 
     def sample_box_numbers(self, index, epoch):
@@ -171,7 +177,7 @@ class Loader:
         """In a worker: step -> image indices (B,), the uint8 crops (B, 3, S, S) of each view, and
         {index: error} of the files that cannot be read."""
         epoch, index = self.locate(step)
-        u, index, bad = self.sample_box_numbers(index, epoch), index.clone(), {}
+        u, index, bad, failed = self.sample_box_numbers(index, epoch), index.clone(), {}, 0
         crops = [torch.empty(len(index), 3, v.size, v.size, dtype=torch.uint8) for v in self.views]
         for rows in torch.arange(len(index)).split(8):     # boxes are faster for 8 images at once
             images = []
@@ -182,9 +188,10 @@ class Loader:
                         image = datasets.read_pixels(self.images.paths[i])
                     except Exception as error:             # a damaged file can raise any exception
                         bad[i] = str(error)
-                        if 2 * len(bad) > max(2, len(index)):
+                        failed += 1                        # `row` images have been read
+                        if failed > max(4, row, len(index) / 2):
                             return index, None, bad
-                        i = (i + 1) % len(self.images)
+                        i = (i + self.stride) % len(self.images)
                 index[row] = i
                 images.append(image)                                           # (height, width, 3)
             sides = torch.tensor([image.shape[:2] for image in images])[:, :, None, None]

@@ -153,7 +153,7 @@ def test_each_view_of_a_file_is_flipped_by_its_own_parameters(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_file_is_reported_once_and_replaced_by_the_next(tmp_path, capsys, workers):
+def test_a_truncated_file_is_reported_once_and_replaced_by_another(tmp_path, capsys, workers):
     images = datasets.load_images(write_tree(tmp_path, each=6))
     whole = open(images.paths[3], "rb").read()
     open(images.paths[3], "wb").write(whole[:len(whole) // 2])
@@ -162,7 +162,8 @@ def test_a_truncated_file_is_reported_once_and_replaced_by_the_next(tmp_path, ca
     assert loader.skipped == 3
     assert capsys.readouterr().err.count(images.paths[3] + ":") == 1
     for batch in batches:
-        assert sorted(batch.index.tolist()) == sorted([*range(3), 4, *range(4, 12)])
+        other = (3 + loader.stride) % 12
+        assert sorted(batch.index.tolist()) == sorted([*range(3), *range(4, 12), other])
         assert torch.equal(batch.label, images.labels[batch.index])
     open(images.paths[3], "wb").write(whole)
     loader = data.Loader(images, [View(16)], 12, workers=workers)
@@ -182,8 +183,32 @@ def test_a_batch_that_is_mostly_unreadable_is_an_error(tmp_path, workers):
     images = datasets.load_images(write_tree(tmp_path, each=4))
     for path in images.paths[:6]:
         open(path, "wb").write(b"not an image")
-    with pytest.raises(ValueError, match="^More than half of a batch .* cannot be read"):
+    with pytest.raises(ValueError, match="^More than half .* batch .* cannot be read, .*identify"):
         take(data.Loader(images, [View(8)], 8, workers=workers), 1)
+
+
+def test_unreadable_neighbors_are_no_reason_to_end_a_run(tmp_path):
+    """A quarter of the files, one after the other as in a class folder: less than half."""
+    images = datasets.load_images(write_tree(tmp_path, each=16))
+    for path in images.paths[:8]:
+        open(path, "wb").write(b"not an image")
+    counts = torch.zeros(32)
+    for batch in take(data.Loader(images, [View(8)], 8, workers=0), 40):
+        counts += batch.index.bincount(minlength=32)
+    assert not counts[:8].any()
+    assert counts[8:].max() <= 4 * 10                      # not one image in place of all eight
+
+
+def test_a_data_set_of_one_unreadable_image_is_an_error(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="a.png"):
+        take(data.Loader(datasets.load_images(str(tmp_path)), [View(8)], 1, workers=0), 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 30, 97, 210])
+def test_the_replacements_of_an_image_are_all_others(n):
+    stride = data.Loader(make_images(n, 8), [View(8)], 1, workers=0).stride
+    assert len({i * stride % n for i in range(n)}) == n
 
 
 # ---- batches, for evaluation ---------------------------------------------------------------------
