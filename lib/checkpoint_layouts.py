@@ -65,8 +65,8 @@ LAYOUTS = {
                       interpolation="bilinear"),
     "MoBY": Layout("moby", {"projector": "../projector.", "predictor": "../predictor."}, **MOBY),
     "MoBY momentum": Layout("moby", {"projector": "../projector_k."}, **MOBY),
-    "DINO": Layout("dino", {"head": "../head."}, **DINO),
-    "iBOT": Layout("ibot", {"head": "../head."}, **DINO),
+    "DINO": Layout("dino", {"head": "../head."}, **DINO, unsure="timm's augreg models"),
+    "iBOT": Layout("ibot", {"head": "../head."}, **DINO, unsure="timm's augreg models"),
     "SelfPatch": Layout("selfpatch", {name: f"../{name}." for name in ("ca_head", "c_head",
                                                                        "p_head")}, **DINO),
     "DINOv2": Layout("dinov2", drop=r"\.\./(dino|ibot)_head\.", layer_scale=1e-5, img_size=224,
@@ -93,12 +93,11 @@ CLASSIFIER = r"(head|fc_norm|pre_logits|attentive_blocks)\.|query_token$"
 TIMM_NAMES = ((r"gamma_([12])$", r"ls\1.gamma"), (r"mlp\.w12\.", "mlp.fc1."),
               (r"mlp\.w3\.", "mlp.fc2."), (r"^reg_token$", "register_tokens"),
               (r"^blocks\.\d+\.(\d+\.)", r"blocks.\1"))           # DINOv2 in chunks of blocks
-# Entries of a file that are state dicts, and the branch in each; words in prefixes likewise.
-ENTRIES = {"model": "base", "state_dict": "base", "teacher": "teacher", "student": "student",
-           "model_ema": "ema", "state_dict_ema": "ema"}
-PREFIX_WORDS = {"teacher": "teacher", "student": "student", "momentum": "momentum",
-                "encoder_k.": "momentum"}
+# Branches, by words in the prefix of an encoder's keys or in the name of its entry in the file.
+BRANCHES = {"teacher": "teacher", "student": "student", "momentum": "momentum",
+            "encoder_k": "momentum", "ema": "ema"}
 ANCHOR = "patch_embed.proj.weight"                 # every ViT has it: what precedes it is a prefix
+NPZ_ANCHOR = "embedding/kernel"                    # the same in .npz files
 
 
 class UnknownHeads(ValueError):
@@ -159,23 +158,29 @@ def find_encoders(raw):
 
     "module." and "_orig_mod." are removed from all keys, and from those of the encoder the prefix
     that precedes them ("backbone.", "encoder." ...). Keys without this prefix are not the
-    encoder's: their names start with "../". Without any ViT: the keys of the file.
+    encoder's: their names start with "../". Without any ViT: the keys of the largest state dict.
     """
-    if "embedding/kernel" in raw:
+    if NPZ_ANCHOR in raw:
         return {"base": convert_npz(raw)}
-    entries = [name for name in ENTRIES if isinstance(raw.get(name), dict)]
-    encoders, flat = {}, {}
-    for entry in entries or [None]:
-        flat = {re.sub(r"\b(module|_orig_mod)\.", "", str(key)): x
-                for key, x in (raw[entry] if entry else raw).items()}
-        for prefix in [key.removesuffix(ANCHOR) for key in flat if key.endswith(ANCHOR)]:
-            branch = next((branch for word, branch in PREFIX_WORDS.items() if word in prefix),
-                          ENTRIES.get(entry, "base"))
+    encoders, found = {}, state_dicts(raw)
+    for entry, state in found.items():
+        for prefix in [key.removesuffix(ANCHOR) for key in state if key.endswith(ANCHOR)]:
+            branch = next((branch for word, branch in BRANCHES.items() if re.search(
+                rf"(\b|_){word}(\b|_)", f"{prefix} {entry}")), "base")
             if branch in encoders:                           # for example CAE's alignment_encoder
                 branch = prefix.rstrip(".") or entry
             encoders[branch] = {timm_name(key.removeprefix(prefix)) if key.startswith(prefix) else
-                                f"../{key}": x for key, x in flat.items()}
-    return encoders or {"base": flat}
+                                f"../{key}": x for key, x in state.items()}
+    return encoders or {"base": max(found.values(), key=len)}
+
+
+def state_dicts(raw):
+    """{entry: {key: value}} of the entries of a file that contain tensors ("model", "teacher" ...),
+    and of the file itself as the entry "", without "module." and "_orig_mod." in keys."""
+    entries = {str(entry): x for entry, x in raw.items()
+               if isinstance(x, dict) and any(map(torch.is_tensor, x.values()))}
+    return {entry: {re.sub(r"\b(module|_orig_mod)\.", "", str(key)): x for key, x in state.items()}
+            for entry, state in {**entries, "": raw}.items()}
 
 
 def timm_name(key):
@@ -212,7 +217,8 @@ def recognize_layout(keys, raw):
         return "MoBY momentum" if has("../encoder.") else "MoBY"
     if not has("blocks.0.") or ANCHOR not in keys:
         return None
-    pos, in_entry = kind_of_positions(keys), bool(ENTRIES.keys() & raw.keys())
+    pos, flat = kind_of_positions(keys), any(
+        str(key).endswith((ANCHOR, NPZ_ANCHOR)) for key in raw)
     shared_table, block_table = has("rel_pos_bias."), has("blocks.0.attn.relative_position_bias")
     table = shared_table or block_table
     split, scaled = has("blocks.0.attn.q_bias"), has("blocks.0.ls1.")
@@ -234,11 +240,11 @@ def recognize_layout(keys, raw):
         ("MoCo v3", pos == "sincos_row"),
         ("fine-tuned MAE", has("fc_norm.")),
         ("iBOT", "ibot_loss" in raw or has("masked_embed", "../head.last_layer2.")),
-        ("timm", has("head.") and not in_entry),
+        ("timm", has("head.") and flat),
         ("DeiT", has("head.")),
         ("iBOT", "state_dict" in raw),
-        ("plain ViT", "model" in raw),
-        ("DINO", True))
+        ("DINO", flat or has("../head.") or "teacher" in raw or "student" in raw),
+        ("plain ViT", True))
     return next(name for name, holds in tests if holds)
 
 
@@ -265,21 +271,25 @@ def has_class_position(keys):
 
 def split_keys(keys, layout):
     """Keys of an encoder -> its state dict, {head: state dict}, and the keys that the layout does
-    not have, in the encoder and beside it. Half precision becomes fp32."""
+    not have, in the encoder and beside it. Half precision becomes fp32; integers are no weights of
+    an encoder (a quantized one needs their scale)."""
     state, heads, unexpected, beside = {}, {}, [], []
     for key, value in keys.items():
-        is_tensor = isinstance(value, torch.Tensor)
-        value = value.float() if is_tensor and value.is_floating_point() else value
+        is_tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        is_weight = is_tensor and value.is_floating_point()
+        value = value.float() if is_weight else value
         head = next((head for head, start in layout.heads.items() if key.startswith(start)), None)
         if key in ("head.weight", "head.bias") or not head and re.match(CLASSIFIER, key):
-            heads.setdefault("classifier", {})[key] = value
-        elif head:
+            head = "classifier"
+        if is_tensor and head == "classifier":
+            heads.setdefault(head, {})[key] = value
+        elif is_tensor and head:
             heads.setdefault(head, {})[key.removeprefix(layout.heads[head])] = value
         elif re.match(f"{NOT_NEEDED}|{layout.drop}", key):
             continue
         elif key.startswith("../"):
             beside.append(key.removeprefix("../"))
-        elif is_tensor:
+        elif is_weight:
             state[key] = value
         else:
             unexpected.append(key)
@@ -314,13 +324,13 @@ def convert_npz(arrays):
         root = f"Transformer/encoderblock_{n}/MultiHeadDotProductAttention_1"
         for kind, name in (("kernel", "weight"), ("bias", "bias")):
             keys = [f"{root}/{part}/{kind}" for part in ("query", "key", "value")]
-            if all(key in arrays for key in keys):        # (D, heads, D/heads) and (heads, D/heads)
-                qkv = [arrays.pop(key) for key in keys]
+            if all(key in arrays and arrays[key].dim() > 1 for key in keys):
+                qkv = [arrays.pop(key) for key in keys]   # (D, heads, D/heads) and (heads, D/heads)
                 out[f"blocks.{n}.attn.qkv.{name}"] = torch.cat(
                     [x.flatten(1).T if kind == "kernel" else x.flatten() for x in qkv])
     for key, value in arrays.items():
         stem, _, kind = key.rpartition("/")
-        if kind == "kernel":              # (p, p, 3, D), (heads, D/heads, D), or (in, out)
+        if kind == "kernel" and value.dim() > 1:    # (p, p, 3, D), (heads, D/heads, D) or (in, out)
             value = value.permute(3, 2, 0, 1) if value.dim() == 4 else value.flatten(0, -2).T
         ours = {"kernel": "weight", "scale": "weight", "bias": "bias"}.get(kind)
         out[f"{stems[stem]}.{ours}" if stem in stems and ours else key] = value
@@ -374,11 +384,10 @@ def infer_config(path, name, state, unexpected):
     tables = [key for key in state if key.endswith("relative_position_bias_table")]
     rank = {ANCHOR: 4, fc1: 2, "blocks.0.mlp.fc2.weight": 2,
             (tables or ["pos_embed"])[0]: 2 if tables else 3}
-    if "pos_embed" in state:
-        rank["pos_embed"] = 3
+    rank |= {key: 3 for key in ("pos_embed", "register_tokens") if key in state}
     check_keys(path, name, rank.keys() - state.keys(), unexpected,
                [f"{key} {tuple(state[key].shape)}" for key in rank
-                if key in state and state[key].dim() != rank[key]])
+                if key in state and (state[key].dim() != rank[key] or not state[key].numel())])
     dim, channels, p, _ = state[ANCHOR].shape
     side = math.isqrt(state["pos_embed"].shape[1]) if "pos_embed" in state else (
         (math.isqrt(len(state[tables[0]])) + 1) // 2)                     # (2 side - 1)^2 + 3 rows
@@ -402,7 +411,8 @@ def choose_num_heads(path, name, config, raw, state, given):
     """The number of attention heads, and where it comes from, in words.
 
     Weights have the same shapes for every number of heads: a wrong one would cause no error, only
-    wrong features. ValueError: `given` contradicts the file. UnknownHeads.
+    wrong features. ValueError: `given` contradicts the file, or does not divide the width.
+    UnknownHeads.
     """
     tables = [x.shape[1] for key, x in state.items() if key.endswith("position_bias_table")]
     kernels = [x.shape[1] for key, x in raw.items() if str(key).endswith("query/kernel")]
@@ -411,7 +421,10 @@ def choose_num_heads(path, name, config, raw, state, given):
         if given not in (None, stated[0]):
             raise ValueError(f"{path} has {stated[0]} heads, not {given}: leave out --num-heads")
         return stated[0], "in the file"
-    if given:
+    if given is not None:
+        if given < 1 or config["embed_dim"] % given:
+            raise ValueError(f"{path} has width {config['embed_dim']}, which is not a multiple of "
+                             f"{given} attention heads: choose another --num-heads")
         return given, "--num-heads"
     size = config["embed_dim"], config["depth"]
     if size not in LAYOUTS[name].num_heads:
@@ -433,7 +446,7 @@ def choose_normalization(name, raw, given):
     if given or stated is not None:
         return NORMALIZATIONS[given or ("imagenet" if stated else "0.5")], []
     usual = NORMALIZATIONS[layout.normalization]
-    if not layout.unsure or "embedding/kernel" in raw:
+    if not layout.unsure or {NPZ_ANCHOR, "teacher", "student"} & raw.keys():
         return usual, []
     [other] = NORMALIZATIONS.keys() - {layout.normalization}
     return usual, [f"the file does not contain the normalization of its input, mean "

@@ -1,6 +1,7 @@
 """lib/checkpoint_layouts.py: files with the keys of each published layout, against the network that
 they were made from, timm, or the formula written out."""
 import argparse
+import functools
 import importlib
 import pathlib
 import sys
@@ -85,6 +86,7 @@ OPTIMIZER = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups
 TWELVE = dict(num_heads=12)
 
 
+@functools.cache                                     # also for tests/test_init_from.py
 def official():
     """{name: (layout, branch, source model, content of the file with the published keys)}."""
     plain = build(seed=1, resize="size")
@@ -292,7 +294,8 @@ def test_official_files_load_bit_for_bit(name, files, tmp_path, capsys):
     first, *notes = capsys.readouterr().out.splitlines()
     assert f"file.pth: {layout}, {branch}" in first and f"heads {model.config['num_heads']} (" in (
         first)
-    assert len(notes) == (layout in {"BEiT or SimMIM", "fine-tuned BEiT", "timm", "plain ViT"})
+    assert len(notes) == (layout in {"BEiT or SimMIM", "fine-tuned BEiT", "timm", "plain ViT"} or (
+        layout in {"DINO", "iBOT"} and "teacher" not in content))
 
 
 @pytest.mark.parametrize("name", ["moco", "dino full", "beit", "simmim", "dinov2 registers"])
@@ -349,6 +352,11 @@ def test_keys_beside_the_encoder_of_a_fork_are_left_out_and_counted(files, tmp_p
         assert torch.equal(model(images()), net(images()))
         number = len(net.state_dict()) + 2
         assert f"{number} keys beside the encoder are left out: " in capsys.readouterr().out
+    path = put(tmp_path, {"net": source.state_dict(), "net_ema": other.state_dict(), "epoch": 3})
+    for branch, net in ((None, source), ("ema", other)):          # entries with any other name
+        model = load(path, net, branch=branch, quiet=False)
+        close(model(images()), net(images()))
+        assert "plain ViT, " in (printed := capsys.readouterr().out) and "is assumed" in printed
     both = {"model": source.state_dict(), "state_dict": other.state_dict()}
     path = put(tmp_path, both)
     assert torch.equal(load(path, other, branch="state_dict")(images()), other(images()))
@@ -443,6 +451,9 @@ def test_moco_v3_and_cae_have_twelve_heads_and_unpublished_sizes_are_refused():
 
 def test_number_of_heads_in_the_file_comes_first(files, tmp_path):
     assert heads_of("MAE", 192, 4, raw={"num_heads": 4}) == (4, "in the file")       # our full.pt
+    for given in (5, 0, -3):
+        with pytest.raises(ValueError, match=f"not a multiple of {given} attention heads: choose"):
+            heads_of("MAE", 192, 12, given=given)
     with pytest.raises(ValueError, match="has 4 heads, not 3: leave out --num-heads"):
         heads_of("MAE", 192, 12, given=3, raw={"num_heads": 4})
     wide = build(seed=3, num_heads=6, **{**BEIT, "rel_pos": "block"}, final_norm=False)
@@ -494,6 +505,7 @@ def test_normalization_is_that_of_the_files_arguments(files, tmp_path, capsys):
     assert mean("beit fine-tuned") == (0.5, True) and mean("timm") == (0.5, True)
     assert mean("unknown encoder") == (0.485, True)
     assert mean("simmim fine-tuned") == (0.485, False)
+    assert mean("dino") == (0.485, True) and mean("dino full") == (0.485, False)
     assert mean("timm", "imagenet") == (0.485, False) and mean("mae", "0.5") == (0.5, False)
 
 
@@ -678,8 +690,9 @@ def test_augreg_npz_loads_bit_for_bit(files, tmp_path, capsys):
     assert model.source.layout == "timm" and model.source.mean == (0.5, 0.5, 0.5)
     assert torch.equal(model(images()), source(images()))
     del arrays["Transformer/encoderblock_1/MultiHeadDotProductAttention_1/key/kernel"]
+    arrays["Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"] = np.ones(192, np.float32)
     np.savez(tmp_path / "B_16.npz", **arrays)
-    with pytest.raises(ValueError, match="missing: blocks.1.attn.qkv.weight"):
+    with pytest.raises(ValueError, match="of another shape: blocks.0.mlp.fc1.weight"):
         checkpoints.load_encoder(tmp_path / "B_16.npz")
 
 
@@ -712,6 +725,18 @@ def test_missing_unexpected_and_misshapen_keys_are_listed(name, files, tmp_path)
     assert "missing: blocks.0.norm1" in error_after(lambda state: [
         state.pop(key) for key in list(state) if ".0.norm1" in key])
     assert "1 unexpected" in error_after(lambda state: state.update({f"{prefix}note": "a string"}))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("blocks.0.mlp.fc1.weight", torch.ones(768, 192, dtype=torch.int8)),           # quantized
+    ("norm.weight", torch.ones(192, dtype=torch.complex64)),
+    ("norm.weight", torch.ones(192).to_sparse()), ("head.weight", "a string"),
+    ("patch_embed.proj.weight", torch.ones(0, 3, 8, 8)), ("register_tokens", torch.tensor(1.0))],
+    ids=("int8", "complex", "sparse", "string", "empty", "scalar"))
+def test_values_that_are_no_weights_are_errors(key, value, files, tmp_path):
+    path = put(tmp_path, {**files["dinov2"][3], key: value})
+    with pytest.raises(ValueError, match=f"keys do not match; .*{key}"):
+        checkpoints.load_encoder(path, num_heads=3)
 
 
 def test_errors_of_unknown_layouts_list_the_keys_and_the_known_layouts(files, tmp_path):
