@@ -48,14 +48,15 @@ from torch import nn
 
 import data
 import vit
-from lib import config, rng, tokenizer, visualize
+from lib import config, positions, rng, tokenizer, visualize
 from lib.config import Fraction, Positive, Several, Size
 from lib.distributed import unwrap
 from lib.run import Run, cosine, param_groups, set_lr
 from lib.weights import init_linear
 
 # B images of a process's micro-batch, N = side x side patches, n_masked of each image masked and
-# n_visible visible, D width, H heads, K codes, S image side
+# n_visible visible, D width of the encoder, E of regressor and decoder, H heads, K codes, S image
+# side
 
 
 @dataclass
@@ -64,13 +65,14 @@ class Config(config.Settings):
     # the network (paper: ViT-B/16; official ViT-S: also 12 heads)
     img_size: Size = 224            # image side in pixels (paper)
     patch_size: Size = 16           # pixels per patch side (paper)
-    embed_dim: Size = 768           # encoder width, D; also of regressor and decoder (paper)
+    embed_dim: Size = 768           # encoder width, D (paper)
     depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads, in all parts (paper)
     layer_scale: float = 0.1        # initial scale of residual branches (code; ViT-L: 1e-5); 0: off
     drop_path: Fraction = 0.1       # stochastic depth, in each of the three parts (official code)
     regressor_depth: int = 4        # regressor blocks, with cross-attention (paper)
     decoder_depth: int = 4          # decoder blocks, with self-attention (paper)
+    decoder_embed_dim: int = 0      # width of regressor and decoder, E (code: 768); 0: D (paper)
     # the objective
     align_loss_weight: float = 2.0  # weight lambda of the alignment loss (paper)
     # the tokenizer, see lib/tokenizer.py; without a file it is trained once and saved
@@ -96,6 +98,9 @@ class Config(config.Settings):
     def __post_init__(self):
         config.check_bounds(self)
         tokenizer.check_settings(self)
+        if self.decoder_embed_dim % math.lcm(4, self.num_heads):
+            raise ValueError(f"--decoder-embed-dim {self.decoder_embed_dim} must be a multiple of "
+                             f"4 and of --num-heads {self.num_heads}")
         N = (self.img_size // self.patch_size)**2
         if not self.min_mask_patches_per_block <= self.num_mask_patches < N:
             raise ValueError(f"--num-mask-patches {self.num_mask_patches} must be at least "
@@ -210,6 +215,7 @@ class Network(nn.Module):
     def __init__(self, cfg, K):
         super().__init__()
         D, H, scale = cfg.embed_dim, cfg.num_heads, cfg.layer_scale or None
+        E = cfg.decoder_embed_dim or D
         self.drop_path = cfg.drop_path
         # How many random numbers decide the drop path of an image: in the encoder's two passes, the
         # regressor and the decoder.
@@ -218,36 +224,40 @@ class Network(nn.Module):
         self.encoder = vit.ViT(cfg.img_size, cfg.patch_size, D, cfg.depth, H, pos="sincos_row",
                                layer_scale=scale, qkv_bias="split",
                                drop_path=cfg.drop_path, resize="size", init="cae")
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.encoder_to_regressor = nn.Identity() if E == D else nn.Sequential(
+            nn.Linear(D, E), nn.LayerNorm(E, 1e-6))                          # official code
+        pos = positions.sincos(E, self.encoder.grid)                         # (N, E), fixed
+        self.register_buffer("pos", pos, persistent=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        self.regressor = nn.ModuleList(RegressorBlock(D, H, scale)
+        self.regressor = nn.ModuleList(RegressorBlock(E, H, scale)
                                        for _ in range(cfg.regressor_depth))
-        self.regressor_norm = nn.LayerNorm(D, 1e-6)
-        self.decoder = nn.ModuleList(vit.Block(D, H, qkv_bias="split", layer_scale=scale)
+        self.regressor_norm = nn.LayerNorm(E, 1e-6)
+        self.decoder = nn.ModuleList(vit.Block(E, H, qkv_bias="split", layer_scale=scale)
                                      for _ in range(cfg.decoder_depth))
-        self.decoder_norm = nn.LayerNorm(D, 1e-6)
-        self.head = nn.Linear(D, K)
-        for part in (self.regressor, self.decoder, self.head):
+        self.decoder_norm = nn.LayerNorm(E, 1e-6)
+        self.head = nn.Linear(E, K)
+        for part in (self.encoder_to_regressor, self.regressor, self.decoder, self.head):
             init_linear(part, "cae")                                     # Xavier, biases 0
 
     def forward(self, x, visible, masked, drop=None):
         """x: (B, 3, S, S), visible (B, n_visible) and masked (B, n_masked): patch indices, drop:
         (B, sum(drop_sizes)) random numbers that decide the drop path. Returns logits (B, n_masked,
-        K), zhat and zbar (B, n_masked, D)."""
+        K), zhat and zbar (B, n_masked, E)."""
         if drop is None:
             drop = torch.rand(len(x), sum(self.drop_sizes), device=x.device)
         drop_visible, drop_masked, drop_regressor, drop_decoder = drop.split(self.drop_sizes, 1)
-        z_v = self.encode(x, visible, drop_visible)                          # (B, n_visible, D)
+        z_v = self.encode(x, visible, drop_visible)                          # (B, n_visible, E)
         with torch.no_grad():                            # its own drop path, as in official code
-            zbar = self.encode(x, masked, drop_masked)                       # (B, n_masked, D)
-        pos = self.encoder.pos_embed[0, 1:]                                  # (N, D), fixed
-        zhat = self.regress(z_v, pos[masked], pos[visible], drop_regressor)
-        return self.decode(zhat, pos[masked], drop_decoder), zhat, zbar
+            zbar = self.encode(x, masked, drop_masked)                       # (B, n_masked, E)
+        zhat = self.regress(z_v, self.pos[masked], self.pos[visible], drop_regressor)
+        return self.decode(zhat, self.pos[masked], drop_decoder), zhat, zbar
 
     def encode(self, x, patches, drop=None):
-        """Patch indices (B, n) -> the encoder's output (B, n, D) for these patches: its input is
-        only them and the class token, which is removed afterward."""
-        return self.encoder.split(self.encoder(x, keep=patches, drop=drop))[1]
+        """Patch indices (B, n) -> the encoder's output (B, n, E) for these patches, in the width of
+        the regressor: its input is only them and the class token, which is removed afterward."""
+        return self.encoder_to_regressor(
+            self.encoder.split(self.encoder(x, keep=patches, drop=drop))[1])
 
     def regress(self, z_v, pos, pos_v, drop=None):
         """Encoded visible patches z_v, positions of masked and of visible patches -> zhat."""

@@ -42,7 +42,7 @@ class InitialWeights:
         self.published = published_tensors(checkpoints.read_file(self.path))
         sizes = {name: self.encoder.config[name]
                  for name in ("embed_dim", "depth", "num_heads", "patch_size")}
-        if hasattr(cfg, "decoder_embed_dim"):
+        if hasattr(cfg, "decoder_num_heads"):                    # mae.py and asl.py
             sizes |= mae_decoder_sizes(self.path, self.published)
         flags = [f"{config.flag(name)} {value}" for name, value in sizes.items()
                  if value != getattr(cfg, name)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import beit
 import cae
 import vit
-from lib import config, datasets, tokenizer
+from lib import config, datasets, positions, tokenizer
 
 TINY = """--img-size 32 --patch-size 4 --embed-dim 24 --depth 2 --num-heads 2 --drop-path 0
           --regressor-depth 2 --decoder-depth 2 --batch-size 8 --num-mask-patches 32
@@ -148,6 +148,28 @@ def test_regressor_and_decoder_get_the_positions_of_their_patches():
     assert torch.equal(inputs[0], zhat + pos[masked])
 
 
+def test_regressor_and_decoder_can_have_another_width_than_the_encoder():
+    """Official code: one linear layer and a LayerNorm after the encoder, also for the target."""
+    net, (x, _, visible, masked) = network("--decoder-embed-dim", "32"), example()
+    logits, zhat, zbar = net(x, visible, masked)
+    assert logits.shape == (4, 32, 16) and zhat.shape == zbar.shape == (4, 32, 32)
+    linear, norm = net.encoder_to_regressor
+    tokens = net.encoder(x, keep=masked)[:, 1:]
+    expected = F.layer_norm(tokens @ linear.weight.T + linear.bias, (32,), norm.weight, norm.bias,
+                            1e-6)
+    assert torch.allclose(zbar, expected, atol=1e-5)
+    pos = positions.sincos(32, (8, 8))
+    new = net.regress(net.encode(x, visible), pos[masked], pos[visible])
+    assert torch.equal(new, zhat) and torch.equal(net.decode(new, pos[masked]), logits)
+    assert linear.weight.shape == (32, 24) and net.mask_token.shape == (1, 1, 32)
+    default, same = (network(*flags) for flags in ((), ("--decoder-embed-dim", "24")))
+    assert default.state_dict().keys() == same.state_dict().keys()
+    assert torch.equal(default.pos, default.encoder.pos_embed[0, 1:])
+    for size in (30, 33):
+        with pytest.raises(ValueError, match=f"--decoder-embed-dim {size} must be a multiple of 4"):
+            settings("--decoder-embed-dim", str(size), "--num-heads", "4")
+
+
 def test_drop_path_of_the_regressor_multiplies_each_branch_of_each_image_by_its_factor():
     g = torch.Generator().manual_seed(0)
     x, z_v, pos, pos_v = (torch.randn(4, 3, 24, generator=g) for _ in range(4))
@@ -167,8 +189,10 @@ def test_drop_path_of_the_regressor_multiplies_each_branch_of_each_image_by_its_
 # ---- where gradients stop ------------------------------------------------------------------------
 
 
-def test_every_parameter_gets_a_gradient_and_none_through_the_target():
-    net, (x, _, visible, masked) = network().train(), example()
+@pytest.mark.parametrize("decoder_embed_dim", ["0", "16"])
+def test_every_parameter_gets_a_gradient_and_none_through_the_target(decoder_embed_dim):
+    net, (x, _, visible, masked) = network("--decoder-embed-dim", decoder_embed_dim).train(), (
+        example())
     tok = tokenizer.Small("vq", 16, 4, width=8).requires_grad_(False)
     labels = tok.ids(x).gather(1, masked)
     logits, zhat, zbar = net(x, visible, masked)
