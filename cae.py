@@ -98,9 +98,6 @@ class Config(config.Settings):
     def __post_init__(self):
         config.check_bounds(self)
         tokenizer.check_settings(self)
-        if self.decoder_embed_dim % math.lcm(4, self.num_heads):
-            raise ValueError(f"--decoder-embed-dim {self.decoder_embed_dim} must be a multiple of "
-                             f"4 and of --num-heads {self.num_heads}")
         N = (self.img_size // self.patch_size)**2
         if not self.min_mask_patches_per_block <= self.num_mask_patches < N:
             raise ValueError(f"--num-mask-patches {self.num_mask_patches} must be at least "
@@ -169,6 +166,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim, num_heads):
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of {num_heads} heads")
         self.num_heads = num_heads
         self.k = nn.Linear(dim, dim, bias=False)
         self.q, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(3))

@@ -165,9 +165,9 @@ def test_regressor_and_decoder_can_have_another_width_than_the_encoder():
     default, same = (network(*flags) for flags in ((), ("--decoder-embed-dim", "24")))
     assert default.state_dict().keys() == same.state_dict().keys()
     assert torch.equal(default.pos, default.encoder.pos_embed[0, 1:])
-    for size in (30, 33):
-        with pytest.raises(ValueError, match=f"--decoder-embed-dim {size} must be a multiple of 4"):
-            settings("--decoder-embed-dim", str(size), "--num-heads", "4")
+    for size, message in (("30", "multiple of 4, not 30"), ("32", "32 is not a multiple of 3")):
+        with pytest.raises(ValueError, match=message):
+            network("--decoder-embed-dim", size, "--num-heads", "3", "--decoder-depth", "0")
 
 
 def test_drop_path_of_the_regressor_multiplies_each_branch_of_each_image_by_its_factor():
