@@ -92,7 +92,7 @@ def test_the_encoder_computes_what_that_in_the_file_computes(file, target, size,
 
 
 def test_what_is_assumed_about_the_file_is_printed(files, tmp_path):
-    _, _, source, content = files["timm"]
+    content, source = files["timm"][3], build(20)
     lines = initial_weights(save(tmp_path / "file.pth", content)).load(source, source)
     assert any("mean 0.5 is assumed; timm's models other than augreg" in line for line in lines)
     assert "the file does not contain its number of attention heads, 3 is assumed" in str(lines)

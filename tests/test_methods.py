@@ -49,7 +49,7 @@ def flags(method, *more, **settings):
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, quick_collect):
     """run(method, *flags): the script's main in this process, with this process's signals kept."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
