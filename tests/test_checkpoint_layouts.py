@@ -426,7 +426,8 @@ def heads_of(layout, width, depth, given=None, raw=(), state=()):
     ("vit_tiny_patch16_224", "timm"), ("vit_small_patch16_224", "DINO"),
     ("deit3_medium_patch16_224", "DeiT III"), ("vit_base_patch16_224", "MAE"),
     ("vit_large_patch16_224", "MAE"), ("vit_huge_patch14_224", "MAE"),
-    ("vit_giant_patch14_224", "timm"), ("vit_gigantic_patch14_224", "timm"),
+    *(pytest.param(f"vit_{size}_patch14_224", "timm", marks=pytest.mark.slow)
+      for size in ("giant", "gigantic")),
     ("vit_giant_patch14_dinov2", "DINOv2"), ("vit_small_patch14_reg4_dinov2", "DINOv2")])
 def test_published_numbers_of_heads_are_timms(name, layout):
     timm = pytest.importorskip("timm")
@@ -727,6 +728,7 @@ def test_missing_unexpected_and_misshapen_keys_are_listed(name, files, tmp_path)
     assert "1 unexpected" in error_after(lambda state: state.update({f"{prefix}note": "a string"}))
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("key, value", [
     ("blocks.0.mlp.fc1.weight", torch.ones(768, 192, dtype=torch.int8)),           # quantized
     ("norm.weight", torch.ones(192, dtype=torch.complex64)),
