@@ -40,7 +40,7 @@ def knn(run, encoder, bank, queries):
         labeled = bank.labels is not None and queries.labels is not None
         if labeled and bank.classes == queries.classes and bank.split != queries.split:
             found |= accuracies(known, embed(run, encoder, queries))
-            if (run.step + 1) * run.cfg.evals // run.total == 1:
+            if run.step * run.cfg.evals // run.total == 0:       # no evaluation before this one
                 print_baselines(run, encoder, bank, queries)
     # All processes must log the same names, or they would wait for each other forever. If only some
     # of them can read all images, the numbers of values differ: their variance is not 0.

@@ -83,11 +83,11 @@ def test_the_first_evaluation_also_classifies_pixels_and_an_untrained_network():
     tests = replace(bank, split="test", labels=labels[36:], pixels=pixels[36:])
     net = vit.ViT(16, 8, 32, 1, 2)
     lines = {}
-    for step in (8, 9, 19):
+    for step in (9, 19):                                    # both evaluations of the run
         run = small_run(step, lines.setdefault(step, []))
         found = visualize.knn(run, net, bank, tests)
         assert set(found) == {"knn", "linear", "knn_patch", "linear_patch", "feat_std"}
-    assert not lines[8] and not lines[19]
+    assert not lines[19]
     (raw, untrained), weights = lines[9], copy.deepcopy(net.state_dict())
     assert raw.startswith("for comparison, raw pixels: knn ") and "_patch" not in raw
     assert untrained.startswith("for comparison, an untrained network: knn ")
@@ -97,6 +97,10 @@ def test_the_first_evaluation_also_classifies_pixels_and_an_untrained_network():
         accuracy = 100 * (predicted == tests.labels).float().mean()
         assert f"{name} {accuracy:.1f}%" in raw
     assert all(torch.equal(x, weights[name]) for name, x in net.state_dict().items())
+    run = small_run(0, printed := [])
+    run.total, run.cfg.evals = 2, 10                                    # evaluates in every step
+    visualize.knn(run, net, bank, tests)
+    assert printed
 
 
 def test_knn_keeps_labels_and_images_together_if_a_file_is_unreadable(tmp_path, monkeypatch):
