@@ -32,7 +32,7 @@ from diagnostics import attention, figures, images, patches, recorded, represent
 from diagnostics.inputs import MissingInput
 from diagnostics.plots import Result
 from diagnostics.shared_pass import run_shared_pass
-from lib import checkpoints, config, distributed
+from lib import checkpoints, config, distributed, progress
 from lib.flags import flag, parse_flags
 from probes.common import CommonOptions, default_data, load_models, require_vit
 
@@ -81,12 +81,14 @@ def run_diagnostics(model, opt):
     statistics = {name for what in opt.what for name in DIAGNOSTICS[what][1].split()}
     if opt.center and "token_similarity" in statistics:
         statistics.add("centered_similarity")
-    shared = run_shared_pass(model, opt, statistics) if statistics else None
+    with progress.activity(f"{model.name}: {', '.join(sorted(statistics))}"):
+        shared = run_shared_pass(model, opt, statistics) if statistics else None
     results, missing = {}, {}
     for name in opt.what:
         function, needed = DIAGNOSTICS[name]
         try:
-            results[name] = function(model, opt, shared) if needed else function(model, opt)
+            with progress.activity(f"{model.name}: {name}"):
+                results[name] = function(model, opt, shared) if needed else function(model, opt)
         except MissingInput as error:
             missing[name] = str(error)
     return results, missing

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lib import config, distributed
+from lib import config, distributed, progress
 from lib.flags import parse_flags, refuse_unused
 from lib.folder import finite
 from probes import (
@@ -166,7 +166,8 @@ def run_tasks(opt, models, is_first):
         task_opt, begin = options_for_task(opt, task), time.perf_counter()
         with open_for_append(path if is_first else Path(os.devnull)) as file:   # before any work
             try:
-                report = TASKS[task](model, task_opt)
+                with progress.activity(f"{model.name}: {task}", is_first):
+                    report = TASKS[task](model, task_opt)
             except Exception as error:
                 if run_all and isinstance(error, (ValueError, FileNotFoundError)):
                     skipped.setdefault((model.name, str(error)), []).append(task)

@@ -245,9 +245,10 @@ def main(function):
     """Runs a script's main, and ends several processes together.
 
     A ValueError or OSError counts as a user error, as do a full GPU memory and a killed DataLoader
-    worker: one line on stderr, exit code 2. Any other exception is not caught. If $TRACEBACK is not
-    empty, user errors are not caught either, so that Python prints the traceback. Characters that
-    the terminal cannot print, as in the path of an image, are printed as escapes."""
+    worker: one line on stderr, exit code 2. Ctrl-C: one line, exit code 130. Any other exception is
+    not caught. If $TRACEBACK is not empty, user errors are not caught either, so that Python prints
+    the traceback. Characters that the terminal cannot print, as in the path of an image, are
+    printed as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):          # not in notebooks
             stream.reconfigure(errors="backslashreplace")
@@ -266,7 +267,14 @@ def main(function):
         if str(e).startswith("Caught"):         # in a DataLoader worker: contains its traceback
             e = str(e).splitlines()[-1]
         print(f"error: {e}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(2)                         # NCCL's cleanup would wait for the other processes
-        sys.exit(2)
+        end_process(2)
+    except KeyboardInterrupt as stop:           # Ctrl-C
+        print(str(stop) or "interrupted", file=sys.stderr, flush=True)
+        end_process(130)
     distributed.exit_together()
+
+
+def end_process(code):
+    if dist.is_initialized():
+        os._exit(code)                          # NCCL's cleanup would wait for the other processes
+    sys.exit(code)

@@ -26,11 +26,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 import data
 import vit
-from lib import augment, checkpoints, datasets, distributed, rng, swin
+from lib import augment, checkpoints, datasets, distributed, progress, rng, swin
 from lib.flags import flag
 from probes.annotation_files import LAYOUT
 
@@ -407,8 +406,8 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
         content = torch.load(path, map_location=model.device, weights_only=True)
         return keep_features(model, content["features"], names), content["numbers"]
     features, error = {}, None
-    bar = tqdm(total=total, unit="img", desc=f"{model.name}: encoding", delay=5, leave=False,
-               dynamic_ncols=True, disable=distributed.rank() > 0 or None)   # None: not a terminal
+    bar = progress.bar(desc=f"{model.name}: encoding", total=total, unit="img",
+                       shown=distributed.rank() == 0)
     try:
         for x, number in batches:
             with model.autocast():
@@ -419,7 +418,8 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
             bar.update(len(x) * distributed.world_size())
     except (ValueError, FileNotFoundError) as e:         # images that cannot be read
         error = e
-    bar.close()
+    finally:
+        bar.close()
     for problem in filter(None, gather_objects(error)):  # in all processes, or some would wait
         raise problem
     features = gather_batches(features, model.device)
@@ -603,8 +603,8 @@ def refuse_img_size(opt):
 
 
 def progress_bar(items, model, total=None):
-    return tqdm(items, desc=model.name, total=total, delay=5, leave=False, dynamic_ncols=True,
-                disable=None)
+    return progress.bar(items, f"{model.name}: evaluating", total, "images",
+                        shown=distributed.rank() == 0)
 
 
 def save_image_grid(rows, path, height=128):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import data
 import vit
-from lib import checkpoints, distributed, positions, rng, swin
+from lib import checkpoints, distributed, positions, progress, rng, swin
 from probes.common import hash_settings, is_toy
 
 SHUFFLE_BYTES = 2**31    # images kept in memory for shuffling: 2 GiB per worker
@@ -71,18 +71,20 @@ class Progress:
     def steps(self, batches, total):
         """Yields (step, batch) up to `total` steps; shows a progress bar and saves regularly."""
         self.first, self.total, self.begin = self.step, total, time.monotonic()
-        self.bar = tqdm(total=total, initial=self.step, desc=self.name, delay=5, leave=False,
-                        dynamic_ncols=True, disable=distributed.rank() > 0 or None)
+        self.bar = progress.bar(desc=f"{self.name}: training", total=total, unit="steps",
+                                initial=self.step, shown=distributed.rank() == 0)
         saved = self.begin
-        for step, batch in zip(range(self.step, total), batches):
-            yield step, batch
-            self.step = step + 1
-            self.bar.update()
-            due = time.monotonic() - (self.begin if self.step == total else saved)
-            if due > 60 * self.MINUTES and distributed.rank() == 0:
-                self.save()
-                saved = time.monotonic()
-        self.bar.close()
+        try:
+            for step, batch in zip(range(self.step, total), batches):
+                yield step, batch
+                self.step = step + 1
+                self.bar.update()
+                due = time.monotonic() - (self.begin if self.step == total else saved)
+                if due > 60 * self.MINUTES and distributed.rank() == 0:
+                    self.save()
+                    saved = time.monotonic()
+        finally:
+            self.bar.close()
 
     def mean_loss(self, losses, lr, remedy="--precision fp32, or an earlier checkpoint"):
         """Mean of the losses over all processes, also shown in the bar. Call it at the end of a
