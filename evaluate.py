@@ -100,7 +100,13 @@ def parse(argv=None) -> Options:
 def refuse_ineffective(opt):
     """ValueError for a flag that has no effect because of another one. Not for --task all, where a
     flag may be meant for some of the tasks."""
+    if opt.recipe == "logreg" and opt.epochs:
+        raise ValueError("recipe logreg has no epochs: leave out --epochs, or choose another "
+                         "--recipe")
     if opt.task == "part_classification":
+        if opt.head == "attentive" and opt.recipe:
+            raise ValueError("the attentive head has no recipes: leave out --recipe, or choose "
+                             "--head linear")
         if opt.head == "attentive" and (opt.feature or opt.hyber_norm == "joint"):
             raise ValueError("the attentive head takes all tokens: leave out --feature and "
                              "--hyber-norm, or choose --head linear")

@@ -33,10 +33,11 @@ from probes.heads import (
     LINEAR_RECIPES,
     AttentiveHeads,
     choose_linear_recipe,
-    describe_selection,
+    describe_training,
     linear_features,
     train_classifier,
     train_linear_classifier,
+    uses_mirror,
 )
 
 # B images, D width, C classes; n images of a data set
@@ -101,9 +102,13 @@ def linear(model: Model, opt: Options) -> Report:
     How much lower the result is than with the papers' protocol, and whether equally for all models,
     was not measured. Also our choice: a batch of at most 1/32 of the images, so that a small set
     gets enough steps; standardization by all training features, to which the recipes' BatchNorm
-    without affine parameters converges; a cosine schedule per step; a sweep of seven learning
-    rates. The released code reports the best epoch on the test images. Here a tenth of the training
-    images is held out to choose lr and epoch, and the test images are evaluated once.
+    without affine parameters converges; a cosine schedule per step; a sweep of eleven learning
+    rates. The released code reports the best lr and epoch on the test images. Here lr is chosen by
+    cross-validation on the training images, see `heads.train_classifier`; the result is that of the
+    last epoch, and the test images are evaluated once.
+
+    --recipe logreg is a logistic regression, as in iBOT and DINOv2, of the test view alone: no
+    schedule, no batches, no seed; only C is chosen.
 
     --recipe park --paper-lr uses lr 1 (at any batch; the table calls it a base rate) and weight
     decay 0.05 of Park et al., table A.1, without a sweep. It is not the default because each step
@@ -114,44 +119,41 @@ def linear(model: Model, opt: Options) -> Report:
     names, encode = linear_features(opt, recipe_name)
     name, head, num_train = train_linear_classifier(model, opt, names, encode, recipe)
     tests, truth, _ = extract_features(model, opt, "test", names, encode)
-    optimizer = ("LARS" if recipe["lars"] else "SGD") + ", standardized" * recipe["standardize"]
     return Report({name: head.evaluate(*tests.values(), truth)},
-                  f"linear head, recipe {recipe_name} ({optimizer}, {head.epochs} epochs)"
-                  f"{', after the final norm' * bool(model.encoder)}; {describe_view(model, opt)} "
-                  f"and its mirror image, no random crops; {describe_selection(recipe)}",
-                  dict(train=num_train, test=len(truth)),
-                  [f"{model.name}: lr {head.lr:.2g} at batch 256, epoch {head.epoch} of "
-                   f"{head.epochs}"])
+                  f"linear head, recipe {recipe_name} ({head.training})"
+                  f"{', after the final norm' * bool(model.encoder)}; {describe_view(model, opt)}"
+                  f"{describe_training(recipe)}", dict(train=num_train, test=len(truth)),
+                  [f"{model.name}: {note}" for note in head.notes])
 
 
 def layerwise(model: Model, opt: Options) -> Report:
     """Linear classifier on the output of every block.
 
     Park et al., figure 11, a curve without numbers: the accuracy of masked models is highest before
-    the last blocks, that of contrastive ones rises to the end. Recipe park. Our choice, as in
-    `linear`: its settings, one pass over the images and a held-out tenth. Also our choice: the mean
-    patch token (--feature cls for the class token) without the final norm, each dimension
+    the last blocks, that of contrastive ones rises to the end. Recipe park (default) or logreg, as
+    in `linear`: its settings, one pass over the images and its choice of lr or C. Also our choice:
+    the mean patch token (--feature cls for the class token) without the final norm, each dimension
     standardized, as the scales of the blocks differ. All blocks come from one pass, so n x 2 x
     depth x D numbers must fit in memory. --paper-lr: the lr and weight decay of Park et al., see
     `linear`.
     """
     feature, depth = opt.feature or "patch", model.encoder.depth if model.encoder else 0
-    recipe = LINEAR_RECIPES["park paper" if opt.paper_lr else "park"]
     if feature not in ("cls", "patch"):
         raise ValueError("layerwise takes --feature cls or patch")
+    recipe_name, recipe = choose_linear_recipe(opt, "park", ("park", "logreg"))
     names = [f"block {number} {feature}" for number in range(1, depth + 1)]
     features, labels, num_classes = extract_features(model, opt, "train", names, block_features,
-                                                     mirror=True)
+                                                     mirror=uses_mirror(recipe))
     tests, truth, _ = extract_features(model, opt, "test", names, block_features)
-    heads = {name: train_classifier(x, labels, num_classes, recipe, opt.epochs, opt.seed)
-             for name, x in features.items()}
+    heads = {name: train_classifier(x if uses_mirror(recipe) else x[:, None], labels, num_classes,
+                                    recipe, opt.epochs, opt.seed) for name, x in features.items()}
     rows = {name: head.evaluate(tests[name], truth) for name, head in heads.items()}
-    return Report(rows, f"linear head, recipe park (SGD, standardized, "
-                  f"{opt.epochs or recipe['epochs']} epochs), of every block, before the final "
-                  f"norm; {describe_view(model, opt)} and its mirror image, no random crops; "
-                  f"{describe_selection(recipe)}", dict(train=len(labels), test=len(truth)),
-                  [f"{model.name}: lr of the blocks at batch 256 "
-                   f"{', '.join(f'{head.lr:.2g}' for head in heads.values())}"])
+    training = next(iter(heads.values())).training
+    return Report(rows, f"linear head, recipe {recipe_name} ({training}), of every block, before "
+                  f"the final norm; {describe_view(model, opt)}{describe_training(recipe)}",
+                  dict(train=len(labels), test=len(truth)),
+                  [f"{model.name}, {name}: {note}" for name, head in heads.items()
+                   for note in head.notes])
 
 
 def attentive(model: Model, opt: Options) -> Report:
@@ -160,13 +162,14 @@ def attentive(model: Model, opt: Options) -> Report:
     For models without a trained class token. Zhu et al. (2023), table 1, with CAE's head and
     recipe: the query attends once to all tokens, including the class token, after the final norm.
     Our choice, as in `linear`: the test view and its mirror image instead of random crops, encoded
-    once; small batches; a sweep of seven learning rates; lr and epoch chosen on a held-out tenth.
-    Also our choice: lr ends at 0 (CAE: 1e-6); the last layer is initialized with standard deviation
-    0.01, as in the code of Zhu et al. for parts (CAE: 0.02, times 0.001); running statistics of the
-    batch norm at test time. The published code uses those of the test batch, so that a prediction
-    depends on the other images in it: --bn batch, with batches of 256 in the order of the data set.
-    All tokens are kept in memory, in 16 bits, by each process, and twice while they are sorted.
-    ValueError: pixels as a baseline; more than 48 GiB of tokens.
+    once; small batches; a sweep of eleven learning rates, of which one is chosen by
+    cross-validation; the result of the last epoch. Also our choice: lr ends at 0 (CAE: 1e-6); the
+    last layer is initialized with standard deviation 0.01, as in the code of Zhu et al. for parts
+    (CAE: 0.02, times 0.001); running statistics of the batch norm at test time. The published code
+    uses those of the test batch, so that a prediction depends on the other images in it: --bn
+    batch, with batches of 256 in the order of the data set. All tokens are kept in memory, in 16
+    bits, by each process, and twice while they are sorted or divided into folds. ValueError: pixels
+    as a baseline; more than 48 GiB of tokens.
     """
     require_tokens(model, opt.task)
     images, _ = load_labeled(model, opt, "train")
@@ -179,16 +182,15 @@ def attentive(model: Model, opt: Options) -> Report:
     features, labels, num_classes = extract_features(model, opt, "train", ["tokens"], all_tokens,
                                                      mirror=True)
     tests, truth, _ = extract_features(model, opt, "test", ["tokens"], all_tokens)
-    head = train_classifier(features["tokens"], labels, num_classes, LINEAR_RECIPES["cae"],
-                            opt.epochs, opt.seed, functools.partial(AttentiveHeads, bn=opt.bn))
+    recipe = LINEAR_RECIPES["cae"]
+    head = train_classifier(features["tokens"], labels, num_classes, recipe, opt.epochs, opt.seed,
+                            functools.partial(AttentiveHeads, bn=opt.bn))
     return Report({"tokens": head.evaluate(tests["tokens"], truth)},
                   f"one query attends to all tokens after the final norm, batch norm"
-                  f"{' of the test batch' * (opt.bn == 'batch')}, linear; recipe cae (SGD, "
-                  f"{head.epochs} epochs); {describe_view(model, opt)} and its mirror image, no "
-                  f"random crops; lr and epoch chosen on a held-out tenth",
+                  f"{' of the test batch' * (opt.bn == 'batch')}, linear; recipe cae "
+                  f"({head.training}); {describe_view(model, opt)}{describe_training(recipe)}",
                   dict(train=len(labels), test=len(truth)),
-                  [f"{model.name}: lr {head.lr:.2g} at batch 256, epoch {head.epoch} of "
-                   f"{head.epochs}"])
+                  [f"{model.name}: {note}" for note in head.notes])
 
 
 def few_shot(model: Model, opt: Options) -> Report:

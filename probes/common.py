@@ -113,13 +113,14 @@ class Options(CommonOptions):
 
     recipe: str | None = flag(
         None, "training settings of a paper; default: the first in the list of the task. "
-        "linear: mae, dino, park; shape_bias, frequency_noise: park, mae, dino; finetune: mae, "
-        "simmim, mmc; linear_segmentation: parts, mmc; segmentation: selfpatch (fpn), mae or "
-        "selfpatch (upernet); detection: 1x, 100ep, vitdet",
-        choices=("mae", "dino", "park", "simmim", "mmc", "parts", "selfpatch", "1x", "100ep",
-                 "vitdet"),
-        group="training", only_for=(*LINEAR, "finetune", "segmentation", "linear_segmentation",
-                                    "detection"))
+        "linear: mae, dino, park, logreg; shape_bias, frequency_noise: park, mae, dino, logreg; "
+        "layerwise: park, logreg; part_classification: part, logreg; finetune: mae, simmim, mmc; "
+        "linear_segmentation: parts, mmc; segmentation: selfpatch (fpn), mae or selfpatch "
+        "(upernet); detection: 1x, 100ep, vitdet",
+        choices=("mae", "dino", "park", "logreg", "part", "simmim", "mmc", "parts", "selfpatch",
+                 "1x", "100ep", "vitdet"),
+        group="training", only_for=(*LINEAR, "layerwise", "part_classification", "finetune",
+                                    "segmentation", "linear_segmentation", "detection"))
     paper_lr: bool = flag(
         False, "use the learning rate and weight decay of recipe park as printed by Park et al.",
         group="training", only_for=(*LINEAR, "layerwise"))

@@ -1,28 +1,32 @@
-"""Linear and attentive classifiers on frozen features; several learning rates are trained at once.
+"""Linear and attentive classifiers on frozen features.
 
     names, encode = linear_features(opt, "mae")
     name, classifier, num_train = train_linear_classifier(model, opt, names, encode, recipe)
     classifier.scores(x), classifier.evaluate(x, labels)
 
-The learning rate and the epoch are chosen on a held-out tenth of the training images.
+A recipe leaves one number open: the learning rate of SGD, or C of a logistic regression.
+
+    training images -> five folds -> a head for each candidate, trained without one fold
+                                  -> accuracy of each candidate on the images it has not seen
+                    -> one head with the best candidate, trained on all of them
 """
-import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from lib import metrics, rng
+from lib import distributed, metrics, progress, rng
 from lib.run import cosine
 from probes.common import choose_recipe, dino_features, extract_features, select_features
 
-# B images, L tokens, D width, H attention heads, C classes; n images of a data set, n_lr learning
-# rates
+# B images, L tokens, D width, H attention heads, C classes; n images of a data set, n_lr candidates
+# for the learning rate (or for the C of a logistic regression)
 
 # lr: at batch 256, scaled linearly with the batch. mae, dino: as in their released code. park:
 # batch and epochs of Park et al., table A.1; its lr 1 with weight decay 0.05 ("park paper";
 # literal: the same lr at any batch, no sweep) would shrink the weights by 5% per step, so lr is
-# our choice. cae: CAE's attentive probe, lr 0.4 at batch 8192. part: part_classification, lr 0.4
+# our choice. logreg: a logistic regression, which has no schedule; the standardization is our
+# choice. cae: CAE's attentive probe, lr 0.4 at batch 8192. part: part_classification, lr 0.4
 # (linear) and 0.04 (attentive) at batch 1024.
 LINEAR_RECIPES = {
     "mae":  dict(lr=0.1,   batch=16384, epochs=90,  warmup=10, lars=True,  standardize=True),
@@ -30,11 +34,19 @@ LINEAR_RECIPES = {
     "park": dict(lr=0.1,   batch=1024,  epochs=50,  warmup=0,  lars=False, standardize=True),
     "park paper": dict(lr=1.0, batch=1024, epochs=50, warmup=0, lars=False, standardize=True,
                        weight_decay=0.05, literal=True),
+    "logreg": dict(logreg=True, standardize=True),
     "cae":  dict(lr=0.0125, batch=8192, epochs=90,  warmup=10, lars=False, standardize=False),
     "part": dict(lr=0.1,   batch=1024,  epochs=90,  warmup=0,  lars=False, standardize=False),
     "part attentive":
             dict(lr=0.01,  batch=1024,  epochs=90,  warmup=0,  lars=False, standardize=False)}
-LR_FACTORS = (0.3, 1, 3, 10, 30, 100, 300)     # times the recipe's lr; a head is trained with each
+# Candidates: times the recipe's lr. The range is wide because lr is scaled down with the batch of a
+# small set.
+LR_FACTORS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
+# Candidates for C of a logistic regression, as in DINOv2, which has 45 values in the same range.
+C_VALUES = tuple(10.0**power for power in range(-6, 6))
+FOLDS = 5
+LARGE_SET = 20_000       # from here on a single tenth is held out: its 2,000 images are enough
+MAX_ITERS = 1000         # of L-BFGS for each C, as in DINOv2; it stops earlier
 
 # ---- heads ---------------------------------------------------------------------------------------
 
@@ -113,97 +125,184 @@ class AttentiveHeads:
 
 @dataclass
 class Classifier:
-    """A trained head and the standardization of its input."""
-    best: LinearHeads | AttentiveHeads   # one head, of the best epoch on the held-out images
-    last: LinearHeads | AttentiveHeads   # the same head after the last epoch
+    """A trained head, the standardization of its input, and how its setting was chosen."""
+    head: LinearHeads | AttentiveHeads   # one head, trained on all images
     mean: torch.Tensor | float
     scale: torch.Tensor | float
-    lr: float                            # at batch 256
-    epoch: int                           # the best one, counted from 1
-    epochs: int
+    setting: str                         # such as "lr 0.3 at batch 256"
+    notes: list[str]                     # how it was chosen; whether the range was too narrow
+    training: str                        # such as "LARS, standardized, 90 epochs"
 
-    def scores(self, x, head=None):
-        """x (n, ...) -> (n, C); head: `best` or `last`."""
-        head = head or self.best
-        return torch.cat([head((part - self.mean) * self.scale)[:, 0] for part in x.split(256)])
+    def scores(self, x):
+        """x (n, ...) -> (n, C)."""
+        return torch.cat([self.head((part - self.mean) * self.scale)[:, 0]
+                          for part in x.split(256)])
 
     def evaluate(self, x, labels):
         """x (n, ...), labels (n,) -> accuracies in percent, a row of a Report."""
         top1, top5 = metrics.accuracy(self.scores(x), labels)
-        last_top1 = metrics.accuracy(self.scores(x, self.last), labels)[0]
-        return {"top-1": top1, "top-5": top5, "last epoch": last_top1}
+        return {"top-1": top1, "top-5": top5}
 
 
 def train_classifier(x, labels, num_classes, recipe, epochs, seed, make_heads=LinearHeads):
     """x (n, views, ...): frozen features of several views of each image, labels (n,) -> Classifier.
 
-    epochs: None for the recipe's. make_heads: LinearHeads or AttentiveHeads.
+    epochs: None for the recipe's. make_heads: LinearHeads or AttentiveHeads. The candidate is
+    chosen by the accuracy after the last epoch, on images that the head has not seen; the head is
+    then trained on all images. ValueError: fewer than 10 images.
     """
     mean, scale = 0.0, 1.0
     if recipe["standardize"]:
         var, mean = torch.var_mean(x, dim=(0, 1))
         scale = (var + 1e-6).rsqrt()
         x = (x - mean) * scale
-    epochs = epochs or recipe["epochs"]
-    best, last, lr, epoch = train_heads(x, labels, num_classes, recipe, epochs, seed, make_heads)
-    return Classifier(best, last, mean, scale, lr, epoch, epochs)
+    training = ", standardized" * recipe["standardize"]
+    if recipe.get("logreg"):
+        candidates, setting, training = C_VALUES, "C {:g}", "L-BFGS" + training
+
+        def fit(rows, values):
+            return fit_logistic_regressions(x[rows, 0], labels[rows], num_classes, values)
+    else:
+        epochs = epochs or recipe["epochs"]
+        factors = (1.0,) if recipe.get("literal") else LR_FACTORS
+        candidates, setting = [factor * recipe["lr"] for factor in factors], "lr {:.2g}"
+        training = f"{'LARS' if recipe['lars'] else 'SGD'}{training}, {epochs} epochs"
+        setting += " at batch 256" * (not recipe.get("literal"))
+
+        def fit(rows, values):
+            return train_heads(x[rows], labels[rows], num_classes, recipe, values, epochs, seed,
+                               make_heads)
+
+    number, notes = 0, []
+    if len(candidates) > 1:
+        correct, how = cross_validate(fit, x, labels, candidates, seed)
+        number, notes = choose_candidate(correct, [setting.format(c) for c in candidates], how)
+    head = fit(torch.arange(len(x), device=x.device), [candidates[number]])
+    return Classifier(head, mean, scale, setting.format(candidates[number]), notes, training)
+
+
+@torch.no_grad()
+def cross_validate(fit, x, labels, candidates, seed):
+    """-> correct (m, n_lr) bool: whether each candidate is right about images it was not trained
+    on; and which images these are, in words.
+
+    fit: (rows, candidates) -> heads trained on these rows of x. All images are held out once, in
+    FOLDS parts with equal fractions of every class; of a LARGE_SET only a tenth. They are
+    classified from their first view.
+    """
+    n = len(labels)
+    if n < 10:
+        raise ValueError(f"a part of the training images is held out to choose a setting: {n} are "
+                         f"too few; raise --limit or change --data")
+    parts, held_out_parts = (10, 1) if n >= LARGE_SET else (FOLDS, FOLDS)
+    order = torch.randperm(n, generator=rng.generator(seed, "folds")).to(labels.device)
+    order = order[labels[order].argsort(stable=True)]    # by class, at random within each
+    part = torch.empty_like(order)
+    part[order] = torch.arange(n, device=labels.device) % parts
+    correct = []
+    for number in progress.bar(range(held_out_parts), "heads", unit="folds",
+                               shown=distributed.rank() == 0):
+        held_out = (part == number).nonzero()[:, 0]
+        heads = fit((part != number).nonzero()[:, 0], candidates)
+        correct += [heads(x[rows, 0]).argmax(2) == labels[rows, None]
+                    for rows in held_out.split(256)]
+    correct = torch.cat(correct)
+    how = f"{FOLDS} folds of the" if held_out_parts > 1 else f"{len(correct):,} held-out"
+    return correct, f"{how} training images"
+
+
+def choose_candidate(correct, names, how):
+    """correct (m, n_lr) bool -> index of the candidate with the best accuracy, notes.
+
+    Of several that are equally good, the one in their middle: it is the farthest from those that
+    are worse.
+    """
+    accuracy = correct.double().mean(0)
+    best = (accuracy == accuracy.max()).nonzero()[:, 0].tolist()
+    number = best[len(best) // 2]
+    percent, m = 100 * accuracy[number].item(), len(correct)
+    error = 100 * (accuracy[number] * (1 - accuracy[number]) / m).sqrt().item()
+    close = int((100 * accuracy > percent - error).sum()) - 1
+    notes = [f"{names[number]}: {percent:.1f} +- {error:.1f}% (standard error) in {how}; "
+             f"{close} of {len(names) - 1} other values are within one standard error"]
+    if number in (0, len(names) - 1):
+        notes.append(f"{names[number]} is at the edge of the range {names[0]} to {names[-1]}: a "
+                     f"better value may be outside")
+    return number, notes
 
 
 @torch.enable_grad()
-def train_heads(x, labels, num_classes, recipe, epochs, seed, make_heads=LinearHeads):
-    """Trains a head for each of LR_FACTORS (literal: one head) on the same batches.
+def train_heads(x, labels, num_classes, recipe, lrs, epochs, seed, make_heads=LinearHeads):
+    """Trains a head for each learning rate `lrs` (at batch 256) on the same batches -> heads.
 
-    x: (n, views, ...), labels: (n,). Returns the head of the epoch with the best accuracy on a
-    held-out tenth of the images, the same head after the last epoch, its lr at batch 256, and that
-    epoch (counted from 1). ValueError: fewer than 10 images.
+    x: (n, views, ...), labels: (n,).
     """
     (n, views), g = x.shape[:2], rng.generator(seed, "linear")
-    if n < 10:
-        raise ValueError(f"a tenth of the training images is held out: {n} are too few; raise "
-                         f"--limit or change --data")
-    held_out, train = torch.randperm(n, generator=g).to(x.device).tensor_split([n // 10])
-    factors = (1.0,) if recipe.get("literal") else LR_FACTORS
-    heads = make_heads(len(factors), x.shape[-1], num_classes, g, x.device)
-    batch = min(len(train), max(heads.min_batch, min(recipe["batch"], len(train) // 32)))
-    alone = len(train) % batch == 1 < heads.min_batch    # batch norm maps a single image to 0
-    used = len(train) - alone
+    heads = make_heads(len(lrs), x.shape[-1], num_classes, g, x.device)
+    batch = min(n, max(heads.min_batch, min(recipe["batch"], n // 32)))
+    alone = n % batch == 1 < heads.min_batch             # batch norm maps a single image to 0
+    used = n - alone
     total = epochs * -(-used // batch)
     warmup = total * recipe["warmup"] // recipe["epochs"]
     lr_scale = 1.0 if recipe.get("literal") else batch / 256
-    lrs = torch.tensor(factors, device=x.device) * recipe["lr"] * lr_scale
+    peaks = torch.tensor(lrs, device=x.device) * lr_scale
     momenta = [torch.zeros_like(p) for p in heads.params]
     for p in heads.params:
         p.requires_grad_()
 
-    step, best_correct = 0, -1
-    for epoch in range(1, epochs + 1):
-        order = torch.randperm(len(train), generator=g)[:used].to(x.device)
-        for index in train[order].split(batch):
+    step = 0
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=g)[:used].to(x.device)
+        for index in order.split(batch):
             view = torch.randint(views, (len(index),), generator=g).to(x.device)
             scores = heads(x[index, view], training=True)                   # (B, n_lr, C)
-            targets = labels[index, None].expand(-1, len(factors))
+            targets = labels[index, None].expand(-1, len(lrs))
             loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum")
             grads = torch.autograd.grad(loss / len(index), heads.params)    # a mean for each head
             with torch.no_grad():
-                lr = lrs * cosine(step, total, 1.0, 0.0, warmup)
+                lr = peaks * cosine(step, total, 1.0, 0.0, warmup)
                 sgd_step(heads.params, grads, momenta, lr, recipe["lars"],
                          recipe.get("weight_decay", 0))
             step += 1
-        with torch.no_grad():
-            correct = sum((heads(x[index, 0]).argmax(2) == labels[index, None]).sum(0)
-                          for index in held_out.split(256))                 # (n_lr,)
-        if correct.max() > best_correct:
-            best_correct, number, best_epoch = correct.max(), int(correct.argmax()), epoch
-            best = copy_head(heads, number)
-    return best, copy_head(heads, number), factors[number] * recipe["lr"], best_epoch
+    for p in heads.params:
+        p.requires_grad_(False)
+    return heads
 
 
-def copy_head(heads, number):
-    """One of the heads, detached and with its current weights."""
-    head = copy.copy(heads)
-    head.params, head.state = ([p.detach()[number:number + 1].clone() for p in tensors]
-                               for tensors in (heads.params, heads.state))
-    return head
+@torch.enable_grad()
+def fit_logistic_regressions(x, labels, num_classes, c_values):
+    """Multinomial logistic regressions by L-BFGS, one for each C -> LinearHeads without randomness.
+
+    x: (n, D), labels: (n,). Minimizes C * sum of the cross-entropies + |weight|^2 / 2 (the bias is
+    not regularized), as in scikit-learn, here divided by C * n. Each starts from the solution of
+    the one before: from strong to weak regularization few steps are needed. In float64, because the
+    line search compares losses that differ by less than float32 resolves.
+    """
+    x = x.double()
+    weight = x.new_zeros(num_classes, x.shape[1]).requires_grad_()
+    bias = x.new_zeros(num_classes).requires_grad_()
+    weights, biases = [], []
+    for c in c_values:
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=MAX_ITERS, tolerance_grad=1e-5,
+                                      tolerance_change=1e-9, line_search_fn="strong_wolfe")
+
+        def closure(optimizer=optimizer, c=c):
+            optimizer.zero_grad()
+            total = 0.0
+            for rows in torch.arange(len(x), device=x.device).split(2**16):   # to save memory
+                loss = F.cross_entropy(x[rows] @ weight.T + bias, labels[rows], reduction="sum")
+                (loss / len(x)).backward()
+                total += loss.detach() / len(x)
+            penalty = weight.square().sum() / (2 * c * len(x))
+            penalty.backward()
+            return total + penalty.detach()
+
+        optimizer.step(closure)
+        weights.append(weight.detach().float())
+        biases.append(bias.detach().float()[:, None])
+    heads = LinearHeads(len(c_values), x.shape[1], num_classes, torch.Generator(), x.device)
+    heads.params = [torch.stack(weights), torch.stack(biases)]
+    return heads
 
 
 def sgd_step(params, grads, momenta, lrs, lars, weight_decay=0.0, trust=0.001):
@@ -229,10 +328,10 @@ def sgd_step(params, grads, momenta, lrs, lars, weight_decay=0.0, trust=0.001):
 # ---- the linear probe, also used by shape_bias and frequency_noise -------------------------------
 
 
-def choose_linear_recipe(opt, default="mae"):
+def choose_linear_recipe(opt, default="mae", names=("mae", "dino", "park", "logreg")):
     """Name and settings of --recipe for a linear classifier; with --paper-lr those of Park et al.,
-    table A.1, as printed."""
-    names = dict.fromkeys([default, "mae", "dino", "park"])
+    table A.1, as printed. names: the recipes that the task has."""
+    names = dict.fromkeys([default, *names])
     name, recipe = choose_recipe(opt, {name: LINEAR_RECIPES[name] for name in names})
     if opt.paper_lr and name != "park":
         raise ValueError("--paper-lr is for recipe park only: add --recipe park")
@@ -251,12 +350,28 @@ def linear_features(opt, recipe_name):
 def train_linear_classifier(model, opt, names, encode, recipe):
     """-> name of the feature, Classifier, number of training images."""
     features, labels, num_classes = extract_features(model, opt, "train", names, encode,
-                                                     mirror=True)
-    [(name, x)] = features.items()                                          # (n, 2, D)
+                                                     mirror=uses_mirror(recipe))
+    [(name, x)] = features.items()
+    x = x if uses_mirror(recipe) else x[:, None]                            # (n, views, D)
     return name, train_classifier(x, labels, num_classes, recipe, opt.epochs, opt.seed), len(labels)
 
 
-def describe_selection(recipe):
-    """What is chosen on the held-out images, for the protocol."""
-    return (f"lr {recipe['lr']:g} and weight decay {recipe['weight_decay']:g} as printed, epoch"
-            if recipe.get("literal") else "lr and epoch") + " chosen on a held-out tenth"
+def uses_mirror(recipe):
+    """Whether the mirror image of each training image is also used. SGD draws one of the two."""
+    return not recipe.get("logreg")
+
+
+def describe_training(recipe):
+    """Views of the training images and choice of the setting, for the protocol."""
+    view = " and its mirror image, no random crops; " if uses_mirror(recipe) else "; "
+    if recipe.get("literal"):
+        return (f"{view}lr {recipe['lr']:g} and weight decay {recipe['weight_decay']:g} as "
+                f"printed; result of the last epoch")
+    if recipe.get("logreg"):
+        return f"{view}{describe_choice('C')}"
+    return f"{view}{describe_choice()}; result of the last epoch"
+
+
+def describe_choice(setting="lr"):
+    return (f"{setting} chosen by {FOLDS} folds of the training images (of {LARGE_SET:,} or more "
+            f"by a tenth), then trained on all of them")

@@ -25,6 +25,7 @@ from probes.common import (
     Options,
     Report,
     all_tokens,
+    choose_recipe,
     describe_output,
     describe_view,
     encode_batches,
@@ -36,7 +37,13 @@ from probes.common import (
     save_image_grid,
     select_features,
 )
-from probes.heads import LINEAR_RECIPES, AttentiveHeads, LinearHeads, train_classifier
+from probes.heads import (
+    LINEAR_RECIPES,
+    AttentiveHeads,
+    LinearHeads,
+    describe_choice,
+    train_classifier,
+)
 
 # B images, D width, S image side
 
@@ -167,9 +174,9 @@ def part_classification(model: Model, opt: Options) -> Report:
 
     Zhu et al. (2023), table 4 (right), on the crops of part_retrieval, with a frozen encoder. As in
     their released code, training crops are enlarged by 256/224 and their border is cut off, test
-    crops are used whole; no augmentation. Our choice, as in `linear`: small batches; seven learning
-    rates, 0.3 to 300 times theirs; lr and epoch chosen on a held-out tenth (their code: the best
-    epoch on the test crops).
+    crops are used whole; no augmentation. Our choice, as in `linear`: small batches; eleven
+    learning rates, 0.1 to 10,000 times theirs, of which one is chosen by cross-validation; the
+    result of the last epoch (their code: the best epoch on the test crops); --recipe logreg.
     """
     head = opt.head or "linear"
     if head not in ("linear", "attentive"):
@@ -181,7 +188,8 @@ def part_classification(model: Model, opt: Options) -> Report:
         make_heads = functools.partial(AttentiveHeads, bn=opt.bn)
     else:
         names, encode = select_features(opt, "cls", "patch", "projected")
-        recipe, make_heads = LINEAR_RECIPES["part"], LinearHeads
+        _, recipe = choose_recipe(opt, {name: LINEAR_RECIPES[name] for name in ("part", "logreg")})
+        make_heads = LinearHeads
 
     def crops(split, side):
         border = round((side - model.img_size) / 2)
@@ -200,15 +208,16 @@ def part_classification(model: Model, opt: Options) -> Report:
     rows = {name: heads[name].evaluate(tests[name], truth) for name in heads}
     for row in rows.values():
         del row["top-5"]                                 # of three or four parts
-    epochs = opt.epochs or recipe["epochs"]
+    training = next(iter(heads.values())).training
     batch_norm = " with batch norm of the test batch" * (head == "attentive" and opt.bn == "batch")
     norm = ", after the final norm" * bool(model.encoder)
-    return Report(rows, f"{head} head{batch_norm} (SGD, {epochs} epochs){norm}; "
+    return Report(rows, f"{head} head{batch_norm} ({training}){norm}; "
                   f"{', '.join(parts)} of {opt.data}; squares as in the study's {opt.crop}, "
-                  f"without their border in training; lr and epoch chosen on a held-out tenth",
+                  f"without their border in training; "
+                  f"{describe_choice('C' if recipe.get('logreg') else 'lr')}",
                   dict(train=len(labels), test=len(truth)),
-                  [f"{model.name}, {name}: lr {trained.lr:.2g} at batch 256, epoch {trained.epoch} "
-                   f"of {epochs}" for name, trained in heads.items()]
+                  [f"{model.name}, {name}: {note}" for name, trained in heads.items()
+                   for note in trained.notes]
                   + note_missing_parts(parts, labels))
 
 

@@ -21,7 +21,7 @@ from probes.common import (
 )
 from probes.heads import (
     choose_linear_recipe,
-    describe_selection,
+    describe_training,
     linear_features,
     train_linear_classifier,
 )
@@ -80,10 +80,11 @@ def shape_bias(model: Model, opt: Options) -> Report:
     mean = torch.tensor(list(bias.values()), dtype=torch.float64).nanmean().item()
     row = {"shape bias": 100 * mean, "either": 100 * either}
     row |= {stimuli.classes[c]: 100 * value for c, value in bias.items()}
-    return Report({name: row}, f"linear head, recipe {recipe_name} ({head.epochs} epochs), "
-                  f"{describe_selection(recipe)}; {describe_view(model, opt, opt.no_crop)}; mean "
+    return Report({name: row}, f"linear head, recipe {recipe_name} ({head.training}); "
+                  f"{describe_view(model, opt, opt.no_crop)}{describe_training(recipe)}; mean "
                   f"probability of each category's classes; mean over shapes of shape / (shape or "
-                  f"texture)", dict(train=num_train, test=int(conflict.sum())))
+                  f"texture)", dict(train=num_train, test=int(conflict.sum())),
+                  [f"{model.name}: {note}" for note in head.notes])
 
 
 def predict_category(scores, categories):
@@ -123,9 +124,10 @@ def frequency_noise(model: Model, opt: Options) -> Report:
     return Report({name: {"mean drop": mean, "clean": clean, **drops}},
                   f"percentage points of top-1 lost to noise of strength {opt.eps:g} in a band 0.1 "
                   f"pi wide around a frequency" + ", equal energy" * opt.equal_energy +
-                  f"; linear head, recipe {recipe_name} ({head.epochs} epochs), "
-                  f"{describe_selection(recipe)}; {describe_view(model, opt)}",
-                  dict(train=num_train, test=num_test))
+                  f"; linear head, recipe {recipe_name} ({head.training}); "
+                  f"{describe_view(model, opt)}{describe_training(recipe)}",
+                  dict(train=num_train, test=num_test),
+                  [f"{model.name}: {note}" for note in head.notes])
 
 
 def frequency_band(size, frequency, half=0.05 * math.pi):

@@ -68,14 +68,16 @@ def test_recipe_and_feature_of_the_linear_classifiers(monkeypatch, task, feature
             ([], default), (["--recipe", "park"], ("park", ["patch"])),
             (["--recipe", "park", "--feature", "cls"], ("park", ["cls"])),
             (["--recipe", "park", "--paper-lr"], ("park paper", ["patch"])),
-            (["--recipe", "mae"], ("mae", ["cls"]))):
+            (["--recipe", "mae"], ("mae", ["cls"])),
+            (["--recipe", "logreg"], ("logreg", ["cls"]))):
         with pytest.raises(KeyboardInterrupt):
             probe(make_model(make_encoder()), make_options(task, "--data", "imagenet", *flags))
         assert calls.pop() == (heads.LINEAR_RECIPES[recipe], names) and not calls
 
 
-@pytest.mark.parametrize("task, flags", [("linear", ["--recipe", "park"]), ("layerwise", []),
-                                         ("attentive", [])])
+@pytest.mark.parametrize("task, flags", [("linear", ["--recipe", "park"]),
+                                         ("linear", ["--recipe", "logreg"]), ("layerwise", []),
+                                         ("layerwise", ["--recipe", "logreg"]), ("attentive", [])])
 def test_classifiers_are_trained_on_train_and_evaluated_on_test(monkeypatch, task, flags):
     """Every fourth test image has the features of another class: 75 % are right, of train's all."""
     labels = {"train": torch.arange(64) % 4, "test": torch.arange(48) % 4}
@@ -92,7 +94,7 @@ def test_classifiers_are_trained_on_train_and_evaluated_on_test(monkeypatch, tas
     opt = make_options(task, "--limit", "4", "--epochs", "2", *flags)
     report = getattr(classification, task)(make_model(make_encoder(depth=2)), opt)
     assert len(report.rows) == (2 if task == "layerwise" else 1)          # every block
-    assert all((row["top-1"], row["last epoch"]) == (75, 75) for row in report.rows.values())
+    assert all(row["top-1"] == 75 for row in report.rows.values())
     assert report.images == {"train": 64, "test": 48}
 
 

@@ -20,6 +20,7 @@ import evaluate
 import moco_v3
 import vit
 from lib import augment, checkpoints, config, flags, metrics, toy
+from probes import heads
 from probes.common import UNTRAINED, Options, Report, extract_features
 
 ROOT = Path(evaluate.__file__).parent
@@ -177,13 +178,16 @@ def test_knn_in_the_results_is_knn_of_the_features(tmp_path):
 
 
 @pytest.mark.parametrize("recipe, feature", [("mae", "cls"), ("dino", "4 x cls"),
-                                             ("park", "patch")])
-def test_linear_runs_with_every_recipe_and_is_deterministic(tmp_path, recipe, feature):
-    flags = ["--task", "linear", "--recipe", recipe, "--epochs", "2"]
+                                             ("park", "patch"), ("logreg", "cls")])
+def test_linear_runs_with_every_recipe_and_is_deterministic(tmp_path, monkeypatch, recipe, feature):
+    monkeypatch.setattr(heads, "C_VALUES", (1e-2, 1.0))
+    flags = ["--task", "linear", "--recipe", recipe, *["--epochs", "2"] * (recipe != "logreg")]
     one, two = run(tmp_path, *flags) and run(tmp_path, *flags)
     assert one["metrics"] == two["metrics"] and set(one["metrics"]) == {feature}
-    assert set(one["metrics"][feature]) == {"top-1", "top-5", "last epoch"}
-    assert "held-out tenth" in one["protocol"] and "at batch 256" in one["notes"][0]
+    assert set(one["metrics"][feature]) == {"top-1", "top-5"}
+    assert "chosen by 5 folds of the training images" in one["protocol"]
+    assert ("untrained: C " if recipe == "logreg" else " at batch 256: ") in one["notes"][0]
+    assert "% (standard error) in 5 folds" in one["notes"][0]
 
 
 @pytest.mark.parametrize("crop", ["code", pytest.param("paper", marks=pytest.mark.slow)])
@@ -462,7 +466,10 @@ def test_an_error_at_a_later_model_leaves_the_table_of_the_earlier_ones(tmp_path
      "no images to evaluate; raise"),
     (["--task", "linear", "--limit", "9"], "9 are too few; raise --limit"),
     (["--task", "linear", "--paper-lr"], "add --recipe park"),
-    (["--task", "linear", "--recipe", "simmim"], "choose --recipe mae, dino, park\n"),
+    (["--task", "linear", "--recipe", "simmim"], "choose --recipe mae, dino, park, logreg\n"),
+    (["--task", "linear", "--recipe", "logreg", "--epochs", "5"], "recipe logreg has no epochs"),
+    (["--task", "part_classification", "--head", "attentive", "--recipe", "logreg"],
+     "the attentive head has no recipes: leave out --recipe"),
     (["--data", "cub"], "knn needs images with one class each, and cub has none"),
     (["--data", "cub", "--task", "few_shot"], "few_shot needs images with one class each, and cub"),
     (["--data", "cub", "--task", "attentive"], "attentive needs images with one class each, and"),
@@ -471,7 +478,7 @@ def test_an_error_at_a_later_model_leaves_the_table_of_the_earlier_ones(tmp_path
     (["--task", "detection", "--lr", "1e-3"], "detection does not use --lr: leave it out"),
     (["--task", "segmentation", "--epochs", "9"], "segmentation does not use --epochs"),
     (["--task", "attentive", "--feature", "patch"], "attentive does not use --feature"),
-    (["--task", "layerwise", "--recipe", "mae"], "layerwise does not use --recipe"),
+    (["--task", "layerwise", "--recipe", "mae"], "layerwise has no recipe mae; choose --recipe"),
     (["--task", "linear", "--head", "attentive"], "linear does not use --head"),
     (["--task", "linear", "--reinit", "last:2"], "linear does not use --reinit"),
     (["--task", "linear", "--k", "5"], "linear does not use --k"),

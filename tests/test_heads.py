@@ -1,4 +1,5 @@
-"""Linear and attentive heads against torch.nn and torch.optim; what the held-out images choose."""
+"""Linear and attentive heads against torch.nn, torch.optim and scikit-learn; how settings are
+chosen."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,30 +22,28 @@ def make_clusters(n=400, width=6, classes=3):
 
 def test_recipes_have_the_published_settings():
     columns = ("lr", "batch", "epochs", "warmup", "lars", "standardize")
-    assert {name: tuple(r[c] for c in columns) for name, r in LINEAR_RECIPES.items()} == {
+    recipes = {name: dict(recipe) for name, recipe in LINEAR_RECIPES.items()}
+    assert recipes.pop("logreg") == dict(logreg=True, standardize=True)
+    assert {name: tuple(r.pop(c) for c in columns) for name, r in recipes.items()} == {
         "mae": (0.1, 16384, 90, 10, True, True), "dino": (1e-3, 1024, 100, 0, False, False),
         "park": (0.1, 1024, 50, 0, False, True), "park paper": (1, 1024, 50, 0, False, True),
         "cae": (0.0125, 8192, 90, 10, False, False), "part": (0.1, 1024, 90, 0, False, False),
         "part attentive": (0.01, 1024, 90, 0, False, False)}
-    others = {name: {key: r[key] for key in r.keys() - set(columns)}
-              for name, r in LINEAR_RECIPES.items()}
-    assert others.pop("park paper") == dict(weight_decay=0.05, literal=True)
-    assert not any(others.values())
+    assert recipes.pop("park paper") == dict(weight_decay=0.05, literal=True)
+    assert not any(recipes.values())
+    assert (heads.C_VALUES[0], heads.C_VALUES[-1]) == (1e-6, 1e5)           # DINOv2's range
 
 
 @pytest.mark.parametrize("paper", [False, True])
-def test_a_head_trains_as_with_torch_optim(monkeypatch, paper):
-    (x, y), epochs = make_clusters(), 7
+def test_a_head_trains_as_with_torch_optim(paper):
+    (x, y), epochs = make_clusters(360), 7
     recipe = dict(LINEAR_RECIPES["dino"], lr=0.5, warmup=20)              # 20 of 100 epochs
     if paper:                                                             # lr 1, weight decay 0.05
         recipe = dict(LINEAR_RECIPES["park paper"], warmup=10)            # 10 of 50 epochs
-    else:
-        monkeypatch.setattr(heads, "LR_FACTORS", (1.0,))
-    _, last, lr, _ = train_heads(x, y, 3, recipe, epochs, seed=3)
-    weight, bias = (p[0].squeeze(1) for p in last.params)
+    head = train_heads(x, y, 3, recipe, [1.0 if paper else 0.5], epochs, seed=3)
+    weight, bias = (p[0].squeeze(1) for p in head.params)
 
     g = rng.generator(3, "linear")                                        # the same draws, in order
-    train = torch.randperm(400, generator=g)[40:]
     layer = nn.Linear(6, 3)
     layer.weight.data, layer.bias.data = 0.01 * torch.randn(3, 6, generator=g), torch.zeros(3)
     opt = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=0.05 * paper)
@@ -53,7 +52,7 @@ def test_a_head_trains_as_with_torch_optim(monkeypatch, paper):
     total = epochs * -(-360 // batch)
     warmup = total * 20 // 100
     for _ in range(epochs):
-        for index in train[torch.randperm(360, generator=g)].split(batch):
+        for index in torch.randperm(360, generator=g).split(batch):
             view = torch.randint(2, (len(index),), generator=g)
             angle = torch.tensor((step - warmup) / (total - warmup) * torch.pi)
             factor = step / warmup if step < warmup else (1 + angle.cos().item()) / 2
@@ -63,36 +62,17 @@ def test_a_head_trains_as_with_torch_optim(monkeypatch, paper):
             F.cross_entropy(layer(x[index, view]), y[index]).backward()
             opt.step()
             step += 1
-    assert lr == (1.0 if paper else 0.5)
     assert torch.allclose(weight, layer.weight, atol=1e-5)
     assert torch.allclose(bias, layer.bias, atol=1e-5)
 
 
-def test_lr_and_epoch_are_chosen_on_images_without_training(monkeypatch):
-    """If these are labeled wrong, the best head is the one that has learned least."""
-    monkeypatch.setattr(heads, "LR_FACTORS", (1.0, 1e-3))
-    (x, y), recipe = make_clusters(width=60), dict(LINEAR_RECIPES["dino"], lr=1.0)
-    held_out = torch.randperm(400, generator=rng.generator(0, "linear"))[:40]
-    for shift, chosen in ((0, 1.0), (1, 1e-3)):          # without a shift: the control
-        y[held_out] = (y[held_out] + shift) % 3
-        head = train_classifier(x, y, 3, recipe, 5, seed=0)
-        best, last = (
-            100 * (head.scores(x[held_out, 0], of).argmax(1) == y[held_out]).double().mean().item()
-            for of in (head.best, head.last))
-        row = head.evaluate(x[held_out, 0], y[held_out])
-        assert (row["top-1"], row["last epoch"]) == pytest.approx((best, last))
-        assert head.lr == chosen and best >= last
-    assert head.epoch == 1 and best > last + 10
-
-
-def test_heads_of_the_sweep_are_independent(monkeypatch):
+def test_heads_of_several_learning_rates_are_independent():
     (x, y), recipe = make_clusters(), LINEAR_RECIPES["mae"]
-    best, last, lr, epoch = train_heads(x, y, 3, recipe, 5, seed=0)
-    monkeypatch.setattr(heads, "LR_FACTORS", (lr / recipe["lr"],))
-    alone, alone_last, same_lr, same_epoch = train_heads(x, y, 3, recipe, 5, seed=0)
-    assert (lr, epoch) == (same_lr, same_epoch)
-    for a, b in zip(best.params + last.params, alone.params + alone_last.params):
-        assert torch.allclose(a, b, atol=1e-5)
+    together = train_heads(x, y, 3, recipe, [0.1, 3.0, 1e9], 5, seed=0)  # the last one diverges
+    for number, lr in enumerate((0.1, 3.0)):
+        alone = train_heads(x, y, 3, recipe, [lr], 5, seed=0)
+        for a, b in zip(together.params, alone.params):
+            assert torch.allclose(a[number], b[0], atol=1e-5)
 
 
 def test_lars_follows_its_formula_and_leaves_out_biases():
@@ -117,27 +97,150 @@ def test_lars_follows_its_formula_and_leaves_out_biases():
     assert not torch.allclose(results[True][0][0], results[False][0][0], atol=1e-3)
 
 
-def test_a_linear_classifier_separates_clusters_and_finds_nothing_in_noise():
+def test_a_linear_classifier_separates_clusters_and_finds_nothing_in_noise(monkeypatch):
+    monkeypatch.setattr(heads, "LR_FACTORS", (300.0,))
+    monkeypatch.setattr(heads, "C_VALUES", (1e-3, 1e-2, 1e-1))
     for signal, low, high in ((1, 85, 100), (0, 0, 60)):
         x, y = make_clusters(600)
         x = x if signal else torch.randn(600, 2, 6, generator=torch.Generator().manual_seed(9))
-        best, *_ = train_heads(x[:400], y[:400], 3, LINEAR_RECIPES["mae"], 20, seed=0)
-        assert low <= metrics.accuracy(best(x[400:, 0])[:, 0], y[400:])[0] <= high
+        for recipe in ("mae", "logreg"):
+            head = train_classifier(x[:400], y[:400], 3, LINEAR_RECIPES[recipe], 10, seed=0)
+            assert low <= head.evaluate(x[400:, 0], y[400:])["top-1"] <= high
 
 
-def test_the_scale_of_the_features_does_not_matter_where_the_recipe_standardizes():
+def test_the_scale_of_the_features_does_not_matter_where_the_recipe_standardizes(monkeypatch):
     x, y = make_clusters()
     scale, shift = torch.tensor([1e-2, 1, 5, 100, 2e3, 7]), torch.tensor([0., 3, -8, 40, -1e3, 2])
-    for name, same in (("mae", True), ("park", True), ("dino", False)):     # dino: the control
+    monkeypatch.setattr(heads, "LR_FACTORS", (1.0,))
+    monkeypatch.setattr(heads, "C_VALUES", (1e-2,))
+    for name, same in (("mae", True), ("logreg", True), ("dino", False)):   # dino: the control
         one, two = (train_classifier(z, y, 3, LINEAR_RECIPES[name], 3, seed=0).scores(z[:, 0])
                     for z in (x, x * scale + shift))
         assert torch.allclose(one, two, atol=1e-2 * one.std().item()) == same
 
 
+# ---- logistic regression -------------------------------------------------------------------------
+
+
+def test_logistic_regressions_are_at_the_minimum_of_their_formula():
+    """The gradient of C * sum of cross-entropies + |w|^2 / 2, written out, is 0 for every C."""
+    x, y = make_clusters(300, width=8)
+    x, values = x[:, 0], (1e-3, 1e-1, 10.0)
+    found = heads.fit_logistic_regressions(x, y, 3, values)
+    for c, weight, bias in zip(values, *found.params):
+        wrong = (x @ weight.T + bias[:, 0]).softmax(1) - F.one_hot(y, 3)
+        sums = wrong.T @ x
+        assert (sums + weight / c).abs().max() < 0.01 and wrong.sum(0).abs().max() < 0.01
+        assert sums.abs().max() > 0.05                   # it is not 0 for the loss alone
+
+
+def test_logistic_regressions_equal_those_of_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model", exc_type=ImportError)
+    x, y = make_clusters(200, width=20)
+    x, values = x[:, 0], (1e-4, 1e-2, 1.0)
+    found = heads.fit_logistic_regressions(x, y, 3, values)
+    for number, c in enumerate(values):
+        reference = linear_model.LogisticRegression(C=c, tol=1e-8, max_iter=2000).fit(x, y)
+        p = found(x)[:, number].softmax(1)
+        assert abs(p.numpy() - reference.predict_proba(x)).max() < 2e-3
+        other = linear_model.LogisticRegression(C=3 * c, tol=1e-8, max_iter=2000).fit(x, y)
+        assert abs(p.numpy() - other.predict_proba(x)).max() > 1e-2          # the control
+
+
+# ---- choice of the setting -----------------------------------------------------------------------
+
+
+def test_every_image_is_held_out_once_and_no_head_has_seen_it():
+    y = torch.arange(90) % 9                             # ten images of each class
+    x, trained = torch.arange(90.)[:, None, None], []
+
+    def fit(rows, values):
+        trained.append(rows.tolist())
+        seen = torch.zeros(90)
+        seen[rows] = 1
+        return lambda z: F.one_hot(torch.stack(            # right if it has seen the image
+            [torch.where(seen[z[:, 0].long()] > 0, y[z[:, 0].long()], 9)] * len(values), 1), 10)
+
+    correct, how = heads.cross_validate(fit, x, y, (1, 2, 3), seed=0)
+    assert correct.shape == (90, 3) and not correct.any()
+    assert how == "5 folds of the training images"
+    assert len(trained) == 5 and all(len(set(rows)) == 72 for rows in trained)
+    assert all(y[rows].bincount().tolist() == [8] * 9 for rows in trained)   # of every class
+    held_out = [i for rows in trained for i in set(range(90)) - set(rows)]
+    assert sorted(held_out) == list(range(90))
+
+
+def test_of_many_images_a_tenth_is_held_out(monkeypatch):
+    monkeypatch.setattr(heads, "LARGE_SET", 200)
+    (x, y), calls = make_clusters(200), []
+
+    def fit(rows, values):
+        calls.append(len(rows))
+        return heads.fit_logistic_regressions(x[rows, 0], y[rows], 3, values)
+
+    correct, how = heads.cross_validate(fit, x, y, (1e-2, 1.0), seed=0)
+    assert calls == [180] and correct.shape == (20, 2) and how == "20 held-out training images"
+
+
+def test_the_choice_is_the_middle_of_the_best_and_has_a_standard_error():
+    names = ["lr 1", "lr 3", "lr 10", "lr 30", "lr 100"]
+    percent = torch.tensor([40, 80, 80, 80, 79])
+    correct = torch.arange(100)[:, None] < percent
+    number, [note] = heads.choose_candidate(correct, names, "5 folds")
+    assert number == 2                                   # of 1, 2, 3, which are equally good
+    assert note == ("lr 10: 80.0 +- 4.0% (standard error) in 5 folds; 3 of 4 other values are "
+                    "within one standard error")
+
+
+@pytest.mark.parametrize("best, edge", [(0, True), (1, False), (2, True)])
+def test_a_choice_at_the_edge_of_the_range_gets_a_note(best, edge):
+    correct = torch.arange(10)[:, None] < torch.tensor([5, 5, 5]) + 3 * F.one_hot(
+        torch.tensor(best), 3)
+    number, notes = heads.choose_candidate(correct, ["C 1", "C 2", "C 3"], "a tenth")
+    assert number == best and len(notes) == 1 + edge
+    if edge:
+        assert notes[1] == (f"C {best + 1} is at the edge of the range C 1 to C 3: a better value "
+                            f"may be outside")
+
+
+def test_the_setting_is_chosen_after_the_last_epoch_and_trained_on_all_images(monkeypatch):
+    """The first candidate is best in the first epoch only: with one epoch it is chosen, with two
+    the other one."""
+    (x, y), calls = make_clusters(100), []
+
+    def train(x, y, num_classes, recipe, lrs, epochs, seed, make_heads):
+        calls.append((len(x), [float(f"{lr:.3g}") for lr in lrs]))
+        right = F.one_hot(y, 3)
+        good = (lrs[0] < 0.02) == (epochs == 1)
+        found = heads.LinearHeads(len(lrs), 6, 3, torch.Generator(), "cpu")
+        quality = [good, not good] if len(lrs) == 2 else [good]
+        weight = torch.stack([(right.T.float() @ x[:, 0]) * (1 if q else -1) for q in quality])
+        found.params = [weight, torch.zeros(len(lrs), 3, 1)]
+        return found
+
+    monkeypatch.setattr(heads, "train_heads", train)
+    monkeypatch.setattr(heads, "LR_FACTORS", (10, 100))
+    for epochs, lr in ((1, 0.01), (2, 0.1)):
+        calls.clear()
+        found = train_classifier(x, y, 3, LINEAR_RECIPES["dino"], epochs, seed=0)
+        assert calls == [(80, [0.01, 0.1])] * 5 + [(100, [lr])]
+        assert found.setting == f"lr {lr:g} at batch 256"
+        assert found.notes[0].startswith(f"{found.setting}: ") and "edge" in found.notes[1]
+        assert found.training == f"SGD, {epochs} epochs"
+
+
+def test_a_recipe_that_leaves_nothing_open_chooses_nothing(monkeypatch):
+    monkeypatch.setattr(heads, "cross_validate", lambda *_: pytest.fail("a choice"))
+    x, y = make_clusters(40)
+    found = train_classifier(x, y, 3, LINEAR_RECIPES["park paper"], 1, seed=0)
+    assert found.setting == "lr 1" and not found.notes
+
+
 def test_fewer_than_ten_images_are_an_error():
-    with pytest.raises(ValueError, match="9 are too few"):
-        x, y = torch.zeros(9, 1, 2), torch.zeros(9).long()
-        train_heads(x, y, 2, LINEAR_RECIPES["mae"], 1, seed=0)
+    x, y = torch.zeros(9, 1, 2), torch.zeros(9).long()
+    for recipe in ("mae", "logreg"):
+        with pytest.raises(ValueError, match="9 are too few; raise --limit"):
+            train_classifier(x, y, 2, LINEAR_RECIPES[recipe], 1, seed=0)
 
 
 # ---- attentive -----------------------------------------------------------------------------------
@@ -227,9 +330,8 @@ def test_attentive_heads_use_the_statistics_of_the_test_batch_with_bn_batch():
     module.copy_from(both, 0)
     both(torch.randn(12, 5, 64, generator=g), training=True)
     x, before = torch.randn(12, 5, 64, generator=g), both.state[0].clone()
-    head = heads.copy_head(both, 0)
-    assert torch.allclose(head(x)[:, 0], module(x), atol=1e-4) and both.state[0].equal(before)
-    assert not torch.allclose(head(x)[:6], head(x[:6]), atol=1e-3)   # the batch matters
+    assert torch.allclose(both(x)[:, 0], module(x), atol=1e-4) and both.state[0].equal(before)
+    assert not torch.allclose(both(x)[:6], both(x[:6]), atol=1e-3)   # the batch matters
 
 
 @pytest.mark.slow
@@ -245,18 +347,18 @@ def test_the_attentive_head_finds_a_class_that_only_one_token_contains():
     assert control.evaluate(x[300:], y[300:])["top-1"] < 75
 
 
-@pytest.mark.parametrize("n", [60, 54])                  # 54 to train on; 49 = 3 x 16 + 1
-def test_the_attentive_head_learns_from_few_images(n):
+def test_the_attentive_head_learns_from_few_images():
     g = torch.Generator().manual_seed(10)
     y = torch.arange(400) % 2
     x = torch.randn(400, 6, 64, generator=g) + 3 * F.one_hot(y, 64)[:, None]
-    sizes = set()
+    for n, expected in ((54, {16, 6}), (49, {16})):      # 49 = 3 x 16 + 1
+        sizes = set()
 
-    class Counting(AttentiveHeads):
-        def __call__(self, x, training=False):
-            sizes.update([len(x)] * training)
-            return super().__call__(x, training)
+        class Counting(AttentiveHeads):
+            def __call__(self, x, training=False, sizes=sizes):
+                sizes.update([len(x)] * training)
+                return super().__call__(x, training)
 
-    head = train_classifier(x[:n, None], y[:n], 2, LINEAR_RECIPES["cae"], 10, 0, Counting)
-    assert sizes == ({16, 6} if n == 60 else {16})       # no batch of a single image
-    assert head.evaluate(x[n:], y[n:])["top-1"] > 90
+        found = train_heads(x[:n, None], y[:n], 2, LINEAR_RECIPES["cae"], [0.4], 10, 0, Counting)
+        assert sizes == expected                         # no batch of a single image
+        assert metrics.accuracy(found(x[n:])[:, 0], y[n:])[0] > 90

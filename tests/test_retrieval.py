@@ -174,7 +174,8 @@ def test_protocols_of_part_classification_differ_where_the_numbers_do(monkeypatc
     labels = torch.arange(20) % 4
     monkeypatch.setattr(retrieval, "encode_batches",
                         lambda *a, **b: ({"tokens": torch.zeros(20, 3)}, labels))
-    head = SimpleNamespace(evaluate=lambda *_: {"top-1": 1.0, "top-5": 1.0}, lr=1.0, epoch=1)
+    head = SimpleNamespace(evaluate=lambda *_: {"top-1": 1.0, "top-5": 1.0}, notes=[],
+                           training="SGD")
     monkeypatch.setattr(retrieval, "train_classifier", lambda *a: head)
     flags = ("", "--crop paper", "--head attentive", "--head attentive --bn batch")
     protocols = [run("part_classification", *f.split()).protocol for f in flags]
