@@ -28,9 +28,11 @@ from lib import config, distributed, progress
 from lib.flags import parse_flags, refuse_unused
 from lib.folder import finite
 from probes import (
+    annotations,
     classification,
     detection,
     finetune,
+    plan,
     pose,
     retrieval,
     robustness,
@@ -45,7 +47,9 @@ from probes.common import (
     default_data,
     gather_objects,
     is_toy,
+    load_labeled,
     load_models,
+    require_tokens,
 )
 
 TASKS = {
@@ -72,10 +76,28 @@ TASKS = {
 END_TO_END = {"finetune", "segmentation", "detection"}             # these also train the encoder
 FROZEN = [task for task in TASKS if task not in {*END_TO_END, "classify"}]        # --task all
 FIRST_PROCESS = set(DENSE)                                         # not shared by processes
-# --task all, unless --epochs and --limit are given: heads are trained for fewer epochs, and fewer
-# images of toy's splits are used, except by tasks that have a smaller limit of their own.
-ALL_EPOCHS, ALL_IMAGES = 10, 2000
+# What a task needs, to be checked before any work: patch tokens; images with one class each, of
+# these splits; a kind of annotation.
+NEEDS_TOKENS = {"attentive", "finetune", "segmentation", "detection", *DENSE}
+NEEDS_CLASSES = {"few_shot": ["test"], "classify": ["test"], "object_retrieval": ["test"],
+                 **dict.fromkeys(("knn", "linear", "layerwise", "attentive", "finetune",
+                                  "frequency_noise", "shape_bias"), ["test", "train"])}
+NEEDS_ANNOTATIONS = {
+    "part_classification": "keypoints", "pose": "keypoints",
+    "linear_segmentation": "segmentation", "segmentation": "segmentation",
+    "zero_shot_segmentation": "segmentation", "video": "videos", "detection": "masks"}
+TRAINED_ON_ANNOTATIONS = {"part_classification", "pose", "linear_segmentation", "segmentation",
+                          "detection"}
+# --task all takes minutes. Unless the flags are given: logistic regressions, else fewer epochs of
+# heads; fewer iterations; fewer images of toy's splits (except for tasks that have a smaller limit
+# of their own) and of annotated sets.
+ALL_EPOCHS, ALL_ITERS, ALL_IMAGES = 10, 50, 2000
+ALL_LRS = (2e-3, 1e-2, 5e-2)             # of linear_segmentation: few iterations need larger ones
+ALL_LIMITS = dict(linear_segmentation=50, zero_shot_segmentation=100, pose=50, video=3,
+                  part_retrieval=500, part_classification=500)
+LOGREG = ("linear", "layerwise", "part_classification", "frequency_noise", "shape_bias")
 OWN_LIMIT = {*DENSE, "part_retrieval"}
+LONG_MINUTES = 30                        # from here on the plan says how to shorten it
 
 
 @dataclass
@@ -88,8 +110,9 @@ class Result:
 def parse(argv=None) -> Options:
     lines = [f"  {name:<24}{task.__doc__.splitlines()[0]}" for name, task in TASKS.items()]
     lines.append(f"  {'all':<24}All tasks with a frozen encoder that fit the model and the data.")
-    lines.append(f"{'':<26}Heads are trained for {ALL_EPOCHS} epochs, on toy with {ALL_IMAGES:,} "
-                 f"images,\n{'':<26}unless --epochs and --limit are given; features are kept in "
+    lines.append(f"{'':<26}Linear heads are logistic regressions, other training is short "
+                 f"({ALL_EPOCHS} epochs,\n{'':<26}{ALL_ITERS} iterations), and fewer images are "
+                 f"used, unless the flags are given;\n{'':<26}features are kept in "
                  f"--out/features.")
     opt = parse_flags(Options, argv, description=__doc__, epilog="\n".join(["tasks:", *lines]))
     if opt.task not in (*TASKS, "all"):
@@ -160,9 +183,19 @@ def run_tasks(opt, models, is_first):
     """
     run_all = opt.task == "all"
     tasks = FROZEN if run_all else [opt.task]
-    jobs = [(task, model, path) for model, path in zip(models, result_files(opt, models))
-            for task in tasks]
     results, skipped, written, failure = [], {}, {}, None
+    jobs = []
+    for model, path in zip(models, result_files(opt, models)):
+        for task in tasks:
+            try:
+                check_fit(task, model, options_for_task(opt, task))
+                jobs.append((task, model, path))
+            except (ValueError, FileNotFoundError) as error:
+                if not run_all:
+                    raise
+                skipped.setdefault((model.name, str(error)), []).append(task)
+    if run_all:
+        print_plan(opt, jobs)
     # The first process runs some tasks alone: they come last, and the others wait at the end.
     wait = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if run_all and (
         distributed.world_size() > 1) else None
@@ -174,6 +207,11 @@ def run_tasks(opt, models, is_first):
             try:
                 with progress.activity(f"{model.name}: {task}", is_first):
                     report = TASKS[task](model, task_opt)
+            except KeyboardInterrupt:
+                failure = KeyboardInterrupt(
+                    f"interrupted during {task} of {model.name}: {len(results)} of {len(jobs)} "
+                    f"tasks are done" + ", and their results are above" * bool(results))
+                break
             except Exception as error:
                 if run_all and isinstance(error, (ValueError, FileNotFoundError)):
                     skipped.setdefault((model.name, str(error)), []).append(task)
@@ -186,7 +224,7 @@ def run_tasks(opt, models, is_first):
         written[str(path)] = True                        # each file once, in order
         results.append(Result(task, model.name, report))
         if run_all:
-            print(f"{model.name}: {task}, {seconds:.1f} s", flush=True)
+            print(f"{model.name}: {task}, {seconds:.1f} s; {headline(report)}", flush=True)
     if wait and not failure:
         dist.barrier(wait)
     notes = [f"{name}: skipped {', '.join(names)}: {why}" for (name, why), names in skipped.items()]
@@ -194,15 +232,64 @@ def run_tasks(opt, models, is_first):
 
 
 def options_for_task(opt, task):
-    """The options of one task. --task all: tasks share features (as --cache) and train heads
-    briefly."""
+    """The options of one task. --task all: tasks share features (as --cache) and train briefly."""
     if opt.task != "all":
         return opt
-    own_limit = task in OWN_LIMIT or not is_toy(opt.data)
-    return replace(
-        opt, task=task, epochs=opt.epochs or ALL_EPOCHS,
-        limit=opt.limit if own_limit else opt.limit or ALL_IMAGES,
-        cache=opt.cache or "attentive" not in (task, opt.head))           # its tokens are large
+    tokens = "attentive" in (task, opt.head)
+    changes = dict(task=task, cache=opt.cache or not tokens)              # tokens are large
+    if not (opt.epochs or opt.recipe or opt.paper_lr or tokens) and task in LOGREG:
+        changes["recipe"] = "logreg"
+    else:
+        changes["epochs"] = opt.epochs or ALL_EPOCHS
+    if is_toy(opt.data):
+        changes["limit"] = opt.limit or (None if task in OWN_LIMIT else ALL_IMAGES)
+    else:
+        changes["limit"] = opt.limit or ALL_LIMITS.get(task)
+        changes["iters"] = opt.iters or ALL_ITERS
+        changes["lr"] = opt.lr or (ALL_LRS if task == "linear_segmentation" else ())
+    return replace(opt, **changes)
+
+
+def check_fit(task, model, opt):
+    """ValueError or FileNotFoundError if a task does not fit the model or the data. Quick: no image
+    is encoded. What it does not notice, the task reports itself."""
+    if task in NEEDS_TOKENS:
+        require_tokens(model, task)
+    if task == "shape_bias":
+        robustness.require_imagenet(opt)
+    if task in ("part_retrieval", "part_classification"):
+        retrieval.choose_parts(opt)                      # the data has keypoints, and these parts
+    kind = NEEDS_ANNOTATIONS.get(task)
+    if task == "object_retrieval" and opt.data in ("coco", "toy-scenes"):
+        kind = "boxes"
+    elif task == "landmark_retrieval" and not is_toy(opt.data) and not opt.limit:
+        annotations.landmarks(opt.data, opt.data_root)
+    elif not is_toy(opt.data):                           # which has classes, and takes time to draw
+        for split in NEEDS_CLASSES.get(task, ()):
+            load_labeled(model, opt, split)
+    for split in ("test", "train")[:1 + (task in TRAINED_ON_ANNOTATIONS)] if kind else ():
+        level = dict(level=opt.level) if kind == "segmentation" else {}
+        read = getattr(annotations, kind)
+        next(iter(read(opt.data, opt.data_root, split, limit=1, **level)), None)
+    if task == "pose" and not is_toy(opt.data) and opt.iters == ALL_ITERS:
+        raise ValueError(f"pose trains with batches of 512 boxes, {ALL_ITERS} of which are too few "
+                         f"and take too long for --task all: run --task pose alone")
+
+
+def print_plan(opt, jobs):
+    """Prints the tasks of every model with their estimated minutes."""
+    total, by_model = 0.0, {}
+    for task, model, _ in jobs:
+        if model.name not in by_model:
+            per_image, by_model[model.name] = plan.seconds_per_image(model), []
+        seconds = plan.estimate_seconds(task, model, options_for_task(opt, task), per_image)
+        by_model[model.name].append(f"{task} {seconds / 60:.1f}")
+        total += seconds / 60
+    for name, tasks in by_model.items():
+        print(f"{name} on {opt.data}, estimated minutes: {', '.join(tasks)}")
+    hint = "; --limit shortens it, --task NAME runs one task alone"
+    print(f"{len(jobs)} tasks, about {max(1, round(total))} minutes in all"
+          f"{hint * (total > LONG_MINUTES)}", flush=True)
 
 
 def add_notes(report, task, model, opt):
@@ -263,9 +350,8 @@ def print_results(opt, models, results, skipped):
     if run_all:
         print()
         print_summary(results)
-        if not opt.epochs:
-            print(f"note: heads were trained for {ALL_EPOCHS} epochs, on toy with at most "
-                  f"{opt.limit or ALL_IMAGES:,} images: not comparable with the tasks alone")
+        print("note: with shorter training and fewer images than the tasks alone (see the "
+              "protocols above): not comparable with those")
     notes = [f"{r.task}: {note}" if run_all else note for r in results for note in r.report.notes]
     for note in dict.fromkeys(notes + skipped):
         print(f"note: {note}")
@@ -280,12 +366,16 @@ def print_results(opt, models, results, skipped):
                   + f"; none for {opt.data}, these are for other data sets" * (not found))
             print_table(published)
     if not run_all:
-        for r in results:                                # the first column of every feature
-            column = next(iter(next(iter(r.report.rows.values()))))
-            numbers = [f"{feature} {row[column]:.1f}" for feature, row in r.report.rows.items()
-                       if column in row]
-            unit = "points" if column == "mean drop" else "%"
-            print(f"{r.model}: {r.task}, {column} ({unit}): {', '.join(numbers)}")
+        for r in results:
+            print(f"{r.model}: {r.task}, {headline(r.report)}")
+
+
+def headline(report):
+    """The first column of every feature in words."""
+    column = next(iter(next(iter(report.rows.values()))))
+    numbers = [f"{feature} {row[column]:.1f}" for feature, row in report.rows.items()
+               if column in row]
+    return f"{column} ({'points' if column == 'mean drop' else '%'}): {', '.join(numbers)}"
 
 
 def print_table(results):

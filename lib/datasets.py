@@ -57,6 +57,9 @@ LAYOUT = {                                  # files expected under the root, and
              "'images.tar.gz' and 'annotations.tar.gz' from robots.ox.ac.uk/~vgg/data/pets"),
     "flowers": ("flowers-102/{jpg/*.jpg, imagelabels.mat, setid.mat}",
                 "'102flowers.tgz' and both .mat files from robots.ox.ac.uk/~vgg/data/flowers/102"),
+    "cub": ("CUB_200_2011/{images/<class>/*.jpg, images.txt, image_class_labels.txt, classes.txt, "
+            "train_test_split.txt}",
+            "'CUB-200-2011' from vision.caltech.edu/datasets/cub_200_2011"),
     "cars": ("stanford_cars/{cars_train/*.jpg, cars_test/*.jpg, cars_test_annos_withlabels.mat, "
              "devkit/{cars_meta, cars_train_annos}.mat}",
              "a mirror of 'Stanford Cars' (its first host is gone)"),
@@ -69,6 +72,7 @@ LISTS = {      # sets with official lists of images: folders, list of train, lis
     "pets": (("oxford-iiit-pet", "pets/oxford-iiit-pet"),
              "annotations/trainval.txt", "annotations/test.txt"),
     "flowers": (("flowers-102", "flowers/flowers-102"), "setid.mat", "setid.mat"),
+    "cub": (("CUB_200_2011", "cub/CUB_200_2011", ""), "images.txt", "images.txt"),
     "cars": (("stanford_cars", "cars/stanford_cars"),
              "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"),
     "inat18": (("inat18", "inat2018", ""), "train2018.json", "val2018.json"),
@@ -187,14 +191,19 @@ def find(name, root, *places, layouts=LAYOUT):
     for place in places:
         if os.path.exists(path := os.path.normpath(os.path.join(root, place))):
             return path
-    raise missing_error(name, root, layouts)
+    raise missing_error(name, root, layouts, places)
 
 
-def missing_error(name, root, layouts=LAYOUT):
+def missing_error(name, root, layouts=LAYOUT, places=()):
+    """places: where a part of the data set was looked for. If other parts are there, the message
+    names the missing one."""
     layout, source = layouts[name]
+    parts = [place for place in map(os.path.normpath, places) if os.sep in place
+             and os.path.isdir(os.path.join(root, place.split(os.sep)[0]))]
+    missing = f"{parts[0]} (a part of {name})" if parts else name
     return FileNotFoundError(
-        f"No {name} under {root}: expected {layout}. Get {source}, unpack it, and give the folder "
-        "that contains it with --data-root (or in $DATA_ROOT); nothing is downloaded")
+        f"No {missing} under {root}: expected {layout}. Get {source}, unpack it, and give the "
+        "folder that contains it with --data-root (or in $DATA_ROOT); nothing is downloaded")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,6 +350,8 @@ def read_list(name, root, split):
             paths, labels, classes = read_inaturalist(path, folder)
         elif name == "miniimagenet":
             paths, labels, classes = read_miniimagenet(path, folder)
+        elif name == "cub":
+            paths, labels, classes = read_cub(folder, split)
         else:
             paths, labels, classes = read_with_torchvision(name, os.path.dirname(folder), split)
         labels = torch.tensor([int(label) for label in labels])
@@ -372,6 +383,19 @@ def read_miniimagenet(path, folder):
     classes = sorted({label for _, label in rows})
     return ([os.path.join(folder, "images", image) for image, _ in rows],
             [classes.index(label) for _, label in rows], classes)
+
+
+def read_cub(folder, split):
+    """-> paths, labels, classes: all 200, also if only some of them have images."""
+    def read_rows(file):                    # lines of `number word`, numbers from 1
+        with open(os.path.join(folder, file), encoding="utf-8") as lines:
+            return dict(line.split() for line in lines)
+
+    files, classes, class_of, is_train = map(read_rows, (
+        "images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt"))
+    chosen = [i for i in files if is_train[i] == str(int(split == "train"))]
+    return ([os.path.join(folder, "images", files[i]) for i in chosen],
+            [int(class_of[i]) - 1 for i in chosen], list(classes.values()))
 
 
 def read_with_torchvision(name, root, split):

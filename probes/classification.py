@@ -102,7 +102,7 @@ def linear(model: Model, opt: Options) -> Report:
     How much lower the result is than with the papers' protocol, and whether equally for all models,
     was not measured. Also our choice: a batch of at most 1/32 of the images, so that a small set
     gets enough steps; standardization by all training features, to which the recipes' BatchNorm
-    without affine parameters converges; a cosine schedule per step; a sweep of eleven learning
+    without affine parameters converges; a cosine schedule per step; a sweep of 13 learning
     rates. The released code reports the best lr and epoch on the test images. Here lr is chosen by
     cross-validation on the training images, see `heads.train_classifier`; the result is that of the
     last epoch, and the test images are evaluated once.
@@ -162,7 +162,7 @@ def attentive(model: Model, opt: Options) -> Report:
     For models without a trained class token. Zhu et al. (2023), table 1, with CAE's head and
     recipe: the query attends once to all tokens, including the class token, after the final norm.
     Our choice, as in `linear`: the test view and its mirror image instead of random crops, encoded
-    once; small batches; a sweep of eleven learning rates, of which one is chosen by
+    once; small batches; a sweep of 13 learning rates, of which one is chosen by
     cross-validation; the result of the last epoch. Also our choice: lr ends at 0 (CAE: 1e-6); the
     last layer is initialized with standard deviation 0.01, as in the code of Zhu et al. for parts
     (CAE: 0.02, times 0.001); running statistics of the batch norm at test time. The published code

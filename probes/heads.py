@@ -41,7 +41,7 @@ LINEAR_RECIPES = {
             dict(lr=0.01,  batch=1024,  epochs=90,  warmup=0,  lars=False, standardize=False)}
 # Candidates: times the recipe's lr. The range is wide because lr is scaled down with the batch of a
 # small set.
-LR_FACTORS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
+LR_FACTORS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 # Candidates for C of a logistic regression, as in DINOv2, which has 45 values in the same range.
 C_VALUES = tuple(10.0**power for power in range(-6, 6))
 FOLDS = 5
@@ -165,7 +165,8 @@ def train_classifier(x, labels, num_classes, recipe, epochs, seed, make_heads=Li
     else:
         epochs = epochs or recipe["epochs"]
         factors = (1.0,) if recipe.get("literal") else LR_FACTORS
-        candidates, setting = [factor * recipe["lr"] for factor in factors], "lr {:.2g}"
+        candidates = [factor * recipe["lr"] for factor in factors]
+        setting = "lr {:,g}"
         training = f"{'LARS' if recipe['lars'] else 'SGD'}{training}, {epochs} epochs"
         setting += " at batch 256" * (not recipe.get("literal"))
 

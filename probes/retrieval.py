@@ -174,8 +174,8 @@ def part_classification(model: Model, opt: Options) -> Report:
 
     Zhu et al. (2023), table 4 (right), on the crops of part_retrieval, with a frozen encoder. As in
     their released code, training crops are enlarged by 256/224 and their border is cut off, test
-    crops are used whole; no augmentation. Our choice, as in `linear`: small batches; eleven
-    learning rates, 0.1 to 10,000 times theirs, of which one is chosen by cross-validation; the
+    crops are used whole; no augmentation. Our choice, as in `linear`: small batches; 13
+    learning rates, 0.1 to 100,000 times theirs, of which one is chosen by cross-validation; the
     result of the last epoch (their code: the best epoch on the test crops); --recipe logreg.
     """
     head = opt.head or "linear"

@@ -56,9 +56,7 @@ def shape_bias(model: Model, opt: Options) -> Report:
     ValueError: other data than ImageNet, or not all of its classes.
     """
     recipe_name, recipe = choose_linear_recipe(opt, "park")
-    if opt.data != "imagenet":
-        raise ValueError("shape_bias needs a classifier of ImageNet's 1,000 classes and the "
-                         "cue-conflict images: get both, then --data imagenet")
+    require_imagenet(opt)
     stimuli = annotations.cue_conflict(opt.data_root)
     if (num_classes := load_labeled(model, opt, "train")[1]) != 1000:
         raise ValueError(f"shape_bias needs all 1,000 classes of ImageNet, and this folder has "
@@ -85,6 +83,12 @@ def shape_bias(model: Model, opt: Options) -> Report:
                   f"probability of each category's classes; mean over shapes of shape / (shape or "
                   f"texture)", dict(train=num_train, test=int(conflict.sum())),
                   [f"{model.name}: {note}" for note in head.notes])
+
+
+def require_imagenet(opt):
+    if opt.data != "imagenet":
+        raise ValueError("shape_bias needs a classifier of ImageNet's 1,000 classes and the "
+                         "cue-conflict images: get both, then --data imagenet")
 
 
 def predict_category(scores, categories):

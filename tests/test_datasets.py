@@ -355,6 +355,30 @@ def test_flowers_train_on_their_train_and_val(tmp_path, monkeypatch):
     assert test.labels.tolist() == [2, 2] and test.classes[0] == "pink primrose"
 
 
+@pytest.mark.parametrize("folder", ["CUB_200_2011", "."])
+def test_cub_has_its_classes_and_its_official_split(tmp_path, folder):
+    lists = {"images.txt": "3 002.Lark/b.jpg\n7 001.Wren/a.jpg\n9 002.Lark/c.jpg",
+             "image_class_labels.txt": "3 2\n7 1\n9 2", "train_test_split.txt": "3 1\n7 0\n9 0",
+             "classes.txt": "1 001.Wren\n2 002.Lark\n3 003.Owl"}
+    for name, text in lists.items():
+        write_text(tmp_path / folder / name, text)
+    train, test = (datasets.load_images("cub", tmp_path, split) for split in ("train", "test"))
+    assert file_names(train.paths) == ["b.jpg"] and train.labels.tolist() == [1]
+    assert file_names(test.paths) == ["a.jpg", "c.jpg"] and test.labels.tolist() == [0, 1]
+    assert train.classes == test.classes == ["001.Wren", "002.Lark", "003.Owl"]
+    write_text(tmp_path / folder / "train_test_split.txt", "3 1")
+    with pytest.raises(ValueError, match="does not have the format of cub .*: expected CUB_200"):
+        datasets.load_images("cub", tmp_path)
+
+
+def test_the_missing_part_of_a_data_set_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^No coco under .*: expected coco/.train2017, "):
+        datasets.load_images("coco", tmp_path, "test")
+    (tmp_path / "coco" / "train2017").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"^No coco/val2017 \(a part of coco\) under "):
+        datasets.load_images("coco", tmp_path, "test")
+
+
 def test_cars_count_their_classes_from_zero(tmp_path):
     io = pytest.importorskip("scipy.io")
     folder = tmp_path / "stanford_cars"

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from small_models import make_encoder
+from small_models import make_encoder, make_model
 
 import evaluate
 import moco_v3
 import vit
 from lib import augment, checkpoints, config, flags, metrics, toy
-from probes import heads
+from probes import heads, plan
 from probes.common import UNTRAINED, Options, Report, extract_features
 
 ROOT = Path(evaluate.__file__).parent
@@ -322,12 +322,9 @@ def record_limits(monkeypatch, task):
     return limits
 
 
-def test_all_limits_the_images_of_toy_and_of_no_folder_named_similarly(tmp_path, monkeypatch):
-    limits = record_limits(monkeypatch, "knn")
-    monkeypatch.setattr(evaluate, "FROZEN", ["knn"])
-    for name in ("toys", "toy-scenes"):
-        evaluate.main(["--task", "all", "--data", name, "--baseline", "pixels", "--device", "cpu",
-                       "--out", str(tmp_path)])
+def test_all_limits_the_images_of_toy_and_of_no_folder_named_similarly():
+    limits = [evaluate.options_for_task(Options(task="all", data=name), "knn").limit
+              for name in ("toys", "toy-scenes")]
     assert limits == [None, evaluate.ALL_IMAGES]
 
 
@@ -344,6 +341,76 @@ def test_part_retrieval_has_the_same_limit_alone_and_in_all(tmp_path, checkpoint
     lines = [json.loads(line) for line in (tmp_path / "all.jsonl").open()]
     assert [line["images"] for line in lines if line["task"] == "knn"] == [
         dict(train=40, test=40), dict(train=30, test=30)]
+
+
+def test_all_prints_its_plan_first_and_each_task_when_it_is_finished(tmp_path, checkpoint, capsys,
+                                                                     monkeypatch):
+    monkeypatch.setattr(evaluate, "FROZEN", ["knn", "attentive", "object_retrieval"])
+    printed, knn = [], evaluate.TASKS["knn"]
+
+    def record(model, opt):
+        """knn, and what was printed before it."""
+        printed.append(capsys.readouterr().out)
+        return knn(model, opt)
+
+    monkeypatch.setitem(evaluate.TASKS, "knn", record)
+    run_checkpoint(tmp_path, [checkpoint], "--task", "all", "--baseline", "pixels")
+    name = checkpoint.parent.name
+    for model, tasks in ((name, "knn attentive object_retrieval"), ("pixels", "knn object_retrieval")):
+        [plan] = [line for line in printed[0].splitlines() if line.startswith(f"{model} on toy")]
+        assert [part.split()[0] for part in plan.split(": ")[1].split(", ")] == tasks.split()
+        assert all(float(part.split()[1]) < 1 for part in plan.split(": ")[1].split(", "))
+    assert "5 tasks, about 1 minutes in all\n" in printed[0]
+    assert f"{name}: knn, " in printed[1] and " s; k=10 (%): cls " in printed[1]
+
+
+def test_ctrl_c_leaves_the_finished_tasks_of_all(tmp_path, checkpoint, capsys, monkeypatch):
+    def interrupted(model, opt):
+        """Is interrupted by Ctrl-C."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "FROZEN", ["knn", "few_shot", "object_retrieval"])
+    monkeypatch.setitem(evaluate.TASKS, "few_shot", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        config.main(lambda: run_checkpoint(tmp_path, [checkpoint], "--task", "all"))
+    out, err = capsys.readouterr()
+    name = checkpoint.parent.name
+    assert stop.value.code == 130
+    assert err == (f"interrupted during few_shot of {name}: 1 of 3 tasks are done, and their "
+                   f"results are above\n")
+    assert "\ntask  feature" in out and "knn" in out.split("\ntask  feature")[1]
+    assert [json.loads(line)["task"] for line in (tmp_path / "all.jsonl").open()] == ["knn"]
+
+
+def test_all_uses_logistic_regressions_and_short_training(monkeypatch):
+    def options(task, *flags, data="imagenet"):
+        return evaluate.options_for_task(evaluate.parse(["--task", "all", "--data", data, *flags]),
+                                         task)
+
+    for task in ("linear", "layerwise", "part_classification", "frequency_noise"):
+        assert options(task).recipe == "logreg" and options(task).epochs is None
+        assert options(task, "--epochs", "3").recipe is None
+        assert options(task, "--recipe", "dino").recipe == "dino"
+    assert options("attentive").epochs == evaluate.ALL_EPOCHS
+    assert options("part_classification", "--head", "attentive").recipe is None
+    dense = options("linear_segmentation", data="coco")
+    assert (dense.iters, dense.limit, dense.lr) == (50, 50, (2e-3, 1e-2, 5e-2))
+    given = options("linear_segmentation", "--iters", "7", "--limit", "9", "--lr", "1", data="coco")
+    assert (given.iters, given.limit, given.lr) == (7, 9, (1.0,))
+    toy_options = options("linear_segmentation", data="toy")
+    assert (toy_options.iters, toy_options.limit, toy_options.lr) == (None, None, ())
+    assert options("knn").limit is None
+
+
+def test_the_estimate_grows_with_images_and_size(monkeypatch):
+    monkeypatch.setattr(plan, "load_split", lambda *_: range(1000))
+    model = make_model(make_encoder())
+    opt = evaluate.parse(["--task", "all", "--data", "cifar10", "--iters", "10", "--limit", "20"])
+    assert plan.estimate_seconds("knn", model, opt, 0.09) == pytest.approx(2000 * 0.1)
+    dense = (16 * 10 + 3 * 20) * (480 / 32) ** 2 * 0.1
+    assert plan.estimate_seconds("linear_segmentation", model, opt, 0.09) == pytest.approx(dense)
+    assert plan.estimate_seconds("few_shot", model, opt, 0.09) == 0
+    assert plan.seconds_per_image(model) > 0 and plan.seconds_per_image(make_model(None)) == 0
 
 
 def test_all_does_not_cache_the_tokens_of_attentive(tmp_path, checkpoint, monkeypatch):
@@ -438,16 +505,39 @@ def test_papers_have_numbers_for_all_tasks_and_data_sets(monkeypatch):
 # ---- user errors ---------------------------------------------------------------------------------
 
 
-def test_an_error_at_a_later_model_leaves_the_table_of_the_earlier_ones(tmp_path, capsys):
+def test_an_error_at_a_later_model_leaves_the_table_of_the_earlier_ones(tmp_path, capsys,
+                                                                        monkeypatch):
     save_run(tmp_path, "a", 1000)
-    flags = ["--task", "attentive", "--epochs", "1", "--limit", "30", "--out", str(tmp_path),
-             "--device", "cpu", "--checkpoint", str(tmp_path / "a"), "--baseline", "pixels"]
+    knn = evaluate.TASKS["knn"]
+
+    def fail_on_pixels(model, opt):
+        """knn, but not of pixels."""
+        if not model.encoder:
+            raise ValueError("the disk is full")
+        return knn(model, opt)
+
+    monkeypatch.setitem(evaluate.TASKS, "knn", fail_on_pixels)
+    flags = ["--limit", "30", "--out", str(tmp_path), "--device", "cpu", "--checkpoint",
+             str(tmp_path / "a"), "--baseline", "pixels"]
     with pytest.raises(SystemExit) as stop:
         config.main(lambda: evaluate.main(flags))
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and err.startswith("error: attentive needs tokens, and pixels")
-    assert "\nmodel  feature" in out and "\na: attentive, top-1 (%): tokens " in out
+    assert stop.value.code == 2 and err == "error: the disk is full\n"
+    assert "\nmodel  feature" in out and "\na: knn, k=10 (%): cls " in out
     assert f"appended to {tmp_path}/a/results.jsonl" in out
+
+
+@pytest.mark.parametrize("task", ["attentive", "linear_segmentation", "pose", "finetune"])
+def test_impossible_combinations_are_refused_before_any_work(tmp_path, capsys, monkeypatch, task):
+    def begin(*_):
+        """Must not be called."""
+        pytest.fail("work has begun")
+
+    monkeypatch.setitem(evaluate.TASKS, task, begin)
+    error = error_of(capsys, "--task", task, "--baseline", "untrained", "pixels", "--out",
+                     str(tmp_path), "--limit", "20", "--device", "cpu")
+    assert f"{task} needs tokens, and pixels have none: leave out that --baseline" in error
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -470,9 +560,9 @@ def test_an_error_at_a_later_model_leaves_the_table_of_the_earlier_ones(tmp_path
     (["--task", "linear", "--recipe", "logreg", "--epochs", "5"], "recipe logreg has no epochs"),
     (["--task", "part_classification", "--head", "attentive", "--recipe", "logreg"],
      "the attentive head has no recipes: leave out --recipe"),
-    (["--data", "cub"], "knn needs images with one class each, and cub has none"),
-    (["--data", "cub", "--task", "few_shot"], "few_shot needs images with one class each, and cub"),
-    (["--data", "cub", "--task", "attentive"], "attentive needs images with one class each, and"),
+    (["--data", "voc"], "knn needs images with one class each, and voc has none"),
+    (["--data", "voc", "--task", "few_shot"], "few_shot needs images with one class each, and voc"),
+    (["--data", "voc", "--task", "attentive"], "attentive needs images with one class each, and"),
     (["--task", "finetune", "--lr", "1e-3"], "finetune does not use --lr: leave it out"),
     (["--task", "finetune", "--iters", "9"], "finetune does not use --iters: leave it out"),
     (["--task", "detection", "--lr", "1e-3"], "detection does not use --lr: leave it out"),

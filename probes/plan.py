@@ -1,0 +1,82 @@
+"""How long --task all will take: the time of one image, times the images that each task encodes.
+
+    seconds = plan.seconds_per_image(model)
+    plan.estimate_seconds("knn", model, opt, seconds)
+
+Rough, within a factor of two or three: it answers whether to wait or to stop. The encoder's time
+grows with the number of patches; heads are counted by their multiplications.
+"""
+import time
+
+import torch
+
+from probes.common import is_toy, load_split
+
+FLOPS = 5e9              # per second, of small matrix products in one thread
+READ_SECONDS = 0.01      # to decode one image file
+PARTS_PER_IMAGE = 4      # crops of parts, or boxes, of an image
+LBFGS_STEPS = 200        # of all values of C together, in one fold
+
+
+@torch.no_grad()
+def seconds_per_image(model):
+    """Seconds that the encoder needs for one image of its size; 0 without an encoder."""
+    if not model.encoder:
+        return 0.0
+    x = torch.zeros(4, 3, model.img_size, model.img_size, device=model.device)
+    for _ in range(2):                                   # the first pass is slower
+        begin = time.perf_counter()
+        with model.autocast():
+            model.encoder(x).float().sum().item()        # waits for a GPU
+    return (time.perf_counter() - begin) / len(x)
+
+
+def estimate_seconds(task, model, opt, seconds):
+    """Seconds of a task with its options of --task all. seconds: of one image.
+
+    Features that an earlier task has already written to --out/features cost nothing.
+    """
+    def images(split):
+        return len(load_split(opt.data, opt.data_root, split, model.img_size, opt.limit,
+                              model.device))
+
+    def dense(count, side):                              # images of another size
+        return count * (side / model.img_size) ** 2
+
+    limit = opt.limit or 1000                            # of annotated images, if it is not given
+    side = 2 * model.img_size if is_toy(opt.data) else 480
+    encoded = {
+        "knn": lambda: images("train") + images("test"),
+        "linear": lambda: 0 if opt.recipe == "logreg" else 2 * images("train"),
+        "layerwise": lambda: images("train") + images("test"),
+        "attentive": lambda: 2 * images("train") + images("test"),
+        "object_retrieval": lambda: (
+            PARTS_PER_IMAGE * limit if opt.data in ("coco", "toy-scenes") else images("test")),
+        "part_retrieval": lambda: PARTS_PER_IMAGE * limit,
+        "part_classification": lambda: 2 * PARTS_PER_IMAGE * limit,
+        "landmark_retrieval": lambda: 640 if is_toy(opt.data) else dense(5000, 224),
+        "frequency_noise": lambda: 11 * images("test"),
+        "linear_segmentation": lambda: dense(16 * (opt.iters or 200) + 3 * limit, side),
+        "zero_shot_segmentation": lambda: dense(limit, side),
+        "video": lambda: dense(24 * 10 if is_toy(opt.data) else 70 * limit, side),
+        "pose": lambda: dense(16 * (opt.iters or 200) + 2 * limit, side),
+    }.get(task, lambda: 0)()
+    read = 0.0 if is_toy(opt.data) else READ_SECONDS
+    return encoded * (seconds + read) + head_flops(task, model, opt, images) / FLOPS
+
+
+def head_flops(task, model, opt, images):
+    """Multiplications of the training of a head on image features, with all folds."""
+    if task not in ("linear", "layerwise", "attentive", "frequency_noise"):
+        return 0
+    depth, width, tokens = 1, 3 * 32**2, 1               # pixels
+    if model.encoder:
+        width, depth = model.encoder.embed_dim, model.encoder.depth
+        tokens = (model.img_size // model.encoder.patch_size) ** 2 + 1
+    n = 5 * images("train")                              # four fifths in five folds, and all
+    if task == "attentive":                              # eleven heads of width x width
+        return n * opt.epochs * 33 * width * (2 * tokens * max(1, width // 64) + 3 * width)
+    passes = LBFGS_STEPS if opt.recipe == "logreg" else 11 * (opt.epochs or 90)
+    classes = len(load_split(opt.data, opt.data_root, "train", model.img_size, opt.limit,
+                             model.device).classes or "?")
+    return n * passes * 6 * width * classes * (depth if task == "layerwise" else 1)
