@@ -114,11 +114,12 @@ class Options(CommonOptions):
     recipe: str | None = flag(
         None, "training settings of a paper; default: the first in the list of the task. "
         "linear: mae, dino, park, logreg; shape_bias, frequency_noise: park, mae, dino, logreg; "
-        "layerwise: park, logreg; part_classification: part, logreg; finetune: mae, simmim, mmc; "
+        "layerwise: park, logreg; part_classification: part, logreg; finetune: mae (fewer than "
+        "10,000 images: light), simmim, mmc, light; "
         "linear_segmentation: parts, mmc; segmentation: selfpatch (fpn), mae or selfpatch "
         "(upernet); detection: 1x, 100ep, vitdet",
-        choices=("mae", "dino", "park", "logreg", "part", "simmim", "mmc", "parts", "selfpatch",
-                 "1x", "100ep", "vitdet"),
+        choices=("mae", "dino", "park", "logreg", "part", "simmim", "mmc", "light", "parts",
+                 "selfpatch", "1x", "100ep", "vitdet"),
         group="training", only_for=(*LINEAR, "layerwise", "part_classification", "finetune",
                                     "segmentation", "linear_segmentation", "detection"))
     paper_lr: bool = flag(
@@ -134,7 +135,7 @@ class Options(CommonOptions):
     lr: tuple[float, ...] = flag(
         (), "learning rate; linear_segmentation takes several and trains one layer with each; "
         "default: the recipe's (linear_segmentation on toy: three)", group="training",
-        only_for=("segmentation", "linear_segmentation"))
+        only_for=("finetune", "segmentation", "linear_segmentation"))
     head: str | None = flag(
         None, "type of head. part_classification: linear (default), attentive; segmentation: fpn "
         "(default), upernet", choices=("linear", "attentive", "fpn", "upernet"), group="training",

@@ -35,12 +35,18 @@ FINETUNE_RECIPES = {
     "simmim": dict(lr=1.25e-3, lr_batch=512, batch=2048, epochs=100, warmup=20, clip=5.0,
                    augment="RandAugment"),
     "mmc":    dict(lr=5e-4, lr_batch=256, batch=256, epochs=100, warmup=5, clip=None,
-                   augment="RandAugment")}
+                   augment="RandAugment"),
+    # Our choice for few images, which the strong augmentation of the others and their smoothing
+    # keep from being learned at all: crops of at least 0.35 of the image, flips.
+    "light":  dict(lr=2e-3, lr_batch=256, batch=256, epochs=50, warmup=5, clip=None, augment=None,
+                   crop_scale=(0.35, 1.0), smoothing=0.0)}
+FEW_IMAGES = 10_000                                      # fewer: light, unless --recipe is given
 MMC_NOT_IMAGENET = dict(batch=128, epochs=200, augment="ThreeAugment")       # on other data sets
 CROP_SCALE = 0.08, 1.0                                   # area of the crop / area of the image
 # On toy, our choice, to train in minutes: crops of most of the image, no mixing, no erasing.
 TOY_FINETUNE = dict(batch=64, epochs=5, crop_scale=(0.6, 1.0), augment=None)
-LAYER_DECAY, WEIGHT_DECAY, DROP_PATH = 0.65, 0.05, 0.1   # of all three recipes
+LAYER_DECAY, WEIGHT_DECAY, DROP_PATH = 0.65, 0.05, 0.1   # of all recipes
+SMOOTHING = 0.1                                          # of the targets, in those of papers
 
 
 def finetune(model, opt):
@@ -49,20 +55,26 @@ def finetune(model, opt):
     With --reinit some blocks are re-initialized first, which shows how much of the accuracy comes
     from their pretrained weights (Park et al., F.3). The result is that of the best epoch on the
     test images, as in the released code of linear probes (the papers do not state it for
-    fine-tuning). That is optimistic, so the last epoch is also reported. The same command resumes
-    an interrupted run, see training.Progress. ValueError: the pixels baseline, wrong --reinit, too
-    few images.
+    fine-tuning). That is optimistic, so the last epoch is also reported. Our choice: recipe light
+    for fewer than 10,000 images, if --recipe is not given (not on toy, which has settings of its
+    own). The same command resumes an interrupted run, see training.Progress. ValueError: the pixels
+    baseline, wrong --reinit, too few images, several --lr.
     """
-    recipe_name, published = choose_recipe(opt, FINETUNE_RECIPES)
-    if recipe_name == "mmc" and opt.data != "imagenet":
-        published = published | MMC_NOT_IMAGENET
-    recipe = published | (TOY_FINETUNE if is_toy(opt.data) else {})
-    with_cls = recipe_name == "mmc"                      # the head also takes the class token
+    choose_recipe(opt, FINETUNE_RECIPES)                 # an unknown one is refused before any work
+    if len(opt.lr) > 1:
+        raise ValueError("finetune takes one --lr at a time")
     if not model.encoder:
         raise ValueError("finetune trains an encoder, and pixels have none: leave out that "
                          "--baseline, or take untrained")
     reinit = parse_reinit(opt.reinit, model.encoder.depth)
     (images, classes), (tests, _) = (load_labeled(model, opt, s) for s in ("train", "test"))
+    chosen_light = not opt.recipe and len(images) < FEW_IMAGES and not is_toy(opt.data)
+    recipe_name, published = choose_recipe(
+        replace(opt, recipe="light") if chosen_light else opt, FINETUNE_RECIPES)
+    if recipe_name == "mmc" and opt.data != "imagenet":
+        published = published | MMC_NOT_IMAGENET
+    recipe = published | (TOY_FINETUNE if is_toy(opt.data) else {})
+    with_cls = recipe_name == "mmc"                      # the head also takes the class token
 
     # Our choice for small data sets: a batch of at most 1/64 of the images, so that there are
     # enough steps, and lr scaled with the square root of the batch, as suits AdamW; scaled
@@ -80,6 +92,8 @@ def finetune(model, opt):
     total = epochs * len(loader)
     warmup = total * recipe["warmup"] // published["epochs"]
     peak = recipe["lr"] / recipe["lr_batch"] * math.sqrt(batch_size * published["batch"])
+    if opt.lr:
+        [peak] = opt.lr
 
     def group_lr(step, factor):
         """Learning rate of the parameters with this factor of the layer decay. In MAE's code it
@@ -97,9 +111,12 @@ def finetune(model, opt):
         layer_decay_groups(net.named_parameters(), encoder.depth, LAYER_DECAY, WEIGHT_DECAY),
         betas=(0.9, 0.999), fused=True)
     progress = Progress(model, opt, net, optimizer)
+    if chosen_light and rank == 0:
+        print(f"finetune: recipe light, as {opt.data} has {len(images):,} training images; "
+              f"--recipe mae for the paper's", flush=True)
     parallel = distributed.wrap_ddp(net, model.device)
     transform = AUGMENTATIONS[recipe["augment"]] if recipe["augment"] else None
-    mix = make_mixing(classes)
+    mix, smoothing = make_mixing(classes), recipe.get("smoothing", SMOOTHING)
     curve = progress.curve                               # (top-1, top-5) of every epoch
     losses = []
     for step, batch in progress.steps(loader.batches(progress.step), total):
@@ -120,7 +137,7 @@ def finetune(model, opt):
             rows = slice(i, i + opt.batch_size)
             with model.autocast():
                 scores = parallel(x[rows])
-            loss = soft_cross_entropy(scores.float(), y[rows]) / len(x)
+            loss = soft_cross_entropy(scores.float(), y[rows], smoothing) / len(x)
             loss.backward()
             losses.append(loss.detach() * len(parts))
         if recipe["clip"]:
@@ -143,10 +160,13 @@ def finetune(model, opt):
     start = f", blocks {opt.reinit} re-initialized" if opt.reinit else ""
     few_images = batch_size < published["batch"] // world * world
     augmentation = (f"{recipe['augment']}, mixup, cutmix, erasing" if recipe["augment"] else
-                    "large crops and flips only")
+                    f"crops of {recipe['crop_scale'][0]} to 1 of the image and flips only")
+    light = ", our choice for fewer than 10,000 images: --recipe mae for the paper's"
     return Report({"cls+patch" if with_cls else "patch": row},
-                  f"fine-tuned end to end, recipe {recipe_name}{start}: AdamW, batch {batch_size}, "
-                  f"lr {peak:.2g}{' (both our choice, for few images)' * few_images}, layer decay "
+                  f"fine-tuned end to end, recipe {recipe_name}{light * chosen_light}{start}: "
+                  f"AdamW, batch {batch_size}, lr {peak:.2g}"
+                  f"{' (both our choice, for few images)' * (few_images and not opt.lr)}, "
+                  f"label smoothing {smoothing}, layer decay "
                   f"{LAYER_DECAY}, {epochs} epochs, {augmentation}, drop path {DROP_PATH}; "
                   f"top-1, top-5 of the epoch that is best on the test images, and of the last; "
                   f"{describe_view(model, opt)}", dict(train=len(images), test=len(tests)),
@@ -202,9 +222,9 @@ def simmim_lr(step, total, start, end, warmup):
     return cosine(step, total, start, end)
 
 
-def soft_cross_entropy(scores, targets, smoothing=0.1):
+def soft_cross_entropy(scores, targets, smoothing=SMOOTHING):
     """Cross-entropy, summed over the batch. scores, targets: (B, C); targets are smoothed to
-    0.9 y + 0.1 / C."""
+    (1 - smoothing) y + smoothing / C."""
     return F.cross_entropy(scores, targets, label_smoothing=smoothing, reduction="sum")
 
 

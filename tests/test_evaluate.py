@@ -356,7 +356,8 @@ def test_all_prints_its_plan_first_and_each_task_when_it_is_finished(tmp_path, c
     monkeypatch.setitem(evaluate.TASKS, "knn", record)
     run_checkpoint(tmp_path, [checkpoint], "--task", "all", "--baseline", "pixels")
     name = checkpoint.parent.name
-    for model, tasks in ((name, "knn attentive object_retrieval"), ("pixels", "knn object_retrieval")):
+    for model, tasks in ((name, "knn attentive object_retrieval"),
+                         ("pixels", "knn object_retrieval")):
         [plan] = [line for line in printed[0].splitlines() if line.startswith(f"{model} on toy")]
         assert [part.split()[0] for part in plan.split(": ")[1].split(", ")] == tasks.split()
         assert all(float(part.split()[1]) < 1 for part in plan.split(": ")[1].split(", "))
@@ -563,7 +564,7 @@ def test_impossible_combinations_are_refused_before_any_work(tmp_path, capsys, m
     (["--data", "voc"], "knn needs images with one class each, and voc has none"),
     (["--data", "voc", "--task", "few_shot"], "few_shot needs images with one class each, and voc"),
     (["--data", "voc", "--task", "attentive"], "attentive needs images with one class each, and"),
-    (["--task", "finetune", "--lr", "1e-3"], "finetune does not use --lr: leave it out"),
+    (["--task", "finetune", "--lr", "1e-3", "1e-4"], "finetune takes one --lr at a time"),
     (["--task", "finetune", "--iters", "9"], "finetune does not use --iters: leave it out"),
     (["--task", "detection", "--lr", "1e-3"], "detection does not use --lr: leave it out"),
     (["--task", "segmentation", "--epochs", "9"], "segmentation does not use --epochs"),

@@ -26,7 +26,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def finetune_options(*argv):
-    return make_options("finetune", *argv, data="cifar10")
+    """--recipe mae, unless another one is named."""
+    recipe = [] if "--recipe" in argv else ["--recipe", "mae"]
+    return make_options("finetune", *recipe, *argv, data="cifar10")
 
 
 def make_classifier(encoder, classes, with_cls=False):
@@ -54,7 +56,7 @@ def test_simmims_learning_rate_is_the_published_one():
 def test_recipes_are_the_published_ones():
     columns = ("lr", "lr_batch", "batch", "epochs", "warmup", "clip", "augment")
     assert {name: tuple(recipe[column] for column in columns)
-            for name, recipe in finetune.FINETUNE_RECIPES.items()} == {
+            for name, recipe in finetune.FINETUNE_RECIPES.items() if name != "light"} == {
         "mae": (5e-4, 256, 1024, 100, 5, None, "RandAugment"),
         "simmim": (1.25e-3, 512, 2048, 100, 20, 5.0, "RandAugment"),
         "mmc": (5e-4, 256, 4 * 64, 100, 5, None, "RandAugment")}
@@ -251,19 +253,40 @@ def test_toy_is_fine_tuned_for_few_epochs_on_crops_of_most_of_the_image(monkeypa
     monkeypatch.setattr(finetune, "test_accuracy", lambda *_: (0.0, 0.0))
     targets, loss = [], finetune.soft_cross_entropy
     monkeypatch.setattr(finetune, "soft_cross_entropy",
-                        lambda z, y: targets.append(y) or loss(z, y))
+                        lambda z, y, smoothing: targets.append(y) or loss(z, y, smoothing))
     scales, view, warmups, cosine = [], data.View, [], finetune.cosine
     monkeypatch.setattr(data, "View", lambda *a, **b: scales.append(b["scale"]) or view(*a, **b))
     monkeypatch.setattr(finetune, "cosine", lambda *a: warmups.append(a[4]) or cosine(*a))
     model = make_model(make_encoder())
     protocol = finetune.finetune(model, finetune_options("--data", "toy")).protocol
-    assert ", 5 epochs, large crops and flips only, drop path" in protocol
+    assert ", 5 epochs, crops of 0.6 to 1 of the image and flips only, drop path" in protocol
     assert "batch 16, lr 0.00025 (both our choice" in protocol   # from the recipe's batch, not 64
     assert scales == [(0.6, 1.0)] and set(warmups) == {4}        # 5% of 80 steps
     assert finetune.TOY_FINETUNE["batch"] == 64
     assert {tuple(y) for y in torch.cat(targets).tolist()} == {(0.0, 1.0), (1.0, 0.0)}   # not mixed
     opt = finetune_options("--data", "toy", "--epochs", "2")
-    assert ", 2 epochs, large crops" in finetune.finetune(model, opt).protocol
+    assert ", 2 epochs, crops of 0.6" in finetune.finetune(model, opt).protocol
+
+
+@pytest.mark.parametrize("flags, recipe, smoothing, lr", [
+    ([], "light", 0.0, 0.0005), (["--lr", "3e-3"], "light", 0.0, 0.003),
+    (["--recipe", "mae"], "mae", 0.1, 0.00025), (["--recipe", "light"], "light", 0.0, 0.0005)])
+def test_few_images_are_fine_tuned_lightly(monkeypatch, capsys, flags, recipe, smoothing, lr):
+    """256 images. Only a recipe that was not chosen by the user is announced."""
+    plant_two_classes(monkeypatch)
+    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: (0.0, 0.0))
+    seen, scales, view, loss = [], [], data.View, finetune.soft_cross_entropy
+    monkeypatch.setattr(data, "View", lambda *a, **b: scales.append(b["scale"]) or view(*a, **b))
+    monkeypatch.setattr(finetune, "soft_cross_entropy", lambda z, y, smoothing: seen.append(
+        (smoothing, (y.amax(1) == 1).all().item())) or loss(z, y, smoothing))
+    opt = make_options("finetune", "--epochs", "1", *flags, data="cifar10")
+    protocol = finetune.finetune(make_model(make_encoder()), opt).protocol
+    assert f"recipe {recipe}" in protocol and f"batch 16, lr {lr:g}" in protocol
+    assert {s for s, _ in seen} == {smoothing}
+    assert all(pure for _, pure in seen) == (recipe == "light")               # not mixed
+    assert scales == [(0.35, 1.0) if recipe == "light" else (0.08, 1.0)]
+    announced = "recipe light, as cifar10 has 256 training images" in capsys.readouterr().out
+    assert announced == ("--recipe" not in flags)
 
 
 def test_gradient_accumulation_makes_the_same_step(monkeypatch):
@@ -327,7 +350,8 @@ def test_every_step_follows_the_recipe(monkeypatch, recipe, clip):
     assert len(seen.lrs) == 32 and seen.clips == [clip] * 32 * bool(clip)
     for step, lrs in enumerate(seen.lrs):
         assert lrs == {0.65**n: pytest.approx(lr_at(step, 0.65**n)) for n in range(5)}
-    assert any((y.amax(1) < 1).any() for _, y in seen.targets)               # mixed
+    assert any((y.amax(1) < 1).any() for _, y, _ in seen.targets)            # mixed
+    assert {smoothing for *_, smoothing in seen.targets} == {0.1}
     x = torch.cat([x for x, in seen.images])
     assert len(x) == 512 and -2 <= x.min() < -1.9 and 1 < x.max() <= 2       # the model's mean
     [(copy, *_)] = seen.encoders
