@@ -341,8 +341,10 @@ def choose_linear_recipe(opt, default="mae", names=("mae", "dino", "park", "logr
 
 def linear_features(opt, recipe_name):
     """Names and function of the features of a recipe. mae: class token; park: mean patch token, as
-    SimMIM trains no class token; dino: see dino_features, which names its only feature itself."""
-    name = opt.feature or ("patch" if recipe_name == "park" else "cls")
+    SimMIM trains no class token; logreg: that of the task's default recipe; dino: see
+    dino_features, which names its only feature itself."""
+    patch = recipe_name == "park" or recipe_name == "logreg" and opt.task != "linear"
+    name = opt.feature or ("patch" if patch else "cls")
     if recipe_name == "dino" and not opt.feature:
         return [name], dino_features
     return select_features(opt, name)

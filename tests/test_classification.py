@@ -69,7 +69,7 @@ def test_recipe_and_feature_of_the_linear_classifiers(monkeypatch, task, feature
             (["--recipe", "park", "--feature", "cls"], ("park", ["cls"])),
             (["--recipe", "park", "--paper-lr"], ("park paper", ["patch"])),
             (["--recipe", "mae"], ("mae", ["cls"])),
-            (["--recipe", "logreg"], ("logreg", ["cls"]))):
+            (["--recipe", "logreg"], ("logreg", [feature]))):
         with pytest.raises(KeyboardInterrupt):
             probe(make_model(make_encoder()), make_options(task, "--data", "imagenet", *flags))
         assert calls.pop() == (heads.LINEAR_RECIPES[recipe], names) and not calls
