@@ -229,7 +229,13 @@ def load_tree(name, root, split):
         splits, notes = tree.label_splits({split: members})
         notes.insert(0, f"{len(paths):,} images in {folder}{tree.describe_classes(splits)}")
     else:
-        splits, notes = tree.find_splits(relative)
+        images, label_maps = tree.pair_label_maps(relative)
+        pairs = images.keys() & label_maps.keys()
+        used = sorted(images.values()) if pairs else relative
+        splits, notes = tree.find_splits(used)
+        if pairs:
+            notes.append(f"passed over: {len(label_maps):,} label maps, which the probes of "
+                         "segmentation read")
     split = split if split in splits else "all"
     found = splits[split]
     if subset:

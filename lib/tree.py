@@ -5,6 +5,7 @@ are classes, and what is passed over. docs/datasets.md has the rules in a table.
     describe_passed(passed)                              # "other files: .txt (3), .zip (1)"
     splits, notes = find_splits(relative_paths)          # {"train": Split, "test": Split}
     splits["train"].paths, splits["train"].labels, splits["train"].classes
+    images, label_maps = pair_label_maps(relative_paths)       # {"train/7": "train/images/7.jpg"}
 """
 import functools
 import os
@@ -23,6 +24,10 @@ SYSTEM_FOLDERS = {"@eadir", "@tmp", "#recycle", "@recycle", "__macosx", "$recycl
 RUN_FILES = {"metrics.jsonl", "encoder.pt", "last.pt", "results.jsonl"}    # in a run's folder
 TRAIN = ("train", "training")                        # names of split folders, in any case
 TEST = ("val", "valid", "validation", "dev", "test", "testing")      # the first one is used
+# Folders of images beside folders of their label maps, in any case.
+IMAGES = ("images", "image", "img", "imgs", "img_dir", "jpegimages")
+LABELS = ("labels", "label", "masks", "mask", "annotations", "annotation", "ann_dir", "annot",
+          "segmentationclass")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,9 +160,25 @@ def find_splits(paths):
     """Relative paths of a folder's images -> {"train": Split, "test": Split} or {"all": Split}, and
     sentences that describe them. ValueError: two folders for training.
 
+    If there are split folders for one of them only and no others (see `group_splits`), the class of
+    an image is the folder below these; else it is the first folder of its path.
+    """
+    members, notes = group_splits(paths)
+    splits, more = label_splits(members)
+    counts = ", ".join(f"{len(split.paths):,} images" + f" in {name}/" * (name != "all")
+                       for name, split in splits.items())
+    names = ("train", "test") if len(splits) == 2 else ("all",)
+    return (dict(zip(names, splits.values())),
+            [counts + describe_classes(splits), *more, *notes])
+
+
+def group_splits(paths):
+    """Relative paths -> {name of the split's folder: [(path,) or (path, folder below it), ...]}:
+    the folder for training and the one for testing, or "all"; and notes. ValueError: two folders
+    for training.
+
     Folders that contain nothing but one subfolder are skipped. There are two splits if there is a
-    folder for each. If there are split folders for one of them only and no others, the class of an
-    image is the folder below these; else it is the first folder of its path.
+    folder for each.
     """
     folders = skip_shared([folders_of(path) for path in paths])
     tops = {folder[0] for folder in folders if folder}
@@ -167,9 +188,7 @@ def find_splits(paths):
     if not (train and test):
         start = int(bool(tops) and tops == {*train, *test})
         folders = skip_shared([folder[start:] for folder in folders])
-        members = [(path, *folder[:1]) for path, folder in zip(paths, folders)]
-        splits, notes = label_splits({"all": members})
-        return splits, [f"{len(paths):,} images{describe_classes(splits)}", *notes]
+        return {"all": [(path, *folder[:1]) for path, folder in zip(paths, folders)]}, []
     if len(train) > 1:
         raise ValueError(f"{' and '.join(train)} are both folders of training images: merge them "
                          f"or rename one")
@@ -182,13 +201,9 @@ def find_splits(paths):
     below = skip_shared([folder[1:] for _, folder in used])
     for (path, folder), rest in zip(used, below):
         members[folder[0]].append((path, *rest[:1]))
-    splits, notes = label_splits(members)
-    counts = ", ".join(f"{len(split.paths):,} images in {name}/" for name, split in splits.items())
-    if beside:
-        notes.append(f"not used, as they are beside {train[0]}/ and {test[0]}/: images in "
-                     f"{list_counts(beside)}")
-    return (dict(zip(("train", "test"), splits.values())),
-            [counts + describe_classes(splits), *notes])
+    notes = [f"not used, as they are beside {train[0]}/ and {test[0]}/: images in "
+             f"{list_counts(beside)}"] * bool(beside)
+    return members, notes
 
 
 def skip_shared(folders):
@@ -252,3 +267,52 @@ def describe_classes(splits):
                 "labels)")
     return "; " + "; ".join(f"{len(names):,} classes: {list_names(names)}"
                             for names in sorted(classes))
+
+
+# --------------------------------------------------------------------------------------------------
+# Images and their label maps
+
+
+def pair_label_maps(paths):
+    """Relative paths -> {key: path} of images, {key: path} of label maps. Keys: see `find_key`.
+    Label maps may have longer names (7_P.png), all with the same addition."""
+    images, labels = {}, {}
+    for path in paths:
+        key, is_label = find_key(path)
+        (labels if is_label else images)[key] = path
+    if labels and not images.keys() & labels.keys():
+        first = min(labels)
+        additions = [first[len(key):] for key in images if first.startswith(key)]
+        if additions:
+            addition = min(additions, key=len)
+            labels = {key.removesuffix(addition): path for key, path in labels.items()}
+    return images, labels
+
+
+def find_key(path):
+    """Relative path -> what an image and its label map have in common, and whether this is the
+    label map.
+
+    A label map is in a folder of LABELS or in one like train_labels or trainannot. The key is the
+    path without the folders of IMAGES and LABELS and without ending: images/train/7.jpg and
+    labels/train/7.png, train/images/7.jpg and train/labels/7.png, and train/7.png and
+    trainannot/7.png have the key train/7.
+    """
+    *folders, name = path.split(os.sep)
+    rest = [find_label_folder(folder) for folder in folders]
+    kept = [folder if other is None else other for folder, other in zip(folders, rest)]
+    kept = [folder for folder in kept if folder and folder.lower() not in IMAGES]
+    return os.path.join(*kept, os.path.splitext(name)[0]), rest != [None] * len(rest)
+
+
+def find_label_folder(folder):
+    """What a folder's name is without the word for label maps: "" for labels, "train" for
+    train_labels; None if it has no such word."""
+    name = folder.lower()
+    if name in LABELS:
+        return ""
+    for word in LABELS:
+        rest = name.removesuffix(word).rstrip("_-")
+        if name.endswith(word) and rest in (*TRAIN, *TEST):
+            return folder[:len(rest)]
+    return None

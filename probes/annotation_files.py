@@ -8,7 +8,9 @@
 Shared by probes/annotations.py and probes/label_maps.py.
 """
 import importlib
+import json
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tensor, resize
@@ -52,6 +54,8 @@ LAYOUT = {                                  # expected files, and where to get t
            "github.com/filipradenovic/revisitop")
     for name, old in (("roxford5k", "oxbuildings"), ("rparis6k", "parisbuildings"))}
 
+OWN_LAYOUT = "what docs/own-data.md describes"
+
 COCO_CLASSES = [name.replace("_", " ") for name in """person bicycle car motorcycle airplane bus
 train truck boat traffic_light fire_hydrant stop_sign parking_meter bench bird cat dog horse sheep
 cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard
@@ -87,9 +91,11 @@ def name_damaged_file(name, path):
         yield place
     except Exception as error:              # damaged files can raise any exception
         item = ", ".join(f"{kind} {which}" for kind, which in place.items())
-        raise ValueError(f"{path} is damaged or does not have the format of {name} "
+        known = name in LAYOUT
+        raise ValueError(f"{path} is damaged or does not have the format of "
+                         f"{name if known else 'annotated data'} "
                          f"({item}{': ' * bool(item)}{type(error).__name__}: {error}): expected "
-                         f"{LAYOUT[name][0]}") from None
+                         f"{LAYOUT[name][0] if known else OWN_LAYOUT}") from None
 
 
 def load_image(path):
@@ -151,6 +157,24 @@ def read_ids(name, path):
     """The first word of each line of a text file."""
     with name_damaged_file(name, path), open(path, encoding="utf-8") as lines:
         return [words[0] for words in map(str.split, lines) if words]
+
+
+@lru_cache(maxsize=2)                       # hundreds of megabytes: parsed once
+def read_coco_json(path, name="coco"):
+    """-> [(file name, its entry in `images`, its annotations), ...] for each image of instances or
+    keypoints, sorted by file name as in datasets.load_images, so that --limit takes the same images
+    as there (except of keypoints, where images without any are left out first); and categories."""
+    with name_damaged_file(name, path) as place, open(path, encoding="utf-8") as file:
+        content, rows = json.load(file), {}
+        for number, image in enumerate(content["images"], 1):
+            place["image number"] = number
+            rows[image["id"]] = str(image["file_name"]), image, []
+        place.clear()
+        for annotation in content["annotations"]:
+            place["annotation"] = annotation.get("id")
+            rows[annotation["image_id"]][2].append(annotation)
+        place.clear()
+        return sorted(rows.values(), key=lambda row: row[0]), content.get("categories", [])
 
 
 def import_optional(module, what):

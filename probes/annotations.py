@@ -18,12 +18,11 @@ files, pycocotools reads COCO's masks).
 """
 import contextlib
 import glob
-import json
 import math
 import os
 import re
-from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from lib import datasets, toy, tree
-from probes import label_maps
+from probes import label_maps, own_data
 from probes.annotation_files import (
     COCO_CLASSES,
     COCO_IDS,
@@ -43,6 +42,7 @@ from probes.annotation_files import (
     load_image,
     match_size,
     name_damaged_file,
+    read_coco_json,
     read_ids,
     read_images,
     select_evenly,
@@ -142,9 +142,9 @@ class CueConflict:
 def keypoints(name, root=None, split="test", limit=None, size=256):
     """Iterator of KeypointImage, of the images with any keypoint.
 
-    split: train or test (val is the same); for cub also None, all images. limit: number of images,
-    the first of toy, evenly spaced ones of files. size: side of toy images in pixels; parts are
-    close together in small ones.
+    split: train or test (val is the same); for cub and folders also None, all images. limit:
+    number of images, the first of toy, evenly spaced ones of files. size: side of toy images in
+    pixels; parts are close together in small ones.
     """
     reader, split = find_reader(name, split, KEYPOINTS, "keypoints")
     return reader(root, split, limit, size)
@@ -153,18 +153,30 @@ def keypoints(name, root=None, split="test", limit=None, size=256):
 def part_names(name):
     """Names of the keypoints, in order, with _ for spaces. left and right are as seen by the animal
     or person."""
-    return list(KEYPOINTS[name][1])
+    return list(KEYPOINTS[name][1]) if name in KEYPOINTS else find_own(name, "keypoints").parts
 
 
-def boxes(name, root=None, split="test", limit=None, size=256):
-    """Iterator of BoxImage. split, limit, size: as in `keypoints`."""
+def boxes(name, root=None, split="test", limit=None, size=256, order=None):
+    """Iterator of BoxImage. split, limit, size: as in `keypoints`; order: as in `masks`."""
     reader, split = find_reader(name, split, BOXES, "boxes")
-    return reader(root, split, limit, size)
+    return reader(root, split, limit, size, order)
 
 
 def box_classes(name):
     """Names in the order of the labels. COCO has 80: its ids 1 ... 90 without the gaps."""
-    return list(BOXES[name][1])
+    return list(BOXES[name][1]) if name in BOXES else find_own(name, "boxes").classes
+
+
+def find_own(folder, what):
+    """Annotated objects in a folder (own_data.Objects). ValueError: it has none of these."""
+    find_reader(folder, "train", {}, what)
+    return own_data.find_objects(folder, what)["train"]
+
+
+def has(what, name):
+    """Whether a data set, or the folder of that path, has "segmentation", "keypoints", "boxes" or
+    "masks"."""
+    return name in READERS[what] or os.path.isdir(name) and own_data.has(name, what)
 
 
 def masks(name, root=None, split="test", limit=None, size=256, order=None):
@@ -197,6 +209,10 @@ def segmentation_classes(name, level=None, root=None):
     """Names in the order of the labels. Level part of ade20k needs root, as its parts are
     counted."""
     find_reader(name, "test", SEGMENTATION, "segmentation")
+    if name not in SEGMENTATION:
+        check_level(name, level)
+        maps = own_data.find_label_maps(name)
+        return list(maps.classes) if maps else ["background", *find_own(name, "masks").classes]
     classes = SEGMENTATION[name][1][check_level(name, level)]
     if classes is None:
         return [part for _, part in label_maps.load_ade20k_parts(root)]
@@ -264,15 +280,25 @@ def cue_conflict(root=None):
 def find_reader(name, split, readers, what):
     """-> the reader of a data set, and the split as train, test or None. ValueError: `readers` has
     no such data set, or there is no such split."""
+    own = name not in readers and os.path.isdir(name)
+    if own:
+        if what not in OWN_READERS or not own_data.has(name, what):
+            raise ValueError(f"no {what} in {name}: docs/own-data.md shows which files are read")
+        readers = {name: (partial(OWN_READERS[what], name),)}
     if name not in readers:
-        raise ValueError(f"no {what} of {name!r} here: choose {' or '.join(readers)}")
+        raise ValueError(f"no {what} of {name!r} here: choose {' or '.join(readers)}"
+                         + " or a folder (docs/own-data.md)" * (what in OWN_READERS))
     split = "test" if split == "val" else split
-    if split not in ("train", "test") and (name, split) != ("cub", None):
+    if split not in ("train", "test") and not (split is None and (own or name == "cub")):
         raise ValueError(f"no split {split!r} of {name}: choose train or test")
     return readers[name][0], split
 
 
 def check_level(name, level):
+    if name not in SEGMENTATION:
+        if level:
+            raise ValueError(f"{name} has one list of classes: leave out --level")
+        return None
     levels = list(SEGMENTATION[name][1])
     if level not in (None, *levels):
         raise ValueError(f"no level {level!r} of {name}: choose {' or '.join(levels)}")
@@ -355,69 +381,93 @@ LABELS = {number: label for label, number in enumerate(COCO_IDS)}      # 1 ... 9
 
 def read_coco(kind, root, split, limit, size, order=None):
     """COCO 2017 (Lin et al., 2014), crowds included. kind: KeypointImage, BoxImage or MaskImage."""
-    if kind is MaskImage:
-        import_optional("pycocotools.mask", "the masks of coco are polygons and run lengths")
-    people = kind is KeypointImage
+    require_pycocotools(kind)
+    path, folder = find_coco_files(root, split, kind is KeypointImage)
+    rows, _ = read_coco_json(path)
+    rows = [(os.path.join(folder, name), *rest) for name, *rest in rows]
+    objects = own_data.Objects("coco", path, rows, LABELS, COCO_CLASSES, COCO_PARTS, True)
+    yield from read_objects(kind, objects, limit, order)
+
+
+def find_coco_files(root, split, people):
+    """Paths of the annotations of persons or of all objects, and of the folder of images."""
     year = {"train": "train2017", "test": "val2017"}[split]
     path = find_path("coco", root, *(
         f"{at}annotations/{'person_keypoints' if people else 'instances'}_{year}.json"
         for at in ("coco/", "")))
-    folder = find_path("coco", root, *(at + year for at in (
+    return path, find_path("coco", root, *(at + year for at in (
         "coco/", "", "coco/images/", "images/")))
-    rows = read_coco_json(path)
-    if people:                              # images without keypoints, half of them, are not read
-        rows = [row for row in rows if any(parse_coco(path, row, lambda a: a["num_keypoints"]))]
-    items = ((os.path.join(folder, row[0]), row) for row in select_evenly(rows, limit, order))
-    for image, image_path, row in read_images("coco", items):
+
+
+def find_coco_split(root):
+    """The split of COCO whose keypoints are there: train, else test, else train."""
+    for split in ("train", "test"):
+        with contextlib.suppress(FileNotFoundError):
+            find_coco_files(root, split, people=True)
+            return split
+    return "train"
+
+
+def read_own_objects(kind, what, folder, root, split, limit, size, order=None):
+    """COCO's JSON or VOC's XML in a folder, see probes/own_data.py. split None: all images."""
+    objects = own_data.find_objects(folder, what)
+    chosen = objects[split] if split else replace(
+        objects["train"], path=folder, rows=objects["train"].rows + objects["test"].rows)
+    yield from read_objects(kind, chosen, limit, order)
+
+
+def read_objects(kind, objects, limit, order):
+    """Items of one kind from annotated objects (own_data.Objects)."""
+    require_pycocotools(kind)
+    parse, rows = partial(parse_coco, objects), objects.rows
+    if kind is KeypointImage:               # images without keypoints, half of COCO, are not read
+        rows = [row for row in rows if any(parse(row, count_keypoints))]
+    items = ((row[0], row) for row in select_evenly(rows, limit, order))
+    for image, path, row in read_images(objects.name, items):
         _, about, annotations = row
-        image = match_size("coco", image, image_path, about.get("width"), about.get("height"))
+        image = match_size(objects.name, image, path, about.get("width"), about.get("height"))
         shape, n = image.shape[1:], len(annotations)
         values = dict(
-            boxes=torch.cat([to_corners([]),
-                             *parse_coco(path, row, lambda a: to_corners([a["bbox"]]))]),
-            areas=torch.tensor(parse_coco(path, row, lambda a: float(a["area"]))),
-            crowd=torch.tensor(parse_coco(path, row, lambda a: bool(a["iscrowd"])),
-                               dtype=torch.bool))
-        if people:
-            points = parse_coco(path, row, lambda a: torch.tensor(a["keypoints"]).view(17, 3))
-            values["points"] = torch.stack(points).float()
+            boxes=torch.cat([to_corners([]), *parse(row, lambda a: to_corners([a["bbox"]]))]),
+            areas=torch.tensor(parse(row, lambda a: float(a["area"]))),
+            crowd=torch.tensor(parse(row, lambda a: bool(a["iscrowd"])), dtype=torch.bool))
+        if kind is KeypointImage:
+            values["points"] = torch.stack(parse(row, read_points, len(objects.parts)))
         else:
             values["labels"] = torch.tensor(
-                parse_coco(path, row, lambda a: LABELS[a["category_id"]]), dtype=torch.int64)
+                parse(row, lambda a: objects.labels[a["category_id"]]), dtype=torch.int64)
         if kind is MaskImage:
-            found = parse_coco(path, row, lambda a, shape=shape: decode_mask(a["segmentation"],
-                                                                             shape))
+            found = parse(row, lambda a, shape=shape: decode_mask(a["segmentation"], shape))
             values["masks"] = torch.stack(found or [torch.zeros(shape, dtype=torch.bool)])[:n]
         yield kind(id=about["id"], image=image, **values)
 
 
-def parse_coco(path, row, function):
-    """-> function(annotation) of each annotation of an image. row: as in `read_coco_json`. An error
-    names file, image and annotation."""
+def require_pycocotools(kind):
+    if kind is MaskImage:
+        import_optional("pycocotools.mask", "masks of COCO are polygons and run lengths")
+
+
+def parse_coco(objects, row, function, *rest):
+    """-> function(annotation, *rest) of each annotation of an image, a row of own_data.Objects. An
+    error names file, image and annotation."""
     values = []
-    with name_damaged_file("coco", path) as place:
-        place["image"] = row[0]
+    with name_damaged_file(objects.name, objects.path) as place:
+        place["image"] = os.path.basename(row[0])
         for annotation in row[2]:
             place["annotation"] = annotation.get("id")
-            values.append(function(annotation))
+            values.append(function(annotation, *rest))
     return values
 
 
-@lru_cache(maxsize=2)                       # hundreds of megabytes: parsed once
-def read_coco_json(path):
-    """-> [(file name, its entry in `images`, its annotations), ...] for each image of instances or
-    keypoints, sorted by file name as in datasets.load_images, so that --limit takes the same images
-    as there (except of keypoints, where images without any are left out first)."""
-    with name_damaged_file("coco", path) as place, open(path, encoding="utf-8") as file:
-        content, rows = json.load(file), {}
-        for number, image in enumerate(content["images"], 1):
-            place["image number"] = number
-            rows[image["id"]] = str(image["file_name"]), image, []
-        place.clear()
-        for annotation in content["annotations"]:
-            place["annotation"] = annotation.get("id")
-            rows[annotation["image_id"]][2].append(annotation)
-        return sorted(rows.values(), key=lambda row: row[0])
+def count_keypoints(annotation):
+    """Number of labeled keypoints; an annotation may have none."""
+    return sum(v > 0 for v in (annotation.get("keypoints") or [])[2::3])
+
+
+def read_points(annotation, n_parts):
+    """-> (parts, 3) float32; zeros for an object without keypoints."""
+    points = annotation.get("keypoints") or [0] * 3 * n_parts
+    return torch.tensor(points, dtype=torch.float32).view(n_parts, 3)
 
 
 def decode_mask(segmentation, shape):
@@ -450,9 +500,12 @@ def read_label_maps(name, list_files, level, root, split, limit, size):
     if not items:
         raise datasets.missing_error(name, datasets.root_of(root), LAYOUT)
     items = ((path, id, annotation) for id, path, annotation in select_evenly(items, limit))
-    for image, _, id, annotation in read_images(name, items):
+    for image, path, id, annotation in read_images(name, items):
         with name_damaged_file(name, annotation):
             labels = torch.from_numpy(read(annotation, image.shape[1:]))
+        if name not in LAYOUT:                                     # your own data
+            image = match_size(name, image, path, *labels.shape[::-1])
+        with name_damaged_file(name, annotation):
             if labels.shape != image.shape[1:]:
                 raise ValueError(f"labels for {list(labels.shape)} pixels of an image of "
                                  f"{list(image.shape[1:])}")
@@ -470,13 +523,28 @@ def read_ade20k_maps(level, *rest):
 
 
 def read_coco_maps(level, root, split, limit, size):
-    """Level object is made from the masks, drawn in this order: crowds (label 255), then objects
-    from large to small."""
+    """Level object is made from the masks."""
     if level == "scene":
         yield from read_label_maps("coco", label_maps.list_coco_stuff, level, root, split, limit,
                                    size)
         return
-    for item in read_coco(MaskImage, root, split, limit, size):
+    yield from draw_label_maps(read_coco(MaskImage, root, split, limit, size))
+
+
+def read_own_maps(folder, level, root, split, limit, size):
+    """Label maps in a folder, else made from its masks, see probes/own_data.py."""
+    if own_data.find_label_maps(folder):
+        yield from read_label_maps(folder, partial(own_data.list_label_maps, folder), level, root,
+                                   split, limit, size)
+        return
+    yield from draw_label_maps(read_own_objects(MaskImage, "masks", folder, root, split, limit,
+                                                size))
+
+
+def draw_label_maps(items):
+    """MaskImage -> SegmentationImage: 0 background, then the classes. Drawn in this order: crowds
+    (label 255), then objects from large to small."""
+    for item in items:
         labels = torch.zeros(item.image.shape[1:], dtype=torch.uint8)
         labels[item.masks[item.crowd].any(0)] = 255
         for k in item.areas.argsort(descending=True, stable=True).tolist():
@@ -570,3 +638,9 @@ SEGMENTATION = {                                           # data set: reader, {
 VIDEOS = {                                                 # data set: reader
     **{name: (partial(read_toy_videos, scenes),) for name, scenes in TOY.items()},
     "davis": (read_davis,)}
+READERS = dict(keypoints=KEYPOINTS, boxes=BOXES, masks=MASKS, segmentation=SEGMENTATION)
+OWN_READERS = {                                            # of a folder of your own data
+    "keypoints": partial(read_own_objects, KeypointImage, "keypoints"),
+    "boxes": partial(read_own_objects, BoxImage, "boxes"),
+    "masks": partial(read_own_objects, MaskImage, "masks"),
+    "segmentation": read_own_maps}

@@ -115,9 +115,11 @@ def detection(model, opt):
     pycocotools, a patch side that is not a power of two, a batch that the processes cannot share.
     """
     require_tokens(model, opt.task)
-    if opt.data not in annotations.MASKS:
-        raise ValueError(f"detection needs masks of objects, and {opt.data} has none; choose "
-                         f"--data {' or '.join(annotations.MASKS)}")
+    if not annotations.has("boxes", opt.data):
+        raise ValueError(f"detection needs masks or boxes of objects, and {opt.data} has none; "
+                         f"choose --data {' or '.join(annotations.BOXES)} or a folder "
+                         "(docs/own-data.md)")
+    masks = annotations.has("masks", opt.data)
     metrics.coco_ap([])                                  # reports a missing pycocotools
     if model.encoder.depth != 4 or (opt.recipe or "1x") != "1x":             # four stages of a Swin
         require_vit(model, "detection (except --recipe 1x with a Swin of four stages)")
@@ -137,7 +139,8 @@ def detection(model, opt):
 
     def read(split, order=None):
         limit = opt.limit or (TOY_DETECTION_IMAGES[split] if on_toy else None)
-        return annotations.masks(opt.data, opt.data_root, split, limit, side, order)
+        read_items = annotations.masks if masks else annotations.boxes
+        return read_items(opt.data, opt.data_root, split, limit, side, order)
 
     views = TrainingViews(read, recipe, side, model.mean, opt.seed, keep=on_toy)
     next(iter(views))                                    # reports a bad data set before training
@@ -146,7 +149,7 @@ def detection(model, opt):
                          num_workers=0 if on_toy else opt.workers,
                          worker_init_fn=data.start_worker, generator=torch.Generator())
     torch.manual_seed(opt.seed)
-    net = make_mask_rcnn(model, len(names), recipe, side).to(model.device)
+    net = make_mask_rcnn(model, len(names), recipe, side, masks).to(model.device)
     if world > 1 and model.device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     optimizer = torch.optim.AdamW(parameter_groups(net, recipe), betas=(0.9, 0.999))
@@ -159,10 +162,8 @@ def detection(model, opt):
     for item in progress_bar(read("test", lambda n: range(rank, n, world)), model):
         predicted = predict_objects(net, item.image, model.device)
         if opt.show and rank == 0 and len(rows) < 8:
-            best = slice(len(item.boxes))                # predictions are ordered by their scores
-            rows.append([draw_objects(item.image, item.boxes, item.labels, item.masks),
-                         draw_objects(item.image, predicted.boxes[best], predicted.labels[best],
-                                      predicted.masks[best])])
+            rows.append([draw_objects(item.image, item),
+                         draw_objects(item.image, predicted, len(item.boxes))])
         pairs.append((pack_objects(item), pack_objects(predicted)))
     if world > 1:
         parts = [None] * world
@@ -172,9 +173,10 @@ def detection(model, opt):
         raise ValueError(f"no objects in the test images of {opt.data}: raise --limit or change "
                          "--data")
     if rows:
-        save_image_grid(rows, Path(opt.out) / f"detection-{opt.data}-{model.name}.png", 256)
-    scores = {kind: metrics.coco_ap(pairs, coco) for kind, coco in (("box", "bbox"),
-                                                                   ("mask", "segm"))}
+        name = f"detection-{Path(opt.data).name}-{model.name}.png"
+        save_image_grid(rows, Path(opt.out) / name, 256)
+    kinds = {"box": "bbox", "mask": "segm"} if masks else {"box": "bbox"}
+    scores = {kind: metrics.coco_ap(pairs, coco) for kind, coco in kinds.items()}
     progress.delete()
     blocks, global_blocks = (" ".join(str(i + 1) for i in index)
                              for index in (net.backbone.blocks, net.backbone.global_blocks))
@@ -184,11 +186,12 @@ def detection(model, opt):
     return Report(
         {"pyramid": {f"{kind} {name}": 100 * scores[kind][name]
                      for kind in scores for name in ("AP", "AP50", "AP75")}},
-        f"Mask R-CNN of torchvision (RoIAlign not aligned, smooth L1), fine-tuned end to end, "
-        f"recipe {recipe_name}: pyramid from blocks {blocks}, {attention}; {iters:,} iterations "
-        f"with {recipe['batch']} images each{small}, AdamW, lr {recipe['lr']:g}, weight decay "
-        f"{recipe['decay']:g}, layer decay {recipe['layer_decay']:g}, drop path "
-        f"{recipe['drop_path']:g}; {recipe['input']} input, {side} px; no test-time augmentation",
+        f"{'Mask' if masks else 'Faster'} R-CNN of torchvision (RoIAlign not aligned, smooth L1), "
+        f"fine-tuned end to end, recipe {recipe_name}: pyramid from blocks {blocks}, {attention}; "
+        f"{iters:,} iterations with {recipe['batch']} images each{small}, AdamW, lr "
+        f"{recipe['lr']:g}, weight decay {recipe['decay']:g}, layer decay "
+        f"{recipe['layer_decay']:g}, drop path {recipe['drop_path']:g}; "
+        f"{recipe['input']} input, {side} px; no test-time augmentation",
         dict(train=views.n_images, test=len(pairs)))
 
 
@@ -203,8 +206,9 @@ def count_iters(recipe, n_images, opt):
 # ---- the network ---------------------------------------------------------------------------------
 
 
-def make_mask_rcnn(model, classes, recipe, side):
-    """torchvision's Mask R-CNN on the Pyramid; class 0 is the background."""
+def make_mask_rcnn(model, classes, recipe, side, masks=True):
+    """torchvision's Mask R-CNN on the Pyramid; class 0 is the background. Without masks it has no
+    mask head, which makes it Faster R-CNN."""
     p = finest_patch(model.encoder)
     channels, fc_dim = recipe["channels"], recipe["fc_dim"]
     rpn_convs, box_convs = recipe["convs"]
@@ -212,7 +216,7 @@ def make_mask_rcnn(model, classes, recipe, side):
     norm = NORMS[recipe["heads"]]
     box_head = FastRCNNConvFCHead((channels, 7, 7), [channels] * box_convs, [fc_dim], norm) if (
         box_convs) else TwoMLPHead(channels * 7 * 7, fc_dim)
-    return MaskRCNN(
+    net = MaskRCNN(
         Pyramid(make_backbone(model.encoder, recipe), recipe, side, model.precision == "bf16"),
         min_size=side, max_size=side * 1333 // 800 if recipe["input"] == "multi-scale" else side,
         image_mean=model.mean, image_std=model.std, size_divisible=4 * p,
@@ -228,6 +232,10 @@ def make_mask_rcnn(model, classes, recipe, side):
         mask_roi_pool=make_roi_align(14, p),
         mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, norm),
         mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1))
+    if not masks:
+        net.roi_heads.mask_roi_pool = net.roi_heads.mask_head = None
+        net.roi_heads.mask_predictor = None
+    return net
 
 
 def finest_patch(encoder):
@@ -419,27 +427,32 @@ class TrainingViews(IterableDataset):
 
 
 def training_view(item, recipe, side, mean):
-    """-> image (3, height, width) uint8; boxes (objects, 4), labels (objects,) from 1, masks
-    (objects, height, width) uint8 of the objects that remain in the view.
+    """-> image (3, height, width) uint8; boxes (objects, 4), labels (objects,) from 1 and, if the
+    item has them, masks (objects, height, width) uint8 of the objects that remain in the view.
 
     Crowds are left out, and also boxes with a side of less than a pixel.
     """
     single = ~item.crowd
     sample = dict(
-        image=tv_tensors.Image(item.image), masks=tv_tensors.Mask(item.masks[single].byte()),
+        image=tv_tensors.Image(item.image),
         boxes=tv_tensors.BoundingBoxes(item.boxes[single], format="XYXY",
                                        canvas_size=item.image.shape[1:]))
+    if hasattr(item, "masks"):
+        sample["masks"] = tv_tensors.Mask(item.masks[single].byte())
     sample = v2.RandomHorizontalFlip()(sample)
     sample = multi_scale(sample, side / 800) if recipe["input"] == "multi-scale" else (
         large_scale_jitter(sample, side, recipe["scales"], mean))
     boxes = TF.clamp_bounding_boxes(sample["boxes"]).as_subclass(torch.Tensor)
-    masks = sample["masks"].as_subclass(torch.Tensor)
-    remain = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1) & (masks > 0).flatten(1).any(1)
-    boxes, masks = boxes[remain], masks[remain]
-    if recipe["input"] == "jitter":                      # tight boxes of cropped objects (ViTDet)
-        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
-    return sample["image"].as_subclass(torch.Tensor), dict(
-        boxes=boxes, labels=item.labels[single][remain] + 1, masks=masks)
+    remain = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+    if "masks" in sample:
+        masks = sample["masks"].as_subclass(torch.Tensor)
+        remain &= (masks > 0).flatten(1).any(1)
+    target = dict(boxes=boxes[remain], labels=item.labels[single][remain] + 1)
+    if "masks" in sample:
+        target["masks"] = masks[remain]
+        if recipe["input"] == "jitter":                  # tight boxes of cropped objects (ViTDet)
+            target["boxes"] = masks_to_boxes(masks[remain]) + torch.tensor([0, 0, 1, 1])
+    return sample["image"].as_subclass(torch.Tensor), target
 
 
 def multi_scale(sample, zoom=1.0):
@@ -544,28 +557,34 @@ def shorten_worker_errors(batches):
 
 @torch.no_grad()
 def predict_objects(net, image, device):
-    """(3, height, width) uint8 -> scores (objects,), boxes (objects, 4), labels (objects,) from 0,
-    masks (objects, height, width) bool."""
+    """(3, height, width) uint8 -> scores (objects,), boxes (objects, 4), labels (objects,) from 0
+    and, with a mask head, masks (objects, height, width) bool."""
     output = net([image.to(device).float() / 255])[0]
-    return SimpleNamespace(scores=output["scores"].cpu(), boxes=output["boxes"].cpu(),
-                           labels=output["labels"].cpu() - 1,
-                           masks=(output["masks"][:, 0] > 0.5).cpu())
+    found = SimpleNamespace(scores=output["scores"].cpu(), boxes=output["boxes"].cpu(),
+                            labels=output["labels"].cpu() - 1)
+    if "masks" in output:
+        found.masks = (output["masks"][:, 0] > 0.5).cpu()
+    return found
 
 
 def pack_objects(item):
     """The fields that the score depends on, without the image; masks are COCO's run lengths."""
     from pycocotools import mask
-    runs = mask.encode(np.asfortranarray(item.masks.permute(1, 2, 0).byte().numpy()))
-    return SimpleNamespace(**{name: x for name, x in vars(item).items() if name in (
-        "boxes", "labels", "scores", "areas", "crowd")}, masks=runs)
+    packed = SimpleNamespace(**{name: x for name, x in vars(item).items() if name in (
+        "boxes", "labels", "scores", "areas", "crowd")})
+    if hasattr(item, "masks"):
+        packed.masks = mask.encode(np.asfortranarray(item.masks.permute(1, 2, 0).byte().numpy()))
+    return packed
 
 
-def draw_objects(image, boxes, labels, masks):
-    """The image with boxes and masks, in a random color for each class."""
-    colors = (rng.uniform(labels, 3, "colour") * 256).int().tolist()    # this key seeds the colors
-    for box, mask, color in zip(boxes, masks, map(tuple, colors)):
-        # One by one: torchvision leaves black pixels where masks overlap.
-        image = draw_segmentation_masks(image, mask, colors=color)
+def draw_objects(image, objects, count=None):
+    """The image with boxes and masks, in a random color for each class. count: number of objects;
+    predicted ones are ordered by their scores."""
+    colors = (rng.uniform(objects.labels, 3, "colour") * 256).int().tolist()    # the key is a seed
+    for k, (box, color) in enumerate(zip(objects.boxes[:count], map(tuple, colors))):
+        if hasattr(objects, "masks"):
+            # One by one: torchvision leaves black pixels where masks overlap.
+            image = draw_segmentation_masks(image, objects.masks[k], colors=color)
         width = image.shape[1] // 150 + 1
         image = draw_bounding_boxes(image, box[None], colors=color, width=width)
     return image

@@ -105,6 +105,10 @@ PASCAL_CLASSES = [f"{name}: {part}" for name, parts in PASCAL_PARTS.items() for 
 def read_label_image(path):
     """-> (height, width) uint8 ids; for a palette image the indices, not the colors."""
     with Image.open(path) as image:
+        if image.mode == "1":                                      # black and white: 0 and 1
+            return np.array(image, np.uint8)
+        if image.mode in ("I", "I;16") and max(image.getextrema()) < 256:
+            return np.array(image).astype(np.uint8)
         if image.mode not in ("L", "P"):
             raise ValueError(f"a label image of mode {image.mode} instead of one number per pixel: "
                              "was it saved in color?")

@@ -44,11 +44,12 @@ from probes.training import (
 # 20 epochs.
 POSE_RECIPES = {
     "coco": dict(shape=(256, 192), batch=512, iters=5850, warmup=500, lr=5e-4, decay=0.01),
-    "toy":  dict(shape=None, batch=16, iters=200, warmup=10, lr=1e-2, decay=0.01)}
+    "toy":  dict(shape=None, batch=16, iters=200, warmup=10, lr=1e-2, decay=0.01),
+    "own":  dict(shape=(256, 256), batch=64, iters=1000, warmup=50, lr=2e-3, decay=0.01)}
 STRIDE = 4               # pixels of the crop per cell of a heat map
 MIN_MAXIMUM = 0.2        # the score of a prediction is the mean of the maxima above it
 DUPLICATE_OKS = 0.9      # of two predictions with a larger OKS the worse one is removed
-TOY_SIGMA = 0.05         # an error of 10% of the size then has an OKS of 0.6
+SIGMA = 0.05             # of all but COCO's: an error of 10% of the size has an OKS of 0.6
 
 
 def pose(model, opt):
@@ -67,18 +68,19 @@ def pose(model, opt):
     """
     require_tokens(model, opt.task)
     on_toy = is_toy(opt.data)
-    if not on_toy and opt.data != "coco":
+    if opt.data == "cub" or not annotations.has("keypoints", opt.data):
         raise ValueError(f"pose needs keypoints and object areas, and {opt.data} does not have "
-                         "both; choose --data coco, toy or toy-scenes")
+                         "both; choose --data coco, toy, toy-scenes or a folder "
+                         "(docs/own-data.md)")
     refuse_img_size(opt)
     names = annotations.part_names(opt.data)
-    recipe = POSE_RECIPES["toy" if on_toy else "coco"]
+    recipe = POSE_RECIPES["toy" if on_toy else opt.data if opt.data == "coco" else "own"]
     side = input_side(model, opt, 256)
     shape = recipe["shape"] or (side, side)
-    sigmas = [TOY_SIGMA] * len(names) if on_toy else metrics.SIGMAS
+    sigmas = metrics.SIGMAS if names == annotations.COCO_PARTS else [SIGMA] * len(names)
     mirrored = flip_table(names)[:len(names)].long()
     iters = opt.iters or recipe["iters"]
-    if opt.data == "coco":
+    if not on_toy:
         metrics.coco_ap([])                              # reports a missing pycocotools
     for split in ("test", "train"):                      # reports missing files before training
         next(keypoint_items(opt, split, side), None)
@@ -111,7 +113,7 @@ def pose(model, opt):
         n_objects += len(objects)
         if opt.show and len(rows) < 8:
             rows.append(draw_pose(item.image, boxes[0], truth[0], points[0], shape))
-        if opt.data == "coco":                           # kept without the image
+        if not on_toy:                                   # kept without the image
             keep = remove_duplicates(points, scores, boxes, areas, sigmas)
             pairs.append((SimpleNamespace(boxes=item.boxes, areas=item.areas, crowd=item.crowd,
                                           points=item.points),
@@ -120,7 +122,7 @@ def pose(model, opt):
         raise ValueError("pose: no labeled object in the test images; raise --limit or change "
                          "--data")
     if rows:
-        save_image_grid(rows, Path(opt.out) / f"pose-{opt.data}-{model.name}.png", 192)
+        save_image_grid(rows, Path(opt.out) / f"pose-{Path(opt.data).name}-{model.name}.png", 192)
     row = {"OKS": 100 * torch.cat(similarities).mean().item(),
            "PCK@0.1": 100 * torch.cat(within).double().mean().item()}
     if pairs:
@@ -133,7 +135,8 @@ def pose(model, opt):
         f"maps of {shape[0] // STRIDE} x {shape[1] // STRIDE}, Gaussians of sigma {sigma:g} cells; "
         f"last block, after the final norm; {iters:,} iterations with {recipe['batch']} boxes "
         f"each, AdamW, lr {recipe['lr']:g}; averaged over the flipped image; OKS"
-        + (f" with sigma {TOY_SIGMA} for all parts" if on_toy else " with COCO's sigmas"),
+        + (" with COCO's sigmas" if sigmas is metrics.SIGMAS else
+           f" with sigma {SIGMA} for all parts"),
         dict(objects=n_objects))
 
 

@@ -61,7 +61,8 @@ def object_retrieval(model: Model, opt: Options) -> Report:
     of the query's class. Not implemented: retrieval in the training split.
     """
     names, encode = select_features(opt, "cls", "patch", "projected")
-    if opt.data in ("coco", "toy-scenes"):
+    if opt.data in ("coco", "toy-scenes") or (
+            opt.data not in annotations.BOXES and annotations.has("boxes", opt.data)):
         items = annotations.boxes(opt.data, opt.data_root, "test", opt.limit)
         crops = crop_boxes(items, model.img_size, opt.max_aspect, opt.min_side)
         features, labels = encode_batches(
@@ -158,7 +159,7 @@ def part_retrieval(model: Model, opt: Options) -> Report:
     missing = note_missing_parts(parts, labels)          # of all crops, before --max-items
     features, labels = draw_subset(features, labels, opt.max_items, opt.seed)
     if opt.show:
-        path = Path(opt.out) / f"part_crops-{opt.data}.png"
+        path = Path(opt.out) / f"part_crops-{Path(opt.data).name}.png"
         save_image_grid(group_crops(crops(), parts), path, model.img_size)
     rows, notes = score_retrieval(features, labels, "part")
     side = {"code": "2 round(d/4), d to the nearest of these on the same object",
@@ -223,10 +224,14 @@ def part_classification(model: Model, opt: Options) -> Report:
 
 def choose_parts(opt):
     """Names of all keypoints of the data set, the parts to use, and its entry of KEYPOINT_DATA."""
-    if opt.data not in KEYPOINT_DATA:
+    if not annotations.has("keypoints", opt.data):
         raise ValueError(f"{opt.task} finds no keypoints in {opt.data}; choose --data "
-                         f"{' or '.join(KEYPOINT_DATA)}")
-    known, entry = annotations.part_names(opt.data), KEYPOINT_DATA[opt.data]
+                         f"{' or '.join(KEYPOINT_DATA)} or a folder (docs/own-data.md)")
+    known = annotations.part_names(opt.data)
+    own = None, None, tuple(known), f"{opt.data}, train and test"
+    entry = KEYPOINT_DATA.get(opt.data, own)
+    if opt.data == "coco" and annotations.find_coco_split(opt.data_root) == "test":
+        entry = "test", *entry[1:3], "persons of COCO val2017, as train2017 is not there"
     parts = known if opt.parts == ("all",) else tuple(dict.fromkeys(opt.parts)) or entry[2]
     for part in parts:
         if part not in known:

@@ -74,6 +74,7 @@ SEGMENTATION_SIZES = {
     "cityscapes": Sizes(512, 341, (2048, 1024), (2048, 1024)),       # test: our choice
     "voc":        Sizes(512, 341, (2048, 512), (2048, 512)),
     "coco":       Sizes(512, 341, (2048, 512), (2048, 512))}         # our choice
+OWN_SIZES = Sizes(512, 341, (2048, 512), (2048, 512))    # of other folders, our choice
 WARMUP_ITERS, CROPS_PER_BATCH = 1500, 16                 # of all recipes
 
 
@@ -261,7 +262,7 @@ def zero_shot_segmentation(model, opt):
     best = THRESHOLDS[int(iou.mean(0).argmax())]
     if figures:
         save_image_grid([draw_similarity(*figure, best, p) for figure in figures],
-                        Path(opt.out) / f"similarity-{opt.data}-{model.name}.png")
+                        Path(opt.out) / f"similarity-{Path(opt.data).name}-{model.name}.png")
 
     def row(means):
         return {"Opt": means.max().item()} | {f"T={t}": means[int(10 * t)].item()
@@ -285,7 +286,8 @@ def segmentation_targets(opt, side):
     """Yields image (3, height, width) uint8; [(category, mask (height, width) bool), ...]; valid
     (height, width) bool, the pixels that are scored."""
     limit = image_limit(opt, "test")
-    if opt.data in annotations.MASKS and opt.target != "stuff" and opt.level in (None, "object"):
+    if opt.target != "stuff" and opt.level in (None, "object") and annotations.has("masks",
+                                                                                   opt.data):
         for item in annotations.masks(opt.data, opt.data_root, "test", limit, side):
             pairs = list(zip(item.labels[~item.crowd].tolist(), item.masks[~item.crowd]))
             if opt.target == "category":
@@ -299,7 +301,7 @@ def segmentation_targets(opt, side):
                          f"{f' at --level {opt.level}' if opt.level else ''}; choose category")
     level = "scene" if opt.target == "stuff" else opt.level
     names = annotations.segmentation_classes(opt.data, level, opt.data_root)
-    excluded = {names.index("background")} if "background" in names else set()
+    excluded = {0} if has_background(names) else set()
     if opt.target == "stuff":
         excluded = set(range(80))                        # COCO's things
     for item in annotations.segmentation(opt.data, opt.data_root, "test", limit, level, side):
@@ -494,7 +496,7 @@ def segmentation_sizes(opt, toy_side):
     refuse_img_size(opt)
     if is_toy(opt.data):
         return Sizes(toy_side, toy_side, (toy_side, toy_side), (toy_side, toy_side))
-    return SEGMENTATION_SIZES[opt.data]
+    return SEGMENTATION_SIZES.get(opt.data, OWN_SIZES)
 
 
 def segmentation_items(opt, split, sizes):
@@ -674,13 +676,19 @@ def percentages(counts):
 
 def draw_classes(image, labels, known, names):
     """The image with a color for each class; background and ignored pixels are dark."""
-    first = 0 if names[0] == "background" else 1
+    first = 0 if has_background(names) else 1
     return toy.overlay(image, (labels.long() + first).where(known, 0))
 
 
+def has_background(names):
+    """Whether the first class is the background."""
+    return names[0].lower() == "background"
+
+
 def figure_path(model, opt):
-    level = opt.level or next(iter(annotations.SEGMENTATION[opt.data][1]))
-    return Path(opt.out) / f"{opt.task}-{opt.data}-{level}-{model.name}.png"
+    level = annotations.check_level(opt.data, opt.level)
+    names = opt.task, Path(opt.data).name, *[level] * bool(level), model.name
+    return Path(opt.out) / f"{'-'.join(names)}.png"
 
 
 # ---- heads of the fine-tuned segmentation --------------------------------------------------------

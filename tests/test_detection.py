@@ -339,7 +339,7 @@ def test_images_have_the_size_of_the_recipe_and_on_toy_that_of_the_encoder(
     class Begun(Exception):
         pass
 
-    def make_mask_rcnn(model, classes, recipe, side):
+    def make_mask_rcnn(model, classes, recipe, side, masks):
         raise Begun(side, recipe["batch"])
 
     requests = []
@@ -685,7 +685,7 @@ def test_user_errors_are_one_sentence(capsys, tmp_path, monkeypatch):
     assert "pixels have none" in error_line(capsys, *flags, "--baseline", "pixels")
     assert "choose --recipe 1x, 100ep, vitdet" in error_line(capsys, *flags, "--recipe", "mae")
     error = error_line(capsys, *flags, "--data", "cub")
-    assert "detection needs masks of objects, and cub has none; choose --data toy or" in error
+    assert "needs masks or boxes of objects, and cub has none; choose --data toy or" in error
     with pytest.raises(ValueError, match="a power of two and at least 4 px, and small has 2"):
         detection.detection(small_model(small_encoder(patch_size=2)), detection_options())
     with monkeypatch.context() as patch:
