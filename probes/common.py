@@ -67,7 +67,8 @@ class CommonOptions:
         None, "side of the input images in pixels. Default: as in pretraining; on toy twice that "
         "for linear_segmentation, zero_shot_segmentation, video and pose; on other data sets the "
         "protocol's for these, segmentation and detection, and 224 (longer side) for "
-        "landmark_retrieval. Not for linear_segmentation, segmentation and pose, except on toy",
+        "landmark_retrieval. Of linear_segmentation and segmentation it is the side of a crop, and "
+        "images are scaled with it; of pose the height of a box",
         at_least=1, group="models")
     precision: str = flag("auto", "precision of the encoder; auto: bf16 if the device supports it",
                           choices=("auto", "bf16", "fp32"), group="models")
@@ -130,12 +131,16 @@ class Options(CommonOptions):
         group="training", only_for=(*LINEAR, "layerwise", "attentive", "part_classification",
                                     "finetune", "detection"))
     iters: int | None = flag(
-        None, "training iterations; default: the protocol's, 200 to 600 on toy", at_least=1,
-        group="training", only_for=("segmentation", "linear_segmentation", "pose", "detection"))
+        None, "training iterations; default: the protocol's, 200 to 600 on toy, fewer on your own "
+        "data", at_least=1, group="training",
+        only_for=("segmentation", "linear_segmentation", "pose", "detection"))
     lr: tuple[float, ...] = flag(
         (), "learning rate; linear_segmentation takes several and trains one layer with each; "
-        "default: the recipe's (linear_segmentation on toy: three)", group="training",
-        only_for=("finetune", "segmentation", "linear_segmentation"))
+        "default: the recipe's (linear_segmentation of few iterations: three)", group="training",
+        only_for=("finetune", "segmentation", "linear_segmentation", "pose", "detection"))
+    train_batch_size: int | None = flag(
+        None, "crops, boxes or images in a training step; default: the recipe's", at_least=1,
+        group="training", only_for=("segmentation", "linear_segmentation", "pose", "detection"))
     head: str | None = flag(
         None, "type of head. part_classification: linear (default), attentive; segmentation: fpn "
         "(default), upernet", choices=("linear", "attentive", "fpn", "upernet"), group="training",
@@ -597,11 +602,6 @@ def input_side(model, opt, default):
     pretraining, else the protocol's `default`; rounded down to a multiple of the patch."""
     side = opt.img_size or (2 * model.img_size if is_toy(opt.data) else default)
     return side // model.encoder.patch_size * model.encoder.patch_size
-
-
-def refuse_img_size(opt):
-    if opt.img_size and not is_toy(opt.data):
-        raise ValueError(f"{opt.task} on {opt.data} has the protocol's sizes: leave out --img-size")
 
 
 def progress_bar(items, model, total=None):

@@ -67,7 +67,7 @@ from probes.common import (
     require_vit,
     save_image_grid,
 )
-from probes.training import Progress, copy_encoder, layer_decay_groups
+from probes.training import Progress, copy_encoder, layer_decay_groups, single_lr
 
 # Shapes: B images, N patches, D width, p patch side; (height, width) in pixels, (rows, columns) of
 # patches. Boxes are x0 y0 x1 y1 in pixels.
@@ -131,11 +131,13 @@ def detection(model, opt):
     rank, world = distributed.rank(), distributed.world_size()
     recipe_name, recipe = choose_recipe(opt, DETECTION_RECIPES)
     recipe = DETECTOR | recipe | (TOY_DETECTION if on_toy else {})
+    recipe |= dict(batch=opt.train_batch_size or recipe["batch"],
+                   lr=single_lr(opt, recipe["lr"]))
     side = (opt.img_size or (model.img_size if on_toy else recipe["side"])) // p * p
     names = annotations.box_classes(opt.data)
     if recipe["batch"] % world:                          # else the length of the run would change
         raise ValueError(f"{world} processes cannot share {recipe['batch']} images: take a number "
-                         f"that divides them")
+                         f"that divides them, or another --train-batch-size")
 
     def read(split, order=None):
         limit = opt.limit or (TOY_DETECTION_IMAGES[split] if on_toy else None)

@@ -21,7 +21,6 @@ from probes.common import (
     input_side,
     is_toy,
     progress_bar,
-    refuse_img_size,
     require_tokens,
     save_image_grid,
 )
@@ -33,6 +32,7 @@ from probes.training import (
     image_limit,
     linear_adamw,
     load_batches,
+    single_lr,
 )
 
 # Shapes: B crops, D width; shape (height, width) of a crop in pixels, (rows, columns) of a heat map
@@ -72,11 +72,11 @@ def pose(model, opt):
         raise ValueError(f"pose needs keypoints and object areas, and {opt.data} does not have "
                          "both; choose --data coco, toy, toy-scenes or a folder "
                          "(docs/own-data.md)")
-    refuse_img_size(opt)
     names = annotations.part_names(opt.data)
     recipe = POSE_RECIPES["toy" if on_toy else opt.data if opt.data == "coco" else "own"]
     side = input_side(model, opt, 256)
-    shape = recipe["shape"] or (side, side)
+    shape = scale_shape(recipe["shape"], opt.img_size) if recipe["shape"] else (side, side)
+    batch_size, lr = opt.train_batch_size or recipe["batch"], single_lr(opt, recipe["lr"])
     sigmas = metrics.SIGMAS if names == annotations.COCO_PARTS else [SIGMA] * len(names)
     mirrored = flip_table(names)[:len(names)].long()
     iters = opt.iters or recipe["iters"]
@@ -87,10 +87,10 @@ def pose(model, opt):
 
     sigma = 2 * shape[0] / 256                           # cells
     head = make_head(len(names), model, opt.seed)
-    optimizer = linear_adamw([head], [recipe["lr"]], recipe["decay"])
+    optimizer = linear_adamw([head], [lr], recipe["decay"])
     progress = Progress(model, opt, head, optimizer)
     batches = load_batches(
-        functools.partial(training_boxes, opt, side), recipe["batch"],
+        functools.partial(training_boxes, opt, side), batch_size,
         functools.partial(collate_views, opt.seed, shape, mirrored, sigma),
         range(progress.step, iters), opt, model.device)
     train_head(head, optimizer, progress.steps(batches, iters), iters, recipe, model,
@@ -133,11 +133,17 @@ def pose(model, opt):
         {"patches": row},
         f"linear heat maps of {len(names)} joints in the true box, {shape[0]} x {shape[1]} px, "
         f"maps of {shape[0] // STRIDE} x {shape[1] // STRIDE}, Gaussians of sigma {sigma:g} cells; "
-        f"last block, after the final norm; {iters:,} iterations with {recipe['batch']} boxes "
-        f"each, AdamW, lr {recipe['lr']:g}; averaged over the flipped image; OKS"
+        f"last block, after the final norm; {iters:,} iterations with {batch_size} boxes "
+        f"each, AdamW, lr {lr:g}; averaged over the flipped image; OKS"
         + (" with COCO's sigmas" if sigmas is metrics.SIGMAS else
            f" with sigma {SIGMA} for all parts"),
         dict(objects=n_objects))
+
+
+def scale_shape(shape, height):
+    """(height, width) of a crop scaled to a height (None: as it is), in whole cells of a map."""
+    scale = (height or shape[0]) / shape[0]
+    return tuple(max(1, round(scale * side / STRIDE)) * STRIDE for side in shape)
 
 
 def keypoint_items(opt, split, side):

@@ -29,7 +29,6 @@ from probes.common import (
     input_side,
     is_toy,
     progress_bar,
-    refuse_img_size,
     require_tokens,
     require_vit,
     save_image_grid,
@@ -51,6 +50,7 @@ from probes.training import (
     layer_decay_groups,
     linear_adamw,
     load_batches,
+    single_lr,
 )
 
 # Shapes: B images, D width, C classes, p patch side; (height, width) in pixels, (rows, columns) of
@@ -87,8 +87,10 @@ LINEAR_SEGMENTATION_RECIPES = {
     # MMC, supplement (which counts blocks from 0); batch norm as in VICRegL, which it follows.
     "mmc": dict(blocks=(6, 8, 10, 12), lr=1e-4, iters=40000, batch_norm=True)}
 LINEAR_WEIGHT_DECAY = 0.05                               # of both recipes
-# Our choice on toy: the recipes' learning rates are for 40,000 iterations and more.
-TOY_LINEAR_ITERS, TOY_LINEAR_LRS = 200, (2e-3, 1e-2, 5e-2)
+# Our choice. The recipes' learning rates are for 40,000 iterations and more: a run with less than a
+# tenth of the recipe's iterations chooses among others.
+SHORT_LINEAR_LRS = 2e-3, 1e-2, 5e-2
+TOY_LINEAR_ITERS, OWN_LINEAR_ITERS = 200, 1000
 MAX_HELD_OUT = 100                                       # held-out images at most
 
 
@@ -99,10 +101,11 @@ def linear_segmentation(model, opt):
     outputs of frozen blocks are concatenated, without the final norm and the class token; one 1 x 1
     convolution; the logits are upsampled to the image. Random crops in training, a sliding window
     at test time, scores at the original size. Our choices: on toy, images of twice the encoder's
-    size, 200 iterations, and several learning rates trained in parallel (elsewhere with --lr), of
-    which the best on held-out images, every tenth training image, is used; the warmup is scaled
-    with --iters; batch norm without affine parameters, since the linear layer has them. ValueError:
-    a data set without a class for every pixel, the pixels baseline, an unknown recipe.
+    size and 200 iterations, on other folders 1,000; with less than a tenth of the recipe's
+    iterations (or with --lr) several learning rates trained in parallel, of which the best on
+    held-out images, every tenth training image, is used; the warmup is scaled with --iters; batch
+    norm without affine parameters, since the linear layer has them. ValueError: a data set without
+    a class for every pixel, the pixels baseline, an unknown recipe.
     """
     require_tokens(model, opt.task)
     require_vit(model, opt.task)
@@ -111,9 +114,11 @@ def linear_segmentation(model, opt):
     names = annotations.segmentation_classes(opt.data, opt.level, opt.data_root)
     blocks = sorted({max(1, round(block * depth / 12)) - 1 for block in recipe["blocks"]})
     sizes = segmentation_sizes(opt, input_side(model, opt, 0))
-    iters = opt.iters or (TOY_LINEAR_ITERS if is_toy(opt.data) else recipe["iters"])
+    iters = opt.iters or (TOY_LINEAR_ITERS if is_toy(opt.data) else recipe["iters"]
+                          if opt.data in SEGMENTATION_SIZES else OWN_LINEAR_ITERS)
     warmup = max(1, WARMUP_ITERS * iters // recipe["iters"])
-    lrs = opt.lr or (TOY_LINEAR_LRS if is_toy(opt.data) else [recipe["lr"]])
+    is_short = 10 * iters < recipe["iters"]
+    lrs = opt.lr or (SHORT_LINEAR_LRS if is_short else [recipe["lr"]])
     hold_out = len(lrs) > 1
     for split in ("test", "train"):                      # reports missing files before training
         next(segmentation_items(opt, split, sizes), None)
@@ -153,8 +158,8 @@ def linear_segmentation(model, opt):
         {f"blocks {block_names}": percentages(counts)},
         f"linear layer, recipe {recipe_name}, {len(names)} classes; blocks {block_names} of "
         f"{depth} before the final norm{', batch norm' * recipe['batch_norm']}; crops of "
-        f"{sizes.crop} px, {iters:,} iterations with {CROPS_PER_BATCH} crops each (published: "
-        f"{recipe['iters']:,}), AdamW, lr "
+        f"{sizes.crop} px, {iters:,} iterations with {crops_per_batch(opt)} crops each "
+        f"(published: {recipe['iters']:,}), AdamW, lr "
         f"{'chosen on held-out images' if hold_out else f'{lrs[0]:g}'}; windows of {sizes.crop} "
         f"px, stride {sizes.stride}; a ratio of sums at the original size",
         dict(test=n_images), notes)
@@ -377,6 +382,7 @@ POOL_SIZES = 1, 2, 3, 6                                  # sides of UPerNet's po
 # Our choice on toy: a larger lr, few iterations. In the same time, fewer iterations on larger
 # images learn to find the creature, but hardly its class.
 TOY_SEGMENTATION = dict(lr=2e-3, iters=600)
+OWN_ITERS = 4000                                         # of other folders, our choice
 
 
 def segmentation(model, opt):
@@ -401,18 +407,20 @@ def segmentation(model, opt):
     recipe_name, recipe = choose_recipe(opt, SEGMENTATION_RECIPES[head])
     published_iters = recipe["iters"]
     recipe = recipe | (TOY_SEGMENTATION if on_toy else {})
-    if len(opt.lr) > 1:
-        raise ValueError("segmentation fine-tunes the encoder, so it takes one --lr at a time")
-    peak = opt.lr[0] if opt.lr else recipe["lr"]
+    if not on_toy and opt.data not in SEGMENTATION_SIZES:
+        recipe = recipe | dict(iters=OWN_ITERS)
+    peak = single_lr(opt, recipe["lr"])
     iters = opt.iters or recipe["iters"]
-    if CROPS_PER_BATCH % world:
-        raise ValueError(f"{world} processes cannot share {CROPS_PER_BATCH} crops: take 1, 2, 4, 8 "
-                         f"or 16")
-    n_crops = CROPS_PER_BATCH // world                   # of this process
+    batch_size = crops_per_batch(opt)
+    if batch_size % world:
+        raise ValueError(f"{world} processes cannot share {batch_size} crops: take a number that "
+                         f"divides them, or another --train-batch-size")
+    n_crops = batch_size // world                        # of this process
     n_parts = -(-n_crops // opt.batch_size)              # for gradient accumulation
     crops_in_norm = n_crops // n_parts * world
     if crops_in_norm < 2:
-        raise ValueError("batch norm needs at least two crops: --batch-size 2 or more")
+        raise ValueError("batch norm needs at least two crops: --batch-size 2 or more, "
+                         "--train-batch-size 2 or more")
     names = annotations.segmentation_classes(opt.data, opt.level, opt.data_root)
     sizes = segmentation_sizes(opt, opt.img_size or model.img_size)
     depth = model.encoder.depth
@@ -478,25 +486,33 @@ def segmentation(model, opt):
         {head: percentages(counts)},
         f"{HEAD_NAMES[head]}, fine-tuned end to end, recipe {recipe_name}, {len(names)} classes; "
         f"blocks {' '.join(str(block + 1) for block in blocks)} of {depth} before the final norm; "
-        f"crops of {sizes.crop} px, {iters:,} iterations with {CROPS_PER_BATCH} crops each "
+        f"crops of {sizes.crop} px, {iters:,} iterations with {batch_size} crops each "
         f"(published: {published_iters:,}), AdamW, lr {peak:g}, weight decay {recipe['decay']}, "
         f"layer decay {recipe['layer_decay']}, drop path {DROP_PATH}; " + (
             "whole images" if head == "fpn" else
             f"windows of {sizes.crop} px, stride {sizes.stride}") +
         "; a ratio of sums at the original size", dict(test=int(n_images)),
         [f"{model.name}: batch norm over {crops_in_norm} crops at a time, not "
-         f"{CROPS_PER_BATCH}"] * (n_parts > 1))
+         f"{batch_size}"] * (n_parts > 1))
 
 
 # ---- training crops ------------------------------------------------------------------------------
 
 
 def segmentation_sizes(opt, toy_side):
-    """The Sizes of the data set; on toy all sides are `toy_side`."""
-    refuse_img_size(opt)
+    """The Sizes of the data set, scaled so that a crop has the side --img-size; on toy all sides
+    are `toy_side`."""
     if is_toy(opt.data):
         return Sizes(toy_side, toy_side, (toy_side, toy_side), (toy_side, toy_side))
-    return SEGMENTATION_SIZES.get(opt.data, OWN_SIZES)
+    sizes = SEGMENTATION_SIZES.get(opt.data, OWN_SIZES)
+    scale = (opt.img_size or sizes.crop) / sizes.crop
+    return Sizes(round(scale * sizes.crop), round(scale * sizes.stride),
+                 *(tuple(round(scale * side) for side in sides)
+                   for sides in (sizes.train, sizes.test)))
+
+
+def crops_per_batch(opt):
+    return opt.train_batch_size or CROPS_PER_BATCH
 
 
 def segmentation_items(opt, split, sizes):
@@ -508,14 +524,14 @@ def segmentation_items(opt, split, sizes):
 def load_crops(model, opt, sizes, names, steps, hold_out=False, rank=0, world=1):
     """Yields x (B, 3, S, S) normalized, labels (B, S, S) int64, 255 = ignore, for a range of steps.
 
-    B: number of crops of this process, CROPS_PER_BATCH / world. hold_out: leave out every tenth
+    B: number of crops of this process, crops_per_batch / world. hold_out: leave out every tenth
     image.
     """
     table = flip_table(names) if opt.swap_sides else None
     return load_batches(
-        functools.partial(training_items, opt, sizes, hold_out), CROPS_PER_BATCH,
+        functools.partial(training_items, opt, sizes, hold_out), crops_per_batch(opt),
         functools.partial(collate_crops, opt.seed, sizes, model.mean, model.std, table,
-                          range(rank, CROPS_PER_BATCH, world)), steps, opt, model.device)
+                          range(rank, crops_per_batch(opt), world)), steps, opt, model.device)
 
 
 def training_items(opt, sizes, hold_out):

@@ -24,6 +24,13 @@ def image_limit(opt, split):
     return opt.limit or (TOY_LIMITS[split] if is_toy(opt.data) else None)
 
 
+def single_lr(opt, default):
+    """--lr of a task that takes one, else the default. ValueError: several."""
+    if len(opt.lr) > 1:
+        raise ValueError(f"{opt.task} takes one --lr at a time")
+    return opt.lr[0] if opt.lr else default
+
+
 # ---- progress ------------------------------------------------------------------------------------
 
 

@@ -332,6 +332,7 @@ def make_views(items, rank=0, world=1):
 @pytest.mark.parametrize("flags, side, batch, limit", [
     ("--data coco --recipe 1x", 800, 8, None), ("--data coco --recipe vitdet", 1024, 64, None),
     ("--data coco --recipe vitdet --img-size 515 --limit 9", 512, 64, 9),
+    ("--data coco --recipe vitdet --img-size 256 --train-batch-size 3", 256, 3, None),
     ("--data toy-scenes --recipe vitdet", 32, 8, 600),
     ("--data toy-scenes --recipe vitdet --limit 9", 32, 8, 9)])
 def test_images_have_the_size_of_the_recipe_and_on_toy_that_of_the_encoder(

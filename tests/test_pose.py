@@ -245,8 +245,14 @@ def test_user_errors_are_one_sentence():
         pose.pose(make_model(None, name="pixels"), make_options("pose"))
     with pytest.raises(ValueError, match="needs keypoints and object areas, and cub does not have"):
         pose.pose(small_model(), make_options("pose", "--data", "cub"))
-    with pytest.raises(ValueError, match="pose on coco has the protocol's sizes: leave out --img"):
-        pose.pose(small_model(), make_options("pose", "--data", "coco", "--img-size", "64"))
+    with pytest.raises(ValueError, match="pose takes one --lr at a time"):
+        pose.pose(small_model(), make_options("pose", "--lr", "0.1", "0.2"))
+
+
+def test_boxes_are_scaled_in_whole_cells():
+    assert pose.scale_shape((256, 192), None) == (256, 192)
+    assert pose.scale_shape((256, 192), 128) == (128, 96)
+    assert pose.scale_shape((256, 192), 50) == (48, 36)
 
 
 @pytest.mark.parametrize("missing", ["no test split", "pip install pycocotools"])

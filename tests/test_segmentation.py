@@ -232,6 +232,36 @@ def plant_classes(monkeypatch, shuffle=False):
     return model
 
 
+def test_sizes_are_scaled_with_the_crop():
+    def sizes(*flags):
+        return segmentation.segmentation_sizes(linear_options("--data", *flags), 0)
+
+    assert sizes("cityscapes") == sizes("cityscapes", "--img-size", "512") == (
+        512, 341, (2048, 1024), (2048, 1024))
+    assert sizes("cityscapes", "--img-size", "256") == (256, 170, (1024, 512), (1024, 512))
+    assert sizes("lip", "--img-size", "80") == (80, 40, (256, 80), (1024, 80))
+    assert sizes("some/folder") == segmentation.OWN_SIZES
+
+
+@pytest.mark.parametrize("flags, n_crops, lrs", [
+    ("--iters 2 --train-batch-size 3", 6, [2e-3, 1e-2, 5e-2]), ("--iters 1", 16, None),
+    ("--iters 1 --lr 0.5", 16, [0.5])])
+def test_small_runs_have_their_batch_and_learning_rates(monkeypatch, flags, n_crops, lrs):
+    crops, seen, model = [], [], plant_classes(monkeypatch)
+    read_last_block(monkeypatch, "parts")
+    crop, make_optimizer = segmentation.random_crop, segmentation.linear_adamw
+    monkeypatch.setattr(segmentation, "random_crop", lambda *args: crops.append(1) or crop(*args))
+    monkeypatch.setattr(segmentation, "linear_adamw", lambda layers, lrs, decay: (
+        seen.extend(lrs), make_optimizer(layers, lrs, decay))[1])
+    if lrs is None:                                        # a tenth of the recipe's: its own
+        recipes = segmentation.LINEAR_SEGMENTATION_RECIPES
+        monkeypatch.setitem(recipes, "parts", {**recipes["parts"], "iters": 10})
+    report = segmentation.linear_segmentation(model, linear_options("--data", "voc", "--workers",
+                                                                    "0", *flags.split()))
+    assert len(crops) == n_crops and seen == (lrs or [4e-4])
+    assert f"iterations with {3 if n_crops == 6 else 16} crops each" in report.protocol
+
+
 def read_last_block(monkeypatch, recipe):
     recipes = segmentation.LINEAR_SEGMENTATION_RECIPES
     monkeypatch.setitem(recipes, recipe, {**recipes[recipe], "blocks": (12,)})
@@ -302,7 +332,7 @@ def test_no_forward_pass_is_larger_than_batch_size(monkeypatch, batch_size):
     monkeypatch.setattr(segmentation, "extract_patches", lambda model, x, blocks: (
         sizes.append(len(x)), extract(model, x, blocks))[1])
     segmentation.linear_segmentation(model, linear_options(
-        "--data", "voc", "--iters", "1", "--batch-size", str(batch_size)))
+        "--data", "voc", "--iters", "1", "--lr", "1e-3", "--batch-size", str(batch_size)))
     assert max(sizes) == min(batch_size, segmentation.CROPS_PER_BATCH)
     assert sum(sizes) == segmentation.CROPS_PER_BATCH + 8
 
@@ -528,8 +558,7 @@ def test_user_errors_are_one_sentence():
     for argv, message in (
             ("--recipe dino", "no recipe dino; choose --recipe parts, mmc"),
             ("--data cub", "no segmentation of 'cub'"),
-            ("--data voc --img-size 64", "linear_segmentation on voc has the protocol's sizes: "
-                                         "leave out --img-size")):
+            ("--data nothing", "no segmentation of 'nothing' here")):
         with pytest.raises(ValueError, match=message):
             linear(small_model(), linear_options(*argv.split()))
     with pytest.raises(ValueError, match="no --target stuff"):

@@ -384,8 +384,7 @@ def test_the_auxiliary_loss_has_a_weight_of_two_fifths(monkeypatch, capsys):
     ("--lr 1e-3 1e-2", "one --lr at a time"), ("--batch-size 1", "--batch-size 2 or more"),
     ("--data cifar10", "no segmentation of 'cifar10' here"),
     ("--data voc --data-root x", "No voc under x: expected"),
-    ("--data voc --img-size 32", "segmentation on voc has the protocol's sizes: leave out "
-                                 "--img-size"),
+    ("--train-batch-size 1", "--train-batch-size 2 or more"),
     ("--level scene", "no level 'scene' of toy"),
     ("--lr nan --iters 2 --img-size 32", "the loss is not finite at step 2 of 2"),
     ("--task part_classification --head fpn", "no head fpn; choose --head linear, attentive")])
