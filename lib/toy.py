@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import rng
+from lib.colors import class_colors
 
 # Shapes: B images, S image side; creatures (of an image), bones (of a creature), parts and frames
 # are written as words.
@@ -549,9 +550,8 @@ def video(index, frames=16, split="test", size=64, scenes=True, seed=0):
 
 def overlay(image, ids, points=()):
     """Image (3, S, S) uint8, ids (S, S), points (n, 3) -> (3, S, S) uint8: the image, darker, with
-    a color for each id and a cross at each visible point."""
-    colors = 255 * hsv_color(torch.stack([torch.arange(16) * 0.382 % 1, *torch.ones(2, 16)], -1))
-    color = colors[ids.long() % 16].permute(2, 0, 1)
+    a color for each id (colors.class_colors) and a cross at each visible point."""
+    color = class_colors()[ids.long()].permute(2, 0, 1).float()
     out = torch.where(ids == 0, image * 0.4, image * 0.35 + color * 0.65).to(torch.uint8)
     for x, y, v in points:
         if v == 2:

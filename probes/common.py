@@ -25,7 +25,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torchvision.utils import save_image
 
 import data
 import vit
@@ -192,6 +191,9 @@ class Options(CommonOptions):
     prompt: str = flag(
         "deepest", "query patch: the one deepest inside the target, or a random one",
         choices=("deepest", "random"), group="protocol", only_for=("zero_shot_segmentation",))
+    center: bool = flag(
+        False, "subtract the mean patch token of the image before the cosine", group="protocol",
+        only_for=("zero_shot_segmentation",))
     target: str = flag(
         "category", "target to segment: all masks of a category, one mask, or a stuff class",
         choices=("category", "instance", "stuff"), group="protocol",
@@ -607,17 +609,3 @@ def input_side(model, opt, default):
 def progress_bar(items, model, total=None):
     return progress.bar(items, f"{model.name}: evaluating", total, "images",
                         shown=distributed.rank() == 0)
-
-
-def save_image_grid(rows, path, height=128):
-    """Writes rows of images (3, H, W) uint8, each resized to `height` pixels, as one PNG."""
-    gap, lines = 2, []
-    for row in rows:
-        cells = [F.interpolate(x[None].float(), (height, round(height * x.shape[2] / x.shape[1])),
-                               mode="bilinear")[0] for x in row]
-        lines.append(torch.cat([F.pad(cell, (0, gap, 0, gap), value=255) for cell in cells], 2))
-    width = max(line.shape[2] for line in lines)
-    grid = torch.cat([F.pad(line, (0, width - line.shape[2]), value=255) for line in lines], 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(grid.clamp(0, 255) / 255, path)
-    print(f"wrote {path}")

@@ -57,6 +57,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 import data
 import vit
 from lib import distributed, metrics, rng
+from lib.colors import class_colors
 from probes import annotations
 from probes.common import (
     Report,
@@ -65,8 +66,8 @@ from probes.common import (
     progress_bar,
     require_tokens,
     require_vit,
-    save_image_grid,
 )
+from probes.figures import FigureRows, save_image_grid
 from probes.training import Progress, copy_encoder, layer_decay_groups, single_lr
 
 # Shapes: B images, N patches, D width, p patch side; (height, width) in pixels, (rows, columns) of
@@ -160,11 +161,12 @@ def detection(model, opt):
     train_detector(net, optimizer, progress, batches, recipe, iters, model.device, opt)
 
     net.eval()
-    pairs, rows = [], []
+    pairs, figure, in_figure = [], FigureRows(8 if opt.show and rank == 0 else 0), set()
     for item in progress_bar(read("test", lambda n: range(rank, n, world)), model):
         predicted = predict_objects(net, item.image, model.device)
-        if opt.show and rank == 0 and len(rows) < 8:
-            rows.append([draw_objects(item.image, item),
+        if figure.wants(classes := {*item.labels.tolist()}):
+            in_figure |= classes | {*predicted.labels[:len(item.boxes)].tolist()}
+            figure.add(classes, [draw_objects(item.image, item),
                          draw_objects(item.image, predicted, len(item.boxes))])
         pairs.append((pack_objects(item), pack_objects(predicted)))
     if world > 1:
@@ -174,9 +176,10 @@ def detection(model, opt):
     if not any(len(truth.boxes) for truth, _ in pairs):
         raise ValueError(f"no objects in the test images of {opt.data}: raise --limit or change "
                          "--data")
-    if rows:
+    if figure.items:
         name = f"detection-{Path(opt.data).name}-{model.name}.png"
-        save_image_grid(rows, Path(opt.out) / name, 256)
+        save_image_grid(figure.rows(), Path(opt.out) / name, 256, ("annotation", "prediction"),
+                        legend=[(c + 1, names[c]) for c in sorted(in_figure)])
     kinds = {"box": "bbox", "mask": "segm"} if masks else {"box": "bbox"}
     scores = {kind: metrics.coco_ap(pairs, coco) for kind, coco in kinds.items()}
     progress.delete()
@@ -580,9 +583,9 @@ def pack_objects(item):
 
 
 def draw_objects(image, objects, count=None):
-    """The image with boxes and masks, in a random color for each class. count: number of objects;
+    """The image with boxes and masks, in a color for each class. count: number of objects;
     predicted ones are ordered by their scores."""
-    colors = (rng.uniform(objects.labels, 3, "colour") * 256).int().tolist()    # the key is a seed
+    colors = class_colors()[objects.labels + 1].tolist()
     for k, (box, color) in enumerate(zip(objects.boxes[:count], map(tuple, colors))):
         if hasattr(objects, "masks"):
             # One by one: torchvision leaves black pixels where masks overlap.

@@ -22,8 +22,8 @@ from probes.common import (
     is_toy,
     progress_bar,
     require_tokens,
-    save_image_grid,
 )
+from probes.figures import FigureRows, save_image_grid
 from probes.patches import extract_patches, normalize_images, upsample_maps
 from probes.training import (
     Progress,
@@ -96,7 +96,7 @@ def pose(model, opt):
     train_head(head, optimizer, progress.steps(batches, iters), iters, recipe, model,
                opt.batch_size)
 
-    pairs, rows = [], []
+    pairs, figure = [], FigureRows(8 if opt.show else 0)
     within, similarities = [], []
     n_objects = 0
     for item in progress_bar(keypoint_items(opt, "test", side), model):
@@ -111,8 +111,9 @@ def pose(model, opt):
         distance = (points - truth[..., :2]).norm(dim=2) / longer[:, None]       # (objects, joints)
         within.append((distance <= 0.1)[truth[..., 2] > 0])
         n_objects += len(objects)
-        if opt.show and len(rows) < 8:
-            rows.append(draw_pose(item.image, boxes[0], truth[0], points[0], shape))
+        joints = {*(truth[0, :, 2] > 0).nonzero()[:, 0].tolist()}
+        if figure.wants(joints):
+            figure.add(joints, draw_pose(item.image, boxes[0], truth[0], points[0], shape))
         if not on_toy:                                   # kept without the image
             keep = remove_duplicates(points, scores, boxes, areas, sigmas)
             pairs.append((SimpleNamespace(boxes=item.boxes, areas=item.areas, crowd=item.crowd,
@@ -121,8 +122,11 @@ def pose(model, opt):
     if not n_objects:
         raise ValueError("pose: no labeled object in the test images; raise --limit or change "
                          "--data")
-    if rows:
-        save_image_grid(rows, Path(opt.out) / f"pose-{Path(opt.data).name}-{model.name}.png", 192)
+    if figure.items:
+        save_image_grid(figure.rows(),
+                        Path(opt.out) / f"pose-{Path(opt.data).name}-{model.name}.png", 192,
+                        ("annotation", "prediction"),
+                        legend=[(i + 1, names[i]) for i in sorted(figure.classes())])
     row = {"OKS": 100 * torch.cat(similarities).mean().item(),
            "PCK@0.1": 100 * torch.cat(within).double().mean().item()}
     if pairs:

@@ -34,9 +34,9 @@ from probes.common import (
     own_items,
     pooled_features,
     require_tokens,
-    save_image_grid,
     select_features,
 )
+from probes.figures import save_image_grid
 from probes.heads import (
     LINEAR_RECIPES,
     AttentiveHeads,
@@ -139,6 +139,9 @@ KEYPOINT_DATA = {  # data set: split, images at most, parts of Zhu et al., sourc
     "coco": ("train", None, ("nose", "right_wrist", "left_ankle"), "persons of COCO train2017")}
 
 
+FIGURE_IMAGES = 64       # images of files whose crops are in the figure, evenly spaced over the set
+
+
 def part_retrieval(model: Model, opt: Options) -> Report:
     """Average precision of retrieving crops of the same object part.
 
@@ -148,7 +151,7 @@ def part_retrieval(model: Model, opt: Options) -> Report:
     known, parts, (split, default_limit, _, source) = choose_parts(opt)
     limit = opt.limit or default_limit
 
-    def crops():
+    def crops(limit=limit):
         items = annotations.keypoints(opt.data, opt.data_root, split, limit)
         return crop_parts(items, known, parts, model.img_size, opt.crop)
 
@@ -160,7 +163,8 @@ def part_retrieval(model: Model, opt: Options) -> Report:
     features, labels = draw_subset(features, labels, opt.max_items, opt.seed)
     if opt.show:
         path = Path(opt.out) / f"part_crops-{Path(opt.data).name}.png"
-        save_image_grid(group_crops(crops(), parts), path, model.img_size)
+        rows = group_crops(crops(min(limit or FIGURE_IMAGES, FIGURE_IMAGES)), parts)
+        save_image_grid(rows, path, model.img_size, names=parts)
     rows, notes = score_retrieval(features, labels, "part")
     side = {"code": "2 round(d/4), d to the nearest of these on the same object",
             "paper": "d to the nearest of all keypoints"}

@@ -31,8 +31,8 @@ from probes.common import (
     progress_bar,
     require_tokens,
     require_vit,
-    save_image_grid,
 )
+from probes.figures import FigureRows, save_image_grid
 from probes.patches import (
     deepest_patch,
     extract_patches,
@@ -146,10 +146,9 @@ def linear_segmentation(model, opt):
         notes.append(f"{model.name}: lr {lrs[best]:g}; mIoU on held-out training images " +
                      ", ".join(f"{100 * s:.1f} at {lr:g}" for s, lr in zip(scores, lrs)))
         heads.layers = heads.layers[best:best + 1]
-    [counts], rows, n_images = score_segmentation(
+    [counts], figure, n_images = score_segmentation(
         predict, segmentation_items(opt, "test", sizes), names, model, sizes, 8 if opt.show else 0)
-    if rows:
-        save_image_grid(rows, figure_path(model, opt))
+    save_figure(figure, names, model, opt)
     if opt.level in ("object", "part") and opt.data in ("ade20k", "pascal"):
         notes.append(f"the {len(names)} classes: {', '.join(names)}")
     progress.delete()
@@ -210,7 +209,9 @@ def train_linear_heads(heads, optimizer, encode, steps, iters, warmup, p):
 
 # ---- zero-shot segmentation from one patch -------------------------------------------------------
 
-THRESHOLDS = [i / 10 for i in range(10)]
+THRESHOLDS = [i / 10 for i in range(10)]                # of MMC
+# From -1 to 0.9999, denser toward 1: cosines of some models, such as MAE's, are all above 0.9.
+FINE_THRESHOLDS = [1 - 2 * 0.83**i for i in range(54)]
 
 
 def zero_shot_segmentation(model, opt):
@@ -221,7 +222,9 @@ def zero_shot_segmentation(model, opt):
     category's masks in one image (--target instance: one mask; stuff: COCO's stuff classes); the
     prompt is the patch whose center is deepest inside the target (--prompt random: any patch that
     it covers at least half); tokens after the final norm; IoU averaged over all targets; one best T
-    of 0 to 0.9 for the whole set. Targets that cover less than half of their deepest patch (random:
+    of 0 to 0.9 for the whole set ("Opt fine": of 54 from -1 to 0.9999, as the cosines of some
+    models are all above 0.9; --center: the mean patch token of the image is subtracted before the
+    cosine). Targets that cover less than half of their deepest patch (random:
     of every patch) are left out and counted. In data sets with a class map instead of masks, and
     with --level part or scene, each class except background is a target; void pixels are not
     counted. The column "whole image" is the baseline that predicts every patch.
@@ -230,13 +233,18 @@ def zero_shot_segmentation(model, opt):
     side = input_side(model, opt, 480)
     p = model.encoder.patch_size
     skipped = 0
-    ious, baseline, categories, figures = [], [], [], []
+    ious, fine, above, baseline, categories = [], [], [], [], []
+    figure = FigureRows(8 if opt.show else 0)
     items = iter(progress_bar(segmentation_targets(opt, side), model))
     while batch := list(itertools.islice(items, min(MAX_BATCH, opt.batch_size))):
         images = torch.stack([resize_to_square(image, side) for image, _, _ in batch])
-        tokens = F.normalize(extract_patches(model, normalize_images(model, images)), dim=3).cpu()
+        tokens = extract_patches(model, normalize_images(model, images))
+        if opt.center:
+            tokens = tokens - tokens.mean((1, 2), keepdim=True)
+        tokens = F.normalize(tokens, dim=3).cpu()
         for image, z, (_, targets, valid) in zip(images, tokens, batch):
             n_valid = count_pixels(resize_labels(valid, (side, side)), p)        # (rows, columns)
+            candidates = []                              # for the figure: one target of an image
             for category, mask in targets:
                 mask = resize_labels(mask, (side, side))
                 n_target = count_pixels(mask, p)
@@ -248,11 +256,17 @@ def zero_shot_segmentation(model, opt):
                     skipped += 1
                     continue
                 similarity = z @ z[prompt]                                       # (rows, columns)
-                ious.append(threshold_ious(similarity, n_target, n_valid))
+                ious.append(threshold_ious(similarity, n_target, n_valid, THRESHOLDS))
+                fine.append(threshold_ious(similarity, n_target, n_valid, FINE_THRESHOLDS))
+                above.append(torch.stack([(similarity > t).double().mean()
+                                          for t in FINE_THRESHOLDS]))
                 baseline.append((n_target.sum() / n_valid.sum()).item())
                 categories.append(category)
-                if opt.show and len(figures) < 8:
-                    figures.append((image, mask, similarity, prompt))
+                candidates.append((category, (image, mask, similarity, prompt)))
+            if candidates:
+                category, row = next((pair for pair in candidates
+                                      if pair[0] not in figure.classes()), candidates[0])
+                figure.add({category}, row)
     if not ious:
         raise ValueError(f"{opt.task}: no target is large enough for a prompt ({skipped} are too "
                          f"small); raise --limit or change --data")
@@ -263,25 +277,43 @@ def zero_shot_segmentation(model, opt):
         notes.append(f"{skipped} targets cover less than half of {patch} patch and are left out")
     target = {"category": "a category", "instance": "an instance", "stuff": "a stuff class"}
     iou, categories = 100 * torch.stack(ious), torch.tensor(categories)          # (targets, 10)
-    by_category = torch.stack([iou[categories == c].mean(0) for c in categories.unique()])
+    fine = 100 * torch.stack(fine)                                               # (targets, 54)
     best = THRESHOLDS[int(iou.mean(0).argmax())]
-    if figures:
-        save_image_grid([draw_similarity(*figure, best, p) for figure in figures],
-                        Path(opt.out) / f"similarity-{Path(opt.data).name}-{model.name}.png")
+    best_fine = FINE_THRESHOLDS[int(fine.mean(0).argmax())]
+    if figure.items:
+        save_image_grid([draw_similarity(*row, best_fine, p) for row in figure.rows()],
+                        Path(opt.out) / f"similarity-{Path(opt.data).name}-{model.name}.png",
+                        titles=("query patch", "target", "similarity, low to high",
+                                f"cosine > {best_fine:.4g}"))
 
-    def row(means):
-        return {"Opt": means.max().item()} | {f"T={t}": means[int(10 * t)].item()
-                                              for t in (0.1, 0.2, 0.3, 0.4)}
+    def row(rows):
+        """rows (targets or categories, thresholds) at THRESHOLDS and at FINE_THRESHOLDS."""
+        means, fine_means = (x.mean(0) for x in rows)
+        return {"Opt": means.max().item(), "Opt fine": fine_means.max().item()} | {
+            f"T={t}": means[int(10 * t)].item() for t in (0.1, 0.2, 0.3, 0.4)}
 
-    whole = {"whole image": 100 * sum(baseline) / len(baseline)}
+    def by_category(x):
+        return torch.stack([x[categories == c].mean(0) for c in categories.unique()])
+
+    floor, opt_iou = 100 * sum(baseline) / len(baseline), iou.mean(0).max().item()
+    low, high = (FINE_THRESHOLDS[max(0, int((torch.stack(above).mean(0) > part).sum()) - 1)]
+                 for part in (0.95, 0.05))
+    notes.append(f"{model.name}: 90% of the cosines are between about {low:.4g} and {high:.4g}; "
+                 f"Opt fine is at T = {best_fine:.4g}")
+    if opt_iou < floor + 1:
+        notes.append(f"{model.name}: Opt ({opt_iou:.1f}) is not above the whole image "
+                     f"({floor:.1f}), which any model reaches by predicting every patch: see Opt "
+                     f"fine" + ", or try --center" * (not opt.center))
+    whole = {"whole image": floor}
     return Report(
-        {"mean over targets": row(iou.mean(0)) | whole,
-         "mean over categories": row(by_category.mean(0))},
+        {"mean over targets": row((iou, fine)) | whole,
+         "mean over categories": row((by_category(iou), by_category(fine)))},
         f"IoU of the patches with cosine > T to the {opt.prompt} patch of {target[opt.target]}"
         f"{f' ({opt.level})' if opt.level else ''}, after the final norm, {side} x {side} px, "
-        f"{side // p} x {side // p} patches; Opt: best T of 0, 0.1 ... 0.9 for the whole set; MMC: "
+        f"{side // p} x {side // p} patches{', centered' * opt.center}; Opt: best T of 0, 0.1 ... "
+        f"0.9 for the whole set, fine: of {len(FINE_THRESHOLDS)} from -1 to 0.9999; MMC: "
         f"480 x 480 px of COCO, targets not stated",
-        dict(targets=len(ious), categories=len(by_category)),
+        dict(targets=len(ious), categories=len(categories.unique())),
         [f"{model.name}: Opt is T = {best}, mean over targets; "
          + ", ".join(f"{v:.1f} at {t}" for t, v in zip(THRESHOLDS, iou.mean(0).tolist())),
          *notes])
@@ -338,22 +370,24 @@ def choose_prompt(mask, n_target, p, g=None):
     return deepest_patch(mask, p)
 
 
-def threshold_ious(similarity, n_target, n_valid):
-    """similarity, n_target, n_valid (rows, columns) -> IoU (10,) float64 of the patches above each
-    threshold. n_target, n_valid: how many pixels of a patch belong to the target, and how many are
-    scored. Patches are predicted as a whole, so these counts are enough."""
-    predicted = similarity > torch.tensor(THRESHOLDS)[:, None, None]     # (10, rows, columns)
+def threshold_ious(similarity, n_target, n_valid, thresholds=THRESHOLDS):
+    """similarity, n_target, n_valid (rows, columns) -> IoU (thresholds,) float64 of the patches
+    above each threshold. n_target, n_valid: how many pixels of a patch belong to the target, and
+    how many are scored. Patches are predicted as a whole, so these counts are enough."""
+    predicted = similarity > torch.tensor(thresholds)[:, None, None]
     hit, total = ((predicted * x.double()).sum((1, 2)) for x in (n_target, n_valid))
     return hit / (n_target.double().sum() + total - hit)
 
 
 def draw_similarity(image, mask, similarity, prompt, threshold, p):
     """Four images: the image with its prompt in red, the true mask, the similarity as a heat map
-    (blue 0, yellow 1), and the prediction at the threshold."""
+    (blue: the lowest of the image, yellow: the highest), and the prediction at the threshold."""
     marked, (top, left) = image.clone(), (int(i) * p for i in prompt)
     square = ..., slice(top, top + p), slice(left, left + p)
     marked[0][square], marked[1:][square] = 255, 40
-    heat = (similarity.clamp(0, 1) * 255).repeat_interleave(p, 0).repeat_interleave(p, 1)
+    low, high = similarity.min(), similarity.max()
+    heat = 255 * (similarity - low) / (high - low).clamp(min=1e-6)
+    heat = heat.repeat_interleave(p, 0).repeat_interleave(p, 1)
     heat = torch.stack([heat, heat * 0.75, 255 - heat]).to(torch.uint8)
     heat = (0.3 * image + 0.7 * heat).to(torch.uint8)
     predicted = (similarity > threshold).repeat_interleave(p, 0).repeat_interleave(p, 1)
@@ -475,12 +509,12 @@ def segmentation(model, opt):
     longest = sizes.test[0]
     windows = sizes if head == "upernet" else sizes._replace(crop=longest, stride=longest)
     tests = itertools.islice(segmentation_items(opt, "test", sizes), rank, None, world)
-    [counts], rows, n_images = score_segmentation(predict, tests, names, model, windows,
-                                                  8 if opt.show else 0)
+    [counts], figure, n_images = score_segmentation(predict, tests, names, model, windows,
+                                                    8 if opt.show else 0)
     counts, n_images = (distributed.all_mean(n) * world for n in (
         counts.double(), torch.tensor(n_images, dtype=torch.float64)))
-    if rows and rank == 0:
-        save_image_grid(rows, figure_path(model, opt))
+    if rank == 0:
+        save_figure(figure, names, model, opt)
     progress.delete()
     return Report(
         {head: percentages(counts)},
@@ -623,20 +657,21 @@ def segmentation_loss(logits, labels):
 
 
 def score_segmentation(predict, items, names, model, sizes, n_figures=0):
-    """-> metrics.confusion of every head, summed over all items; rows of images (image, truth,
-    prediction) of the first `n_figures` items; number of items. predict: see `segment_image`."""
-    counts, rows, n_images = None, [], 0
-    for n_images, item in enumerate(progress_bar(items, model), 1):
+    """-> metrics.confusion of every head, summed over all items; FigureRows (image, truth,
+    prediction) of at most `n_figures` items; number of items. predict: see `segment_image`."""
+    counts, figure, n_images = None, FigureRows(n_figures), 0
+    for item in progress_bar(items, model):
+        n_images += 1
         predictions = segment_image(predict, item.image, model, sizes)
         new = [metrics.confusion(x.cpu(), item.labels, len(names)) for x in predictions]
         counts = new if counts is None else [a + b for a, b in zip(counts, new)]
-        if n_images <= n_figures:
-            known = item.labels != 255
-            rows.append([item.image, *(draw_classes(item.image, labels, known, names)
-                                       for labels in (item.labels, predictions[0].cpu()))])
+        known = item.labels != 255
+        classes = {*item.labels[known].unique().tolist()}
+        if figure.wants(classes):
+            figure.add(classes, [item.image, item.labels, predictions[0].cpu(), known])
     if not n_images:
         raise ValueError("no test images: raise --limit or change --data")
-    return counts, rows, n_images
+    return counts, figure, n_images
 
 
 @torch.no_grad()
@@ -694,6 +729,20 @@ def draw_classes(image, labels, known, names):
     """The image with a color for each class; background and ignored pixels are dark."""
     first = 0 if has_background(names) else 1
     return toy.overlay(image, (labels.long() + first).where(known, 0))
+
+
+def save_figure(figure, names, model, opt):
+    """Writes the images, their classes and the predicted ones, with a legend of those that are in
+    the figure."""
+    if not figure.items:
+        return
+    shown = {c for _, truth, predicted, known in figure.rows() for labels in (truth, predicted)
+             for c in labels[known].unique().tolist()}
+    first = 0 if has_background(names) else 1
+    rows = [[image, *(draw_classes(image, labels, known, names) for labels in (truth, predicted))]
+            for image, truth, predicted, known in figure.rows()]
+    save_image_grid(rows, figure_path(model, opt), titles=("image", "annotation", "prediction"),
+                    legend=[(c + first, names[c]) for c in sorted(shown) if c + first])
 
 
 def has_background(names):

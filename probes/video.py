@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from lib import augment, datasets, metrics, toy
 from probes import annotations
-from probes.common import Report, input_side, is_toy, progress_bar, require_tokens, save_image_grid
+from probes.common import Report, input_side, is_toy, progress_bar, require_tokens
+from probes.figures import save_image_grid
 from probes.patches import (
     extract_patches,
     normalize_images,
@@ -74,7 +75,8 @@ def video(model, opt):
     if not sum(len(j) for j, _ in scores):
         raise ValueError(f"{opt.task}: no video with an object; raise --limit or change --data")
     if rows:
-        save_image_grid(rows, Path(opt.out) / f"video-{opt.data}-{model.name}.png")
+        save_image_grid(rows, Path(opt.out) / f"video-{Path(opt.data).name}-{model.name}.png",
+                        names=["annotation", "prediction"] * (len(rows) // 2))
     means = metrics.video_scores(scores)
     columns = {"J&F": "j&f", "J": "j", "F": "f", "J recall": "j_recall", "J decay": "j_decay",
                "F recall": "f_recall", "F decay": "f_decay"}

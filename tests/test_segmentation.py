@@ -412,6 +412,29 @@ def test_similar_patches_are_segmented(monkeypatch):
     assert found["whole image"] == pytest.approx(18.75) and scores(False)["Opt"] < 40
 
 
+@pytest.mark.parametrize("flags", [[], ["--center"]])
+def test_high_cosines_are_told_apart_by_fine_thresholds_or_after_centering(monkeypatch, flags):
+    def masks(name, *_):
+        mask = torch.zeros(64, 64, dtype=torch.bool)
+        mask[:32, :32] = True
+        yield SimpleNamespace(image=mask.expand(3, 64, 64).to(torch.uint8) * 255,
+                              masks=mask[None], labels=torch.zeros(1, dtype=torch.int64),
+                              crowd=torch.zeros(1, dtype=torch.bool))
+
+    def extract_patches(model, x):                         # one direction, a little of another
+        bright = F.avg_pool2d(x[:, :1], model.encoder.patch_size).permute(0, 2, 3, 1)
+        return torch.cat([torch.full_like(bright, 10), bright.sign()], 3)
+
+    monkeypatch.setattr(annotations, "masks", masks)
+    monkeypatch.setattr(segmentation, "extract_patches", extract_patches)
+    report = segmentation.zero_shot_segmentation(
+        small_model(), zero_shot_options("--img-size", "64", *flags))
+    row, notes = report.rows["mean over targets"], " ".join(report.notes)
+    assert row["whole image"] == pytest.approx(25) and row["Opt fine"] == pytest.approx(100)
+    assert row["Opt"] == pytest.approx(100 if flags else 25)
+    assert ("is not above the whole image (25.0)" in notes) == (not flags)
+
+
 def test_the_best_threshold_is_one_for_all_and_categories_weigh_the_same(monkeypatch):
     """Two targets of category 3, each with its own best threshold, and one of category 5."""
     iou = torch.zeros(3, 10, dtype=torch.float64)            # at T = 0, 0.1 ... 0.9
@@ -420,14 +443,15 @@ def test_the_best_threshold_is_one_for_all_and_categories_weigh_the_same(monkeyp
     monkeypatch.setattr(annotations, "masks", lambda *_: (
         SimpleNamespace(image=torch.zeros(3, 64, 64).byte(), labels=torch.tensor([label]),
                         masks=whole, crowd=torch.tensor([False])) for label in (3, 3, 5)))
-    monkeypatch.setattr(segmentation, "threshold_ious", lambda *_: next(ious))
+    monkeypatch.setattr(segmentation, "threshold_ious", lambda *args: (
+        next(ious) if args[3] is segmentation.THRESHOLDS else torch.full((54,), 0.7)))
     report = segmentation.zero_shot_segmentation(small_model(),
                                                  zero_shot_options("--img-size", "64"))
     over_targets, over_categories = report.rows.values()
-    assert over_targets == pytest.approx({"Opt": 50, "T=0.1": 50, "T=0.2": 30, "T=0.3": 0,
-                                          "T=0.4": 0, "whole image": 100})
-    assert over_categories == pytest.approx({"Opt": 60, "T=0.1": 60, "T=0.2": 30, "T=0.3": 0,
-                                             "T=0.4": 0})
+    assert over_targets == pytest.approx({"Opt": 50, "Opt fine": 70, "T=0.1": 50, "T=0.2": 30,
+                                          "T=0.3": 0, "T=0.4": 0, "whole image": 100})
+    assert over_categories == pytest.approx({"Opt": 60, "Opt fine": 70, "T=0.1": 60, "T=0.2": 30,
+                                             "T=0.3": 0, "T=0.4": 0})
     assert "Opt is T = 0.1" in report.notes[0]
     assert report.images == {"targets": 3, "categories": 2}
 
@@ -447,9 +471,9 @@ def test_small_targets_are_reported_if_there_are_any(monkeypatch, target, prompt
             "--img-size", "64", "--target", target, "--prompt", prompt))
 
     assert f"{prompt} patch of {phrase}" in report(32).protocol
-    assert len(report(32).notes) == 1
-    assert report(32, 2, 3).notes[1:] == [
-        f"2 targets cover less than half of {which} patch and are left out"]
+    assert not any("left out" in note for note in report(32).notes)
+    assert f"2 targets cover less than half of {which} patch and are left out" in report(
+        32, 2, 3).notes
 
 
 def test_targets_are_categories_or_instances_but_not_crowds(monkeypatch):
