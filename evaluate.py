@@ -13,6 +13,7 @@ torchrun --nproc_per_node=8 evaluate.py ...: the processes share the encoding of
 training of finetune, segmentation and detection. The dense tasks (linear_segmentation,
 zero_shot_segmentation, video, pose) run in the first process only.
 """
+import functools
 import json
 import os
 import sys
@@ -91,7 +92,7 @@ TRAINED_ON_ANNOTATIONS = {"part_classification", "pose", "linear_segmentation", 
 # --task all takes minutes. Unless the flags are given: logistic regressions, else fewer epochs of
 # heads; fewer iterations; fewer images of toy's splits (except for tasks that have a smaller limit
 # of their own) and of annotated sets.
-ALL_EPOCHS, ALL_ITERS, ALL_IMAGES = 10, 50, 2000
+ALL_EPOCHS, ALL_ITERS, ALL_IMAGES = 10, 20, 2000
 ALL_LRS = (2e-3, 1e-2, 5e-2)             # of linear_segmentation: few iterations need larger ones
 ALL_LIMITS = dict(linear_segmentation=50, zero_shot_segmentation=100, pose=50, video=3,
                   part_retrieval=500, part_classification=500)
@@ -281,8 +282,9 @@ def print_plan(opt, jobs):
     total, by_model = 0.0, {}
     for task, model, _ in jobs:
         if model.name not in by_model:
-            per_image, by_model[model.name] = plan.seconds_per_image(model), []
-        seconds = plan.estimate_seconds(task, model, options_for_task(opt, task), per_image)
+            time_image = functools.cache(functools.partial(plan.seconds_per_image, model))
+            by_model[model.name] = []
+        seconds = plan.estimate_seconds(task, model, options_for_task(opt, task), time_image)
         by_model[model.name].append(f"{task} {seconds / 60:.1f}")
         total += seconds / 60
     for name, tasks in by_model.items():

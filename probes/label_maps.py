@@ -179,8 +179,8 @@ def list_voc(level, root, split):
             others -= label.keys() | set(read_ids("voc", lists["val"]))
             label |= {name: os.path.join(sbd, f"{name}.mat") for name in sorted(others)}
         except FileNotFoundError:
-            print(f"note: no benchmark_RELEASE (SBD) next to {top}: training on the {len(label)} "
-                  "images of VOC instead of the usual 10,582", file=sys.stderr)
+            datasets.print_once(f"note: no benchmark_RELEASE (SBD) next to {top}: training on the "
+                                f"{len(label)} images of VOC instead of the usual 10,582")
     if any(path.endswith(".mat") for path in label.values()):
         loadmat = import_optional("scipy.io", "the labels of SBD are .mat files").loadmat
     read_png = make_label_reader({i: i for i in (*range(21), 255)})

@@ -1,16 +1,16 @@
 """How long --task all will take: the time of one image, times the images that each task encodes.
 
-    seconds = plan.seconds_per_image(model)
-    plan.estimate_seconds("knn", model, opt, seconds)
+    time_image = functools.cache(functools.partial(plan.seconds_per_image, model))
+    plan.estimate_seconds("knn", model, opt, time_image)
 
-Rough, within a factor of two or three: it answers whether to wait or to stop. The encoder's time
-grows with the number of patches; heads are counted by their multiplications.
+Rough, within a factor of two or three: it answers whether to wait or to stop. The encoder's time is
+measured at the size of the images; heads are counted by their multiplications.
 """
 import time
 
 import torch
 
-from probes.common import is_toy, load_split
+from probes.common import DENSE, is_toy, load_split
 
 FLOPS = 5e9              # per second, of small matrix products in one thread
 READ_SECONDS = 0.01      # to decode one image file
@@ -19,11 +19,12 @@ LBFGS_STEPS = 200        # of all values of C together, in one fold
 
 
 @torch.no_grad()
-def seconds_per_image(model):
-    """Seconds that the encoder needs for one image of its size; 0 without an encoder."""
+def seconds_per_image(model, side):
+    """Seconds that the encoder needs for one image of that side; 0 without an encoder."""
     if not model.encoder:
         return 0.0
-    x = torch.zeros(4, 3, model.img_size, model.img_size, device=model.device)
+    side = side // model.encoder.patch_size * model.encoder.patch_size
+    x = torch.zeros(4 if side == model.img_size else 1, 3, side, side, device=model.device)
     for _ in range(2):                                   # the first pass is slower
         begin = time.perf_counter()
         with model.autocast():
@@ -31,8 +32,8 @@ def seconds_per_image(model):
     return (time.perf_counter() - begin) / len(x)
 
 
-def estimate_seconds(task, model, opt, seconds):
-    """Seconds of a task with its options of --task all. seconds: of one image.
+def estimate_seconds(task, model, opt, time_image):
+    """Seconds of a task with its options of --task all. time_image: side -> seconds of one image.
 
     Features that an earlier task has already written to --out/features cost nothing.
     """
@@ -40,11 +41,12 @@ def estimate_seconds(task, model, opt, seconds):
         return len(load_split(opt.data, opt.data_root, split, model.img_size, opt.limit,
                               model.device))
 
-    def dense(count, side):                              # images of another size
-        return count * (side / model.img_size) ** 2
-
     limit = opt.limit or 1000                            # of annotated images, if it is not given
-    side = 2 * model.img_size if is_toy(opt.data) else 480
+    side = model.img_size
+    if task in DENSE:
+        side = 2 * model.img_size if is_toy(opt.data) else 480
+    elif task == "landmark_retrieval":
+        side = model.img_size if is_toy(opt.data) else 224
     encoded = {
         "knn": lambda: images("train") + images("test"),
         "linear": lambda: 0 if opt.recipe == "logreg" else 2 * images("train"),
@@ -54,15 +56,16 @@ def estimate_seconds(task, model, opt, seconds):
             PARTS_PER_IMAGE * limit if opt.data in ("coco", "toy-scenes") else images("test")),
         "part_retrieval": lambda: PARTS_PER_IMAGE * limit,
         "part_classification": lambda: 2 * PARTS_PER_IMAGE * limit,
-        "landmark_retrieval": lambda: 640 if is_toy(opt.data) else dense(5000, 224),
+        "landmark_retrieval": lambda: 640 if is_toy(opt.data) else 5000,
         "frequency_noise": lambda: 11 * images("test"),
-        "linear_segmentation": lambda: dense(16 * (opt.iters or 200) + 3 * limit, side),
-        "zero_shot_segmentation": lambda: dense(limit, side),
-        "video": lambda: dense(24 * 10 if is_toy(opt.data) else 70 * limit, side),
-        "pose": lambda: dense(16 * (opt.iters or 200) + 2 * limit, side),
+        "linear_segmentation": lambda: 16 * (opt.iters or 200) + 3 * limit,
+        "zero_shot_segmentation": lambda: limit,
+        "video": lambda: 24 * 10 if is_toy(opt.data) else 70 * limit,
+        "pose": lambda: 16 * (opt.iters or 200) + 2 * limit,
     }.get(task, lambda: 0)()
     read = 0.0 if is_toy(opt.data) else READ_SECONDS
-    return encoded * (seconds + read) + head_flops(task, model, opt, images) / FLOPS
+    seconds = encoded * (time_image(side) + read) if encoded else 0.0
+    return seconds + head_flops(task, model, opt, images) / FLOPS
 
 
 def head_flops(task, model, opt, images):
