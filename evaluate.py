@@ -263,6 +263,8 @@ def check_fit(task, model, opt):
     kind = NEEDS_ANNOTATIONS.get(task)
     if task == "object_retrieval" and opt.data in ("coco", "toy-scenes"):
         kind = "boxes"
+    elif task == "detection" and not annotations.has("masks", opt.data):
+        kind = "boxes"                                   # Faster R-CNN
     elif task == "landmark_retrieval" and not is_toy(opt.data) and not opt.limit:
         annotations.landmarks(opt.data, opt.data_root)
     elif not is_toy(opt.data):                           # which has classes, and takes time to draw

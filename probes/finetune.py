@@ -38,7 +38,7 @@ FINETUNE_RECIPES = {
                    augment="RandAugment"),
     # Our choice for few images, which the strong augmentation of the others and their smoothing
     # keep from being learned at all: crops of at least 0.35 of the image, flips.
-    "light":  dict(lr=2e-3, lr_batch=256, batch=256, epochs=50, warmup=5, clip=None, augment=None,
+    "light":  dict(lr=4e-3, lr_batch=256, batch=256, epochs=50, warmup=5, clip=None, augment=None,
                    crop_scale=(0.35, 1.0), smoothing=0.0)}
 FEW_IMAGES = 10_000                                      # fewer: light, unless --recipe is given
 MMC_NOT_IMAGENET = dict(batch=128, epochs=200, augment="ThreeAugment")       # on other data sets

@@ -365,14 +365,20 @@ def uses_mirror(recipe):
 
 
 def describe_training(recipe):
-    """Views of the training images and choice of the setting, for the protocol."""
-    view = " and its mirror image, no random crops; " if uses_mirror(recipe) else "; "
+    """What follows the view of the images in a protocol: views in training, choice of the
+    setting."""
+    mirror = " and its mirror image, no random crops" * uses_mirror(recipe)
+    return f"{mirror}; {describe_selection(recipe)}"
+
+
+def describe_selection(recipe):
+    """How the setting was chosen, for a protocol."""
     if recipe.get("literal"):
-        return (f"{view}lr {recipe['lr']:g} and weight decay {recipe['weight_decay']:g} as "
-                f"printed; result of the last epoch")
+        return (f"lr {recipe['lr']:g} and weight decay {recipe['weight_decay']:g} as printed, "
+                f"last epoch")
     if recipe.get("logreg"):
-        return f"{view}{describe_choice('C')}"
-    return f"{view}{describe_choice()}; result of the last epoch"
+        return describe_choice("C")
+    return f"{describe_choice()}, last epoch"
 
 
 def describe_choice(setting="lr"):

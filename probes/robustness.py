@@ -21,7 +21,7 @@ from probes.common import (
 )
 from probes.heads import (
     choose_linear_recipe,
-    describe_training,
+    describe_selection,
     linear_features,
     train_linear_classifier,
 )
@@ -79,7 +79,7 @@ def shape_bias(model: Model, opt: Options) -> Report:
     row = {"shape bias": 100 * mean, "either": 100 * either}
     row |= {stimuli.classes[c]: 100 * value for c, value in bias.items()}
     return Report({name: row}, f"linear head, recipe {recipe_name} ({head.training}); "
-                  f"{describe_view(model, opt, opt.no_crop)}{describe_training(recipe)}; mean "
+                  f"{describe_selection(recipe)}; {describe_view(model, opt, opt.no_crop)}; mean "
                   f"probability of each category's classes; mean over shapes of shape / (shape or "
                   f"texture)", dict(train=num_train, test=int(conflict.sum())),
                   [f"{model.name}: {note}" for note in head.notes])
@@ -129,7 +129,7 @@ def frequency_noise(model: Model, opt: Options) -> Report:
                   f"percentage points of top-1 lost to noise of strength {opt.eps:g} in a band 0.1 "
                   f"pi wide around a frequency" + ", equal energy" * opt.equal_energy +
                   f"; linear head, recipe {recipe_name} ({head.training}); "
-                  f"{describe_view(model, opt)}{describe_training(recipe)}",
+                  f"{describe_selection(recipe)}; {describe_view(model, opt)}",
                   dict(train=num_train, test=num_test),
                   [f"{model.name}: {note}" for note in head.notes])
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lib import distributed
+from lib import distributed, progress
 
 # Before torch is imported, and for the processes that tests start: the networks are so small that
 # threads would wait for each other, and the tests themselves run side by side.
@@ -16,6 +16,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def peak(monkeypatch):
     """A run measures its CPU with a matrix product of a second, for `mfu`: no test needs it."""
     monkeypatch.setattr(distributed, "measure_peak", lambda *_: 1e12)
+
+
+@pytest.fixture(autouse=True)
+def no_progress_lines(monkeypatch):
+    """On a slow machine they would be in the output that tests compare."""
+    monkeypatch.setattr(progress, "start_printer", lambda: None)
 
 
 @pytest.fixture(scope="session")

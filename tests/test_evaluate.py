@@ -567,7 +567,7 @@ def test_impossible_combinations_are_refused_before_any_work(tmp_path, capsys, m
     (["--data", "voc", "--task", "attentive"], "attentive needs images with one class each, and"),
     (["--task", "finetune", "--lr", "1e-3", "1e-4"], "finetune takes one --lr at a time"),
     (["--task", "finetune", "--iters", "9"], "finetune does not use --iters: leave it out"),
-    (["--task", "detection", "--lr", "1e-3"], "detection does not use --lr: leave it out"),
+    (["--task", "video", "--lr", "1e-3"], "video does not use --lr: leave it out"),
     (["--task", "segmentation", "--epochs", "9"], "segmentation does not use --epochs"),
     (["--task", "attentive", "--feature", "patch"], "attentive does not use --feature"),
     (["--task", "layerwise", "--recipe", "mae"], "layerwise has no recipe mae; choose --recipe"),

@@ -269,8 +269,8 @@ def test_toy_is_fine_tuned_for_few_epochs_on_crops_of_most_of_the_image(monkeypa
 
 
 @pytest.mark.parametrize("flags, recipe, smoothing, lr", [
-    ([], "light", 0.0, 0.0005), (["--lr", "3e-3"], "light", 0.0, 0.003),
-    (["--recipe", "mae"], "mae", 0.1, 0.00025), (["--recipe", "light"], "light", 0.0, 0.0005)])
+    ([], "light", 0.0, 0.001), (["--lr", "3e-3"], "light", 0.0, 0.003),
+    (["--recipe", "mae"], "mae", 0.1, 0.00025), (["--recipe", "light"], "light", 0.0, 0.001)])
 def test_few_images_are_fine_tuned_lightly(monkeypatch, capsys, flags, recipe, smoothing, lr):
     """256 images. Only a recipe that was not chosen by the user is announced."""
     plant_two_classes(monkeypatch)

@@ -53,7 +53,7 @@ def test_shape_bias_from_images_to_numbers(tmp_path, monkeypatch):
     scores = torch.zeros(5, 1000)
     for row, name in enumerate(["cat", "dog", "dog", "knife", "bird"]):
         scores[row, robustness.IMAGENET_CLASSES[name]] = 20
-    head = SimpleNamespace(scores=lambda z: scores, epochs=3)
+    head = SimpleNamespace(scores=lambda z: scores, training="SGD", notes=["lr 1"])
     monkeypatch.setattr(robustness, "train_linear_classifier", lambda *a: ("patch", head, 7))
     monkeypatch.setattr(robustness, "load_labeled", lambda *a: (None, 1000))
     monkeypatch.setattr(common, "load_split", lambda *a: stimuli)          # a data set of files
@@ -61,12 +61,12 @@ def test_shape_bias_from_images_to_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "batches", lambda *a, **b: (sides.append(b["resize"]),
                                                           batches(*a, **b))[1])
     for flags, view, selection in (
-            (["--no-crop"], "whole image at 32 px", "lr and epoch chosen"),
+            (["--no-crop"], "whole image at 32 px", "lr chosen by 5 folds"),
             (["--paper-lr", "--recipe", "park"], "short side 36 px, center crop of 32 px",
              "lr 1 and weight decay 0.05 as printed")):
         report = run("shape_bias", "--data", "imagenet", *flags)
         assert f"; {view}; " in report.protocol
-        assert f"recipe park (3 epochs), {selection}" in report.protocol
+        assert f"recipe park (SGD); {selection}" in report.protocol
     assert sides == [32, None]                           # the whole image; the center crop
     row = report.rows["patch"]
     assert row["cat"] == 50 and row["dog"] == 100 and row["shape bias"] == 75
@@ -137,7 +137,8 @@ def test_noise_stays_in_its_band_and_has_the_energy_of_its_band():
 
 
 def test_a_drop_is_the_accuracy_lost_to_noise_in_one_band(monkeypatch):
-    labels, head = torch.arange(8) % 4, SimpleNamespace(scores=lambda z: z, epochs=3)
+    labels = torch.arange(8) % 4
+    head = SimpleNamespace(scores=lambda z: z, training="SGD", notes=[])
     clean, noisy = torch.eye(4)[labels], torch.eye(4)[labels.clamp(max=2)]   # a quarter is wrong
     x, sensitive = torch.randn(8, 3, 32, 32), robustness.frequency_band(32, 0.3 * math.pi)
 
@@ -153,7 +154,7 @@ def test_a_drop_is_the_accuracy_lost_to_noise_in_one_band(monkeypatch):
     report = run("frequency_noise", "--limit", "8")
     drops = {f"{tenth / 10:g} pi": 25 * (tenth == 3) for tenth in range(11)}
     assert report.rows["cls"] == {"clean": 100, "mean drop": pytest.approx(25 / 11), **drops}
-    assert "recipe park (3 epochs), lr and epoch chosen" in report.protocol
+    assert "recipe park (SGD); lr chosen by 5 folds" in report.protocol
     report = run("frequency_noise", "--limit", "8", "--recipe", "park", "--paper-lr")
     assert "lr 1 and weight decay 0.05 as printed" in report.protocol
 

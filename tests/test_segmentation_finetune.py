@@ -17,6 +17,7 @@ from torch import nn
 import evaluate
 from lib import config, rng, swin
 from probes import annotations, segmentation, training
+from probes.figures import FigureRows
 from probes.segmentation import Sizes
 
 ROOT = Path(__file__).parent.parent
@@ -276,7 +277,7 @@ def test_recipes_are_the_published_ones(monkeypatch, flags, lr, decay, factors, 
 
     def score(predict, items, names, model, sizes, n_figures=0):
         windows.append(sizes.crop)
-        return [torch.eye(2, dtype=torch.int64)], [], 1
+        return [torch.eye(2, dtype=torch.int64)], FigureRows(0), 1
 
     monkeypatch.setattr(torch.optim, "AdamW", AdamW)
     monkeypatch.setattr(segmentation, "score_segmentation", score)
@@ -352,7 +353,7 @@ def logits_after_two_steps(monkeypatch, *argv):
         patch.setattr(segmentation, "DROP_PATH", 0.0)
         patch.setattr(segmentation, "DROPOUT", 0.0)
         patch.setattr(segmentation, "score_segmentation", lambda predict, *rest: (
-            predictors.append(predict), ([torch.eye(2)], [], 1))[1])
+            predictors.append(predict), ([torch.eye(2)], FigureRows(0), 1))[1])
         report = segmentation.segmentation(small_model(),
                                            segmentation_options("--iters", "2", *argv))
     x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
