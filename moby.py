@@ -221,7 +221,7 @@ def main():
             with torch.no_grad():
                 k1, k2 = teacher(*batch.views)       # train mode: statistics of the batch
         k1, k2 = k1.float(), k2.float()                                      # (B, out_dim)
-        # Each view has a queue of its own: keys of other augmentations would be told apart by them.
+        # Each view has a queue of its own: augmentations of another kind make easy negatives.
         loss = (contrastive_loss(q1.float(), k2, queue.keys[1], cfg.temperature) +
                 contrastive_loss(q2.float(), k1, queue.keys[0], cfg.temperature))
 

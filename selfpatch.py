@@ -416,7 +416,8 @@ def schedules(step, total, per_epoch, cfg):
 
 
 def moby_lr(step, total, per_epoch, cfg):
-    """Learning rate of MoBY: linear warmup, then the rest of half a cosine that began at step 0."""
+    """Learning rate of MoBY: linear warmup, here from 0, then the rest of half a cosine that began
+    at step 0."""
     warmup, peak = round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / 256
     return peak * step / warmup if step < warmup else cosine(step, total, peak, cfg.min_lr)
 

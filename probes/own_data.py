@@ -6,7 +6,7 @@
     objects["test"].rows, objects["test"].classes        # see Objects
 
 docs/own-data.md has the rules. What is found is printed once. ValueError: names that do not match,
-splits or classes that cannot be told apart, files that cannot be read.
+ambiguous splits or classes, files that cannot be read.
 """
 import glob
 import os
