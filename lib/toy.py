@@ -9,17 +9,23 @@ horns, leaves and balls are spindles. The distance of a pixel to a spindle takes
 operations, is computed for a whole batch at once, and gives antialiased edges. Bones swing: an
 image is one moment of a walk, and a video is the walk.
 
-A class is a combination of shapes of parts (CLASS_PARTS, built from SHAPES). Everything else, that
-is coat, pose, direction, rotation, size, position, light, clutter and occluders, has the same
-distribution for all classes. Coats are marbled in all colors, and a little brighter than the gray
-background so that a person finds the creature quickly. The colors of an image as a whole do not
-predict its class. Raw pixels do to some extent (accuracy of the nearest neighbor: 26%; by cosine
-after the mean image is subtracted: 53%; chance level: 6%). What is left to learn is shape.
+A class is a combination of shapes of parts (CLASS_PARTS, built from SHAPES), and it has a typical
+pattern of the coat (CLASS_PATTERN): nine of ten elephants wear a net, the others any pattern. The
+pattern covers the whole creature and continues where the creature is hidden, so a masked patch is
+predictable. In cue-conflict images shape and pattern are of different classes, for the probe
+shape_bias.
+
+Everything else, that is hue, pose, direction, rotation, size, position, light, clutter and
+occluders, has the same distribution for all classes. Backgrounds are gray and nearly the same in
+all images, as contrastive methods would otherwise recognize an image by its background and learn
+nothing about the creature. python -m benchmarks.world measures what raw pixels, labels and
+pretraining make of it.
 
 An image is a function of (seed, split, index) only (rng.py), in coordinates [-1, 1] x [-1, 1]:
 at another size it is the same image at another resolution.
 """
 import argparse
+import functools
 import math
 import os
 
@@ -144,6 +150,12 @@ CLASS_PARTS = {     # class: shapes of its parts, the only difference between cl
     "dragon": dict(torso="barrel", neck="tall", head="wedge", ear="horn", leg="paw", wing="leather",
                    tail="thick", fin="spikes")}
 CLASSES = list(CLASS_PARTS)
+CLASS_PATTERN = {   # class: name in PATTERNS of the pattern that most of its members wear
+    "cat": "bars", "rabbit": "plain", "elephant": "net", "giraffe": "blotches",
+    "crocodile": "checks", "turtle": "diamonds", "snail": "rings", "duck": "dashes",
+    "stork": "lines", "fish": "zigzag", "shark": "speckles", "bat": "crosses",
+    "butterfly": "eyes", "ant": "bands", "spider": "dots", "dragon": "scales"}
+TYPICAL = 0.9                           # probability of the typical pattern; else any of the 16
 PARTS = ["torso", "head", "ear", "snout", "leg", "wing", "tail", "fin", "shell"]   # id: 1, 2, ...
 KEYPOINTS = PARTS                                                             # one per part
 NUM_IMAGES = {"train": 20000, "test": 2000}
@@ -165,6 +177,7 @@ SWING = dict(torso=2, neck=4, head=4, eye=0, ear=6, snout=2, leg=9, wing=10, tai
              shell=1)                                                # amplitude in degrees
 FAR = {9: 8, 10: 8, 11: 8, 12: 8, 17: 38, 18: 22}       # bone -> extra angle of far limbs, degrees
 CLUTTER, FRONT = 6, 2                   # number of objects behind and in front of the creatures
+GRAY = 0.46                             # mean value of backgrounds, the mean color of ImageNet
 # kind -> its string in the key of the random numbers: another string gives other images
 STREAMS = {"single": "single", "scene": "scene", "video": "film"}
 
@@ -183,6 +196,51 @@ def build_anatomy():
 
 
 ANATOMY = build_anatomy()
+
+# ---- coats ---------------------------------------------------------------------------------------
+
+# Name: is the point (x, y) marked? One period is 1; fx and fy are the distances from the middle of
+# a period, 0 to 1; s is fx, shifted by half a period in every second row; a and b are bicubic noise.
+PATTERNS = {
+    "plain":    lambda x, y, fx, fy, s, a, b: x < 0,
+    "bars":     lambda x, y, fx, fy, s, a, b: fx < 0.4,
+    "lines":    lambda x, y, fx, fy, s, a, b: fy < 0.4,
+    "bands":    lambda x, y, fx, fy, s, a, b: wide(x) < 0.45,
+    "checks":   lambda x, y, fx, fy, s, a, b: (fx < 0.5) ^ (fy < 0.5),
+    "net":      lambda x, y, fx, fy, s, a, b: torch.minimum(fx, fy) < 0.22,
+    "diamonds": lambda x, y, fx, fy, s, a, b: ((fx + fy) % 1 - 0.5).abs() < 0.17,
+    "dots":     lambda x, y, fx, fy, s, a, b: torch.minimum(fx.hypot(fy),
+                                                            (1 - fx).hypot(1 - fy)) < 0.5,
+    "eyes":     lambda x, y, fx, fy, s, a, b: (fx.hypot(fy) - 0.675).abs() < 0.225,
+    "rings":    lambda x, y, fx, fy, s, a, b: wide(x).hypot(wide(y)) * 2.5 % 1 < 0.45,
+    "dashes":   lambda x, y, fx, fy, s, a, b: (fy < 0.45) & (s > 0.45),
+    "zigzag":   lambda x, y, fx, fy, s, a, b: ((y + fx / 2) % 1 - 0.5).abs() < 0.22,
+    "crosses":  lambda x, y, fx, fy, s, a, b: ((fx < 0.25) & (fy < 0.7)
+                                               | (fy < 0.25) & (fx < 0.7)),
+    "scales":   lambda x, y, fx, fy, s, a, b: (s.hypot(y % 1) - 0.9).abs() < 0.16,
+    "blotches": lambda x, y, fx, fy, s, a, b: a > a.median(),
+    "speckles": lambda x, y, fx, fy, s, a, b: b > b.median()}
+
+
+def wide(x):
+    """Distance from the middle of a period of 2, from 0 to 1."""
+    return (x / 2 % 1 - 0.5).abs() * 2
+
+
+@functools.cache
+def patterns():
+    """(C, 1, 32, 32): the typical pattern of each class, four periods of it, 1 where it is marked.
+    Averaged over 8 x 8 points for each pixel, so that edges are smooth."""
+    x = ((torch.arange(256) + 0.5) / 64).expand(256, 256)
+    y = x.T
+    fx, fy = ((z % 1 - 0.5).abs() * 2 for z in (x, y))
+    s = ((x + y.floor() % 2 / 2) % 1 - 0.5).abs() * 2
+    noise = [F.interpolate(rng.uniform(torch.tensor([0]), (1, n, n), "toy", "pattern", n),
+                           size=(256, 256), mode="bicubic")[0, 0] for n in (6, 16)]
+    tiles = torch.stack([PATTERNS[name](x, y, fx, fy, s, *noise)
+                         for name in CLASS_PATTERN.values()])
+    return F.avg_pool2d(tiles[:, None].float(), 8)
+
 
 # ---- pose: bones -> spindles ---------------------------------------------------------------------
 
@@ -266,11 +324,11 @@ def sample_creatures(uniform, kind, time):
     u, pose = uniform("creature", n_creatures, 16), uniform("pose", n_creatures, len(SKELETON), 4)
     cls = (u[..., 0] * len(CLASSES)).long()
     mirror = torch.where(u[..., 1] < 0.5, -1.0, 1.0).double()
-    angle = between(-0.15, 0.15, u[..., 2])                                     # +-9 degrees
+    angle = between(-0.2, 0.2, u[..., 2])                                       # +-11 degrees
     order = torch.arange(n_creatures, device=cls.device)                        # far to near
     if kind == "single":
-        count, size = 1, between(0.75, 0.98, u[..., 3])
-        start = between(-1.15, 1.15, u[..., 4:6]) * (1 - size[..., None]).clamp(min=0.18)
+        count, size = 1, between(0.7, 0.95, u[..., 3])
+        start = between(-1.4, 1.4, u[..., 4:6]) * (1 - size[..., None]).clamp(min=0.18)
         end = start
     else:
         count = 2 + (uniform("count", 1) * (n_creatures - 1)).floor()           # (B, 1): 2 or more
@@ -302,19 +360,34 @@ def sample_creatures(uniform, kind, time):
     return cls, bones, absent, center, size, angle, mirror, drift
 
 
-def sample_coats(uniform, center, size, angle, mirror):
-    """Marbled coats (B, creatures, 3, 28, 28), and their coordinates as planes (B, creatures, 2, 3)
-    that follow the creature.
+def sample_coats(uniform, cls, center, size, angle, mirror, cue_conflict):
+    """-> patterns (B, creatures), numbers of rows of `patterns()`; their two colors (B, creatures,
+    2, 3); coordinates (B, creatures, 2, 3), planes that follow the creature; phases of the warp
+    (B, creatures, 2). With cue_conflict the pattern is that of another class.
 
-    The pattern is too fine to identify an image. Its mean is a little brighter than the background:
-    a masked patch is predictable, and raw pixels predict the class poorly."""
-    coat = 0.65 + 2.2 * (uniform("coat", size.shape[1], 3, 28, 28) - 0.5)
-    grain = between(0.5, 0.9, uniform("grain", size.shape[1])) / size           # coarse to fine
-    along, across = grain * angle.cos(), grain * angle.sin()
+    The colors have any hue and strong contrast, and their mean is near that of the background, so
+    that the mean color of a patch does not tell the pattern."""
+    u, hue = uniform("coat", size.shape[1], 7), uniform("hue", size.shape[1], 2)
+    any_pattern = (u[..., 0] * len(CLASSES)).long()
+    pattern = torch.where(u[..., 1] < TYPICAL, cls, any_pattern)
+    if cue_conflict:                                                # each of the other 15
+        pattern = (cls + 1 + (u[..., 0] * (len(CLASSES) - 1)).long()) % len(CLASSES)
+    pattern = torch.where(cls < 0, 0, pattern)
+    ones = torch.ones_like(hue[..., 0])
+    base = hsv_color(torch.stack([hue[..., 0], 0.7 * ones, ones], -1))
+    mark = hsv_color(torch.stack([(hue[..., 0] + between(0.4, 0.6, hue[..., 1])) % 1, 0.7 * ones,
+                                   0.08 * ones], -1))
+    share = patterns().mean((1, 2, 3)).to(cls.device)[pattern][..., None]
+    excess = 0.5 * (torch.lerp(base, mark, share.to(base)) - GRAY)
+    colors = (torch.stack([base, mark], 2) - excess[:, :, None]).clamp(0, 1)
+    zoom = 1.1 * between(0.9, 1.1, u[..., 2]) / size
+    along, across = zoom * angle.cos(), zoom * angle.sin()
     x, y = center.unbind(-1)
-    return coat.clamp(0, 1), torch.stack([
+    phase = between(-1, 1, u[..., 3:5])
+    return pattern, colors, torch.stack([
         torch.stack([along, across, -along * x - across * y], -1) * mirror[..., None],
-        torch.stack([-across, along, across * x - along * y], -1)], 2)
+        torch.stack([-across, along, across * x - along * y], -1)], 2) + F.pad(
+            phase[..., None], (2, 0)), u[..., 5:] * 2 * math.pi
 
 
 def sample_objects(uniform, kind, center, drift):
@@ -337,9 +410,10 @@ def sample_objects(uniform, kind, center, drift):
         radius, 0 * angle, -0.6 * radius * (length > 0.3), (v[..., 5] - 0.5) * length], -1)
 
 
-def sample_scene(index, split, seed, kind, time=None):
+def sample_scene(index, split, seed, kind, time=None, cue_conflict=False):
     """(B,) indices of images -> dict of float32 scene parameters (B, ...) for `render`, classes
-    (B, creatures), keypoints (B, creatures, parts, 3): x, y and whether the part exists.
+    (B, creatures), patterns (B, creatures), keypoints (B, creatures, parts, 3): x, y and whether
+    the part exists.
 
     kind: "single", "scene" or "video"; time: (B,) in [0, 1], default 0. Computed in float64, then
     rounded to float32, because the last bit of a sine may depend on the position in the batch."""
@@ -348,23 +422,25 @@ def sample_scene(index, split, seed, kind, time=None):
 
     time = torch.zeros_like(index, dtype=torch.float64) if time is None else time
     cls, bones, absent, center, size, angle, mirror, drift = sample_creatures(uniform, kind, time)
-    coat, coat_axes = sample_coats(uniform, center, size, angle, mirror)
+    pattern, colors, coat_axes, warp = sample_coats(uniform, cls, center, size, angle, mirror,
+                                                    cue_conflict)
     light, ground = uniform("light", 4), uniform("ground", 3)
     sun, aim = light[:, 0] * 2 * math.pi, ground[:, 0] * 2 * math.pi
     scene = dict(
-        bones=equations(bones), coat=coat, coat_axes=coat_axes, size=size,
+        bones=equations(bones), coat=patterns().to(cls.device)[pattern], coat_colors=colors,
+        coat_axes=coat_axes, warp=warp, size=size,
         objects=equations(sample_objects(uniform, kind, center[:, :1], drift)),
-        object_color=hsv_color(uniform("pieces", CLUTTER + FRONT, 3), (0, 0.2), (0.25, 0.75)),
-        sky=hsv_color(uniform("sky", 3, 3), (0, 0.04), (0.45, 0.5)),            # sky (two), ground
+        object_color=hsv_color(uniform("pieces", CLUTTER + FRONT, 3), (0, 0.15), (0.45, 0.75)),
+        sky=hsv_color(uniform("sky", 3, 3), (0, 0.06), (GRAY - 0.02, GRAY + 0.02)),  # two, ground
         ramp=torch.stack([aim.cos(), aim.sin()], -1) * 0.5,
         ground=torch.stack([between(0, 0.9, ground[:, 1]) + drift[:, 0, 1],
                             between(-0.3, 0.3, ground[:, 2])], -1),
         light=torch.stack([sun.cos(), sun.sin(), between(0.3, 0.7, light[:, 1]),
                            between(0.95, 1.05, light[:, 2])], -1),
-        noise=uniform("noise", 1, 16, 16) - 0.5, rough=between(0.2, 0.5, light[:, 3]))
+        noise=uniform("noise", 1, 5, 5) - 0.5, rough=between(0.05, 0.12, light[:, 3]))
     bone, t = (torch.tensor(x, device=index.device) for x in zip(*KEYPOINT_BONES))
     points = torch.stack([*point_on_axis(bones[:, :, bone], t), (~absent[:, :, bone]).double()], -1)
-    return {name: x.float() for name, x in scene.items()}, cls, points.float()
+    return {name: x.float() for name, x in scene.items()}, cls, pattern, points.float()
 
 
 # ---- rendering: spindles -> pixels ---------------------------------------------------------------
@@ -427,10 +503,12 @@ def render(scene, size, annotate):
         bones = w["bones"][:, k]
         exists = (bones[..., 8] > -9).any(0).tolist()               # in at least one of the images
         cover, height = torch.zeros_like(ramp), torch.zeros_like(ramp)
-        coordinates = torch.stack([plane(*axis.unbind(1), grid)
-                                   for axis in w["coat_axes"][:, k].unbind(1)], -1)
-        coat = F.grid_sample(w["coat"][:, k], coordinates, padding_mode="reflection",
-                             align_corners=False)
+        x, y = (plane(*axis.unbind(1), grid) for axis in w["coat_axes"][:, k].unbind(1))
+        wave = [(a * math.pi + phase).sin_().mul_(0.2)
+                for a, phase in zip((y, x), w["warp"][:, k].unbind(1))]
+        coat = F.grid_sample(w["coat"][:, k], torch.stack([x + wave[0], y + wave[1]], -1),
+                             padding_mode="reflection", align_corners=False)
+        coat = torch.lerp(*w["coat_colors"][:, k].unbind(1), coat)              # (B, 3, S, S)
         colors = {brightness: coat * brightness for brightness in (0.75, 1)}
         colors |= {gray: grid.new_tensor(gray) for *_, gray in LAYERS[FIRST_EYE_LAYER:]}
         bulge = -1 / (0.22 * w["size"][:, k, None])
@@ -463,14 +541,15 @@ def apply_light(canvas, cover, height, w, k):
     canvas.mul_(relief.mul_(outline).sub_(1).mul_(cover).add_(1))
 
 
-def sample_and_render(index, split, size, seed, kind, annotate, time=None):
-    """Images, instances, parts (see `render`), classes and keypoints (see `sample_scene`)."""
+def sample_and_render(index, split, size, seed, kind, annotate, time=None, cue_conflict=False):
+    """Images, instances, parts (see `render`), classes, patterns and keypoints (see
+    `sample_scene`)."""
     if index.ndim != 1 or index.dtype != torch.int64:
         raise ValueError(f"toy: index must be a one-dimensional int64 tensor, not "
                          f"{index.dtype} of shape {tuple(index.shape)}; try torch.arange(16)")
     if split not in NUM_IMAGES:
         raise ValueError(f"toy: no split {split!r}; choose {' or '.join(NUM_IMAGES)}")
-    scene, cls, points = sample_scene(index, split, seed, kind, time)
+    scene, cls, pattern, points = sample_scene(index, split, seed, kind, time, cue_conflict)
     out = [torch.empty(len(index), *shape, size, size, dtype=torch.uint8, device=index.device)
            for shape in ((3,), (), ())]
     # Rendered in blocks that fit the cache, sorted by class, so that bones are skipped that no
@@ -480,14 +559,15 @@ def sample_and_render(index, split, size, seed, kind, annotate, time=None):
         rendered = render({name: x[rows] for name, x in scene.items()}, size, annotate)
         for whole, part in zip(out, rendered):
             whole[rows] = part
-    return *out, cls, points
+    return *out, cls, pattern, points
 
 
 # ---- images --------------------------------------------------------------------------------------
 
 
-def draw(index, split="train", size=64, scenes=False, annotate=False, seed=0):
+def draw(index, split="train", size=64, scenes=False, annotate=False, seed=0, cue_conflict=False):
     """(B,) int64 indices of images -> dict of tensors. An image has 1 creature, a scene 2 to 4.
+    cue_conflict: the creatures wear the pattern that is typical of another class.
 
     "image" (B, 3, S, S) uint8, "label" (B,) int64 (of a scene: the class of the creature with most
     visible pixels). annotate adds, for what is visible,
@@ -498,10 +578,11 @@ def draw(index, split="train", size=64, scenes=False, annotate=False, seed=0):
     "boxes"      (B, creatures, 4) float32: x0, y0, x1, y1 in pixels, zeros if nothing is visible
     "classes"    (B, creatures) int64, -1 if nothing is visible.
     ValueError: index is not (B,) int64, or there is no such split."""
-    image, instances, parts, cls, points = sample_and_render(
-        index, split, size, seed, "scene" if scenes else "single", annotate or scenes)
+    image, instances, parts, cls, pattern, points = sample_and_render(
+        index, split, size, seed, "scene" if scenes else "single", annotate or scenes,
+        cue_conflict=cue_conflict)
     if not (annotate or scenes):
-        return {"image": image, "label": cls[:, 0]}
+        return {"image": image, "label": cls[:, 0], "pattern": pattern[:, 0]}
     number = torch.arange(1, cls.shape[1] + 1, device=index.device)[:, None, None]
     masks = instances[:, None] == number                                # (B, creatures, S, S)
     area = masks.sum((2, 3))
@@ -537,7 +618,7 @@ def video(index, frames=16, split="test", size=64, scenes=True, seed=0):
     The creatures walk, two creatures of a scene cross, the camera drifts, and instance ids do not
     change. `frames` is the temporal resolution: the motion does not depend on it."""
     time = torch.linspace(0, 1, frames, device=index.device, dtype=torch.float64).repeat(len(index))
-    image, instances, parts, cls, _ = sample_and_render(
+    image, instances, parts, cls, *_ = sample_and_render(
         index.repeat_interleave(frames), split, size, seed, "video" if scenes else "single", True,
         time)
     out = {"image": image, "instances": instances, "parts": parts}
