@@ -228,18 +228,18 @@ def wide(x):
 
 
 @functools.cache
-def patterns():
+def tiles():
     """(C, 1, 32, 32): the typical pattern of each class, four periods of it, 1 where it is marked.
-    Averaged over 8 x 8 points for each pixel, so that edges are smooth."""
+    The mean over 8 x 8 points of each pixel, so that edges are smooth."""
     x = ((torch.arange(256) + 0.5) / 64).expand(256, 256)
     y = x.T
     fx, fy = ((z % 1 - 0.5).abs() * 2 for z in (x, y))
     s = ((x + y.floor() % 2 / 2) % 1 - 0.5).abs() * 2
     noise = [F.interpolate(rng.uniform(torch.tensor([0]), (1, n, n), "toy", "pattern", n),
                            size=(256, 256), mode="bicubic")[0, 0] for n in (6, 16)]
-    tiles = torch.stack([PATTERNS[name](x, y, fx, fy, s, *noise)
-                         for name in CLASS_PATTERN.values()])
-    return F.avg_pool2d(tiles[:, None].float(), 8)
+    marked = torch.stack([PATTERNS[name](x, y, fx, fy, s, *noise)
+                          for name in CLASS_PATTERN.values()])
+    return F.avg_pool2d(marked[:, None].float(), 8)
 
 
 # ---- pose: bones -> spindles ---------------------------------------------------------------------
@@ -361,33 +361,33 @@ def sample_creatures(uniform, kind, time):
 
 
 def sample_coats(uniform, cls, center, size, angle, mirror, cue_conflict):
-    """-> patterns (B, creatures), numbers of rows of `patterns()`; their two colors (B, creatures,
-    2, 3); coordinates (B, creatures, 2, 3), planes that follow the creature; phases of the warp
-    (B, creatures, 2). With cue_conflict the pattern is that of another class.
+    """-> patterns (B, creatures): the classes that they are typical of; their two colors (B,
+    creatures, 2, 3); coordinates (B, creatures, 2, 3), planes that follow the creature; phases of
+    their waves (B, creatures, 2). With cue_conflict the pattern is that of another class.
 
-    The colors have any hue and strong contrast, and their mean is near that of the background, so
-    that the mean color of a patch does not tell the pattern."""
+    The colors have any hue and a strong contrast, from which networks learn quickly. They are moved
+    halfway to the background's mean: raw pixels then know less of the outline."""
     u, hue = uniform("coat", size.shape[1], 7), uniform("hue", size.shape[1], 2)
     any_pattern = (u[..., 0] * len(CLASSES)).long()
     pattern = torch.where(u[..., 1] < TYPICAL, cls, any_pattern)
     if cue_conflict:                                                # each of the other 15
         pattern = (cls + 1 + (u[..., 0] * (len(CLASSES) - 1)).long()) % len(CLASSES)
-    pattern = torch.where(cls < 0, 0, pattern)
-    ones = torch.ones_like(hue[..., 0])
-    base = hsv_color(torch.stack([hue[..., 0], 0.7 * ones, ones], -1))
-    mark = hsv_color(torch.stack([(hue[..., 0] + between(0.4, 0.6, hue[..., 1])) % 1, 0.7 * ones,
-                                   0.08 * ones], -1))
-    share = patterns().mean((1, 2, 3)).to(cls.device)[pattern][..., None]
-    excess = 0.5 * (torch.lerp(base, mark, share.to(base)) - GRAY)
+    pattern = pattern.masked_fill(cls < 0, 0)                                   # no creature
+    hue[..., 1] = (hue[..., 0] + between(0.4, 0.6, hue[..., 1])) % 1            # about opposite
+    full = torch.ones_like(hue)
+    base, mark = hsv_color(torch.stack([hue, full, full], -1), (0, 0.7)).unbind(2)
+    mark = 0.08 * mark                                                          # nearly black
+    share = tiles().mean((1, 2, 3)).to(base)[pattern][..., None]                # of marked pixels
+    excess = 0.5 * (torch.lerp(base, mark, share) - GRAY)
     colors = (torch.stack([base, mark], 2) - excess[:, :, None]).clamp(0, 1)
     zoom = 1.1 * between(0.9, 1.1, u[..., 2]) / size
     along, across = zoom * angle.cos(), zoom * angle.sin()
     x, y = center.unbind(-1)
-    phase = between(-1, 1, u[..., 3:5])
-    return pattern, colors, torch.stack([
+    axes = torch.stack([
         torch.stack([along, across, -along * x - across * y], -1) * mirror[..., None],
-        torch.stack([-across, along, across * x - along * y], -1)], 2) + F.pad(
-            phase[..., None], (2, 0)), u[..., 5:] * 2 * math.pi
+        torch.stack([-across, along, across * x - along * y], -1)], 2)
+    axes[..., 2] += between(-1, 1, u[..., 3:5])                     # another piece of the pattern
+    return pattern, colors, axes, u[..., 5:] * 2 * math.pi
 
 
 def sample_objects(uniform, kind, center, drift):
@@ -422,13 +422,13 @@ def sample_scene(index, split, seed, kind, time=None, cue_conflict=False):
 
     time = torch.zeros_like(index, dtype=torch.float64) if time is None else time
     cls, bones, absent, center, size, angle, mirror, drift = sample_creatures(uniform, kind, time)
-    pattern, colors, coat_axes, warp = sample_coats(uniform, cls, center, size, angle, mirror,
+    pattern, colors, coat_axes, wave = sample_coats(uniform, cls, center, size, angle, mirror,
                                                     cue_conflict)
     light, ground = uniform("light", 4), uniform("ground", 3)
     sun, aim = light[:, 0] * 2 * math.pi, ground[:, 0] * 2 * math.pi
     scene = dict(
-        bones=equations(bones), coat=patterns().to(cls.device)[pattern], coat_colors=colors,
-        coat_axes=coat_axes, warp=warp, size=size,
+        bones=equations(bones), coat=tiles().to(cls.device)[pattern], coat_colors=colors,
+        coat_axes=coat_axes, wave=wave, size=size,
         objects=equations(sample_objects(uniform, kind, center[:, :1], drift)),
         object_color=hsv_color(uniform("pieces", CLUTTER + FRONT, 3), (0, 0.15), (0.45, 0.75)),
         sky=hsv_color(uniform("sky", 3, 3), (0, 0.06), (GRAY - 0.02, GRAY + 0.02)),  # two, ground
@@ -504,11 +504,11 @@ def render(scene, size, annotate):
         exists = (bones[..., 8] > -9).any(0).tolist()               # in at least one of the images
         cover, height = torch.zeros_like(ramp), torch.zeros_like(ramp)
         x, y = (plane(*axis.unbind(1), grid) for axis in w["coat_axes"][:, k].unbind(1))
-        wave = [(a * math.pi + phase).sin_().mul_(0.2)
-                for a, phase in zip((y, x), w["warp"][:, k].unbind(1))]
-        coat = F.grid_sample(w["coat"][:, k], torch.stack([x + wave[0], y + wave[1]], -1),
+        waves = [(z * math.pi + phase).sin_().mul_(0.2)             # stripes are not straight
+                 for z, phase in zip((y, x), w["wave"][:, k].unbind(1))]
+        mark = F.grid_sample(w["coat"][:, k], torch.stack([x + waves[0], y + waves[1]], -1),
                              padding_mode="reflection", align_corners=False)
-        coat = torch.lerp(*w["coat_colors"][:, k].unbind(1), coat)              # (B, 3, S, S)
+        coat = torch.lerp(*w["coat_colors"][:, k].unbind(1), mark)              # (B, 3, S, S)
         colors = {brightness: coat * brightness for brightness in (0.75, 1)}
         colors |= {gray: grid.new_tensor(gray) for *_, gray in LAYERS[FIRST_EYE_LAYER:]}
         bulge = -1 / (0.22 * w["size"][:, k, None])
@@ -567,10 +567,11 @@ def sample_and_render(index, split, size, seed, kind, annotate, time=None, cue_c
 
 def draw(index, split="train", size=64, scenes=False, annotate=False, seed=0, cue_conflict=False):
     """(B,) int64 indices of images -> dict of tensors. An image has 1 creature, a scene 2 to 4.
-    cue_conflict: the creatures wear the pattern that is typical of another class.
+    cue_conflict: every creature wears the typical pattern of another class.
 
-    "image" (B, 3, S, S) uint8, "label" (B,) int64 (of a scene: the class of the creature with most
-    visible pixels). annotate adds, for what is visible,
+    "image" (B, 3, S, S) uint8, "label" (B,) int64, the class, and "pattern" (B,) int64, the class
+    whose typical pattern the creature wears (of a scene: both of the creature with most visible
+    pixels). annotate adds, for what is visible,
     "instances", "parts", "semantic" (B, S, S) uint8: creature 1, 2, ..., far to near; part 1, 2,
                  ...; class + 1; 0 is background
     "keypoints"  (B, creatures, parts, 3) float32: x, y in pixels; v: 0 not labeled (no such part,
@@ -586,7 +587,9 @@ def draw(index, split="train", size=64, scenes=False, annotate=False, seed=0, cu
     number = torch.arange(1, cls.shape[1] + 1, device=index.device)[:, None, None]
     masks = instances[:, None] == number                                # (B, creatures, S, S)
     area = masks.sum((2, 3))
-    out = {"image": image, "label": cls.gather(1, area.argmax(1, keepdim=True))[:, 0]}
+    largest = area.argmax(1, keepdim=True)
+    out = {"image": image, "label": cls.gather(1, largest)[:, 0],
+           "pattern": pattern.gather(1, largest)[:, 0]}
     if not annotate:
         return out
     classes = torch.where(area > 0, cls, -1)
