@@ -366,7 +366,8 @@ def sample_coats(uniform, cls, center, size, angle, mirror, cue_conflict):
     their waves (B, creatures, 2). With cue_conflict the pattern is that of another class.
 
     The colors have any hue and a strong contrast, from which networks learn quickly. They are moved
-    halfway to the background's mean: raw pixels then know less of the outline."""
+    so that the mean color of a coat does not tell its pattern, and is halfway between vivid and the
+    background's gray: raw pixels then know less of the outline."""
     u, hue = uniform("coat", size.shape[1], 7), uniform("hue", size.shape[1], 2)
     any_pattern = (u[..., 0] * len(CLASSES)).long()
     pattern = torch.where(u[..., 1] < TYPICAL, cls, any_pattern)
@@ -377,8 +378,9 @@ def sample_coats(uniform, cls, center, size, angle, mirror, cue_conflict):
     full = torch.ones_like(hue)
     base, mark = hsv_color(torch.stack([hue, full, full], -1), (0, 0.7)).unbind(2)
     mark = 0.08 * mark                                                          # nearly black
-    share = tiles().mean((1, 2, 3)).to(base)[pattern][..., None]                # of marked pixels
-    excess = 0.5 * (torch.lerp(base, mark, share) - GRAY)
+    share = tiles().mean((1, 2, 3)).to(base)                                    # of marked pixels
+    mean = torch.lerp(base, mark, share.mean())                     # of a coat, whatever pattern
+    excess = torch.lerp(base, mark, share[pattern][..., None]) - (mean + GRAY) / 2
     colors = (torch.stack([base, mark], 2) - excess[:, :, None]).clamp(0, 1)
     zoom = 1.1 * between(0.9, 1.1, u[..., 2]) / size
     along, across = zoom * angle.cos(), zoom * angle.sin()

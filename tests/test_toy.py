@@ -1,5 +1,5 @@
-"""The synthetic data set: deterministic, train and test disjoint, classes differ in shape and not
-in color, annotations agree with the pixels."""
+"""The built-in data set: deterministic, train and test disjoint, classes differ in shape and in the
+pattern of the coat, not in color; annotations agree with the pixels."""
 import time
 
 import pytest
@@ -129,6 +129,36 @@ def test_raw_pixels_predict_the_class_poorly(splits):
     assert accuracy(-(y @ x.T), label, truth, 10) < 0.25
 
 
+def test_most_creatures_wear_the_pattern_typical_of_their_class(splits):
+    typical = (splits["train"]["label"] == splits["train"]["pattern"]).float().mean()
+    assert abs(typical - (toy.TYPICAL + (1 - toy.TYPICAL) / 16)) < 0.02
+    assert len({tile.numpy().tobytes() for tile in toy.tiles()}) == len(toy.CLASSES)
+
+
+@pytest.mark.parametrize("scenes_", [False, True])
+def test_cue_conflict_changes_the_pattern_and_nothing_else(scenes_):
+    plain, conflict = (toy.draw(INDEX, "test", scenes=scenes_, annotate=True, cue_conflict=c)
+                       for c in (False, True))
+    for name in ("label", "instances", "parts", "keypoints", "classes"):
+        assert torch.equal(plain[name], conflict[name]), name
+    assert (conflict["pattern"] != conflict["label"]).all()
+    assert len(conflict["pattern"].unique()) > 10
+    same = plain["pattern"] == conflict["pattern"]
+    changed = (plain["image"] != conflict["image"]).flatten(1).any(1)
+    background = torch.nn.functional.max_pool2d((plain["instances"] > 0).float(), 3, 1, 1) == 0
+    difference = (plain["image"].int() - conflict["image"].int()).abs().amax(1)
+    assert changed[~same].all() and (difference[background] > 0).float().mean() < 0.01   # whiskers
+
+
+def test_the_pattern_follows_the_creature_through_a_video():
+    """Small patches of the torso look alike from frame to frame, and unlike another coat's."""
+    out = toy.video(torch.arange(4), frames=16, scenes=False)
+    torso = (out["parts"] == 1 + toy.PARTS.index("torso"))[:, :, None]
+    x = out["image"].float()
+    color = (x * torso).sum((3, 4)) / torso.sum((3, 4)).clamp(min=1)             # (4, 16, 3)
+    assert color.std(1).mean() < 0.3 * color.mean(1).std(0).mean()
+
+
 def test_classes_are_about_equally_frequent(splits):
     count = splits["train"]["label"].bincount(minlength=len(toy.CLASSES)) * len(toy.CLASSES) / 2000
     assert count.min() > 0.7 and count.max() < 1.3
@@ -178,9 +208,9 @@ def test_objects_in_front_occlude_pixels(monkeypatch):
     index, sample_scene = torch.arange(200), toy.sample_scene
 
     def without_occluders(*args):
-        scene, cls, points = sample_scene(*args)
+        scene, *others = sample_scene(*args)
         scene["objects"][:, toy.CLUTTER:, 8] = -9.0                             # radius
-        return scene, cls, points
+        return scene, *others
 
     occluded = toy.draw(index, annotate=True)["instances"] > 0
     monkeypatch.setattr(toy, "sample_scene", without_occluders)
