@@ -44,6 +44,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -159,37 +160,44 @@ def span(u_start, u_length, size, align):
 
 
 def rectangles(u, size, ratio, align=1):
-    """GMML's random region: rectangles are added until they cover `ratio` of the area. For one
-    image, as a loop (tests/test_mmc.py runs these lines):
-
-        region = torch.zeros(size, size, dtype=torch.bool)
-        for u_top, u_left, u_height, u_width in u:
-            if region.sum() >= ratio * size**2:
+    """GMML's random region: rectangles are added until they cover `ratio` of the area. u: (B,
+    CANDIDATES, 4) uniform numbers, ratio: (B,). Returns (B, size, size) bool."""
+    top, height = span(u[..., 0], u[..., 2], size, align)                         # (B, C) each
+    left, width = span(u[..., 1], u[..., 3], size, align)
+    boxes, area = torch.stack([top, top + height, left, left + width], -1), ratio * size**2
+    if u.device.type != "cpu":
+        return batched_union(boxes, size, area)
+    region = torch.zeros(len(u), size, size, dtype=torch.bool)
+    for mask, candidates, enough in zip(region.numpy(), boxes.numpy(), area.tolist()):  # one image
+        for y0, y1, x0, x1 in candidates:
+            if np.count_nonzero(mask) >= enough:
                 break
-            top, height = span(u_top, u_height, size, align)
-            left, width = span(u_left, u_width, size, align)
-            region[top:top + height, left:left + width] = True
+            mask[y0:y1, x0:x1] = True
+    return region
 
-    Below, for all images of a batch at once. u: (B, CANDIDATES, 4) uniform numbers, ratio: (B,).
-    Returns (B, size, size) bool. A rectangle is the outer product of indicators of its rows and of
-    its columns, so rows @ columns counts the rectangles that cover a pixel; the smallest sufficient
-    number of rectangles is found by bisection."""
-    def indicator(start, length):                         # (B, C) -> (B, C, size), 0 or 1
-        pixel, start = torch.arange(size, device=u.device), start[..., None]
-        return ((pixel >= start) & (pixel < start + length[..., None])).to(torch.bfloat16)
 
-    rows = indicator(*span(u[..., 0], u[..., 2], size, align)).transpose(1, 2)    # (B, size, C)
-    columns = indicator(*span(u[..., 1], u[..., 3], size, align))                 # (B, C, size)
+def batched_union(boxes, size, area):
+    """The loop of rectangles() for all images of a batch at once, which a GPU needs. A rectangle is
+    the outer product of indicators of its rows and of its columns, so rows @ columns counts the
+    rectangles that cover a pixel; the smallest sufficient number of rectangles is found by
+    bisection. boxes: (B, C, 4) top, bottom, left, right; area: (B,) pixels to cover."""
+    def indicator(start, end):                            # (B, C) -> (B, C, size), 0 or 1
+        pixel = torch.arange(size, device=boxes.device)
+        return ((pixel >= start[..., None]) & (pixel < end[..., None])).to(torch.bfloat16)
+
+    top, bottom, left, right = boxes.unbind(-1)
+    rows = indicator(top, bottom).transpose(1, 2)         # (B, size, C)
+    columns = indicator(left, right)                      # (B, C, size)
 
     def union(n):                                         # of the first n[b] rectangles of image b
-        chosen = torch.arange(u.shape[1], device=u.device) < n[:, None]
+        chosen = torch.arange(boxes.shape[1], device=boxes.device) < n[:, None]
         return (rows * chosen[:, None]) @ columns > 0
 
-    low = torch.full_like(ratio, -1, dtype=torch.long)    # never enough
-    high = torch.full_like(low, u.shape[1])               # always enough, or all there are
-    for _ in range(u.shape[1].bit_length()):
+    low = torch.full_like(area, -1, dtype=torch.long)     # never enough
+    high = torch.full_like(low, boxes.shape[1])           # always enough, or all there are
+    for _ in range(boxes.shape[1].bit_length()):
         n = (low + high) // 2
-        enough = union(n).sum((1, 2)) >= ratio * size**2
+        enough = union(n).sum((1, 2)) >= area
         low, high = torch.where(enough, low, n), torch.where(enough, n, high)
     return union(high)
 

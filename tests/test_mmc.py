@@ -2,7 +2,6 @@
 import json
 import math
 import signal
-import textwrap
 
 import pytest
 import torch
@@ -70,17 +69,16 @@ def test_region_equals_one_rectangle_after_the_other(align):
     assert not torch.equal(region[5], loop_of_rectangles(u[5], 112, 0.5, align))
 
 
-def test_the_loop_in_the_docstring_of_rectangles_gives_the_same_regions():
-    loop = textwrap.dedent(mmc.rectangles.__doc__.split("\n\n")[1])
-    assert "span(u_top" in loop
+def test_batched_union_of_a_gpu_equals_the_loop_of_a_cpu():
     u = torch.rand(4, mmc.CANDIDATES, 4, generator=torch.Generator().manual_seed(2))
     ratio = torch.tensor([0.0, 0.2, 0.5, 0.8])
     for size, align in ((64, 1), (112, 16), (224, 1)):
-        fast = mmc.rectangles(u, size, ratio, align)
-        for i in range(4):
-            names = dict(torch=torch, span=mmc.span, u=u[i], size=size, ratio=ratio[i], align=align)
-            exec(loop, names)
-            assert torch.equal(names["region"], fast[i])
+        top, height = mmc.span(u[..., 0], u[..., 2], size, align)
+        left, width = mmc.span(u[..., 1], u[..., 3], size, align)
+        boxes = torch.stack([top, top + height, left, left + width], -1)
+        loop = mmc.rectangles(u, size, ratio, align)
+        assert torch.equal(loop, mmc.batched_union(boxes, size, ratio * size**2))
+        assert not torch.equal(loop, mmc.batched_union(boxes, size, ratio * size**2 * 0.9))
 
 
 def test_covered_area_reaches_its_target_and_aligned_regions_are_constant_on_patches():
