@@ -199,8 +199,8 @@ ANATOMY = build_anatomy()
 
 # ---- coats ---------------------------------------------------------------------------------------
 
-# Name: is the point (x, y) marked? One period is 1; fx and fy are the distances from the middle of
-# a period, 0 to 1; s is fx, shifted by half a period in every second row; a and b are bicubic noise.
+# Name: is the point (x, y) marked? A period is 1; fx and fy are the distances from the middle of a
+# period, 0 to 1; s is fx, but shifted by half a period in every second row; a and b are noise.
 PATTERNS = {
     "plain":    lambda x, y, fx, fy, s, a, b: x < 0,
     "bars":     lambda x, y, fx, fy, s, a, b: fx < 0.4,
