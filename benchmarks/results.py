@@ -139,9 +139,8 @@ def try_run(run):
 def collect_numbers(folder):
     """{column of the table: number} of a run with all probes done."""
     numbers = {}
-    for flags, columns in PROBES.items():
-        if (metrics := read_metrics(folder, flags)) is None:               # not a probe of pixels
-            continue
+    for flags in PIXEL_PROBES if is_pixels(folder) else PROBES:
+        metrics, columns = read_metrics(folder, flags), PROBES[flags]
         for column, (feature, name) in columns.items():
             feature = feature or next(iter(metrics))
             numbers[column] = round(metrics[feature][name], 1)

@@ -111,7 +111,7 @@ def main():
         for method in TRAINED if minutes else ():
             out = Path(folder) / method
             seen = pretrain(method, minutes, out)
-            encoder, _ = checkpoints.load_encoder(out / "encoder.pt", quiet=True)
+            encoder = checkpoints.load_encoder(out / "encoder.pt", quiet=True)
             if method == TRAINED[0]:
                 untrained = type(encoder)(**encoder.config).eval()
                 for token, found in score_encoder(untrained, size, train, test).items():

@@ -62,7 +62,7 @@ def test_finished_runs_are_kept_and_averaged(run_main, scripts, tmp_path, capsys
     run_main("--methods", "mae", "--seeds", "0", "1")
     assert scripts == []                                  # everything is done
     kept = yaml.safe_load((tmp_path / "results.yaml").read_text())["toy"]["mae"]
-    assert kept[0]["kNN cls"] == 60.0 and kept[1]["kNN cls"] == 50.0
+    assert kept[0]["kNN, class token"] == 60.0 and kept[1]["kNN, class token"] == 50.0
     assert (kept[0]["steps"], kept[0]["precision"]) == (20, "fp32")
     table = capsys.readouterr().out
     assert ("| MAE | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 12.0 ± 0.0 | "
@@ -71,13 +71,40 @@ def test_finished_runs_are_kept_and_averaged(run_main, scripts, tmp_path, capsys
 
 def test_seeds_of_an_earlier_day_are_kept_when_one_is_added(run_main, scripts, tmp_path, capsys):
     (tmp_path / "results.yaml").write_text(
-        "toy: {mae: {0: {linear: 70.0}}, dino: {0: {video J&F: 3}}}")
+        "toy: {mae: {0: {linear probe: 70.0}}, dino: {0: {video J&F: 3}}}")
     write_finished_run(tmp_path / "mae-toy-seed2", 40.0)
     run_main("--methods", "mae", "--seeds", "2")
     capsys.readouterr()
     run_main("--table")
     table = capsys.readouterr().out
     assert "| MAE | 2 | 40.0 | 30.0 | 60.0 ± 14.1 |" in table and "| DINO | 1 |" in table
+
+
+def test_baselines_have_rows_of_their_own(run_main, scripts, tmp_path, capsys):
+    """The supervised and the untrained network are probed like the methods; pixels only where no
+    patch tokens are needed, and their lines have no checkpoint."""
+    for name in "supervised", "untrained":
+        write_finished_run(tmp_path / f"{name}-toy", 60.0)
+    (tmp_path / "pixels-toy").mkdir()
+    line = json.loads(result_line("knn", {"cls": {"k=10": 16.0}, "patch": {"k=10": 16.0}},
+                                  checkpoint=None))
+    lines = [json.dumps(line | dict(task=task, metrics={"cls": {metric: 16.0}}))
+             for task, metric in (("linear", "top-1"), ("part_retrieval", "AP"))]
+    (tmp_path / "pixels-toy" / "results.jsonl").write_text("\n".join([json.dumps(line), *lines]))
+    run_main("--methods", *results.BASELINES, "--seeds", "0")
+    assert scripts == []
+    rows = capsys.readouterr().out
+    assert "| raw pixels | 1 | 16.0 | - | 16.0 | 16.0 | - | - | - | - | - | - |" in rows
+    assert "| supervised | 1 | 60.0 |" in rows and "| untrained (MMC's) | 1 | 60.0 |" in rows
+
+
+def test_commands_that_train_the_baselines(tmp_path):
+    def command(method):
+        return " ".join(results.train_command(method, "toy", 2, tmp_path))
+
+    assert command("supervised") == f"-m benchmarks.supervised --seed 2 --out {tmp_path}"
+    assert command("untrained").startswith("mmc.py ") and "--steps 1 --lr 0" in command("untrained")
+    assert command("mae") == f"mae.py --data toy --seed 2 --out {tmp_path}"
 
 
 def test_only_missing_diagnostics_are_run(run_main, scripts, tmp_path):
@@ -114,7 +141,7 @@ def test_an_unfinished_run_is_resumed_if_it_has_a_checkpoint(run_main, tmp_path,
     run_main("--methods", "mae", "dino", "--seeds", "0")
     assert "--resume" in called["mae.py"] and "--resume" not in called["dino.py"]
     kept = yaml.safe_load((tmp_path / "results.yaml").read_text())["toy"]
-    assert kept["mae"][0]["kNN cls"] == 60.0 and kept["dino"][0]["kNN cls"] == 40.0
+    assert kept["mae"][0]["kNN, class token"] == 60.0 and kept["dino"][0]["kNN, class token"] == 40.0
 
 
 def test_a_stopped_training_is_not_evaluated_and_the_other_runs_continue(
@@ -137,5 +164,6 @@ def test_docs_show_the_table_of_results_yaml(data, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["results.py", "--table", "--data", data])
     results.main()
     table = capsys.readouterr().out
-    assert len(table.splitlines()) == 2 + len(METHODS.keys() - {"moby"})       # not measured yet
+    rows = results.ROWS if data == "toy" else METHODS
+    assert len(table.splitlines()) == 2 + len(rows)
     assert table in (results.ROOT / "docs" / "results.md").read_text()
