@@ -70,7 +70,7 @@ def train(steps, seed, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000, help="steps of 64 images [%(default)s]")
+    parser.add_argument("--steps", type=int, default=5000, help="steps of 64 images [%(default)s]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out/supervised-toy", help="[%(default)s]")
     args = parser.parse_args()
