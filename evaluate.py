@@ -257,7 +257,7 @@ def check_fit(task, model, opt):
     if task in NEEDS_TOKENS:
         require_tokens(model, task)
     if task == "shape_bias":
-        robustness.require_imagenet(opt)
+        annotations.cue_conflict(opt.data, opt.data_root, limit=1)
     if task in ("part_retrieval", "part_classification"):
         retrieval.choose_parts(opt)                      # the data has keypoints, and these parts
     kind = NEEDS_ANNOTATIONS.get(task)

@@ -222,7 +222,8 @@ FIGURES = {
     "shape_bias": Figure(
         "Shape bias",
         "A high value means that the model decides by shape rather than by texture. Park et al. "
-        "report the highest values for contrastive models, then supervised, then MIM models.",
+        "report the highest values for contrastive models, then supervised, then MIM models. "
+        "On toy the texture is the pattern of the coat. Random predictions have 50%.",
         axes_figure(bar_plot("shape", "decisions for the shape (%)"))),
     "reinit": Figure(
         "Fine-tuning with re-initialized blocks",

@@ -54,9 +54,9 @@ def read_results(model, opt, task, more_flags=""):
                                            for name in COMPARED_SETTINGS}) for line in lines]
 
 
-def read_latest(model, opt, task, more_flags=""):
+def read_latest(model, opt, task):
     """The metrics {feature: {name: value}} of the latest result, and its COMPARED_SETTINGS."""
-    line = read_results(model, opt, task, more_flags)[-1]
+    line = read_results(model, opt, task)[-1]
     return line["metrics"], line["settings_compared"]
 
 
@@ -79,10 +79,11 @@ def read_frequency_noise(model, opt):
 
 
 def read_shape_bias(model, opt):
-    metrics, settings = read_latest(model, opt, "shape_bias", " --data imagenet")
+    metrics, settings = read_latest(model, opt, "shape_bias")
     [scores] = metrics.values()
-    return dict(bars={name: x for name, x in scores.items() if name != "either"},
-                settings_compared=settings)
+    bars = {name: x for name, x in scores.items()        # null: no decision for either cue
+            if name != "either" and x is not None}
+    return dict(bars=bars, settings_compared=settings)
 
 
 def read_knn(model, opt):

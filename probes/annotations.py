@@ -129,10 +129,10 @@ class Landmarks:
 @dataclass(frozen=True)
 class CueConflict:
     """Images with the shape of one object and the texture of another."""
-    paths: list
+    images: datasets.Images
     shapes: torch.Tensor           # (images,) int64, indices of classes
     textures: torch.Tensor         # (images,) int64
-    classes: list                  # 16 names
+    classes: list                  # 16 names, the same for shapes and textures
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,11 +255,23 @@ SHAPES = """airplane bear bicycle bird boat bottle car cat chair clock dog eleph
 oven truck""".split()
 
 
-def cue_conflict(root=None):
-    """The CueConflict images of Geirhos et al. (2019): cat7-dog3.png is a cat with a dog's texture.
+def cue_conflict(name, root=None, limit=None, size=64):
+    """The CueConflict for a classifier of toy or imagenet. limit, size: of toy, as in `keypoints`.
 
-    Images in which both are equal (80 of 1,280) have no conflict and are not scored.
+    toy: the test images, but the creature wears the typical pattern of another class.
+    imagenet: those of Geirhos et al. (2019): cat7-dog3.png is a cat with a dog's texture. Images in
+    which both are equal (80 of 1,280) have no conflict and are not scored.
     """
+    if name == "toy":
+        parts = [toy.draw(index, "test", size, cue_conflict=True)
+                 for index in torch.arange(limit or toy.NUM_IMAGES["test"]).split(256)]
+        pixels, shapes, patterns = (torch.cat([part[key] for part in parts])
+                                    for key in ("image", "label", "pattern"))
+        return CueConflict(datasets.Images("cue-conflict", "test", pixels=pixels), shapes, patterns,
+                           list(toy.CLASSES))
+    if name != "imagenet":
+        raise ValueError(f"no cue-conflict images of {name!r} here, which shape_bias needs: choose "
+                         f"--data toy, or imagenet with all of its classes")
     folder = find_path("cue-conflict", root, "cue-conflict", "cue_conflict",
                        "style-transfer-preprocessed-512",
                        "stimuli/style-transfer-preprocessed-512")
@@ -274,7 +286,8 @@ def cue_conflict(root=None):
                              f"cat7-dog3.png, with two of {', '.join(SHAPES)}")
         pairs.append([SHAPES.index(name) for name in pair.groups()])
     shapes, textures = torch.tensor(pairs).unbind(1)
-    return CueConflict(paths, shapes, textures, list(SHAPES))
+    images = datasets.Images("cue-conflict", "test", paths=paths)
+    return CueConflict(images, shapes, textures, list(SHAPES))
 
 
 def find_reader(name, split, readers, what):

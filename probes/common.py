@@ -100,7 +100,8 @@ class Options(CommonOptions):
     reference: bool = flag(False, "also print the numbers of the papers", group="output")
     show: bool = flag(False, "write figures of what a task used or predicted to --out",
                       group="output",
-                      only_for=("part_retrieval", "segmentation", "detection", *DENSE))
+                      only_for=("part_retrieval", "shape_bias", "segmentation", "detection",
+                                *DENSE))
 
     feature: str | None = flag(
         None, "use only this feature; default: those of the protocol",

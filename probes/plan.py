@@ -57,6 +57,7 @@ def estimate_seconds(task, model, opt, time_image):
         "part_retrieval": lambda: PARTS_PER_IMAGE * limit,
         "part_classification": lambda: 2 * PARTS_PER_IMAGE * limit,
         "landmark_retrieval": lambda: 640 if is_toy(opt.data) else 5000,
+        "shape_bias": lambda: images("test") if is_toy(opt.data) else 1280,
         "frequency_noise": lambda: 11 * images("test"),
         "linear_segmentation": lambda: 16 * (opt.iters or 200) + 3 * limit,
         "zero_shot_segmentation": lambda: limit,
@@ -70,7 +71,7 @@ def estimate_seconds(task, model, opt, time_image):
 
 def head_flops(task, model, opt, images):
     """Multiplications of the training of a head on image features, with all folds."""
-    if task not in ("linear", "layerwise", "attentive", "frequency_noise"):
+    if task not in ("linear", "layerwise", "attentive", "shape_bias", "frequency_noise"):
         return 0
     depth, width, tokens = 1, 3 * 32**2, 1               # pixels
     if model.encoder:

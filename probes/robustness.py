@@ -1,15 +1,18 @@
 """Probes of what a linear classifier on frozen features relies on: shape, texture, frequencies.
 
+    python evaluate.py --task shape_bias --show                              # on toy, offline
     python evaluate.py --task shape_bias --data imagenet --data-root /data
     python evaluate.py --task frequency_noise --eps 0.7
 """
 import math
+from pathlib import Path
 
 import torch
 
 import data
-from lib import datasets, distributed, metrics, rng
+from lib import distributed, metrics, rng
 from probes import annotations
+from probes.annotation_files import load_image
 from probes.common import (
     Model,
     Options,
@@ -19,6 +22,7 @@ from probes.common import (
     extract_features,
     load_labeled,
 )
+from probes.figures import FigureRows, save_image_grid
 from probes.heads import (
     choose_linear_recipe,
     describe_selection,
@@ -52,18 +56,22 @@ def shape_bias(model: Model, opt: Options) -> Report:
     Recipe park, see `linear`. Not implemented: a fine-tuned classifier (Park et al., F.2), and
     accuracy on Stylized-ImageNet.
 
-    There is no substitute on toy: its classes differ in shape alone, so no cues could conflict.
-    ValueError: other data than ImageNet, or not all of its classes.
+    toy, our synthetic substitute: the classifier is trained on toy, where the shape determines the
+    class, and nine of ten creatures wear its typical pattern, the texture. The test images are
+    drawn with the pattern of another class, and the prediction is one of the 16 classes, which are
+    the categories. Random predictions have a shape bias of 50%, and 12.5% (two of 16) are either.
+
+    ValueError: other data than toy and ImageNet, or not all classes of ImageNet.
     """
     recipe_name, recipe = choose_linear_recipe(opt, "park")
-    require_imagenet(opt)
-    stimuli = annotations.cue_conflict(opt.data_root)
-    if (num_classes := load_labeled(model, opt, "train")[1]) != 1000:
+    stimuli = annotations.cue_conflict(opt.data, opt.data_root, opt.limit, model.img_size)
+    on_toy = opt.data == "toy"
+    if not on_toy and (num_classes := load_labeled(model, opt, "train")[1]) != 1000:
         raise ValueError(f"shape_bias needs all 1,000 classes of ImageNet, and this folder has "
                          f"{num_classes:,}: get the others, or choose another --data-root")
     names, encode = linear_features(opt, recipe_name)
     _, head, num_train = train_linear_classifier(model, opt, names, encode, recipe)
-    images = datasets.Images("cue-conflict", "test", paths=list(stimuli.paths))
+    images = stimuli.images
     batches = data.batches(images, model.img_size, opt.batch_size, model.device, mean=model.mean,
                            std=model.std, workers=opt.workers, interpolation=model.interpolation,
                            resize=model.img_size if opt.no_crop else None, rank=distributed.rank(),
@@ -71,30 +79,45 @@ def shape_bias(model: Model, opt: Options) -> Report:
     features, index = encode_batches(model, opt, batches, names, encode, len(images),
                                      ("cue-conflict", opt.no_crop))
     [(name, z)] = features.items()
-    predicted = predict_category(head.scores(z), stimuli.classes).cpu()
-    shapes, textures = stimuli.shapes[index.cpu()], stimuli.textures[index.cpu()]
+    scores, index = head.scores(z), index.cpu()
+    predicted = scores.argmax(1) if on_toy else predict_category(scores, stimuli.classes)
+    predicted = predicted.cpu()
+    shapes, textures = stimuli.shapes[index], stimuli.textures[index]
     conflict = shapes != textures
     bias, either = metrics.shape_bias(predicted[conflict], shapes[conflict], textures[conflict])
     mean = torch.tensor(list(bias.values()), dtype=torch.float64).nanmean().item()
     row = {"shape bias": 100 * mean, "either": 100 * either}
     row |= {stimuli.classes[c]: 100 * value for c, value in bias.items()}
+    if opt.show:
+        save_decisions(stimuli, index[conflict], predicted[conflict],
+                       Path(opt.out) / f"shape_bias-{opt.data}-{model.name}.png")
+    decision = ("class with the highest score" if on_toy else
+                "mean probability of each category's classes")
     return Report({name: row}, f"linear head, recipe {recipe_name} ({head.training}); "
-                  f"{describe_selection(recipe)}; {describe_view(model, opt, opt.no_crop)}; mean "
-                  f"probability of each category's classes; mean over shapes of shape / (shape or "
-                  f"texture)", dict(train=num_train, test=int(conflict.sum())),
+                  f"{describe_selection(recipe)}; {describe_view(model, opt, opt.no_crop)}; "
+                  f"{decision}; mean over shapes of shape / (shape or texture)",
+                  dict(train=num_train, test=int(conflict.sum())),
                   [f"{model.name}: {note}" for note in head.notes])
-
-
-def require_imagenet(opt):
-    if opt.data != "imagenet":
-        raise ValueError("shape_bias needs a classifier of ImageNet's 1,000 classes and the "
-                         "cue-conflict images: get both, then --data imagenet")
 
 
 def predict_category(scores, categories):
     """(B, 1000) scores -> (B,) the category with the largest mean probability of its classes."""
     p = scores.softmax(1)
     return torch.stack([p[:, IMAGENET_CLASSES[name]].mean(1) for name in categories], 1).argmax(1)
+
+
+def save_decisions(stimuli, index, predicted, path):
+    """Writes a figure of up to eight images (of `index`), each with its shape, its texture and the
+    predicted category."""
+    figure, names = FigureRows(8), stimuli.classes
+    for i, decision in zip(index.tolist(), predicted.tolist()):
+        shape, texture = stimuli.shapes[i].item(), stimuli.textures[i].item()
+        figure.add({shape, texture}, (i, f"shape {names[shape]}, texture {names[texture]}, "
+                                         f"decision {names[decision]}"))
+    images = stimuli.images
+    rows = [[images.pixels[i] if images.paths is None else load_image(images.paths[i])]
+            for i, _ in figure.rows()]
+    save_image_grid(rows, path, names=[name for _, name in figure.rows()])
 
 
 def frequency_noise(model: Model, opt: Options) -> Report:

@@ -372,17 +372,33 @@ def test_cue_conflicts_are_read_from_the_file_names(tmp_path):
     for path in ("cat/cat1-dog1.png", "cat/cat2-cat3.png", "dog/0007_cue_s1_dog2-cat1.png",
                  "car/car10-elephant2.png"):
         write_image(folder / path)
-    found = annotations.cue_conflict(tmp_path)
+    found = annotations.cue_conflict("imagenet", tmp_path)
     pairs = [(found.classes[s], found.classes[t]) for s, t in zip(found.shapes, found.textures)]
-    assert file_names(found.paths) == ["car10-elephant2.png", "cat1-dog1.png", "cat2-cat3.png",
-                                       "0007_cue_s1_dog2-cat1.png"]
+    assert file_names(found.images.paths) == ["car10-elephant2.png", "cat1-dog1.png",
+                                              "cat2-cat3.png", "0007_cue_s1_dog2-cat1.png"]
     assert pairs == [("car", "elephant"), ("cat", "dog"), ("cat", "cat"), ("dog", "cat")]
     assert len(found.classes) == 16
     for wrong in ("cat1.png", "cat1-unicorn1.png", "cat-dog.png", "wildcat1-dog1.png"):
         write_image(folder / "cat" / wrong)
         with pytest.raises(ValueError, match=f"{wrong} is not named <shape><i>-<texture><j>.png"):
-            annotations.cue_conflict(tmp_path)
+            annotations.cue_conflict("imagenet", tmp_path)
         (folder / "cat" / wrong).unlink()
+
+
+def test_cue_conflicts_of_toy_are_its_test_images_with_the_pattern_of_another_class():
+    found, plain = annotations.cue_conflict("toy", limit=300, size=32), toy.draw(
+        torch.arange(300), "test", 32)
+    assert found.classes == toy.CLASSES and found.images.pixels.shape == (300, 3, 32, 32)
+    assert found.shapes.equal(plain["label"]) and (found.textures != found.shapes).all()
+    assert set(found.textures.tolist()) == set(range(16))
+    changed = (found.images.pixels != plain["image"]).flatten(1).any(1)
+    assert changed.equal(found.textures != plain["pattern"]) and changed.double().mean() > 0.9
+    alone = toy.draw(torch.tensor([299]), "test", 32, cue_conflict=True)    # of the second block
+    assert found.images.pixels[299:].equal(alone["image"])
+    assert found.textures[299:].equal(alone["pattern"])
+    for name in ("toy-scenes", "cifar10"):
+        with pytest.raises(ValueError, match=f"{name}.*shape_bias needs: choose --data toy, or"):
+            annotations.cue_conflict(name)
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -390,7 +406,7 @@ def test_cue_conflicts_are_read_from_the_file_names(tmp_path):
 
 READERS = {"cub": annotations.keypoints, "coco": annotations.boxes,
            "roxford5k": annotations.landmarks, "rparis6k": annotations.landmarks,
-           "cue-conflict": lambda _, root: annotations.cue_conflict(root)}
+           "cue-conflict": lambda _, root: annotations.cue_conflict("imagenet", root)}
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -61,7 +61,7 @@ def test_recipe_and_feature_of_the_linear_classifiers(monkeypatch, task, feature
     for module in (classification, robustness):
         monkeypatch.setattr(module, "train_linear_classifier", record)
     monkeypatch.setattr(robustness, "load_labeled", lambda *_: (None, 1000))
-    monkeypatch.setattr(annotations, "cue_conflict", lambda _: None)
+    monkeypatch.setattr(annotations, "cue_conflict", lambda *_: None)
     probe = getattr(classification if task == "linear" else robustness, task)
     default = {"cls": ("mae", ["cls"]), "patch": ("park", ["patch"])}[feature]
     for flags, (recipe, names) in (

@@ -512,7 +512,7 @@ def test_frequency_noise_and_shape_bias_of_results(run):
     write([dict(task="frequency_noise",
                 metrics={"cls": {"clean": 50.0, "0.1 pi": 3.0, "1 pi": 8.0}}),
            dict(task="shape_bias",
-                metrics={"cls": {"shape bias": 60.0, "either": 50.0, "cat": 70.0}})])
+                metrics={"cls": {"shape bias": 60.0, "either": 50.0, "cat": 70.0, "dog": None}})])
     found = recorded.read_frequency_noise(model, options())
     assert (found["frequency"], found["change"]) == ([0.1, 1.0], [-3.0, -8.0])
     found = recorded.read_shape_bias(model, options())

@@ -388,7 +388,7 @@ def test_all_uses_logistic_regressions_and_short_training(monkeypatch):
         return evaluate.options_for_task(evaluate.parse(["--task", "all", "--data", data, *flags]),
                                          task)
 
-    for task in ("linear", "layerwise", "part_classification", "frequency_noise"):
+    for task in evaluate.LOGREG:
         assert options(task).recipe == "logreg" and options(task).epochs is None
         assert options(task, "--epochs", "3").recipe is None
         assert options(task, "--recipe", "dino").recipe == "dino"
@@ -412,6 +412,11 @@ def test_the_estimate_grows_with_images_and_size(monkeypatch):
     assert plan.estimate_seconds("linear_segmentation", model, opt, time_image) == pytest.approx(
         (16 * 10 + 3 * 20) * 0.6)
     assert plan.estimate_seconds("few_shot", model, opt, time_image) == 0
+    monkeypatch.setattr(plan, "head_flops", lambda *_: 0)
+    for name, seconds in (("toy", 1000 * 0.09), ("imagenet", 1280 * 0.1)):   # cue-conflict images
+        found = plan.estimate_seconds("shape_bias", model, dataclasses.replace(opt, data=name),
+                                      time_image)
+        assert found == pytest.approx(seconds)
     assert plan.seconds_per_image(model, 64) > 0 == plan.seconds_per_image(make_model(None), 64)
 
 
@@ -424,14 +429,14 @@ def test_all_does_not_cache_the_tokens_of_attentive(tmp_path, checkpoint, monkey
 
 
 def test_all_prints_one_table_and_why_tasks_were_skipped(tmp_path, checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "FROZEN", ["knn", "object_retrieval", "attentive", "shape_bias"])
+    monkeypatch.setattr(evaluate, "FROZEN", ["knn", "object_retrieval", "attentive", "classify"])
     lines = run_checkpoint(tmp_path, [checkpoint], "--task", "all", "--baseline", "pixels",
                            "--reference")
     text = capsys.readouterr().out
     assert [line["task"] for line in lines] == ["knn", "object_retrieval", "attentive", "knn",
                                                 "object_retrieval"]
     name = checkpoint.parent.name
-    assert f"note: {name}: skipped shape_bias: shape_bias needs a classifier of ImageNet" in text
+    assert f"note: {name}: skipped classify: {name} contains no classifier" in text
     assert "note: pixels: skipped attentive: attentive needs tokens, and pixels have none" in text
     head = next(line for line in text.splitlines() if line.startswith("task"))
     assert head.split() == ["task", "feature", "number", name, "pixels"]
@@ -440,6 +445,21 @@ def test_all_prints_one_table_and_why_tasks_were_skipped(tmp_path, checkpoint, c
     assert "last block, after the final norm" in lines[0]["protocol"]
     assert "norm" not in lines[3]["protocol"]                              # pixels
     assert "DINO (MMC, table 11; imagenet100)" in text
+
+
+def test_all_has_shape_bias_on_toy_and_skips_it_on_toy_scenes(tmp_path, checkpoint, capsys,
+                                                              monkeypatch):
+    assert "shape_bias" in evaluate.FROZEN
+    monkeypatch.setattr(evaluate, "FROZEN", ["knn", "shape_bias"])
+    flags = "--task", "all", "--recipe", "logreg", "--data"
+    lines = run_checkpoint(tmp_path / "a", [checkpoint], *flags, "toy")
+    assert [line["task"] for line in lines] == ["knn", "shape_bias"]
+    assert "skipped" not in capsys.readouterr().out
+    [line] = run_checkpoint(tmp_path / "b", [checkpoint], *flags, "toy-scenes")
+    assert line["task"] == "knn"
+    text = capsys.readouterr().out
+    assert "skipped shape_bias: no cue-conflict images of 'toy-scenes' here" in text
+    assert "\n1 tasks, about" in text                      # known before any work
 
 
 def test_the_last_line_has_every_feature_and_does_not_choose_one(capsys, tmp_path):
@@ -585,6 +605,8 @@ def test_impossible_combinations_are_refused_before_any_work(tmp_path, capsys, m
     (["--task", "landmark_retrieval", "--crop-queries"], "queries of toy have no boxes"),
     (["--task", "landmark_retrieval", "--data", "roxford5k", "--limit", "9"],
      "roxford5k is always used as a whole: leave out --limit"),
+    (["--task", "shape_bias", "--data", "toy-scenes"],
+     "no cue-conflict images of 'toy-scenes' here, which shape_bias needs: choose --data toy, or"),
     (["--data", "toyy", "--task", "all"], "skipped knn, few_shot, linear"),
     (["--task", "part_retrieval", "--data", "cub", "--data-root", "x"], "No cub under x: expected"),
 ])

@@ -68,10 +68,10 @@ def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", sorted(
-    evaluate.TASKS.keys() - {"classify", "detection", "landmark_retrieval", "shape_bias", "video"}))
+    evaluate.TASKS.keys() - {"classify", "detection", "landmark_retrieval", "video"}))
 def test_probes_mix_no_devices(task, tmp_path):
     """Except for classify, which needs a classifier, detection, where values decide which boxes are
-    kept, shape_bias, for which toy has no data, and those that would take minutes."""
+    kept, and those that would take minutes."""
     users = {field.name: field.metadata["only_for"] for field in dataclasses.fields(Options)}
     short = [x for flag, n in (("epochs", "1"), ("iters", "2"))
              if task in users[flag] for x in (f"--{flag}", n)]

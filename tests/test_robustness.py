@@ -8,13 +8,14 @@ from PIL import Image
 from small_models import make_encoder, make_model, make_options
 
 import data
-from lib import metrics
+from lib import datasets, metrics, toy
 from probes import annotations, common, robustness
 
 
-def run(task, *flags):
+def run(task, *flags, model=None):
     """The Report of a probe for a small model."""
-    return getattr(robustness, task)(make_model(make_encoder()), make_options(task, *flags))
+    return getattr(robustness, task)(model or make_model(make_encoder()),
+                                     make_options(task, *flags))
 
 
 # ---- shape bias ----------------------------------------------------------------------------------
@@ -47,8 +48,9 @@ def test_shape_bias_from_images_to_numbers(tmp_path, monkeypatch):
         Image.new("RGB", (40, 40), (50 * number, 0, 0)).save(paths[-1])
     shapes, textures = torch.tensor([[names.index(name) for name in pair]
                                      for pair in pairs]).unbind(1)
-    stimuli = SimpleNamespace(paths=paths, shapes=shapes, textures=textures, classes=names)
-    monkeypatch.setattr(annotations, "cue_conflict", lambda root: stimuli)
+    images = datasets.Images("cue-conflict", "test", paths=paths)
+    stimuli = annotations.CueConflict(images, shapes, textures, names)
+    monkeypatch.setattr(annotations, "cue_conflict", lambda *_: stimuli)
     # predictions: shape, texture, shape, of an image without conflict, neither
     scores = torch.zeros(5, 1000)
     for row, name in enumerate(["cat", "dog", "dog", "knife", "bird"]):
@@ -56,23 +58,25 @@ def test_shape_bias_from_images_to_numbers(tmp_path, monkeypatch):
     head = SimpleNamespace(scores=lambda z: scores, training="SGD", notes=["lr 1"])
     monkeypatch.setattr(robustness, "train_linear_classifier", lambda *a: ("patch", head, 7))
     monkeypatch.setattr(robustness, "load_labeled", lambda *a: (None, 1000))
-    monkeypatch.setattr(common, "load_split", lambda *a: stimuli)          # a data set of files
+    monkeypatch.setattr(common, "load_split", lambda *a: images)           # a data set of files
     sides, batches = [], data.batches
     monkeypatch.setattr(data, "batches", lambda *a, **b: (sides.append(b["resize"]),
                                                           batches(*a, **b))[1])
     for flags, view, selection in (
-            (["--no-crop"], "whole image at 32 px", "lr chosen by 5 folds"),
+            (["--no-crop", "--show", "--out", str(tmp_path)], "whole image at 32 px",
+             "lr chosen by 5 folds"),
             (["--paper-lr", "--recipe", "park"], "short side 36 px, center crop of 32 px",
              "lr 1 and weight decay 0.05 as printed")):
         report = run("shape_bias", "--data", "imagenet", *flags)
         assert f"; {view}; " in report.protocol
         assert f"recipe park (SGD); {selection}" in report.protocol
+        assert "; mean probability of each category's classes; " in report.protocol
+    with Image.open(tmp_path / "shape_bias-imagenet-small.png") as figure:
+        assert figure.height == 4 * 130                     # not the image without conflict
     assert sides == [32, None]                           # the whole image; the center crop
     row = report.rows["patch"]
     assert row["cat"] == 50 and row["dog"] == 100 and row["shape bias"] == 75
     assert math.isnan(row["oven"]) and row["either"] == 75 and "car" not in row
-    with pytest.raises(ValueError, match="needs a classifier of ImageNet"):
-        run("shape_bias")
     monkeypatch.setattr(robustness, "load_labeled", lambda *a: (None, 999))
     with pytest.raises(ValueError, match="all 1,000 classes of ImageNet, and this folder has 999"):
         run("shape_bias", "--data", "imagenet")
@@ -84,6 +88,40 @@ def test_shape_bias_counts_only_decisions_for_shape_or_texture():
     bias, either = metrics.shape_bias(predicted, shapes, textures)
     assert bias[0] == 0.5 and bias[1] == 0.5 and math.isnan(bias[2])
     assert either == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("cue, bias", [("label", 100), ("pattern", 0)])
+def test_a_classifier_of_toy_that_sees_one_cue_decides_by_it(tmp_path, monkeypatch, cue, bias):
+    """Control from images to numbers: images of toy are replaced by 4 x 4 pixels of which the one
+    of the class of one cue is bright, and a classifier is trained on these pixels."""
+    def draw(index, *args, **flags):
+        out = real_draw(index, *args, **flags)
+        shows.append(flags.get("cue_conflict", False))
+        bright = torch.nn.functional.one_hot(out[cue], 16).view(-1, 1, 4, 4).expand(-1, 3, 4, 4)
+        return out | {"image": (255 * bright).to(torch.uint8)}
+
+    shows, real_draw = [], toy.draw
+    monkeypatch.setattr(toy, "draw", draw)
+    monkeypatch.setattr(common, "load_split", common.load_split.__wrapped__)       # no cache
+    report = run("shape_bias", "--limit", "400", "--recipe", "logreg", "--show", "--out",
+                 str(tmp_path), model=make_model(None, img_size=4))
+    row = report.rows["pixels"]
+    assert row == {"shape bias": bias, "either": 100, **dict.fromkeys(toy.CLASSES, bias)}
+    assert report.images == dict(train=400, test=400) and True in shows and False in shows
+    assert "; whole image at 4 px; class with the highest score; mean over" in report.protocol
+    with Image.open(tmp_path / "shape_bias-toy-small.png") as figure:
+        assert figure.height == 8 * 130
+
+
+def test_shape_bias_of_an_untrained_network_on_toy():
+    """All test images are counted, in the order in which they are drawn, in any batches."""
+    flags = "--limit", "60", "--recipe", "logreg"
+    rows = [run("shape_bias", *flags, "--batch-size", n).rows["patch"] for n in ("60", "7")]
+    assert str(rows[0]) == str(rows[1]) and 0 < rows[0]["either"] < 100      # some are nan
+    assert set(rows[0]) == {"shape bias", "either", *toy.CLASSES}
+    for name in ("toy-scenes", "cifar10"):
+        with pytest.raises(ValueError, match="choose --data toy, or imagenet"):
+            run("shape_bias", "--data", name)
 
 
 # ---- noise ---------------------------------------------------------------------------------------
