@@ -141,7 +141,8 @@ def test_an_unfinished_run_is_resumed_if_it_has_a_checkpoint(run_main, tmp_path,
     run_main("--methods", "mae", "dino", "--seeds", "0")
     assert "--resume" in called["mae.py"] and "--resume" not in called["dino.py"]
     kept = yaml.safe_load((tmp_path / "results.yaml").read_text())["toy"]
-    assert kept["mae"][0]["kNN, class token"] == 60.0 and kept["dino"][0]["kNN, class token"] == 40.0
+    cls = "kNN, class token"
+    assert kept["mae"][0][cls] == 60.0 and kept["dino"][0][cls] == 40.0
 
 
 def test_a_stopped_training_is_not_evaluated_and_the_other_runs_continue(
