@@ -23,7 +23,7 @@ def test_precedence_is_dataclass_then_section_then_file_then_flags(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("lr: 2e-3\ntemperature: 0.3\n")
     cfg = config.parse(mmc.Config, ["--config", str(file), "--temperature", "0.4"])
-    assert (cfg.min_lr, cfg.img_size, cfg.lr, cfg.temperature) == (1e-6, 64, 2e-3, 0.4)
+    assert (cfg.min_lr, cfg.img_size, cfg.lr, cfg.temperature) == (1e-6, 48, 2e-3, 0.4)
     assert "min_lr" not in cfg.origin and cfg.origin["img_size"] == "configs/mmc.yaml [toy]"
     assert cfg.origin["lr"] == str(file) and cfg.origin["temperature"] == "flags"
     assert config.parse(mmc.Config, ["--data", "imagenet"]).img_size == 224
@@ -54,7 +54,7 @@ def test_settings_below_a_choice_count_only_with_it(tmp_path):
 
 def test_a_flag_that_other_settings_replace_is_refused():
     cfg = config.parse(selfpatch.Config, ["--backbone", "swin_micro"])
-    assert (cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads) == (16, 128, 6, 4)
+    assert (cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads) == (12, 128, 6, 4)
     for name, value in (("embed_dim", "64"), ("depth", "4"), ("pos", "sincos_row")):
         with pytest.raises(ValueError, match=f"{config.flag(name)} {value} does not go with"):
             config.parse(selfpatch.Config, ["--backbone", "swin_micro", config.flag(name), value])
