@@ -412,7 +412,7 @@ def main():
 def save_visualization(run, cfg, student, teacher, images, n=8):
     """visualization.png: test images; the same images, corrupted as in training; the student's
     reconstruction; cosine similarity of each of the teacher's patch tokens to that of the center
-    patch (as in the paper's zero-shot segmentation)."""
+    patch (as in the paper's zero-shot segmentation), from the smallest in the image (blue) to 1."""
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
     region, *fill = corruption(index, cfg, len(x), "picture")     # pastes from all n images
     corrupted = corrupt(x, region, *fill)
@@ -427,6 +427,8 @@ def save_visualization(run, cfg, student, teacher, images, n=8):
     side = math.isqrt(z.shape[1])
     center = side // 2 * side + side // 2
     similarity = z @ z[:, center, :, None]                   # (n, N, 1)
+    lowest = similarity.amin(1, keepdim=True)
+    similarity = (similarity - lowest) / (1 - lowest).clamp(min=1e-6)
     similarity = F.interpolate(similarity.view(-1, 1, side, side), cfg.img_size)[:, 0]
     columns["similarity to the center"] = visualize.heat_map(similarity)
     visualize.save_grid(run, columns)
