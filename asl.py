@@ -300,7 +300,7 @@ def main():
         # ---- bookkeeping ---------------------------------------------------------------------
 
         if run.eval_due:
-            run.log(**visualize.knn(run, net.encoder, bank, queries))
+            run.log(**visualize.evaluate(run, net.encoder, bank, queries))
             with run.evaluation(net):
                 save_visualization(run, cfg, net, queries)
             if cfg.lambda_sem and loss_sem < 1e-3:

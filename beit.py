@@ -230,7 +230,7 @@ def main():
 
         if run.eval_due:
             stats = counts.stats()
-            run.log(**stats, **visualize.knn(run, net.backbone, bank, queries))
+            run.log(**stats, **visualize.evaluate(run, net.backbone, bank, queries))
             with run.evaluation(net):
                 save_visualization(run, cfg, net, tok, queries)
             visualize.warn_of_token_frequencies(run, loss, stats["token_entropy"])

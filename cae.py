@@ -345,7 +345,7 @@ def main():
             stats = counts.stats()
             latent_std = zbar.float().std((0, 1)).mean()     # over patches; 0.4 at the start
             run.log(latent_std=latent_std, **stats,
-                    **visualize.knn(run, net.encoder, bank, queries))
+                    **visualize.evaluate(run, net.encoder, bank, queries))
             with run.evaluation(net):
                 save_visualization(run, cfg, net, tok, queries)
             if latent_std < 0.05:

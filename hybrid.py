@@ -296,7 +296,7 @@ def main():
 
         net = unwrap(student)
         if run.eval_due:
-            found = visualize.knn(run, net.backbone, bank, queries)
+            found = visualize.evaluate(run, net.backbone, bank, queries)
             if mim:
                 visible = x1.masked_fill(masked[:, None], torch.nan)
                 baseline = rec_loss(visible.nanmean((2, 3), keepdim=True), x1, masked)

@@ -436,7 +436,7 @@ def main():
         entropy_patch, mi_patch = stats_patch.compute()
         run.log(mi=mi, entropy_patch=entropy_patch, mi_patch=mi_patch, lr=lr, grad_norm=grad_norm)
         if run.eval_due:
-            run.log(**visualize.knn(run, teacher.backbone, bank, queries))
+            run.log(**visualize.evaluate(run, teacher.backbone, bank, queries))
             with run.evaluation(teacher):
                 attention = visualize.last_attention(run, teacher.backbone, part.views[0][:8])
                 visualize.save_self_distillation(

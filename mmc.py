@@ -395,7 +395,7 @@ def main():
         # ---- bookkeeping ---------------------------------------------------------------------
 
         if run.eval_due:
-            found = visualize.knn(run, teacher.backbone, bank, queries)
+            found = visualize.evaluate(run, teacher.backbone, bank, queries)
             run.log(**found)
             with run.evaluation(student):
                 save_visualization(run, cfg, unwrap(student), teacher, queries)

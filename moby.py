@@ -236,7 +236,7 @@ def main():
 
         net = unwrap(student)
         if run.eval_due:
-            found = visualize.knn(run, net.backbone, bank, queries)
+            found = visualize.evaluate(run, net.backbone, bank, queries)
             run.log(**found)
             with run.evaluation(net.backbone):
                 save_visualization(run, net.backbone, batch.views, q1, k2)

@@ -194,7 +194,7 @@ def main():
 
         net = unwrap(student)
         if run.eval_due:
-            found = visualize.knn(run, net.backbone, bank, queries)
+            found = visualize.evaluate(run, net.backbone, bank, queries)
             run.log(**found)
             with run.evaluation():
                 save_visualization(run, net.backbone, batch.views, q1, k2[first:first + B])

@@ -529,7 +529,7 @@ def main():
         run.log(entropy_patch=entropy_patch, mi_patch=mi_patch, lr=lr, grad_norm=grad_norm)
         net = unwrap(student) if moby else teacher                           # the one to evaluate
         if run.eval_due:
-            found = visualize.knn(run, net.backbone, bank, queries)
+            found = visualize.evaluate(run, net.backbone, bank, queries)
             run.log(**found)
             with run.evaluation(net):
                 maps = []

@@ -200,7 +200,8 @@ def main():
         if run.eval_due:
             visible = x.masked_fill(masked_pixels[:, None], torch.nan)
             mean_color = rec_loss(visible.nanmean((2, 3), keepdim=True), x, masked_pixels)
-            run.log(loss_mean_color=mean_color, **visualize.knn(run, net.backbone, bank, queries))
+            run.log(loss_mean_color=mean_color)
+            run.log(**visualize.evaluate(run, net.backbone, bank, queries))
             with run.evaluation(net):
                 save_visualization(run, cfg, net, queries)
             visualize.warn_of_mean_color(run, loss, mean_color, "loss", "another --lr")

@@ -25,7 +25,7 @@ training loop itself is in each method's file; this is mae.py's, shortened:
         opt.step()
         opt.zero_grad()
         if run.eval_due:
-            run.log(**visualize.knn(run, net.encoder, bank, queries))
+            run.log(**visualize.evaluate(run, net.encoder, bank, queries))
             with run.evaluation(net):                  # eval mode, no gradients, not timed
                 save_visualization(run, cfg, net, queries)
         if run.save_due:

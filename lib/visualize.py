@@ -19,7 +19,7 @@ from lib import augment, checkpoints, distributed, metrics
 # Evaluation during training
 
 
-def knn(run, encoder, bank, queries):
+def evaluate(run, encoder, bank, queries):
     """Accuracies in percent of two classifiers on frozen features, and feat_std.
 
     bank and queries: datasets.Images, in a run 2,000 and 500. Returns {"knn": weighted 10 nearest

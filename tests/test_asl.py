@@ -316,7 +316,7 @@ def test_block_is_in_full_pt_and_not_in_encoder_pt(run, tmp_path):
     ("--dropout 1e-9 --lambda-sem 0 --mae-both", False)])
 def test_equal_predictions_get_a_warning_if_they_are_aligned(
         flags, warns, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(visualize, "knn", lambda *_: {})
+    monkeypatch.setattr(visualize, "evaluate", lambda *_: {})
     monkeypatch.setattr(asl, "save_visualization", lambda *_: None)
     run(tmp_path, "--dle", *flags.split())
     assert ("the two predictions are nearly identical" in capsys.readouterr().out) == warns

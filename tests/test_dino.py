@@ -230,7 +230,7 @@ def test_a_run_warns_of_collapsed_assignments(train, monkeypatch, capsys, method
         return F.one_hot(rows, t.shape[-1]).float()
 
     monkeypatch.setattr(importlib.import_module(method), "assign", assign)
-    monkeypatch.setattr(visualize, "knn", lambda *_: {})
+    monkeypatch.setattr(visualize, "evaluate", lambda *_: {})
     _, (line,) = train(method, "--steps", 1, "--evals", 1)
     printed = capsys.readouterr().out
     for what, name in (("images", "mi"), ("patches", "mi_patch")):

@@ -187,7 +187,7 @@ def test_views_of_weight_0_are_not_made(weight, views):
 @pytest.mark.parametrize("weight, heads", [
     (0, {"decoder", "mask_token"}), (1, {"projector", "predictor"})])
 def test_a_run_at_either_end_has_the_parts_of_one_method(weight, heads, monkeypatch, tmp_path):
-    monkeypatch.setattr(visualize, "knn", lambda *_: {"feat_std": torch.tensor(0.3)})
+    monkeypatch.setattr(visualize, "evaluate", lambda *_: {"feat_std": torch.tensor(0.3)})
     train(monkeypatch, tmp_path, hybrid, *BOTH, "--lambda-cl", str(weight), "--steps", "1",
           "--evals", "1")
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -295,7 +295,7 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
             yield step, batch
 
     monkeypatch.setattr(Run, "steps", spy)
-    monkeypatch.setattr(visualize, "knn", lambda *_: {})
+    monkeypatch.setattr(visualize, "evaluate", lambda *_: {})
     train(monkeypatch, tmp_path, hybrid, *BOTH, *recipe, "--steps", "2", "--evals", "1")
     found = torch.load(tmp_path / "last.pt", weights_only=True)["state"]
     torch.manual_seed(0)
@@ -336,7 +336,7 @@ def test_steps_of_a_run_are_those_of_the_recipe(monkeypatch, tmp_path):
     (0.3, 1.0, False)])                        # at the start
 def test_collapse_shows_in_feat_std_and_loss_together(
         feat_std, loss, warning, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(visualize, "knn", lambda *_: {"feat_std": torch.tensor(feat_std)})
+    monkeypatch.setattr(visualize, "evaluate", lambda *_: {"feat_std": torch.tensor(feat_std)})
     monkeypatch.setattr(hybrid, "contrastive_loss", lambda q, k, tau, first: (
         0 * q.sum() + loss * 2 * tau * math.log(8)))
     train(monkeypatch, tmp_path, hybrid, *BOTH, "--steps", "1", "--evals", "1")

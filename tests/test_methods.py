@@ -424,7 +424,7 @@ def test_the_evaluated_network_is_saved_with_its_own_heads(
         method, run, few, tmp_path, monkeypatch):
     """Of two networks the same one, in kNN, encoder.pt and its heads."""
     looked = []
-    monkeypatch.setattr(visualize, "knn", lambda _, encoder, *__: (
+    monkeypatch.setattr(visualize, "evaluate", lambda _, encoder, *__: (
         looked.append({key: x.clone() for key, x in encoder.state_dict().items()}), {})[1])
     run(method, "--out", tmp_path, "--steps", 1, "--evals", 1, "--lr", 0.1)
     net = checkpoints.load_encoder(tmp_path / "encoder.pt", quiet=True)

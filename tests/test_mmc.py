@@ -388,7 +388,7 @@ def test_collapse_shows_in_feat_std_and_loss_of_class_tokens_that_are_trained(
              "--mlp-dim 16 --group-size 4 --batch-size 8 --local-crops-number 0 --steps 1 "
              "--workers 0 --precision fp32 --device cpu --evals 1").split()
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(visualize, "knn", lambda *_: {"feat_std": torch.tensor(0.04)})
+    monkeypatch.setattr(visualize, "evaluate", lambda *_: {"feat_std": torch.tensor(0.04)})
     monkeypatch.setattr(mmc, "cls_loss", lambda q, *_, **__: (
         0 * q.sum() + loss * math.log(8)))
     monkeypatch.setattr("sys.argv", ["", *flags, "--lambda-cls", str(weight),

@@ -312,7 +312,7 @@ def test_each_query_is_compared_with_key_and_queue_of_the_other_view(
     (0.045, 1.01, True), (0.045, 0.93, False), (0.3, 1.0, False)])
 def test_collapse_shows_in_feat_std_and_loss_together(
         feat_std, loss, warning, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(visualize, "knn", lambda *_: {"feat_std": torch.tensor(feat_std)})
+    monkeypatch.setattr(visualize, "evaluate", lambda *_: {"feat_std": torch.tensor(feat_std)})
     monkeypatch.setattr(moby, "contrastive_loss", lambda q, *_: (
         0 * q.sum() + loss * math.log(25)))
     train(monkeypatch, tmp_path, 1, "--evals", "1")

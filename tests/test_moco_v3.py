@@ -237,7 +237,7 @@ def test_a_step_contrasts_each_query_with_the_other_views_keys(monkeypatch, tmp_
     (0.045, 1.01, True), (0.045, 0.93, False), (0.3, 1.0, False)])
 def test_collapse_shows_in_feat_std_and_loss_together(
         feat_std, loss, warning, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(visualize, "knn", lambda *_: {"feat_std": torch.tensor(feat_std)})
+    monkeypatch.setattr(visualize, "evaluate", lambda *_: {"feat_std": torch.tensor(feat_std)})
     monkeypatch.setattr(moco_v3, "contrastive_loss", lambda q, k, tau, first: (
         0 * q.sum() + loss * 2 * tau * math.log(8)))
     train(monkeypatch, tmp_path, 1, "--evals", "1")

@@ -147,7 +147,7 @@ def test_on_moby_the_image_head_trains_the_aggregation_and_the_patch_loss_does_n
 
 def test_on_moby_a_collapse_of_the_images_gives_a_warning(
         train, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr("lib.visualize.knn", lambda *_: {"feat_std": torch.tensor(0.01)})
+    monkeypatch.setattr("lib.visualize.evaluate", lambda *_: {"feat_std": torch.tensor(0.01)})
     for fraction in (1.0, 0.9):                              # of the chance level
         monkeypatch.setattr(selfpatch, "contrastive_loss", lambda q, *_, fraction=fraction: (
             0 * q.sum() + fraction * math.log(25)))

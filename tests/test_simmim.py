@@ -258,7 +258,7 @@ def test_steps_of_a_run_equal_those_written_out(monkeypatch, tmp_path):
             yield part
 
     monkeypatch.setattr(Run, "micro_batches", spy)
-    monkeypatch.setattr(visualize, "knn", lambda *_: {})
+    monkeypatch.setattr(visualize, "evaluate", lambda *_: {})
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", [
         "", *TINY, *recipe, *"--data synthetic --steps 2 --evals 1 --precision fp32".split(),

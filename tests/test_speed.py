@@ -25,7 +25,7 @@ def test_a_run_is_profiled_after_the_measured_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "STEPS", 2)
     monkeypatch.setattr(speed, "PROFILED", 1)
     monkeypatch.setattr(speed, "rest_fraction", lambda events, *args: (
-        profiled_at.append(sum(e.count for e in events if "AdamW" in e.key)),
+        profiled_at.append(sum(e.count for e in events if "AdamW.step" in e.key)),
         fraction(events, *args))[1])
     monkeypatch.setattr(Run, "steps", speed.profiled(Run.steps, file))
     monkeypatch.setattr(distributed, "measure_peak", lambda *_: 1.0)

@@ -32,7 +32,7 @@ class Lookup(nn.Module):
 
 
 def small_run(step, printed):
-    """What visualize.knn needs of a run of 20 steps with 2 evaluations."""
+    """What visualize.evaluate needs of a run of 20 steps with 2 evaluations."""
     run = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext, step=step,
                           total=20, cfg=SimpleNamespace(workers=0, img_size=16, evals=2),
                           print0=printed.append)
@@ -52,7 +52,7 @@ def test_knn_needs_two_splits_of_the_same_classes(monkeypatch):
     pixels = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 3, 16, 16)
     bank = datasets.Images("x", "train", ["a", "b"], labels[:12], pixels[:12])
     tests = replace(bank, split="test", labels=labels[12:], pixels=pixels[12:])
-    found = visualize.knn(run, net, bank, tests)
+    found = visualize.evaluate(run, net, bank, tests)
     assert (found["knn"], found["knn_patch"]) == (100, 0)
     linear = metrics.ridge(cls[:12], labels[:12], cls[12:]) == labels[12:]
     assert found["linear"] == 100 * linear.float().mean() and found["linear_patch"] == 0
@@ -62,12 +62,12 @@ def test_knn_needs_two_splits_of_the_same_classes(monkeypatch):
     for known, queries in ((bank, bank), (replace(bank, labels=None, classes=None), tests),
                          (bank, replace(tests, labels=None)),  # a flat val/
                          (bank, replace(tests, classes=["a", "c"]))):
-        assert set(visualize.knn(run, net, known, queries)) == {"feat_std"}
-    assert set(visualize.knn(run, net, replace(bank, labels=None, pixels=pixels[:1]),
+        assert set(visualize.evaluate(run, net, known, queries)) == {"feat_std"}
+    assert set(visualize.evaluate(run, net, replace(bank, labels=None, pixels=pixels[:1]),
                              tests)) == set()              # one image has no standard deviation
     assert net.training
     monkeypatch.setattr(distributed, "all_mean", lambda x: x / 2)       # another process could not
-    assert visualize.knn(run, net, bank, tests) == {}
+    assert visualize.evaluate(run, net, bank, tests) == {}
     assert not printed                                                  # the second evaluation
 
 
@@ -85,7 +85,7 @@ def test_the_first_evaluation_also_classifies_pixels_and_an_untrained_network():
     lines = {}
     for step in (9, 19):                                    # both evaluations of the run
         run = small_run(step, lines.setdefault(step, []))
-        found = visualize.knn(run, net, bank, tests)
+        found = visualize.evaluate(run, net, bank, tests)
         assert set(found) == {"knn", "linear", "knn_patch", "linear_patch", "feat_std"}
     assert not lines[19]
     (raw, untrained), weights = lines[9], copy.deepcopy(net.state_dict())
@@ -99,7 +99,7 @@ def test_the_first_evaluation_also_classifies_pixels_and_an_untrained_network():
     assert all(torch.equal(x, weights[name]) for name, x in net.state_dict().items())
     run = small_run(0, printed := [])
     run.total, run.cfg.evals = 2, 10                                    # evaluates in every step
-    visualize.knn(run, net, bank, tests)
+    visualize.evaluate(run, net, bank, tests)
     assert printed
 
 
@@ -116,7 +116,7 @@ def test_knn_keeps_labels_and_images_together_if_a_file_is_unreadable(tmp_path, 
         open(paths[i], "w").close()
     bank = datasets.Images("x", "train", ["a", "b"], labels[:8], paths=paths[:8])
     tests = replace(bank, split="test", labels=labels[8:], paths=paths[8:])
-    found = visualize.knn(run, net, bank, tests)
+    found = visualize.evaluate(run, net, bank, tests)
     assert (found["knn"], found["knn_patch"]) == (100, 100)
 
 
