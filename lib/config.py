@@ -124,11 +124,16 @@ def convert(name, value, kind):
             return int(float(value))
         if value is None:
             raise ValueError
-        return kind(value)
+        return expand_home(value) if kind is str else kind(value)
     except (ValueError, TypeError, KeyError, OverflowError):
         noun = {int: "a whole number", float: "a number", bool: "true or false",
                 tuple: "numbers", str: "text"}[kind]
         raise ValueError(f"{flag(name)} must be {noun}, not {value!r}") from None
+
+
+def expand_home(value):
+    """A path below ~, which the shell replaces neither in --data=~/photos nor in a YAML file."""
+    return os.path.expanduser(value) if str(value).startswith("~/") else str(value)
 
 
 def read_yaml(path):
@@ -160,8 +165,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         def hyphens(arg):
+            if not arg.startswith("--"):
+                return arg
             name, equals, value = arg.partition("=")
-            return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
+            return name.replace("_", "-") + equals + expand_home(value)
 
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([hyphens(str(arg)) for arg in args], namespace)

@@ -62,6 +62,15 @@ def test_a_flag_that_other_settings_replace_is_refused():
     config.parse(selfpatch.Config, ["--embed-dim", "64"])
 
 
+def test_home_is_expanded_where_the_shell_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    file = tmp_path / "own.yaml"
+    file.write_text("data: ~/photos")
+    for argv in (["--data=~/photos"], ["--config", str(file)]):
+        assert config.parse(mmc.Config, argv).data == "/home/ada/photos"
+    assert config.parse(mmc.Config, ["--data=photos~/x"]).data == "photos~/x"
+
+
 def test_every_setting_has_a_comment_for_the_help():
     assert all(text for _, _, text in config.fields(config.Settings).values())
 
