@@ -140,14 +140,14 @@ def collect_numbers(folder):
     """{column of the table: number} of a run with all probes done."""
     numbers = {}
     for flags in PIXEL_PROBES if is_pixels(folder) else PROBES:
-        metrics, columns = read_metrics(folder, flags), PROBES[flags]
-        for column, (feature, name) in columns.items():
-            feature = feature or next(iter(metrics))
+        metrics = read_metrics(folder, flags)
+        for column, (feature, name) in PROBES[flags].items():
+            feature = feature if feature in metrics else next(iter(metrics))
             numbers[column] = round(metrics[feature][name], 1)
-    knn = read_metrics(folder, "knn")
-    if is_pixels(folder):
+    if is_pixels(folder):                                # one feature, no attention
         del numbers["kNN, mean patch token"]
         return numbers
+    knn = read_metrics(folder, "knn")
     if knn["cls"] == knn["patch"]:        # no class token: evaluate.py used the mean patch token
         del numbers["kNN, class token"]
     for name, (column, key, decimals) in DIAGNOSTICS.items():

@@ -86,11 +86,9 @@ def test_baselines_have_rows_of_their_own(run_main, scripts, tmp_path, capsys):
     for name in "supervised", "untrained":
         write_finished_run(tmp_path / f"{name}-toy", 60.0)
     (tmp_path / "pixels-toy").mkdir()
-    line = json.loads(result_line("knn", {"cls": {"k=10": 16.0}, "patch": {"k=10": 16.0}},
-                                  checkpoint=None))
-    lines = [json.dumps(line | dict(task=task, metrics={"cls": {metric: 16.0}}))
-             for task, metric in (("linear", "top-1"), ("part_retrieval", "AP"))]
-    (tmp_path / "pixels-toy" / "results.jsonl").write_text("\n".join([json.dumps(line), *lines]))
+    lines = [result_line(task, {"pixels": {metric: 16.0}}, checkpoint=None) for task, metric in
+             (("knn", "k=10"), ("linear", "top-1"), ("part_retrieval", "AP"))]
+    (tmp_path / "pixels-toy" / "results.jsonl").write_text("\n".join(lines))
     run_main("--methods", *results.BASELINES, "--seeds", "0")
     assert scripts == []
     rows = capsys.readouterr().out
