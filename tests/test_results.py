@@ -5,7 +5,7 @@ import sys
 import pytest
 import yaml
 
-from benchmarks import METHODS, results
+from benchmarks import results
 
 
 def result_line(task, metrics, data="toy", checkpoint="encoder.pt", level="object", limit=None):
@@ -158,11 +158,9 @@ def test_a_stopped_training_is_not_evaluated_and_the_other_runs_continue(
     assert "dino-toy was stopped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data", ["toy", "toy-scenes"])
-def test_docs_show_the_table_of_results_yaml(data, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["results.py", "--table", "--data", data])
+def test_docs_show_the_table_of_results_yaml(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["results.py", "--table"])
     results.main()
     table = capsys.readouterr().out
-    rows = results.ROWS if data == "toy" else METHODS
-    assert len(table.splitlines()) == 2 + len(rows)
+    assert len(table.splitlines()) == 2 + len(results.ROWS)
     assert table in (results.ROOT / "docs" / "results.md").read_text()
