@@ -228,12 +228,20 @@ def main(argv=None):
     opt = parse(argv)
     begin = time.perf_counter()
     distributed.keep_memory()
+    note = distributed.choose_threads(distributed.pick_device(opt.device))
     folder = make_folder(Path(opt.out) / "analysis")
-    plt = import_pyplot()
-    models = load_models(opt)
+    with progress.activity("loading the models"):
+        models = load_models(opt)
     for model in models:
         require_vit(model, "analysis.py")
     opt = dataclasses.replace(opt, data=opt.data or default_data(models))
+    names = ", ".join(model.name for model in models)
+    head = f"{names}; test images of {opt.data}; {models[0].precision}"
+    print(f"{head} on {distributed.device_name(models[0].device)}")
+    if note:
+        print(note)
+    with progress.activity("loading matplotlib"):        # its first import lists all fonts
+        plt = import_pyplot()
     results, missing = {name: [] for name in opt.what}, {}
     for position, model in enumerate(models):
         measured, left_out = run_diagnostics(model, opt)
@@ -244,7 +252,7 @@ def main(argv=None):
         seconds = time.perf_counter() - begin
         print(f"{model.name}: {len(measured)} diagnostics, after {seconds:.0f} s")
     results = {name: model_results for name, model_results in results.items() if model_results}
-    for name, model_results in results.items():
+    for name, model_results in progress.bar(results.items(), "writing figures"):
         write_numbers(folder, name, model_results, opt)
         if plt:
             figures.save_figure(plt, folder / f"{name}.png", name, model_results)
@@ -255,8 +263,6 @@ def main(argv=None):
     notes += [f"{name}: measured with different settings: {', '.join(differences)}"
               for name, model_results in results.items()
               if (differences := different_settings(model_results))]
-    names = ", ".join(model.name for model in models)
-    head = f"{names}; test images of {opt.data}; {models[0].precision}"
     figures.write_page(folder / "index.html", head, results, notes, bool(plt))
     for note in notes:
         print(f"note: {note}")

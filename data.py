@@ -18,11 +18,8 @@ Every random number is a function of (seed, epoch, view, purpose, image), see li
 does not depend on the number of workers or processes, on whether the run was resumed, or on the
 image's place in its batch.
 """
-import atexit
 import itertools
 import math
-import multiprocessing
-import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -344,22 +341,5 @@ def read_center_crops(paths, size, resize, interpolation, index):
 def in_workers(function, items, count, device):
     """Yields function(item) for each item, computed ahead in `count` processes (0: in this one)."""
     return DataLoader(items, batch_size=None, collate_fn=function, num_workers=count,
-                      worker_init_fn=start_worker, pin_memory=device.type == "cuda",
+                      worker_init_fn=distributed.start_worker, pin_memory=device.type == "cuda",
                       generator=torch.Generator())         # else it uses the global one
-
-
-def start_worker(_):
-    """Settings of a worker process. Only the main process reacts to signals."""
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def end_workers():
-    """Kills the workers at exit. Python would send SIGTERM, which they ignore, and wait forever."""
-    daemons = [child for child in multiprocessing.active_children() if child.daemon]
-    if daemons:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # else the DataLoader reports their end
-    for child in daemons:                                  # other processes belong to the caller
-        child.kill()

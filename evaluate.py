@@ -156,8 +156,14 @@ def main(argv=None):
     if not is_first:                                     # only the first process prints
         sys.stdout = open(os.devnull, "w", errors="replace")
     distributed.keep_memory()
-    models = load_models(opt)
+    note = distributed.choose_threads(distributed.pick_device(opt.device))
+    with progress.activity("loading the models", is_first):
+        models = load_models(opt)
     opt = replace(opt, data=opt.data or default_data(models), show=opt.show and is_first)
+    print(f"{opt.task} on {opt.data}: {', '.join(model.name for model in models)}; "
+          f"{models[0].precision} on {distributed.device_name(models[0].device)}")
+    if note:
+        print(note)
     results, skipped, paths, error = run_tasks(opt, models, is_first)
     if error and not (is_first and results):
         raise error
@@ -189,7 +195,8 @@ def run_tasks(opt, models, is_first):
     for model, path in zip(models, result_files(opt, models)):
         for task in tasks:
             try:
-                check_fit(task, model, options_for_task(opt, task))
+                with progress.activity(f"{task}: checking the data", is_first):
+                    check_fit(task, model, options_for_task(opt, task))
                 jobs.append((task, model, path))
             except (ValueError, FileNotFoundError) as error:
                 if not run_all:
@@ -286,7 +293,8 @@ def print_plan(opt, jobs):
         if model.name not in by_model:
             time_image = functools.cache(functools.partial(plan.seconds_per_image, model))
             by_model[model.name] = []
-        seconds = plan.estimate_seconds(task, model, options_for_task(opt, task), time_image)
+        with progress.activity("estimating how long it will take"):
+            seconds = plan.estimate_seconds(task, model, options_for_task(opt, task), time_image)
         by_model[model.name].append(f"{task} {seconds / 60:.1f}")
         total += seconds / 60
     for name, tasks in by_model.items():

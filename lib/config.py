@@ -255,10 +255,10 @@ def main(function):
     worker: one line on stderr, exit code 2. Ctrl-C: one line, exit code 130. Any other exception is
     not caught. If $TRACEBACK is not empty, user errors are not caught either, so that Python prints
     the traceback. Characters that the terminal cannot print, as in the path of an image, are
-    printed as escapes."""
+    printed as escapes. Every line is written at once, also to a pipe."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):          # not in notebooks
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         function()
     except (ValueError, OSError, RuntimeError) as e:

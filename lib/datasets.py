@@ -21,6 +21,7 @@ import importlib.util
 import io
 import itertools
 import json
+import mmap
 import os
 import pickle
 import sys
@@ -32,8 +33,9 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.Image import Resampling
+from torch.utils.data import DataLoader
 
-from lib import rng, toy, tree
+from lib import distributed, progress, rng, toy, tree
 
 # --------------------------------------------------------------------------------------------------
 # The known data sets
@@ -148,21 +150,16 @@ def load_images(name, root=None, split="train", size=64, limit=None, device="cpu
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: give at least 1, or leave it out for all images")
     if name in ("toy", "toy-scenes"):
-        parts = [toy.draw(index, split, size, scenes=name == "toy-scenes")
-                 for index in torch.arange(limit or toy.NUM_IMAGES[split]).split(256)]
-        pixels, labels = (torch.cat([part[key] for part in parts]) for key in ("image", "label"))
-        images = Images(name, split, list(toy.CLASSES), labels, pixels)
+        drawn = draw_toy(name, split, size, limit or toy.NUM_IMAGES[split])
+        images = Images(name, split, list(toy.CLASSES), *drawn)
     elif name == "synthetic":               # noise, to measure training without reading images
         noise = torch.randint(256, (limit or 2048, 3, size, size), dtype=torch.uint8,
                               generator=rng.generator("synthetic", split))
         images = Images(name, split, pixels=noise)
-    elif name in ("cifar10", "cifar100"):
-        images = Images(name, split, *read_cifar(name, root, split))
-    elif name == "stl10":
-        images = Images(name, split, *read_stl10(root, split))
     else:
-        images = (Images(name, split, *read_list(name, root, split)) if name in LISTS else
-                  load_tree(name, root, split))
+        with progress.activity(f"reading {name}, {split}", distributed.rank() == 0):
+            images = read_split(name, root, split)
+    if images.paths is not None:
         if hold_out and images.labels is not None:
             images = images.select((images.labels >= 0).nonzero()[:, 0], images.split)
         if hold_out and images.split == "all" and len(images) > 1:
@@ -179,6 +176,35 @@ def load_images(name, root=None, split="train", size=64, limit=None, device="cpu
     images.pixels = images.pixels[:limit].to(device)
     images.labels = None if images.labels is None else images.labels[:limit]
     return images
+
+
+def draw_toy(name, split, size, n):
+    """The first n images of toy or toy-scenes -> labels (n,), pixels (n, 3, size, size).
+
+    With several threads, many images are drawn in processes instead, each of one thread: a drawing
+    is thousands of small operations, after each of which the threads would wait for each other."""
+    shared = mmap.mmap(-1, n * 3 * size * size)          # not in /dev/shm, which is small in Docker
+    pixels = torch.from_numpy(np.frombuffer(shared, np.uint8)).view(n, 3, size, size)
+
+    def draw(index):
+        drawn = toy.draw(index, split, size, scenes=name == "toy-scenes")
+        pixels[index[0]:index[-1] + 1] = drawn["image"]
+        return drawn["label"].tolist()
+
+    processes = min(torch.get_num_threads(), n // 500)   # fewer images: starting takes longer
+    if processes == 1 or sys.platform != "linux":
+        processes = 0                                    # in this one
+    parts = DataLoader(torch.arange(n).split(256), batch_size=None, collate_fn=draw,
+                       num_workers=processes, worker_init_fn=distributed.start_worker,
+                       multiprocessing_context="fork" if processes else None,
+                       generator=torch.Generator())      # else it uses the global one
+    labels = []
+    with progress.bar(desc=f"drawing {name}, {split}", total=n, unit="images",
+                      shown=distributed.rank() == 0) as bar:
+        for part in parts:
+            labels += part
+            bar.update(len(part))
+    return torch.tensor(labels), pixels
 
 
 def root_of(given):
@@ -208,6 +234,17 @@ def missing_error(name, root, layouts=LAYOUT, places=()):
 
 # --------------------------------------------------------------------------------------------------
 # Readers of the layouts
+
+
+def read_split(name, root, split):
+    """A split of a data set on disk, by its name or its path -> Images."""
+    if name in ("cifar10", "cifar100"):
+        return Images(name, split, *read_cifar(name, root, split))
+    if name == "stl10":
+        return Images(name, split, *read_stl10(root, split))
+    if name in LISTS:
+        return Images(name, split, *read_list(name, root, split))
+    return load_tree(name, root, split)
 
 
 def load_tree(name, root, split):
@@ -426,7 +463,7 @@ def read_with_torchvision(name, root, split):
 @functools.cache
 def print_once(line, file=None):
     """Prints a line to the file, by default stderr, unless it was printed there before."""
-    print(line, file=file or sys.stderr, flush=True)
+    progress.write(line, file)
 
 
 def report_unreadable(name, bad, total, what="images"):

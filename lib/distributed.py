@@ -6,12 +6,15 @@ process without torchrun is the normal case, in which every function here also w
     model = wrap_ddp(model, device)     # DDP if there are several processes
     keys = all_gather(keys)             # (B, ...) of each process -> (world*B, ...)
 """
+import atexit
 import contextlib
 import ctypes
+import math
+import multiprocessing
 import os
 import re
 import resource
-import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -59,7 +62,10 @@ def pick_precision(name, device):
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' * (threads > 1)})"
 
 
 def peak_flops(device, precision):
@@ -72,11 +78,11 @@ def peak_flops(device, precision):
 
 
 def measure_peak(device, precision):
-    """FLOP/s of a square matrix product, best of five."""
+    """FLOP/s of a square matrix product, best of five, or of as many as fit in a second."""
     size = 8192 if device.type == "cuda" else 2048       # a smaller one does not fill a GPU
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, times = torch.ones(size, size, device=device, dtype=dtype), []
-    for _ in range(5):
+    while len(times) < 5 and sum(times) < 1:
         begin = time.perf_counter()
         (a @ a)[0, 0].item()
         times.append(time.perf_counter() - begin)
@@ -91,26 +97,70 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def busy_advice():
-    """A sentence with a faster command, if this process has several threads and since its start
-    waited for a CPU core for more than a fifth of the time; else None. Other processes are busy
-    then, and threads wait for each other: each one that has no core delays all of them."""
-    ran, waited = cpu_seconds()
-    if torch.get_num_threads() == 1 or waited <= 0.2 * (ran + waited):
-        return None
-    return (f"the CPU is busy with other processes (this one has waited for a core for "
-            f"{waited / (ran + waited):.0%} of the time): one thread is faster then, "
-            f"OMP_NUM_THREADS=1 python {shlex.join(sys.argv)}")
+def choose_threads(device):
+    """On a CPU, unless $OMP_NUM_THREADS is set: lets torch compute with no more threads than there
+    are cores that other processes leave idle, at least with one. After every operation the threads
+    wait for each other, so one that has no core delays all: two on two cores, one of which is in
+    use, are slower than one. Returns a sentence for the log if there are fewer threads than usual,
+    else "". Call it after init_distributed(), which divides the cores among several processes."""
+    usual = torch.get_num_threads()
+    if usual == 1 or device.type != "cpu" or world_size() > 1 or os.environ.get("OMP_NUM_THREADS"):
+        return ""
+    used, cores = used_cores(), len(allowed_cores())
+    threads = max(1, math.floor(cores - used + 0.25))    # a quarter of a core in use: no matter
+    if threads >= usual:
+        return ""
+    torch.set_num_threads(threads)
+    return (f"other processes use {used:.1f} of {cores} CPU cores: {threads} instead of {usual} "
+            f"threads; OMP_NUM_THREADS={usual} in front of the command prevents this")
 
 
-def cpu_seconds():
-    """Seconds that the main thread has run, and that it has waited for a core that others used.
-    Both are 0 if the system does not count them (only Linux does)."""
+def keep_threads(threads):
+    """For a resumed run: lets torch compute with as many threads as before, because sums are
+    rounded differently with another number. $OMP_NUM_THREADS has precedence, and there are no more
+    threads than usual, as on a machine with fewer cores. Returns a sentence for the log if the
+    number differs, else ""."""
+    usual = torch.get_num_threads()
+    if threads <= usual and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(threads)
+    elif threads != usual:
+        return (f"number of threads: {threads} before, {usual} now, so that sums are rounded "
+                f"differently; OMP_NUM_THREADS={threads} in front of the command prevents this")
+    return ""
+
+
+def used_cores(seconds=0.3, stat=Path("/proc/stat")):
+    """Number of cores in use, of those that this process may use, on average over the next
+    `seconds`, in which it sleeps. 0.0 if the system does not count it (only Linux does)."""
     try:
-        ran, waited, _ = Path("/proc/self/schedstat").read_text().split()
-        return int(ran) / 1e9, int(waited) / 1e9
+        before = read_ticks(stat)
+        time.sleep(seconds)
+        after = read_ticks(stat)
+        used = 0.0
+        for core in allowed_cores() & before.keys() & after.keys():
+            busy, total = (b - a for a, b in zip(before[core], after[core]))
+            used += busy / max(1, total)
+        return used
     except (OSError, ValueError):
-        return 0.0, 0.0
+        return 0.0
+
+
+def read_ticks(stat):
+    """{core: (ticks in use, all ticks)} since the system started."""
+    found = {}
+    for name, *ticks in map(str.split, stat.read_text().splitlines()):
+        if core := re.fullmatch(r"cpu(\d+)", name):
+            user, nice, system, idle, iowait, irq, softirq, steal = map(int, ticks[:8])
+            busy = user + nice + system + irq + softirq + steal
+            found[int(core[1])] = busy, busy + idle + iowait
+    return found
+
+
+def allowed_cores():
+    """The CPU cores that this process may use, by number."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))               # macOS
 
 
 def keep_memory():
@@ -133,11 +183,26 @@ def init_distributed(device):
         torch.cuda.set_device(device)
     elif world > 1:                                       # torchrun sets one thread per process
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
-            os.cpu_count() or 1)
-        torch.set_num_threads(max(1, cores // processes))
+        torch.set_num_threads(max(1, len(allowed_cores()) // processes))
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def start_worker(_):
+    """Settings of a worker process. Only the main process reacts to signals."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Kills the workers at exit. Python would send SIGTERM, which they ignore, and wait forever."""
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    if daemons:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # else the DataLoader reports their end
+    for child in daemons:                                  # other processes belong to the caller
+        child.kill()
 
 
 def exit_together():

@@ -129,17 +129,17 @@ class RunFolder:
             raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
         return SummaryWriter(self.path)
 
-    def save(self, state, step, sums, steps_per_epoch):
+    def save(self, state, step, sums, steps_per_epoch, threads):
         """Writes last.pt. state: {name: module or optimizer}; sums: {name: (sum, count)} of what
-        was logged since the last line."""
+        was logged since the last line; threads: of a run on a CPU, else None."""
         content = {"format": "training/1", "method": self.cfg.method, "step": step,
-                   "steps_per_epoch": steps_per_epoch, "meter": sums,
+                   "steps_per_epoch": steps_per_epoch, "threads": threads, "meter": sums,
                    "state": {name: x.state_dict() for name, x in state.items()}}
         checkpoints.write_atomic(self.path / "last.pt", lambda f: torch.save(content, f))
 
     def load(self, state):
-        """Loads last.pt into `state`. Returns step, sums and steps per epoch; see save(). The
-        hyperparameters of optimizers stay those of this run. Raises ValueError for a file of
+        """Loads last.pt into `state`. Returns step, sums, steps per epoch and threads; see save().
+        The hyperparameters of optimizers stay those of this run. Raises ValueError for a file of
         another method or with other shapes, OSError if it cannot be read now."""
         path = self.path / "last.pt"
         try:
@@ -168,4 +168,4 @@ class RunFolder:
             for group, current in zip(getattr(x, "param_groups", []), groups):
                 group.update(current)       # lr, weight decay, ... of this run, not the saved ones
         sums = {name: tuple(entry) for name, entry in sums.items()}
-        return saved["step"], sums, saved.get("steps_per_epoch")
+        return saved["step"], sums, saved.get("steps_per_epoch"), saved.get("threads")

@@ -55,7 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lib import checkpoints, datasets, distributed, rng
+from lib import checkpoints, datasets, distributed, progress, rng
 from lib.folder import RunFolder
 from lib.init_from import InitialWeights
 
@@ -145,11 +145,11 @@ class Run:
                         f"last.pt")
         elif cfg.init_from:
             self.initial = InitialWeights(cfg)
-        if self.device.type == "cpu" and self.world == 1 and (advice := distributed.busy_advice()):
-            self.print0(advice)
         distributed.keep_memory()
         torch.set_float32_matmul_precision("high")                   # TF32 for a GPU's fp32 parts
         distributed.init_distributed(self.device)
+        if not cfg.resume and (note := distributed.choose_threads(self.device)):
+            self.print0(note)                                        # else see restore()
         torch.manual_seed(cfg.seed)                                  # equal initial weights
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -169,8 +169,7 @@ class Run:
 
     def print0(self, text):
         if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            progress.write(text, sys.stdout)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -217,47 +216,47 @@ class Run:
         self.steps_per_epoch = len(loader)
         self.peak_flops = distributed.peak_flops(self.device, self.precision) * self.world
         batches, begin, skipped, compiled = loader.batches(start=self.step), self.step, 0, False
-        bar = tqdm(total=self.total, initial=begin, leave=False, dynamic_ncols=True,
-                   disable=self.rank > 0 or not sys.stderr.isatty())
         self.last_save = time.perf_counter()
         self.interval = Interval(begin)
         if self.rank == 0:
             self.folder.write_config()
-        for step in range(begin, self.total):
-            called = time.perf_counter()
-            batch = next(batches)
-            self.interval.waited += time.perf_counter() - called
-            torch.manual_seed(rng.key(self.cfg.seed, "step", step, self.rank))  # for dropout
-            overdue, stop = self._max_over_processes(
-                time.perf_counter() - self.last_save >= 60 * self.cfg.save_every, self.signal)
-            last = step + 1 == self.total
-            evals = self.cfg.evals
-            self.eval_due = step * evals // self.total < (step + 1) * evals // self.total
-            self.save_due = bool(overdue or stop or last)
-            # FLOPs are counted in the first step without an evaluation, which would add its own.
-            count = self.flops is None and not self.eval_due
-            with FlopCounterMode(display=False) if count else contextlib.nullcontext() as counter:
-                yield step, batch
-            if count:
-                self.flops = counter.get_total_flops() * self.world / self.cfg.batch_size
-            if self.cfg.compile and not compiled and self.flops is not None:
-                compiled = True                          # not before: FLOPs are counted uncompiled
-                for module in self.modules:
-                    module.compile()
-            if loader.skipped > skipped:
-                skipped = loader.skipped
-                self.print0(f"{skipped} unreadable images replaced so far in process 0 (an image "
-                            f"counts each time)")
-            self._print_if_due()
-            self.step = step + 1
-            bar.update()
-            if stop and not last:
-                bar.close()
-                self.print0(f"received {signal.Signals(stop).name}: saved after step {self.step}; "
-                            f"--resume continues from there")
-                distributed.exit_together()
-                sys.exit(0)
-        bar.close()
+        with progress.bar(desc=self.out.name, total=self.total, unit="steps", initial=begin,
+                          shown=self.rank == 0) as bar:
+            for step in range(begin, self.total):
+                called = time.perf_counter()
+                batch = next(batches)
+                self.interval.waited += time.perf_counter() - called
+                torch.manual_seed(rng.key(self.cfg.seed, "step", step, self.rank))  # for dropout
+                overdue, stop = self._max_over_processes(
+                    time.perf_counter() - self.last_save >= 60 * self.cfg.save_every, self.signal)
+                last = step + 1 == self.total
+                evals = self.cfg.evals
+                self.eval_due = step * evals // self.total < (step + 1) * evals // self.total
+                self.save_due = bool(overdue or stop or last)
+                # FLOPs are counted in the first step without an evaluation, which adds its own.
+                count = self.flops is None and not self.eval_due
+                counter = FlopCounterMode(display=False) if count else contextlib.nullcontext()
+                with counter:
+                    yield step, batch
+                if count:
+                    self.flops = counter.get_total_flops() * self.world / self.cfg.batch_size
+                if self.cfg.compile and not compiled and self.flops is not None:
+                    compiled = True                      # not before: FLOPs are counted uncompiled
+                    for module in self.modules:
+                        module.compile()
+                if loader.skipped > skipped:
+                    skipped = loader.skipped
+                    self.print0(f"{skipped} unreadable images replaced so far in process 0 (an "
+                                f"image counts each time)")
+                self._print_if_due()
+                self.step = step + 1
+                bar.update()
+                if stop and not last:
+                    bar.close()
+                    self.print0(f"received {signal.Signals(stop).name}: saved after step "
+                                f"{self.step}; --resume continues from there")
+                    distributed.exit_together()
+                    sys.exit(0)
         if self.rank == 0:
             files = ", ".join(sorted(p.name for p in self.out.glob("[!.]*")))
             self.print0(f"done after {self.total} steps; {self.out}/ contains {files}")
@@ -372,7 +371,7 @@ class Run:
             try:
                 yield
             except datasets.UnreadableImage as e:        # perhaps in this process only: no print0
-                tqdm.write(f"evaluation skipped: {e}", file=sys.stdout)
+                progress.write(f"evaluation skipped: {e}", sys.stdout)
         for module in modules:
             module.train()
 
@@ -394,12 +393,18 @@ class Run:
         if problem[0]:
             raise problem[0]
         if self.cfg.resume:
-            self.step, self.sums, self.steps_per_epoch = self.folder.load(self.state)
+            self.step, self.sums, self.steps_per_epoch, threads = self.folder.load(self.state)
             self.last_saved_step = self.step
             self.print0(f"resumed from {self.out / 'last.pt'} after step {self.step}")
+            if threads and self._computes_alone() and (note := distributed.keep_threads(threads)):
+                self.print0(note)
         if self.rank == 0:
             self.folder.trim_log(self.step)              # removes lines later than last.pt
             self.writer = self.folder.tensorboard() if self.cfg.tensorboard else None
+
+    def _computes_alone(self):
+        """Whether the number of threads is that of choose_threads()."""
+        return self.device.type == "cpu" and self.world == 1
 
     def save(self):
         """Writes last.pt: the state given to restore(), the step, and the means of the next line.
@@ -412,7 +417,8 @@ class Run:
         with self.paused():
             sums = {name: (self._mean(total), count) for name, (total, count) in self.sums.items()}
             if self.rank == 0:
-                self.folder.save(self.state, self.step + 1, sums, self.steps_per_epoch)
+                threads = torch.get_num_threads() if self._computes_alone() else None
+                self.folder.save(self.state, self.step + 1, sums, self.steps_per_epoch, threads)
         self.last_saved_step, self.last_save = self.step + 1, time.perf_counter()
 
     def save_encoder(self, backbone, full=None, **info):

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from lib import augment, checkpoints, distributed, rng
+from lib import augment, checkpoints, distributed, progress, rng
 from lib.run import cosine, set_lr
 
 # B images, S image side, K codes, N = h x w cells of an image, dim width of a code
@@ -311,7 +311,8 @@ def train_tokenizer(cfg, run, images, view, cell):
                             weight_decay=WEIGHT_DECAY)
     rate = torch.zeros(cfg.vocab_size, device=run.device)   # running mean of the uses per batch
     loader = data.Loader(images, [view], min(BATCH, len(images)), cfg.seed, run.device, cfg.workers)
-    for step, batch in zip(range(total), loader.batches()):
+    steps = progress.bar(range(total), "tokenizer", unit="steps")          # process 0 only
+    for step, batch in zip(steps, loader.batches()):
         run.check_stop()
         set_lr(opt, cosine(step + 1, total, LR, 0.0, WARMUP))
         u, key = map_pixels(unnormalize(batch.views[0])), (cfg.seed, "tokenizer", step)
@@ -351,7 +352,9 @@ def evaluate_tokenizer(net, images, size, run, workers):
     token_max_freq: frequency of the most frequent code. mse: mean squared error of the
     reconstruction. mse_mean_color: that of the mean color of each cell, as a baseline."""
     counts, errors, n = torch.zeros(net.vocab_size, device=run.device), torch.zeros(2), 0
-    for x, _ in data.batches(images, size, device=run.device, workers=workers):
+    found = data.batches(images, size, device=run.device, workers=workers)
+    batches = math.ceil(len(images) / 256)
+    for x, _ in progress.bar(found, "evaluating the tokenizer", batches, "batches"):
         ids, v = net.ids(x), unnormalize(x)
         mean = F.interpolate(F.avg_pool2d(v, net.cell), scale_factor=net.cell)
         errors += torch.stack([F.mse_loss(y, v) for y in (net.decode(ids), mean)]).cpu() * len(x)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from lib import distributed, progress
+
 # Endings of image files; those that Pillow does not read here are passed over.
 SUFFIXES = """.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .tif .tiff .gif .ppm .pgm .pbm
 .pnm .tga .pcx .qoi .avif .jp2 .j2k .jpf .jpx .heic .heif .hif .jxl .dng .cr2 .cr3 .nef .arw .raf
@@ -54,6 +56,7 @@ def list_images(folder, only=None):
     passed = defaultdict(Counter)
     folders, linked_folders, linked_files = [(folder, os.path.realpath(folder))], [], []
     seen, found = set(), {}                              # folders; {path without links: path}
+    bar = progress.bar(desc=f"listing {folder}", unit="files", shown=distributed.rank() == 0)
     while folders or linked_folders:
         here, real = folders.pop() if folders else linked_folders.pop(0)
         if real in seen:
@@ -69,6 +72,7 @@ def list_images(folder, only=None):
         if here != folder and is_output(here, {entry.name for entry in entries}):
             passed["output of runs"][os.path.relpath(here, folder)] += 1
             continue
+        bar.update(len(entries))
         for entry in entries:
             if here == folder and only is not None and entry.name not in only:
                 continue
@@ -91,6 +95,7 @@ def list_images(folder, only=None):
                 linked_files.append(entry.path)
             else:
                 found[f"{real}{os.sep}{entry.name}"] = entry.path
+    bar.close()
     for path in sorted(linked_files):
         real = os.path.realpath(path)
         if real not in found or in_split(path, folder) and not in_split(found[real], folder):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import data
-from lib import augment, checkpoints, distributed, metrics
+from lib import augment, checkpoints, distributed, metrics, progress
 
 # B images, N = h x w patches, H heads, K prototypes, S image side
 
@@ -52,13 +52,16 @@ def embed(run, encoder, images):
     """Class tokens and mean patch tokens (2, n, D) of the images that can be read, and their labels
     (n,), None if there are none. The mean patch token replaces a missing class token."""
     tokens, numbers = [], []
-    for x, index in data.batches(images, run.cfg.img_size, device=run.device,
-                                 workers=run.cfg.workers):
-        with run.autocast():
-            cls, patches = encoder.split(encoder(x))
-        patch = patches.float().mean(1)
-        tokens.append(torch.stack([patch if cls is None else cls.float(), patch]))
-        numbers.append(index)
+    with progress.bar(desc=f"encoding {images.split}", total=len(images), unit="images",
+                      shown=distributed.rank() == 0) as bar:
+        for x, index in data.batches(images, run.cfg.img_size, device=run.device,
+                                     workers=run.cfg.workers):
+            with run.autocast():
+                cls, patches = encoder.split(encoder(x))
+            patch = patches.float().mean(1)
+            tokens.append(torch.stack([patch if cls is None else cls.float(), patch]))
+            numbers.append(index)
+            bar.update(len(x))
     labels = images.labels
     return torch.cat(tokens, 1), None if labels is None else labels.to(run.device)[
         torch.cat(numbers)]

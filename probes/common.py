@@ -416,7 +416,7 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
         content = torch.load(path, map_location=model.device, weights_only=True)
         return keep_features(model, content["features"], names), content["numbers"]
     features, error = {}, None
-    bar = progress.bar(desc=f"{model.name}: encoding", total=total, unit="img",
+    bar = progress.bar(desc=f"{model.name}: encoding", total=total, unit="images",
                        shown=distributed.rank() == 0)
     try:
         for x, number in batches:

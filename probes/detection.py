@@ -54,7 +54,6 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-import data
 import vit
 from lib import distributed, metrics, rng
 from lib.colors import class_colors
@@ -150,7 +149,7 @@ def detection(model, opt):
     iters = count_iters(recipe, views.n_images, opt)
     batches = DataLoader(views, recipe["batch"] // world, collate_fn=list,
                          num_workers=0 if on_toy else opt.workers,
-                         worker_init_fn=data.start_worker, generator=torch.Generator())
+                         worker_init_fn=distributed.start_worker, generator=torch.Generator())
     torch.manual_seed(opt.seed)
     net = make_mask_rcnn(model, len(names), recipe, side, masks).to(model.device)
     if world > 1 and model.device.type == "cuda":

@@ -107,7 +107,7 @@ class Progress:
         """Prints a line above the bar, with the remaining time. Call it at the end of a step."""
         seconds = (time.monotonic() - self.begin) / (self.step + 1 - self.first)
         eta = tqdm.format_interval(seconds * (self.total - self.step - 1))
-        tqdm.write(f"{line}  eta {eta}", file=sys.stdout)
+        progress.write(f"{line}  eta {eta}", sys.stdout)
 
     def save(self):
         """Writes the file. A full disk is reported but does not stop the run."""

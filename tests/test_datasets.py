@@ -3,7 +3,9 @@ import io
 import json
 import os
 import pickle
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -487,3 +489,70 @@ def test_wrong_names_and_numbers_are_errors_with_the_next_step(tmp_path):
         datasets.load_images("synthetic", split="dev")
     with pytest.raises(ValueError, match="limit is 0"):
         datasets.load_images("synthetic", limit=0)
+
+
+DRAW_IN_PROCESSES = """
+import multiprocessing, os, torch
+from lib import datasets
+
+torch.set_num_threads(2)
+x = torch.rand(600, 600)
+(x @ x).exp().sum()                      # starts threads, which a forked process does not have
+parent, draw = os.getpid(), datasets.toy.draw
+
+def spy(index, *args, **kwargs):
+    assert os.getpid() != parent and torch.get_num_threads() == 1
+    return draw(index, *args, **kwargs)
+
+datasets.toy.draw = spy
+images = datasets.load_images("toy", split="test", size=16, limit=1100)
+assert torch.get_num_threads() == 2 and not multiprocessing.active_children()
+torch.save([images.pixels, images.labels], os.environ["FILE"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere toy is drawn in the process")
+def test_toy_drawn_in_processes_is_the_same(tmp_path):
+    alone = datasets.load_images("toy", split="test", size=16, limit=1100)
+    subprocess.run([sys.executable, "-c", DRAW_IN_PROCESSES], check=True, timeout=300,
+                   cwd=Path(__file__).parent.parent,
+                   env=os.environ | {"FILE": str(tmp_path / "drawn")})
+    pixels, labels = torch.load(tmp_path / "drawn")
+    assert torch.equal(pixels, alone.pixels) and torch.equal(labels, alone.labels)
+
+
+@pytest.mark.parametrize("platform, threads, limit", [
+    ("darwin", 2, 1000), ("linux", 1, 1000), ("linux", 8, 999)])
+def test_toy_is_drawn_in_the_process_if_that_is_safer_or_faster(monkeypatch, platform, threads,
+                                                                limit):
+    drawn = []
+    monkeypatch.setattr(datasets.sys, "platform", platform)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(datasets.toy, "draw", lambda index, *_, **__: (
+        drawn.append(os.getpid()), {"image": torch.zeros(len(index), 3, 8, 8), "label": index})[1])
+    assert len(datasets.load_images("toy", size=8, limit=limit)) == limit
+    assert set(drawn) == {os.getpid()}
+
+
+def test_drawing_and_reading_show_how_far_they_are(monkeypatch, tmp_path):
+    seen, draw, scandir = [], datasets.toy.draw, os.scandir
+
+    def look(function):
+        return lambda *args, **kwargs: (
+            seen.extend(bar.line() for bar in datasets.progress.running[-1:]),
+            function(*args, **kwargs))[1]
+
+    monkeypatch.setattr(datasets.progress, "running", [])
+    monkeypatch.setattr(datasets.toy, "draw", look(draw))
+    datasets.load_images("toy", limit=300, size=16)
+    assert "drawing toy, train: 0 of 300 images" in seen[0]
+    assert "drawing toy, train: 256 of 300 images" in seen[1]
+    seen.clear()
+    for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(datasets.tree.os, "scandir", look(scandir))
+    datasets.load_images(str(tmp_path))
+    assert [line.split(": ")[1].split(",")[0] for line in seen] == [
+        "after 00:00", "2 files", "3 files"]             # before a folder is read
+    assert datasets.progress.running == []

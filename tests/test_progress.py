@@ -1,5 +1,8 @@
 """Progress off a terminal: which line is printed, and that nothing stays open."""
+import io
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,41 +21,64 @@ class Stop(Exception):
 def no_thread(monkeypatch):
     monkeypatch.setattr(progress, "start_printer", lambda: None)
     monkeypatch.setattr(progress, "running", [])
+    monkeypatch.setattr(progress, "last_line", 0.0)
 
 
-def print_once(monkeypatch, capsys):
-    """What the thread prints after its first wait, which must be ten seconds."""
-    waits = iter([None])
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the seconds that the clock shows."""
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return lambda seconds: now.__setitem__(0, seconds)
 
-    def sleep(seconds):
-        assert seconds == 10
-        for _ in waits:
-            return
-        raise Stop
 
-    monkeypatch.setattr(progress, "time", SimpleNamespace(sleep=sleep,
-                                                          monotonic=progress.time.monotonic))
-    with pytest.raises(Stop):
-        progress.print_lines()
+@pytest.fixture
+def terminal(monkeypatch):
+    """stderr as a terminal: its content. Not by sys.stderr, which pytest sets before the test."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream, stdout=sys.stdout))
+    return stream
+
+
+def printed(capsys):
+    """What the thread prints now."""
+    progress.print_line_if_due()
     return capsys.readouterr().err
 
 
-def test_a_line_names_the_innermost_work_and_its_state(monkeypatch, capsys):
-    clock = iter([0.0, 100.0, 130.0])
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.time, "monotonic", lambda: next(clock))
-        with progress.activity("mae: knn"):              # begins at 0
-            items = iter(progress.bar(iter(range(40)), "mae: encoding", total=40, unit="img"))
-            for _ in range(11):                          # begins at 100; ten are done
-                next(items)
-            progress.running[-1].set_postfix(loss=0.5)
-            patch.undo()
-            monkeypatch.setattr(progress.time, "monotonic", lambda: 130.0)
-            assert print_once(monkeypatch, capsys) == (
-                "mae: encoding: 10 of 40 img, after 00:30, 01:30 left, loss 0.5\n")
-            items.close()
-            assert print_once(monkeypatch, capsys) == "mae: knn: after 02:10\n"
-    assert print_once(monkeypatch, capsys) == ""
+def test_a_line_names_the_innermost_work_and_its_state(clock, capsys):
+    with progress.activity("mae: knn"):                  # begins at 0
+        clock(100)
+        items = iter(progress.bar(iter(range(40)), "mae: encoding", total=40, unit="img"))
+        for _ in range(11):                              # ten are done
+            next(items)
+        progress.running[-1].set_postfix(loss=0.5)
+        clock(130)
+        assert printed(capsys) == (
+            "mae: encoding: 10 of 40 img, after 00:30, 01:30 left, loss 0.5\n")
+        items.close()
+        clock(145)
+        assert printed(capsys) == "mae: knn: after 02:25\n"
+    clock(160)
+    assert printed(capsys) == ""
+
+
+def test_a_line_is_printed_after_ten_seconds_without_one(clock, capsys):
+    clock(1000)
+    with progress.activity("a"):
+        clock(1009)
+        assert printed(capsys) == ""                     # quick work leaves no trace
+        clock(1010)
+        assert printed(capsys) == "a: after 00:10\n"
+        clock(1019)
+        assert printed(capsys) == ""
+        progress.write("step 10", sys.stdout)            # the program prints its own line
+        clock(1028)
+        assert printed(capsys) == ""
+        with progress.activity("b"):                     # many short ones are not silent
+            clock(1029)
+            assert printed(capsys) == "b: after 00:01\n"
 
 
 def test_nothing_stays_open_after_an_error():
@@ -63,11 +89,42 @@ def test_nothing_stays_open_after_an_error():
     assert progress.running == []
 
 
-def test_on_a_terminal_there_is_a_bar_and_no_line(monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress.activity("a"):
-        assert list(progress.bar([1, 2], "b")) == [1, 2] and progress.running == []
-    assert not isinstance(progress.bar([1], "b", shown=False), progress.Lines)
+@pytest.mark.parametrize("opened", ["activity", "bar"])
+def test_on_a_terminal_the_thread_draws_what_lasts_longer(terminal, clock, opened):
+    with (progress.activity("mae: knn") if opened == "activity" else
+          progress.bar(total=3, desc="mae: knn")):
+        clock(4)
+        progress.draw_bars()
+        assert "mae" not in terminal.getvalue()          # quick work leaves no trace
+        clock(6)
+        progress.draw_bars()
+        assert "mae: knn" in terminal.getvalue()         # also without a step
+        progress.print_line_if_due()
+        assert "after" not in terminal.getvalue()        # no line next to the bar
+    assert progress.running == [] and terminal.getvalue().endswith("\r")      # erased
+
+
+def test_on_a_terminal_nothing_stays_open_after_an_error(terminal):
+    with pytest.raises(Stop), progress.activity("a"):
+        assert isinstance(progress.bar(desc="b", total=3), progress.Bar)
+        for _ in progress.bar([1, 2], "c"):
+            raise Stop
+    assert progress.running == []
+
+
+def test_of_several_processes_one_shows_progress(terminal):
+    with progress.activity("a", shown=False):
+        assert list(progress.bar([1, 2], "b", shown=False)) == [1, 2]
+        assert progress.running == []
+
+
+def test_a_step_of_minutes_is_not_silent():
+    """The thread itself, in a process whose only step takes longer than the interval."""
+    code = ("import time; from lib import progress; progress.INTERVAL = 1\n"
+            "for _ in progress.bar([1], 'slow'): time.sleep(3)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)
+    assert "slow: 0 of 1 it, after 00:0" in done.stderr, done
 
 
 def test_encoding_shows_how_many_images_are_done():

@@ -188,30 +188,69 @@ def test_paths_that_the_terminal_cannot_print_do_not_end_a_run(monkeypatch):
         assert rb"\udcff.jpg" in buffer.getvalue()
 
 
-@pytest.mark.parametrize("ran, waited, threads, advised", [
-    (6, 4, 2, True), (9, 1, 2, False), (6, 4, 1, False), (0, 0, 2, False)])
-def test_on_a_busy_machine_a_run_begins_with_the_faster_command(
-        monkeypatch, tmp_path, capsys, ran, waited, threads, advised):
-    monkeypatch.setattr(distributed, "cpu_seconds", lambda: (ran, waited))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(sys, "argv", ["mmc.py", "--out", "my run"])
-    run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 3)
-    assert len(list(run.steps(loader))) == 3
-    found = [line for line in capsys.readouterr().out.splitlines() if "CPU is busy" in line]
-    assert len(found) == advised
-    if advised:
-        assert "waited for a core for 40% of the time" in found[0]
-        assert found[0].endswith("OMP_NUM_THREADS=1 python mmc.py --out 'my run'")
+@pytest.fixture
+def set_machine(monkeypatch):
+    """Sets what a process finds: cores, those in use, threads and OMP_NUM_THREADS. Returns [number
+    of threads]."""
+    def set_to(cores, used, threads, given=""):
+        now = [threads]
+        monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+        monkeypatch.setattr(torch, "set_num_threads", lambda n: now.__setitem__(0, n))
+        monkeypatch.setattr(distributed, "allowed_cores", lambda: set(range(cores)))
+        monkeypatch.setattr(distributed, "used_cores", lambda: used)
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        return now
+    return set_to
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts it")
-def test_cpu_seconds_grow_with_the_work_of_this_process():
-    before = distributed.cpu_seconds()
-    end = time.process_time() + 0.05
-    while time.process_time() < end:
-        pass
-    ran, waited = (b - a for a, b in zip(before, distributed.cpu_seconds()))
-    assert 0.03 < ran < 1 and waited >= 0
+@pytest.mark.parametrize("used, cores, usual, given, threads", [
+    (0.1, 2, 2, "", 2), (0.2, 8, 8, "", 8),              # a core is hardly used
+    (0.5, 2, 2, "", 1), (1.0, 2, 2, "", 1), (1.2, 8, 8, "", 7), (2.6, 8, 8, "", 5),
+    (8.0, 16, 8, "", 8), (10.0, 16, 8, "", 6),           # with hyper-threading
+    (2.0, 2, 2, "", 1), (9.0, 8, 8, "", 1),              # at least one
+    (1.0, 2, 2, "2", 2)])                                # as the user wants
+def test_busy_cores_are_left_to_other_processes(monkeypatch, tmp_path, capsys, set_machine,
+                                                used, cores, usual, given, threads):
+    now = set_machine(cores, used, usual, given)
+    run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 1)
+    assert len(list(run.steps(loader))) == 1 and now == [threads]
+    out = capsys.readouterr().out
+    assert f" on 1 x CPU ({threads} thread{'s' * (threads > 1)}), torch" in out
+    assert (f"other processes use {used:.1f} of" in out) == (threads < usual)
+
+
+@pytest.mark.parametrize("used, cores, given, threads, said", [
+    (0.0, 4, "", 3, False), (2.0, 4, "", 3, False),      # as before
+    (0.0, 4, "4", 4, True), (0.0, 4, "3", 3, False),     # as the user wants
+    (0.0, 2, "", 2, True)])                              # on a smaller machine
+def test_a_resumed_run_has_as_many_threads_as_before(monkeypatch, tmp_path, capsys, set_machine,
+                                                     used, cores, given, threads, said):
+    set_machine(cores=4, used=1.0, threads=4)            # three are left
+    run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 1)
+    for _ in run.steps(loader):
+        run.save()
+    run.folder.lock.close()
+    now = set_machine(cores, used, int(given or cores), given)
+    run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 2, "--resume")
+    assert now == [threads]
+    found = "OMP_NUM_THREADS=3 in front of the command prevents this" in capsys.readouterr().out
+    assert found == said
+    for _ in run.steps(loader):
+        run.save()
+    assert torch.load(tmp_path / "last.pt")["threads"] == threads
+
+
+def test_used_cores_are_the_ticks_between_two_looks(monkeypatch, tmp_path):
+    stat, looks = tmp_path / "stat", iter([
+        "cpu  9 9 9 9 9 9 9 9 0 0\ncpu0 100 0 0 500 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0 0 0\n"
+        "cpu2 0 0 0 0 0 0 0 0 0 0\nintr 1 2 3\n",
+        "cpu  9 9 9 9 9 9 9 9 0 0\ncpu0 110 2 3 510 5 0 0 0 0 0\ncpu1 10 0 0 0 0 0 0 20 0 0\n"
+        "cpu2 30 0 0 0 0 0 0 0 0 0\nintr 1 2 3\n"])
+    stat.write_text(next(looks))
+    monkeypatch.setattr(distributed.time, "sleep", lambda _: stat.write_text(next(looks)))
+    monkeypatch.setattr(distributed, "allowed_cores", lambda: {0, 1})
+    assert distributed.used_cores(stat=stat) == pytest.approx(15 / 30 + 30 / 30)
+    assert distributed.used_cores(stat=tmp_path / "none") == 0         # not Linux
 
 
 # ---- time ----------------------------------------------------------------------------------------
