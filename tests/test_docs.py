@@ -116,6 +116,6 @@ def test_flags_exist(page):
     for script, flags in re.findall(r"(?<![\w/])(\w+)\.py((?: +[^`|#\n]*)?)", text):      # commands
         for flag in re.findall(r"--([\w-]+)", flags) if script in known else ():
             assert flag.replace("-", "_") in known[script], f"{script}.py --{flag}"
-    everywhere = set().union(*known.values()) | {"table", "seeds", "methods"}        # of benchmarks
+    everywhere = set().union(*known.values(), {"table", "seeds", "methods", "minutes"})  # benchmarks
     for flag in re.findall(r"`--([\w-]+)", text):                                        # prose
         assert flag.replace("-", "_") in everywhere, f"--{flag}"
