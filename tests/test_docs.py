@@ -116,6 +116,7 @@ def test_flags_exist(page):
     for script, flags in re.findall(r"(?<![\w/])(\w+)\.py((?: +[^`|#\n]*)?)", text):      # commands
         for flag in re.findall(r"--([\w-]+)", flags) if script in known else ():
             assert flag.replace("-", "_") in known[script], f"{script}.py --{flag}"
-    everywhere = set().union(*known.values(), {"table", "seeds", "methods", "minutes"})  # benchmarks
+    of_benchmarks = {"table", "seeds", "methods", "minutes"}
+    everywhere = set().union(*known.values(), of_benchmarks)
     for flag in re.findall(r"`--([\w-]+)", text):                                        # prose
         assert flag.replace("-", "_") in everywhere, f"--{flag}"
