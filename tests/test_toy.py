@@ -150,13 +150,20 @@ def test_cue_conflict_changes_the_pattern_and_nothing_else(scenes_):
     assert changed[~same].all() and (difference[background] > 0).float().mean() < 0.01   # whiskers
 
 
-def test_the_pattern_follows_the_creature_through_a_video():
-    """Small patches of the torso look alike from frame to frame, and unlike another coat's."""
-    out = toy.video(torch.arange(4), frames=16, scenes=False)
-    torso = (out["parts"] == 1 + toy.PARTS.index("torso"))[:, :, None]
-    x = out["image"].float()
-    color = (x * torso).sum((3, 4)) / torso.sum((3, 4)).clamp(min=1)             # (4, 16, 3)
-    assert color.std(1).mean() < 0.3 * color.mean(1).std(0).mean()
+@pytest.mark.parametrize("kind", ["single", "video"])
+def test_the_pattern_follows_the_creature_through_a_video(kind):
+    """The torso keeps its coordinates in the pattern, while camera and creature move."""
+    (before, *_, start), (after, *_, end) = (
+        toy.sample_scene(INDEX, "test", 0, kind, torch.full((40,), t).double()) for t in (0, 1))
+    exists = start[:, :, 0, 2] == 1                                             # (B, creatures)
+
+    def coordinates(scene, points):
+        xy1 = torch.cat([points[:, :, 0, :2], torch.ones_like(points[:, :, 0, :1])], -1)
+        return (scene["coat_axes"] @ xy1[..., None])[..., 0][exists]            # (n, 2)
+
+    moved = (coordinates(before, start) - coordinates(after, end)).norm(dim=-1)
+    assert moved.max() < 0.2
+    assert (coordinates(before, start) - coordinates(before, end)).norm(dim=-1).mean() > 0.2
 
 
 def test_classes_are_about_equally_frequent(splits):
