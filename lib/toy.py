@@ -378,9 +378,9 @@ def sample_coats(uniform, cls, center, size, angle, mirror, cue_conflict):
     full = torch.ones_like(hue)
     base, mark = hsv_color(torch.stack([hue, full, full], -1), (0, 0.7)).unbind(2)
     mark = 0.08 * mark                                                          # nearly black
-    share = tiles().mean((1, 2, 3)).to(base)                                    # of marked pixels
-    mean = torch.lerp(base, mark, share.mean())                     # of a coat, whatever pattern
-    excess = torch.lerp(base, mark, share[pattern][..., None]) - (mean + GRAY) / 2
+    marked = tiles().mean((1, 2, 3)).to(base)                                   # fraction of pixels
+    mean = torch.lerp(base, mark, marked.mean())                    # of a coat, whatever pattern
+    excess = torch.lerp(base, mark, marked[pattern][..., None]) - (mean + GRAY) / 2
     colors = (torch.stack([base, mark], 2) - excess[:, :, None]).clamp(0, 1)
     zoom = 1.1 * between(0.9, 1.1, u[..., 2]) / size
     along, across = zoom * angle.cos(), zoom * angle.sin()

@@ -99,7 +99,7 @@ window-other wood""".split()                                        # COCO's ids
 PASCAL_CLASSES = [f"{name}: {part}" for name, parts in PASCAL_PARTS.items() for part in parts]
 
 # --------------------------------------------------------------------------------------------------
-# Label images: one id per pixel
+# Label images: one id for each pixel
 
 
 def read_label_image(path):
@@ -110,7 +110,7 @@ def read_label_image(path):
         if image.mode in ("I", "I;16") and max(image.getextrema()) < 256:
             return np.array(image).astype(np.uint8)
         if image.mode not in ("L", "P"):
-            raise ValueError(f"a label image of mode {image.mode} instead of one number per pixel: "
+            raise ValueError(f"a label image of mode {image.mode} instead of one number a pixel: "
                              "was it saved in color?")
         return np.array(image)
 
