@@ -1,26 +1,27 @@
-"""How much of the built-in data set do raw pixels know, and how much is learned in a few minutes,
-with labels and without? Scores lib/toy.py: run it before and after a change of the images.
+"""Accuracies of raw pixels on the built-in data set, and of networks after a few minutes of
+training, with labels and without: run it before and after a change of lib/toy.py.
 
-    python -m benchmarks.world                     # pixels only: half a minute on two CPU cores
+    python -m benchmarks.world                     # pixels only
     python -m benchmarks.world --minutes 2         # and 2 minutes of training of each of the four
 
-Every row is judged alike: a classifier gets 20,000 labeled images and is tested on 2,000. kNN: 10
-neighbors by cosine; linear: ridge regression in closed form. Chance is 6 %.
+The same protocol for all rows: 20,000 labeled images, 2,000 test images. kNN: 10 neighbors by
+cosine; linear: ridge regression in closed form. Chance level: 6 %.
 """
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-import data
 import mmc
 from benchmarks import METHODS, supervised
-from lib import checkpoints, config, datasets, metrics
+from lib import checkpoints, config, datasets, metrics, visualize
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ("mmc", "moco_v3", "mae")
@@ -28,12 +29,6 @@ TRAINED = ("mmc", "moco_v3", "mae")
 
 def accuracy(predicted, images):
     return 100 * (predicted == images.labels).double().mean().item()
-
-
-def score(x, train, q, test):
-    """Features of training and test images -> accuracies in percent: {"kNN", "linear"}."""
-    return {"kNN": accuracy(metrics.knn(x, train.labels, q, k=(10,))[10], test),
-            "linear": accuracy(metrics.ridge(x, train.labels, q), test)}
 
 
 def score_pixels(train, test):
@@ -45,10 +40,12 @@ def score_pixels(train, test):
     x, q = shrink(train), shrink(test)
     mean, gray = x.mean(0), x.mean()
     color, query_color = (z.unflatten(1, (3, -1)).mean(2) for z in (x, q))
-    rows = {"pixels, cosine": score(x, train, q, test)}
-    for name, a, b in (("pixels, cosine about mean gray", x - gray, q - gray),
+    rows = {}
+    for name, a, b in (("pixels, cosine", x, q),
+                       ("pixels, cosine about mean gray", x - gray, q - gray),
                        ("pixels, cosine about the mean image", x - mean, q - mean)):
         rows[name] = {"kNN": accuracy(metrics.knn(a, train.labels, b, k=(10,))[10], test)}
+    rows["pixels, cosine"]["linear"] = accuracy(metrics.ridge(x, train.labels, q), test)
     for name, a, b in (("pixels, Euclidean distance", x, q),
                        ("mean color, Euclidean distance", color, query_color)):
         nearest = torch.cat([torch.cdist(z, a).topk(10, largest=False)[1] for z in b.split(250)])
@@ -56,18 +53,14 @@ def score_pixels(train, test):
     return rows
 
 
-def score_encoder(encoder, size, train, test):
+def score_encoder(encoder, cfg, train, test):
     """{"class token": {"kNN", "linear"}, "mean patch token": ...} of a frozen encoder."""
-    features = []
-    for images in (train, test):
-        tokens = []
-        with torch.no_grad():
-            for x, _ in data.batches(images, size):
-                cls, patches = encoder.split(encoder(x))
-                tokens.append(torch.stack([cls, patches.mean(1)]))
-        features.append(torch.cat(tokens, 1))
-    return {name: score(x, train, q, test)
-            for name, x, q in zip(("class token", "mean patch token"), *features)}
+    run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    with torch.no_grad():
+        found = visualize.accuracies(*(visualize.embed(run, encoder, images)
+                                       for images in (train, test)))
+    return {"class token": {"kNN": found["knn"], "linear": found["linear"]},
+            "mean patch token": {"kNN": found["knn_patch"], "linear": found["linear_patch"]}}
 
 
 def pretrain(method, minutes, out):
@@ -91,8 +84,9 @@ def main():
     parser.add_argument("--minutes", type=float, default=0,
                         help="minutes of training of each network; 0: none [%(default)s]")
     minutes = parser.parse_args().minutes
-    size = config.parse(mmc.Config, []).img_size
-    train, test = (datasets.load_images("toy", None, split, size) for split in ("train", "test"))
+    cfg = config.parse(mmc.Config, [])                   # its section toy
+    train, test = (datasets.load_images("toy", None, split, cfg.img_size)
+                   for split in ("train", "test"))
 
     print("| | images seen | kNN | linear |\n|---|---|---|---|")
 
@@ -114,9 +108,9 @@ def main():
             encoder = checkpoints.load_encoder(out / "encoder.pt", quiet=True)
             if method == TRAINED[0]:
                 untrained = type(encoder)(**encoder.config).eval()
-                for token, found in score_encoder(untrained, size, train, test).items():
+                for token, found in score_encoder(untrained, cfg, train, test).items():
                     print_row(f"untrained, {token}", found)
-            for token, found in score_encoder(encoder.eval(), size, train, test).items():
+            for token, found in score_encoder(encoder.eval(), cfg, train, test).items():
                 print_row(f"{METHODS[method]}, {token}", found, f"{seen:,}")
 
 
