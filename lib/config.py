@@ -55,7 +55,8 @@ class Settings:
     device: str = "auto"         # cuda, cuda:1 or cpu; auto: cuda if available
     precision: str = "auto"      # bf16 or fp32; auto: bf16 where the hardware has it
     compile: bool = False        # use torch.compile, after the first step without an evaluation
-    config: str = ""             # YAML file whose settings override the method's section
+    section: str = ""            # section of configs/METHOD.yaml; default: that of the data set
+    config: str = ""             # YAML file whose settings override the section
     log_every: Size = 10         # steps between log lines
     save_every: float = 5.0      # minutes between checkpoints; 0: after every step
     evals: int = 10              # number of evaluations (kNN accuracy, visualization) per run
@@ -188,9 +189,9 @@ def parse(cls, argv=None):
 
     The sources and their order are given at the top of this file. A --config file has either
     settings, or sections of them like configs/METHOD.yaml. Settings below a key such as `base moby`
-    are overridden only if --base is moby. The result also has method, section, and origin {name:
-    source}. Raises ValueError for unknown keys (with the nearest known one) and for values of a
-    wrong type or out of bounds."""
+    are overridden only if --base is moby. The result also has method, sections (their names in
+    configs/METHOD.yaml) and origin {name: source}. Raises ValueError for unknown keys (with the
+    nearest known one) and for values of a wrong type or out of bounds."""
     method, known = Path(inspect.getfile(cls)).stem, fields(cls)
     legend = (f"[...]: default; configs/{method}.yaml overrides it for toy and other data sets.\n"
               "(paper), (code), (our choice): the value is from the paper, the official code, "
@@ -209,7 +210,8 @@ def parse(cls, argv=None):
     has_sections = bool(set(file) & set(sections))
     top = {**({} if has_sections else file), **given}
     dataset = str(top.get("data", "toy"))
-    section = dataset if dataset in sections else FALLBACK_SECTIONS.get(dataset, "imagenet100")
+    section = str(top.get("section") or (
+        dataset if dataset in sections else FALLBACK_SECTIONS.get(dataset, "imagenet100")))
     file = (file.get(section) or {}) if has_sections else file
     out = Path(top.get("out") or f"out/{method}-{Path(dataset).resolve().name}").absolute()
     if Path.cwd() in out.parents:
@@ -220,6 +222,10 @@ def parse(cls, argv=None):
     if earlier.pop("method", method) != method:
         raise ValueError(f"{out} is the folder of another method's run: resume it with that "
                          f"method's script, or choose another folder with --out")
+    section = str(top.get("section") or earlier.get("section") or section)
+    if section not in sections:
+        raise ValueError(f"configs/{method}.yaml has no section {section!r}"
+                         f"{nearest(section, sections)}")
     chosen = {**(sections[section] or {}), **earlier, **file, **given}
     values, origin = {}, {}
 
@@ -239,12 +245,12 @@ def parse(cls, argv=None):
               if k not in known or v != values.get(k, known[k][1])}, "the run to resume")
     override({k: v for k, v in file.items() if k != "method"}, given.get("config"))
     override(given, "flags")
-    cfg = cls(**{**values, "out": str(out)})
+    cfg = cls(**{**values, "out": str(out), "section": section})
     for name in given.keys() & values.keys() - {"out"}:
         if getattr(cfg, name) != values[name]:                               # set by __post_init__
             raise ValueError(f"{flag(name)} {values[name]} does not go with the other settings, "
                              f"which make it {getattr(cfg, name)}: leave it out")
-    cfg.method, cfg.section, cfg.origin = method, section, origin
+    cfg.method, cfg.sections, cfg.origin = method, list(sections), origin
     return cfg
 
 

@@ -121,6 +121,11 @@ class RunFolder:
             text = "".join(line + "\n" for line in kept).encode()
             checkpoints.write_atomic(log, lambda f: f.write(text))
 
+    def read_log(self):
+        """The lines of metrics.jsonl, as dicts."""
+        log = self.path / "metrics.jsonl"
+        return list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
+
     def tensorboard(self):
         """A SummaryWriter for this folder. Raises ValueError without the package."""
         try:

@@ -101,6 +101,20 @@ def ema_update(teacher, student, momentum):
     torch._foreach_lerp_(target, [source[name] for name in names], 1 - momentum)
 
 
+def describe_flat_loss(log, batch_size):
+    """A sentence with the likely cause if the loss at the end of a log is that of its first line;
+    else None."""
+    losses = [line["loss"] for line in log if "loss" in line]
+    if len(losses) < 2 or losses[-1] < 0.99 * losses[0]:
+        return None
+    peak = max(line.get("lr", 0) for line in log)
+    cause = (f"a learning rate of at most {peak:.1e} (--lr, scaled with --batch-size "
+             f"{batch_size}): raise --lr" if peak < 1e-4 else
+             f"too few steps, or too high a learning rate (up to {peak:.1e})")
+    return (f"the loss did not fall: {losses[0]:.3f} at first, {losses[-1]:.3f} at the end; likely "
+            f"cause: {cause}")
+
+
 # --------------------------------------------------------------------------------------------------
 # The run
 
@@ -140,6 +154,8 @@ class Run:
         hint = "" if cfg.section == cfg.paper_data else f": --data {cfg.paper_data}"
         self.print0(f"{cfg.method} on {cfg.data}: configs/{cfg.method}.yaml [{cfg.section}]; "
                     f"the paper's settings{hint}")
+        if self.device.type == "cpu" and cfg.section == "imagenet100" and "photos" in cfg.sections:
+            self.print0("these settings need a GPU; --section photos has some for a CPU")
         if cfg.init_from and cfg.resume:
             self.print0(f"--init-from {cfg.init_from} is not read: the run continues from its own "
                         f"last.pt")
@@ -258,6 +274,8 @@ class Run:
                     distributed.exit_together()
                     sys.exit(0)
         if self.rank == 0:
+            if warning := describe_flat_loss(self.folder.read_log(), self.cfg.batch_size):
+                self.print0(warning)
             files = ", ".join(sorted(p.name for p in self.out.glob("[!.]*")))
             self.print0(f"done after {self.total} steps; {self.out}/ contains {files}")
 

@@ -29,6 +29,22 @@ def test_precedence_is_dataclass_then_section_then_file_then_flags(tmp_path):
     assert config.parse(mmc.Config, ["--data", "imagenet"]).img_size == 224
 
 
+def test_a_section_can_be_chosen_and_is_kept_by_resume(tmp_path):
+    def parse(*flags):
+        return config.parse(mmc.Config, ["--data", "some/photos", "--out", str(tmp_path), *flags])
+
+    cfg = parse("--section", "photos")
+    assert (parse().section, cfg.section) == ("imagenet100", "photos")
+    assert (parse().img_size, cfg.img_size) == (224, 96)
+    assert cfg.origin["img_size"] == "configs/mmc.yaml [photos]"
+    (tmp_path / "config.yaml").write_text("section: photos\n")
+    assert (parse("--resume").img_size, parse().img_size) == (96, 224)
+    assert parse("--resume", "--section", "toy").img_size == 48
+    with pytest.raises(ValueError, match="configs/mmc.yaml has no section 'foto'; did you mean "
+                                         "photos"):
+        parse("--section", "foto")
+
+
 def test_settings_below_a_choice_count_only_with_it(tmp_path):
     def parse(*flags):
         return config.parse(selfpatch.Config, ["--data", "coco", "--out", str(tmp_path), *flags])

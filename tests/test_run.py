@@ -253,6 +253,41 @@ def test_used_cores_are_the_ticks_between_two_looks(monkeypatch, tmp_path):
     assert distributed.used_cores(stat=tmp_path / "none") == 0         # not Linux
 
 
+# ---- messages ------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_does_not_fall_is_reported_with_a_cause():
+    def describe(*losses, lr):
+        log = [dict(step=1, knn=3.0), *(dict(loss=loss, lr=lr) for loss in losses)]
+        return run_module.describe_flat_loss(log, 16)
+
+    assert describe(1.0, 1.2, 0.98, lr=1e-5) is None and describe(1.0, lr=1e-5) is None
+    low, high = describe(1.0, 0.8, 1.0, lr=1e-5), describe(1.0, 1.01, lr=2e-3)
+    assert low == ("the loss did not fall: 1.000 at first, 1.000 at the end; likely cause: a "
+                   "learning rate of at most 1.0e-05 (--lr, scaled with --batch-size 16): raise "
+                   "--lr")
+    assert high.endswith("1.010 at the end; likely cause: too few steps, or too high a learning "
+                         "rate (up to 2.0e-03)")
+
+
+def test_a_run_without_learning_says_so_and_one_that_learns_does_not(tmp_path):
+    frozen = finish(run("--steps", 3, "--lr", 0, "--min-lr", 0, "--out", tmp_path / "a"))
+    learned = finish(run("--steps", 9, "--lr", 0.05, "--warmup-epochs", 0, "--out", tmp_path / "b"))
+    assert "the loss did not fall" in frozen and "the loss did not fall" not in learned
+
+
+def test_settings_for_a_cpu_are_pointed_out_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def opening(*flags):
+        Run(config.parse(mmc.Config, ["--device", "cpu", "--out", str(tmp_path), *flags]))
+        return capsys.readouterr().out
+
+    assert "--section photos has some for a CPU" in opening("--data", "some/photos")
+    for flags in (["--data", "some/photos", "--section", "photos"], [], ["--data", "imagenet"]):
+        assert "--section photos" not in opening(*flags)
+
+
 # ---- time ----------------------------------------------------------------------------------------
 
 
