@@ -3,7 +3,7 @@
     images = load_images("cifar10", root="/data", split="train")      # or toy, imagenet, coco, ...
     images = load_images("/data/my_photos")                           # or any folder of images
     images.pixels, images.paths, images.labels, images.classes        # see `Images`
-    read_pixels(images.paths[17])                                     # (height, width, 3) uint8
+    read_pixels(images.paths[17])[0]                                  # (height, width, 3) uint8
 
     small sets (toy, CIFAR, STL-10)   -> pixels: one uint8 tensor, all of it on the device
     all others (folders of files)     -> paths: decoded when needed, by the workers of data.py
@@ -21,6 +21,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import mmap
 import os
 import pickle
@@ -486,18 +487,21 @@ def check_readable(name, bad, total):
 # Decoding and resizing one image
 
 
-def read_image(file, upright=True):
+def read_image(file, upright=True, scale=1):
     """Path or open file -> Pillow image in RGB, also for gray, CMYK and palette files; the first of
     several frames.
 
     Transparent pixels are blended with white: the color that a file has under full transparency is
     arbitrary. upright: turned as its EXIF orientation states (photos of phones); not for images
-    with annotations, whose coordinates are those of the stored pixels. ValueError for 16-bit and
-    float images and for more pixels than Pillow allows.
+    with annotations, whose coordinates are those of the stored pixels. scale: 4 or 8 decodes a
+    JPEG file with so much fewer pixels on each side, each the mean of about a square of pixels.
+    ValueError for 16-bit and float images and for more pixels than Pillow allows.
     """
     with open_image(file) as image:
         if image.mode[0] in "IF":              # Pillow would clip them at 255
             raise ValueError(f"more than 8 bits per color (mode {image.mode}): convert it")
+        if scale > 1:
+            image.draft(None, [side // scale for side in image.size])
         image.load()
         if upright and orientation_of(image) > 1:
             image = ImageOps.exif_transpose(image)
@@ -531,35 +535,51 @@ def orientation_of(image):
         return 1
 
 
-def read_pixels(path):
-    """-> (height, width, 3) uint8, with the pixels and the errors of `read_image`.
+def read_pixels(path, choose_scale=lambda height, width: 1):
+    """-> (height, width, 3) uint8, with the pixels and the errors of `read_image`; height and width
+    of the file, upright; the scale at which it was decoded. choose_scale: for JPEG files, from
+    height and width to 1, 4 or 8.
 
     JPEG is decoded by torchvision where it still can (since 0.29 it warns that this will be
     removed): the pixels are the same, there is one copy less, and the loader is a quarter (10
-    crops) to a third (1 crop) faster.
+    crops) to a third (1 crop) faster. Only Pillow can decode at a smaller scale.
     """
     with open(path, "rb") as file:
         content = bytearray(file.read())
+    scale, plain = 1, False
     with open_image(io.BytesIO(content)) as image:     # the header, and the limit of its size
-        plain = image.format == "JPEG" and image.mode == "RGB" and orientation_of(image) == 1
+        if image.format == "JPEG":
+            orientation, side = orientation_of(image), image.size[::-1]
+            side = side[::-1] if orientation > 4 else side
+            # Of a smaller image the last row and column can stand for less than `scale` pixels;
+            # turned, they would be the first.
+            if orientation == 1 or all(pixels % 8 == 0 for pixels in side):
+                scale = choose_scale(*side)
+            plain = image.mode == "RGB" and orientation == 1 and scale == 1
+    pixels = None
     if plain:
-        try:
+        with contextlib.suppress(Exception):           # damaged: as Pillow
             from torchvision.io import decode_jpeg  # here: it is slow to import
 
-            return decode_jpeg(torch.frombuffer(content, dtype=torch.uint8)).permute(1, 2, 0)
-        except Exception:                              # damaged: as Pillow
-            pass
-    return torch.from_numpy(np.array(read_image(io.BytesIO(content))))
+            pixels = decode_jpeg(torch.frombuffer(content, dtype=torch.uint8)).permute(1, 2, 0)
+    if pixels is None:
+        pixels = torch.from_numpy(np.array(read_image(io.BytesIO(content), scale=scale)))
+    return pixels, side if scale > 1 else pixels.shape[:2], scale
 
 
-def resize(x, size, kernel):
-    """(height, width, 3) uint8 -> (3, size, size) uint8, antialiased.
+def resize(x, box, size, kernel, scale=1):
+    """(height, width, 3) uint8 -> (3, size, size) uint8: the crop `box` (top, left, height, width),
+    antialiased. scale: x has that many times fewer pixels on each side than what box refers to.
 
     torch's bilinear and bicubic kernels equal Pillow's up to one of 256 levels and take a third of
-    the time. Only Pillow has Lanczos.
+    the time. Only Pillow has Lanczos, and boxes that end between two pixels.
     """
-    if kernel == "lanczos":
-        image = Image.fromarray(x.numpy()).resize((size, size), Resampling.LANCZOS)
+    top, left, bottom, right = (v / scale for v in (*box[:2], box[0] + box[2], box[1] + box[3]))
+    y, x0 = int(top), int(left)
+    x = x[y:math.ceil(bottom), x0:math.ceil(right)]
+    if kernel == "lanczos" or scale > 1:
+        image = Image.fromarray(x.numpy()).resize(
+            (size, size), Resampling[kernel.upper()], (left - x0, top - y, right - x0, bottom - y))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     x = x.permute(2, 0, 1)[None]               # still (height, width, 3) in memory: the fast path
     return F.interpolate(x, (size, size), mode=kernel, antialias=True)[0]

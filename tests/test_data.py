@@ -11,12 +11,12 @@ import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
 from image_files import make_images, write_image, write_tree
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.transforms import RandomResizedCrop
 
 import data
 from data import View
-from lib import augment, datasets
+from lib import augment, datasets, rng
 
 COLORS = dict(jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.3)
 
@@ -150,6 +150,48 @@ def test_each_view_of_a_file_is_flipped_by_its_own_parameters(tmp_path):
             x = np.array(datasets.read_image(images.paths[number]))
             x = torch.from_numpy(x).permute(2, 0, 1)
             assert torch.equal(out, x.flip(2) if mirrored else x)
+
+
+def write_photo(path, width, height, orientation=1):
+    """Writes a JPEG file with details of all sizes, as photos have."""
+    x = sum(F.interpolate(rng.uniform(torch.arange(1), (3, n * 3, n * 4), "photo", n) - 0.5,
+                          size=(height, width), mode="bicubic") / n ** 0.5
+            for n in (2, 4, 8, 16, 32, 64, 128, 256))[0]
+    image = Image.fromarray(x.mul(200).add(128).clamp(0, 255).byte().permute(1, 2, 0).numpy())
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(path, quality=92, exif=exif)
+
+
+@pytest.mark.parametrize("width, height, orientation, scale", [
+    (1026, 770, 1, 4), (1024, 768, 6, 4), (1026, 770, 6, 1), (500, 375, 1, 1)])
+def test_crops_of_a_large_photo_are_torchvisions_when_decoded_at_a_smaller_scale(
+        tmp_path, monkeypatch, width, height, orientation, scale):
+    write_photo(tmp_path / "a.jpg", width, height, orientation)
+    images = datasets.load_images(str(tmp_path))
+    views = [View(48, scale=(0.5, 1), flip=0), View(24, scale=(0.15, 0.4), flip=0, copies=2)]
+    loader = data.Loader(images, views, 1, workers=0)
+    whole = datasets.read_image(images.paths[0])
+    read, scales = datasets.read_pixels, []
+    monkeypatch.setattr(datasets, "read_pixels", lambda *given: (
+        found := read(*given), scales.append(found[2]))[0])
+
+    def errors():
+        """Mean difference from torchvision of each view of five epochs, in levels of 256."""
+        for batch in take(loader, 5):
+            u = loader.sample_box_numbers(batch.index, batch.epoch)[0]
+            boxes = augment.crop_boxes(u, *whole.size[::-1], loader.scale, loader.ratio).tolist()
+            for view, box, out in zip(loader.views, boxes, batch.views):
+                theirs = TF.resized_crop(whole, *box, [view.size] * 2, T.InterpolationMode.BICUBIC)
+                difference = augment.denormalize(out[0]).float() - TF.pil_to_tensor(theirs)
+                yield difference.abs().mean().item()
+
+    found = list(errors())
+    assert set(scales) == {scale}
+    assert max(found) < (0.4 if scale > 1 else 0.01)
+    if scale > 1:                                          # control: half as many pixels
+        monkeypatch.setattr(data.Loader, "choose_scale", lambda *_: 2 * scale)
+        assert min(errors()) > 0.4
 
 
 @pytest.mark.parametrize("workers", [0, 2])

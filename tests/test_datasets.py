@@ -44,7 +44,7 @@ def test_every_kind_of_image_file_becomes_rgb(tmp_path, name):
         image = datasets.read_image(path)
         assert image.mode == "RGB" and image.size == (40, 30)
         assert mode == "1" or abs(np.asarray(image).mean() - 127) < 60
-        assert np.array_equal(image, datasets.read_pixels(path))
+        assert np.array_equal(image, datasets.read_pixels(path)[0])
 
 
 def test_read_pixels_decodes_jpeg_to_the_pixels_of_pillow_without_using_it(tmp_path, monkeypatch):
@@ -63,10 +63,10 @@ def test_read_pixels_decodes_jpeg_to_the_pixels_of_pillow_without_using_it(tmp_p
                 datasets.read_pixels(f"{tmp_path}/cut.jpg")
     with monkeypatch.context() as without:               # as in a later torchvision
         without.setitem(sys.modules, "torchvision.io", None)
-        assert np.array_equal(datasets.read_pixels(paths[0]), pillow[0])
+        assert np.array_equal(datasets.read_pixels(paths[0])[0], pillow[0])
     monkeypatch.setattr(datasets, "read_image", None)
     for path, expected in zip(paths, pillow):
-        assert np.array_equal(datasets.read_pixels(path), expected)
+        assert np.array_equal(datasets.read_pixels(path)[0], expected)
 
 
 def draw_corner():
@@ -87,7 +87,7 @@ def test_exif_orientation_is_applied_except_for_annotated_images(tmp_path, endin
     if orientation > 1:
         stored = stored.transpose(Image.Transpose[inverse[orientation]])
     stored.save(path, exif=exif)
-    for x in (np.asarray(datasets.read_image(path)), datasets.read_pixels(path).numpy()):
+    for x in (np.asarray(datasets.read_image(path)), datasets.read_pixels(path)[0].numpy()):
         assert np.abs(x.astype(int) - np.asarray(draw_corner())).mean() < 12
     if ending != "tif":                                    # Pillow itself turns TIFF
         assert datasets.read_image(path, upright=False).size == stored.size
@@ -101,7 +101,7 @@ def test_damaged_exif_data_is_ignored(tmp_path):
     path = tmp_path / "a.jpg"
     draw_corner().save(path, exif=b"Exif\0\0MM\0*\0\0\xff\xff\x12")
     assert datasets.read_image(path).size == (48, 32)
-    assert datasets.read_pixels(path).shape == (32, 48, 3)
+    assert datasets.read_pixels(path)[0].shape == (32, 48, 3)
 
 
 def test_colors_under_full_transparency_are_not_seen(tmp_path):
@@ -115,7 +115,7 @@ def test_colors_under_full_transparency_are_not_seen(tmp_path):
     gif.save(tmp_path / "b.gif", transparency=1)
     for name in ("a.png", "a.webp"):
         found = np.asarray(datasets.read_image(tmp_path / name))
-        assert np.array_equal(found, datasets.read_pixels(tmp_path / name))
+        assert np.array_equal(found, datasets.read_pixels(tmp_path / name)[0])
         assert found[0, 0].tolist() == [255, 0, 0] and found[3, 3].tolist() == [255, 255, 255]
         assert abs(int(found[2, 0, 1]) - 127) <= 1
     assert np.asarray(datasets.read_image(tmp_path / "b.gif")).tolist() == [
@@ -130,7 +130,7 @@ def test_too_many_pixels_are_the_same_error_in_training_and_evaluation(tmp_path,
         with pytest.raises(ValueError, match="more than 1,400 pixels: cut it into parts"):
             read(f"{tmp_path}/large.jpg")
         assert len(read(f"{tmp_path}/good.jpg").getbands() if read is datasets.read_image
-                   else read(f"{tmp_path}/good.jpg")[0, 0]) == 3
+                   else read(f"{tmp_path}/good.jpg")[0][0, 0]) == 3
 
 
 def test_more_than_8_bits_per_color_are_an_error(tmp_path):

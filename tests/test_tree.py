@@ -45,7 +45,7 @@ def test_endings_that_pillow_reads_are_images_and_the_others_are_counted(tmp_pat
     assert [Path(path).name for path in paths] == sorted(f"a.{ending}" for ending in read)
     for path in paths:
         assert datasets.read_image(path).size == (8, 6)
-        assert datasets.read_pixels(path).shape == (6, 8, 3)
+        assert datasets.read_pixels(path)[0].shape == (6, 8, 3)
     text = tree.describe_passed(passed)
     assert "images that cannot be read here, convert them to JPEG or PNG: .heic (2)" in text
     assert "other files: .csv (1), .txt (1), no ending (1)" in text
@@ -277,4 +277,4 @@ def test_names_that_are_not_unicode_are_read(tmp_path):
     write_image(f"{folder}/1.png"), write_image(f"{tmp_path}/tea/2.png")
     images = load(tmp_path)
     assert len(images) == 2 and images.classes[0] == "caf\udce9"
-    assert datasets.read_pixels(images.paths[0]).shape == (30, 40, 3)
+    assert datasets.read_pixels(images.paths[0])[0].shape == (30, 40, 3)
