@@ -13,6 +13,7 @@ torchrun --nproc_per_node=8 evaluate.py ...: the processes share the encoding of
 training of finetune, segmentation and detection. The dense tasks (linear_segmentation,
 zero_shot_segmentation, video, pose) run in the first process only.
 """
+import contextlib
 import functools
 import json
 import os
@@ -48,6 +49,7 @@ from probes.common import (
     default_data,
     gather_objects,
     is_toy,
+    keep_in_memory,
     load_labeled,
     load_models,
     require_tokens,
@@ -113,8 +115,7 @@ def parse(argv=None) -> Options:
     lines.append(f"  {'all':<24}All tasks with a frozen encoder that fit the model and the data.")
     lines.append(f"{'':<26}Linear heads are logistic regressions, other training is short "
                  f"({ALL_EPOCHS} epochs,\n{'':<26}{ALL_ITERS} iterations), and fewer images are "
-                 f"used, unless the flags are given;\n{'':<26}features are kept in "
-                 f"--out/features.")
+                 f"used, unless the flags are given.")
     opt = parse_flags(Options, argv, description=__doc__, epilog="\n".join(["tasks:", *lines]))
     if opt.task not in (*TASKS, "all"):
         raise ValueError(f"unknown task {opt.task!r}{config.nearest(opt.task, TASKS)}")
@@ -164,7 +165,8 @@ def main(argv=None):
           f"{models[0].precision} on {distributed.device_name(models[0].device)}")
     if note:
         print(note)
-    results, skipped, paths, error = run_tasks(opt, models, is_first)
+    with keep_in_memory() if opt.task == "all" else contextlib.nullcontext():
+        results, skipped, paths, error = run_tasks(opt, models, is_first)
     if error and not (is_first and results):
         raise error
     if not error and not any(gather_objects(bool(results))):
@@ -240,12 +242,11 @@ def run_tasks(opt, models, is_first):
 
 
 def options_for_task(opt, task):
-    """The options of one task. --task all: tasks share features (as --cache) and train briefly."""
+    """The options of one task. --task all: it trains briefly."""
     if opt.task != "all":
         return opt
-    tokens = "attentive" in (task, opt.head)
-    changes = dict(task=task, cache=opt.cache or not tokens)              # tokens are large
-    if not (opt.epochs or opt.recipe or opt.paper_lr or tokens) and task in LOGREG:
+    changes, attentive = dict(task=task), "attentive" in (task, opt.head)
+    if not (opt.epochs or opt.recipe or opt.paper_lr or attentive) and task in LOGREG:
         changes["recipe"] = "logreg"
     else:
         changes["epochs"] = opt.epochs or ALL_EPOCHS

@@ -20,7 +20,7 @@ import evaluate
 import moco_v3
 import vit
 from lib import augment, checkpoints, config, flags, metrics, toy
-from probes import heads, plan
+from probes import common, heads, plan
 from probes.common import UNTRAINED, Options, Report, extract_features
 
 ROOT = Path(evaluate.__file__).parent
@@ -291,11 +291,6 @@ def test_cached_features_are_those_that_were_encoded(tmp_path, checkpoint, monke
         assert again["metrics"] == plain["metrics"]
     run_checkpoint(tmp_path, [checkpoint], "--task", "knn", "--cache", "--limit", "30")
     assert len(list((tmp_path / "features").iterdir())) == 4           # other images
-    stamp = checkpoint.stat()
-    checkpoint.touch()                                                 # another checkpoint
-    run_checkpoint(tmp_path, [checkpoint], "--task", "knn", "--cache")
-    assert checkpoint.stat().st_mtime_ns != stamp.st_mtime_ns
-    assert len(list((tmp_path / "features").iterdir())) == 6
 
 
 def test_the_cache_distinguishes_the_seed_of_the_crops_of_toy_landmarks(tmp_path, checkpoint):
@@ -420,12 +415,39 @@ def test_the_estimate_grows_with_images_and_size(monkeypatch):
     assert plan.seconds_per_image(model, 64) > 0 == plan.seconds_per_image(make_model(None), 64)
 
 
-def test_all_does_not_cache_the_tokens_of_attentive(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr(evaluate, "FROZEN", ["attentive"])
+def test_tasks_of_all_share_features_and_give_the_results_of_the_tasks_alone(
+        tmp_path, checkpoint, monkeypatch):
+    tasks = "knn linear object_retrieval shape_bias frequency_noise".split()
+    monkeypatch.setattr(evaluate, "FROZEN", tasks)
+    monkeypatch.setattr(heads, "C_VALUES", (1e-2, 1.0))
+    passes, original = {}, common.encode_once
+
+    def record(model, opt, *rest):
+        passes[opt.task] = passes.get(opt.task, 0) + 1
+        return original(model, opt, *rest)
+
+    monkeypatch.setattr(common, "encode_once", record)
+
+    def results(task, *flags):
+        run(tmp_path / task, "--checkpoint", str(checkpoint), "--json", f"{tmp_path}/{task}.jsonl",
+            "--task", task, *flags)
+        lines = [json.loads(line) for line in (tmp_path / f"{task}.jsonl").open()]
+        return {line["task"]: line["metrics"] for line in lines}
+
+    together = results("all")
+    # train and test; projected features of test; cue-conflict images; eleven bands of noise
+    assert passes == dict(knn=2, object_retrieval=1, shape_bias=1, frequency_noise=11)
+    for task in tasks:
+        alone = results(task, *["--recipe", "logreg"] * (task in evaluate.LOGREG))
+        assert alone == {task: together[task]}
+
+
+def test_all_caches_files_only_if_asked(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(evaluate, "FROZEN", ["knn", "attentive"])
     run_checkpoint(tmp_path, [checkpoint], "--task", "all")
     assert not (tmp_path / "features").exists()
     run_checkpoint(tmp_path, [checkpoint], "--task", "all", "--cache")
-    assert len(list((tmp_path / "features").iterdir())) == 2               # train and test
+    assert len(list((tmp_path / "features").iterdir())) == 4               # train and test
 
 
 def test_all_prints_one_table_and_why_tasks_were_skipped(tmp_path, checkpoint, capsys, monkeypatch):
