@@ -573,19 +573,20 @@ def load_labeled(model, opt, split):
     ValueError: no labels; no class of train is in test.
     """
     if opt.data in LAYOUT and opt.data not in datasets.NAMES:
+        labeled = [name for name in datasets.NAMES if name not in ("synthetic", "coco")]
         raise ValueError(f"{opt.task} needs images with one class each, and {opt.data} has none: "
-                         f"choose --data {', '.join(datasets.NAMES)} or a folder")
+                         f"choose --data {', '.join(labeled)} or a folder")
     where = opt.data, opt.data_root
     images = load_split(*where, split, model.img_size, opt.limit, model.device)
     if images.labels is None:
-        raise ValueError(f"{opt.data} has no labels, and {opt.task} needs them: choose another "
+        raise ValueError(f"{opt.task} needs labels, and {opt.data} has none: choose another "
                          f"--data, or give each class its own subfolder")
     if split == "train":
         tests = load_split(*where, "test", model.img_size, opt.limit, model.device)
         if tests.labels is not None and tests.classes != images.classes:
             n, m = (len(split.classes or []) for split in (images, tests))
-            raise ValueError(f"the training and test images of {opt.data} have different classes "
-                             f"({n} and {m}), and {opt.task} needs the same ones in both")
+            raise ValueError(f"{opt.task} needs the same classes in both splits, and the training "
+                             f"and test images of {opt.data} have different ones ({n} and {m})")
     return images, len(images.classes or range(int(images.labels.max()) + 1))
 
 

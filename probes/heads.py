@@ -223,7 +223,7 @@ def choose_candidate(correct, names, how):
     number = best[len(best) // 2]
     percent, m = 100 * accuracy[number].item(), len(correct)
     error = 100 * (accuracy[number] * (1 - accuracy[number]) / m).sqrt().item()
-    close = int((100 * accuracy > percent - error).sum()) - 1
+    close = int((100 * accuracy >= percent - error).sum()) - 1
     notes = [f"{names[number]}: {percent:.1f} +- {error:.1f}% (standard error) in {how}; "
              f"{close} of {len(names) - 1} other values are within one standard error"]
     if number in (0, len(names) - 1):

@@ -317,14 +317,14 @@ def test_training_and_test_images_need_classes_in_common(tmp_path):
     for name in "ac":
         (tmp_path / "val" / name).rename(tmp_path / "val" / f"other {name}")
     common.load_split.cache_clear()
-    with pytest.raises(ValueError, match=r"different classes \(3 and 2\), and linear needs"):
+    with pytest.raises(ValueError, match=r"linear needs the same .* different ones \(3 and 2\)"):
         common.load_labeled(model, opt, "train")
     opt = make_options("few_shot", "--data", str(tmp_path))     # uses the test split only
     assert common.extract_features(model, opt, "test", ["cls"])[2] == 2
     for path in tmp_path.glob("val/*/*"):
         path.rename(tmp_path / "val" / f"{path.parent.name}-{path.name}")
     common.load_split.cache_clear()
-    with pytest.raises(ValueError, match="has no labels, and few_shot needs them"):
+    with pytest.raises(ValueError, match="few_shot needs labels, and .* has none"):
         common.load_labeled(model, opt, "test")
 
 
