@@ -13,9 +13,11 @@ torchrun --nproc_per_node=8 evaluate.py ...: the processes share the encoding of
 training of finetune, segmentation and detection. The dense tasks (linear_segmentation,
 zero_shot_segmentation, video, pose) run in the first process only.
 """
+import contextlib
 import functools
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +50,7 @@ from probes.common import (
     default_data,
     gather_objects,
     is_toy,
+    keep_in_memory,
     load_labeled,
     load_models,
     require_tokens,
@@ -90,14 +93,13 @@ NEEDS_ANNOTATIONS = {
 TRAINED_ON_ANNOTATIONS = {"part_classification", "pose", "linear_segmentation", "segmentation",
                           "detection"}
 # --task all takes minutes. Unless the flags are given: logistic regressions, else fewer epochs of
-# heads; fewer iterations; fewer images of toy's splits (except for tasks that have a smaller limit
-# of their own) and of annotated sets.
+# heads; fewer iterations; fewer images of toy's splits (except for the dense tasks, which have a
+# smaller limit of their own there) and of annotated sets.
 ALL_EPOCHS, ALL_ITERS, ALL_IMAGES = 10, 20, 2000
 ALL_LRS = (2e-3, 1e-2, 5e-2)             # of linear_segmentation: few iterations need larger ones
 ALL_LIMITS = dict(linear_segmentation=50, zero_shot_segmentation=100, pose=50, video=3,
                   part_retrieval=500, part_classification=500)
 LOGREG = ("linear", "layerwise", "part_classification", "frequency_noise", "shape_bias")
-OWN_LIMIT = {*DENSE, "part_retrieval"}
 LONG_MINUTES = 30                        # from here on the plan says how to shorten it
 
 
@@ -113,8 +115,7 @@ def parse(argv=None) -> Options:
     lines.append(f"  {'all':<24}All tasks with a frozen encoder that fit the model and the data.")
     lines.append(f"{'':<26}Linear heads are logistic regressions, other training is short "
                  f"({ALL_EPOCHS} epochs,\n{'':<26}{ALL_ITERS} iterations), and fewer images are "
-                 f"used, unless the flags are given;\n{'':<26}features are kept in "
-                 f"--out/features.")
+                 f"used, unless the flags are given.")
     opt = parse_flags(Options, argv, description=__doc__, epilog="\n".join(["tasks:", *lines]))
     if opt.task not in (*TASKS, "all"):
         raise ValueError(f"unknown task {opt.task!r}{config.nearest(opt.task, TASKS)}")
@@ -164,7 +165,8 @@ def main(argv=None):
           f"{models[0].precision} on {distributed.device_name(models[0].device)}")
     if note:
         print(note)
-    results, skipped, paths, error = run_tasks(opt, models, is_first)
+    with keep_in_memory() if opt.task == "all" else contextlib.nullcontext():
+        results, skipped, paths, error = run_tasks(opt, models, is_first)
     if error and not (is_first and results):
         raise error
     if not error and not any(gather_objects(bool(results))):
@@ -201,8 +203,8 @@ def run_tasks(opt, models, is_first):
             except (ValueError, FileNotFoundError) as error:
                 if not run_all:
                     raise
-                skipped.setdefault((model.name, str(error)), []).append(task)
-    if run_all:
+                skipped.setdefault((model.name, why_skipped(task, error)), []).append(task)
+    if run_all and jobs:
         print_plan(opt, jobs)
     # The first process runs some tasks alone: they come last, and the others wait at the end.
     wait = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if run_all and (
@@ -222,7 +224,7 @@ def run_tasks(opt, models, is_first):
                 break
             except Exception as error:
                 if run_all and isinstance(error, (ValueError, FileNotFoundError)):
-                    skipped.setdefault((model.name, str(error)), []).append(task)
+                    skipped.setdefault((model.name, why_skipped(task, error)), []).append(task)
                     continue
                 failure = error
                 break
@@ -239,23 +241,27 @@ def run_tasks(opt, models, is_first):
     return results, notes, list(written), failure
 
 
+def why_skipped(task, error):
+    """The error without the name of the task, to group tasks, and without its advice."""
+    return re.split("[:;,] (?:choose|leave out) ", str(error))[0].removeprefix(f"{task} ")
+
+
 def options_for_task(opt, task):
-    """The options of one task. --task all: tasks share features (as --cache) and train briefly."""
+    """The options of one task. --task all: it trains briefly."""
     if opt.task != "all":
         return opt
-    tokens = "attentive" in (task, opt.head)
-    changes = dict(task=task, cache=opt.cache or not tokens)              # tokens are large
-    if not (opt.epochs or opt.recipe or opt.paper_lr or tokens) and task in LOGREG:
+    changes, attentive = dict(task=task), "attentive" in (task, opt.head)
+    if not (opt.epochs or opt.recipe or opt.paper_lr or attentive) and task in LOGREG:
         changes["recipe"] = "logreg"
     else:
         changes["epochs"] = opt.epochs or ALL_EPOCHS
     if is_toy(opt.data):
-        changes["limit"] = opt.limit or (None if task in OWN_LIMIT else ALL_IMAGES)
+        limit = None if task in DENSE else ALL_LIMITS.get(task, ALL_IMAGES)
     else:
-        changes["limit"] = opt.limit or ALL_LIMITS.get(task)
+        limit = ALL_LIMITS.get(task)
         changes["iters"] = opt.iters or ALL_ITERS
         changes["lr"] = opt.lr or (ALL_LRS if task == "linear_segmentation" else ())
-    return replace(opt, **changes)
+    return replace(opt, limit=opt.limit or limit, **changes)
 
 
 def check_fit(task, model, opt):
@@ -263,6 +269,8 @@ def check_fit(task, model, opt):
     is encoded. What it does not notice, the task reports itself."""
     if task in NEEDS_TOKENS:
         require_tokens(model, task)
+    if task == "pose":
+        pose.require_areas(opt)
     if task == "shape_bias":
         annotations.cue_conflict(opt.data, opt.data_root, limit=1)
     if task in ("part_retrieval", "part_classification"):

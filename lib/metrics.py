@@ -105,17 +105,18 @@ def average_precision(scores, relevant):
     return (precision * relevant).sum(1) / relevant.sum(1)
 
 
-def retrieval(features, labels, block=1024):
+def retrieval(features, labels, block=1024, show=list):
     """Average precision of each item as a query for the other items of its class, by cosine.
 
     features: (items, D), labels: (items,) -> (items,) float64, nan if there is no other item of the
     class. A query is not in its own ranking. At most `block` queries are processed at a time, and
-    fewer for many items, so that the working memory stays near one gigabyte.
+    fewer for many items, so that the working memory stays near one gigabyte. show: wraps the list
+    of blocks, such as in a progress bar.
     """
     features = F.normalize(features, dim=1)
     block = max(1, min(block, 2**24 // len(features)))
     aps = []
-    for index in torch.arange(len(features), device=features.device).split(block):
+    for index in show(torch.arange(len(features), device=features.device).split(block)):
         scores = features[index] @ features.T                     # (block, items)
         relevant = labels[index, None] == labels
         row = torch.arange(len(index), device=index.device)

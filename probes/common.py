@@ -15,7 +15,9 @@ images, in the order and with the bits of a single process:
 All of them then compute the same vote, ranking or head: waiting for one process would take as long,
 and no result has to be sent.
 """
+import contextlib
 import functools
+import hashlib
 import sys
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
@@ -95,8 +97,8 @@ class Options(CommonOptions):
         None, "file to append results to; default: results.jsonl next to the checkpoint",
         group="output")
     cache: bool = flag(
-        False, "store the features of images in --out/features and reuse them; --task all does so "
-        "anyway. No effect on dense tasks and on tasks that train the encoder", group="output")
+        False, "store the features of images in --out/features, and reuse them in later calls. No "
+        "effect on dense tasks and on tasks that train the encoder", group="output")
     reference: bool = flag(False, "also print the numbers of the papers", group="output")
     show: bool = flag(False, "write figures of what a task used or predicted to --out",
                       group="output",
@@ -219,6 +221,21 @@ class Model:
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @functools.cached_property
+    def identity(self):
+        """Everything of the model that its features depend on. The weights count, not their file,
+        which a training run may replace in the meantime."""
+        digest = hashlib.blake2b(digest_size=16)
+        states = [self.encoder.state_dict(), *self.source.heads.values()] if self.encoder else []
+        for state in states:
+            for name, x in state.items():
+                digest.update(name.encode())
+                if torch.is_tensor(x):
+                    digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return (digest.hexdigest(), self.encoder and sorted(self.encoder.config.items()),
+                self.img_size, self.mean, self.std, self.interpolation, self.precision,
+                self.device.type)
 
 
 @dataclass
@@ -407,14 +424,38 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
     batches: those of this process, see `own_items`; the result holds all of them. numbers: labels
     or indices of the images. names: the features to keep; if a model has none of them (pixels have
     no class token), all of its features are kept. encode: encoder, x -> features. total: number of
-    images, for the progress bar. key: describes the images; with --cache they are encoded once.
+    images, for the progress bar. key: describes the images, which are then encoded once for all
+    tasks of --task all, and with --cache once for all calls.
     ValueError: no images, features that are not finite, most images cannot be read.
     """
     encode = encode if model.encoder else pixel_features
-    path = cache_path(model, opt, encode, key)
-    if all(gather_objects(bool(path) and path.is_file())):
+    in_memory = kept is not None and key is not None and encode in OF_SEVERAL_TASKS
+    on_disk = opt.cache and key is not None
+    name = feature_name(model, opt, encode, key) if in_memory or on_disk else None
+    if in_memory and name in kept:
+        features, numbers = kept[name]
+        return keep_features(model, features, names), numbers
+    path = Path(opt.out) / "features" / f"{name}.pt"
+    if on_disk and all(gather_objects(path.is_file())):
         content = torch.load(path, map_location=model.device, weights_only=True)
-        return keep_features(model, content["features"], names), content["numbers"]
+        features, numbers = content["features"], content["numbers"]
+    else:
+        features, numbers = encode_once(model, opt, batches, encode, total,
+                                        () if in_memory or on_disk else names)
+        if on_disk and distributed.rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = dict(features={key: z.cpu() for key, z in features.items()},
+                           numbers=numbers.cpu())
+            checkpoints.write_atomic(path, lambda file: torch.save(content, file))
+    if in_memory:
+        kept[name] = features, numbers
+        while sum(z.nbytes for tensors, _ in kept.values() for z in tensors.values()) > KEPT_BYTES:
+            del kept[next(iter(kept))]
+    return keep_features(model, features, names), numbers
+
+
+def encode_once(model, opt, batches, encode, total, names):
+    """The pass of `encode_batches`. names: () for all features."""
     features, error = {}, None
     bar = progress.bar(desc=f"{model.name}: encoding", total=total, unit="images",
                        shown=distributed.rank() == 0)
@@ -422,7 +463,7 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
         for x, number in batches:
             with model.autocast():
                 z = encode(model.encoder, x)
-            for name, value in (z if path else keep_features(model, z, names)).items():
+            for name, value in keep_features(model, z, names).items():
                 features.setdefault(name, []).append(value if name == "tokens" else value.float())
             features.setdefault("numbers", []).append(number.to(x.device))
             bar.update(len(x) * distributed.world_size())
@@ -438,12 +479,7 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
     numbers = features.pop("numbers")
     if not all(z.isfinite().all() for z in features.values()):
         raise not_finite(model)
-    if path and distributed.rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = dict(features={name: z.cpu() for name, z in features.items()},
-                       numbers=numbers.cpu())
-        checkpoints.write_atomic(path, lambda file: torch.save(content, file))
-    return keep_features(model, features, names), numbers
+    return features, numbers
 
 
 def not_finite(model):
@@ -491,32 +527,34 @@ def keep_features(model, features, names):
     return {name: z for name, z in features.items() if name in names} or features
 
 
-def cache_path(model, opt, encode, key):
-    """File in which --cache keeps these features; None: they are not cached.
+# Functions of features that several tasks take; the others (of blocks, tokens) are not kept.
+OF_SEVERAL_TASKS = pooled_features, jointly_normalized, projected_features, pixel_features
+KEPT_BYTES = 2**30       # of the features in `kept`: the oldest ones are dropped
+kept = None              # {feature_name: (features, numbers)} in --task all, see `keep_in_memory`
 
-    The name contains a hash of everything that they depend on. The data set is assumed not to
-    change: if it does, delete the folder.
-    """
-    if not opt.cache or key is None:
-        return None
+
+@contextlib.contextmanager
+def keep_in_memory():
+    """What is encoded inside is kept in memory, and not encoded again for another task."""
+    global kept
+    kept = {}
+    try:
+        yield
+    finally:
+        kept = None
+
+
+def feature_name(model, opt, encode, key):
+    """A name with a hash of everything that features depend on. Image files are assumed not to
+    change; if they do, delete the folder of --cache."""
     places = [str(Path(place).resolve()) for place in (opt.data, datasets.root_of(opt.data_root))]
-    what = (encode.__name__, *places, opt.limit, key)
-    name = f"{model.name}-{Path(opt.data).name}-{hash_settings(model, opt, what)}.pt"
-    return Path(opt.out) / "features" / name
+    what = (encode.__name__, *places, opt.limit, opt.batch_size, key)
+    return f"{model.name}-{Path(opt.data).name}-{hash_settings(model, what)}"
 
 
-def hash_settings(model, opt, what):
-    """16 hexadecimal digits of a model and of what is computed with it. A checkpoint counts as
-    unchanged if its path, size and time of modification are."""
-    path = model.source.path
-    if path:
-        stat = Path(path).stat()
-        weights = str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, model.source.branch
-    else:
-        weights = model.name, opt.seed, model.encoder and sorted(model.encoder.config.items())
-    identity = (weights, model.encoder and model.encoder.config["num_heads"], model.img_size,
-                model.mean, model.std, model.interpolation, model.precision)
-    return f"{rng.key(str((identity, what))) % 2**64:016x}"
+def hash_settings(model, what):
+    """16 hexadecimal digits of a model and of what is computed with it."""
+    return f"{rng.key(str((model.identity, what))) % 2**64:016x}"
 
 
 @functools.lru_cache                                     # several models use the same images
@@ -535,19 +573,20 @@ def load_labeled(model, opt, split):
     ValueError: no labels; no class of train is in test.
     """
     if opt.data in LAYOUT and opt.data not in datasets.NAMES:
+        labeled = [name for name in datasets.NAMES if name not in ("synthetic", "coco")]
         raise ValueError(f"{opt.task} needs images with one class each, and {opt.data} has none: "
-                         f"choose --data {', '.join(datasets.NAMES)} or a folder")
+                         f"choose --data {', '.join(labeled)} or a folder")
     where = opt.data, opt.data_root
     images = load_split(*where, split, model.img_size, opt.limit, model.device)
     if images.labels is None:
-        raise ValueError(f"{opt.data} has no labels, and {opt.task} needs them: choose another "
+        raise ValueError(f"{opt.task} needs labels, and {opt.data} has none: choose another "
                          f"--data, or give each class its own subfolder")
     if split == "train":
         tests = load_split(*where, "test", model.img_size, opt.limit, model.device)
         if tests.labels is not None and tests.classes != images.classes:
             n, m = (len(split.classes or []) for split in (images, tests))
-            raise ValueError(f"the training and test images of {opt.data} have different classes "
-                             f"({n} and {m}), and {opt.task} needs the same ones in both")
+            raise ValueError(f"{opt.task} needs the same classes in both splits, and the training "
+                             f"and test images of {opt.data} have different ones ({n} and {m})")
     return images, len(images.classes or range(int(images.labels.max()) + 1))
 
 
@@ -560,6 +599,7 @@ def extract_features(model, opt, split, names=("cls", "patch", "hyber"), encode=
     a batch x and the indices of its images, applied before encoding. whole: no center crop.
     """
     images, num_classes = load_labeled(model, opt, split)
+    whole = whole and images.paths is not None           # others are never cropped
     batches = data.batches(images, model.img_size, opt.batch_size, model.device, mean=model.mean,
                            std=model.std, workers=opt.workers, interpolation=model.interpolation,
                            resize=model.img_size if whole else None, rank=distributed.rank(),
@@ -568,9 +608,10 @@ def extract_features(model, opt, split, names=("cls", "patch", "hyber"), encode=
         batches = ((torch.cat([x, x.flip(-1)]), index.repeat(2)) for x, index in batches)
     if change:
         batches = ((change(x, index), index) for x, index in batches)
+    files = rng.key(str(images.paths), str(images.labels.tolist()))
+    key = None if change else (split, mirror, whole, files)
     features, index = encode_batches(model, opt, batches, names, encode,
-                                     len(images) * (1 + mirror),
-                                     None if change else (split, mirror, whole))
+                                     len(images) * (1 + mirror), key)
     if mirror:                                           # both rows of an image next to each other
         order = index.argsort(stable=True)
         features = {name: z[order].unflatten(0, (-1, 2)) for name, z in features.items()}

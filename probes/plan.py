@@ -35,7 +35,7 @@ def seconds_per_image(model, side):
 def estimate_seconds(task, model, opt, time_image):
     """Seconds of a task with its options of --task all. time_image: side -> seconds of one image.
 
-    Features that an earlier task has already written to --out/features cost nothing.
+    Features that an earlier task has already encoded cost nothing.
     """
     def images(split):
         return len(load_split(opt.data, opt.data_root, split, model.img_size, opt.limit,

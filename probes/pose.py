@@ -68,10 +68,7 @@ def pose(model, opt):
     """
     require_tokens(model, opt.task)
     on_toy = is_toy(opt.data)
-    if opt.data == "cub" or not annotations.has("keypoints", opt.data):
-        raise ValueError(f"pose needs keypoints and object areas, and {opt.data} does not have "
-                         "both; choose --data coco, toy, toy-scenes or a folder "
-                         "(docs/own-data.md)")
+    require_areas(opt)
     names = annotations.part_names(opt.data)
     recipe = POSE_RECIPES["toy" if on_toy else opt.data if opt.data == "coco" else "own"]
     side = input_side(model, opt, 256)
@@ -142,6 +139,13 @@ def pose(model, opt):
         + (" with COCO's sigmas" if sigmas is metrics.SIGMAS else
            f" with sigma {SIGMA} for all parts"),
         dict(objects=n_objects))
+
+
+def require_areas(opt):
+    if opt.data == "cub" or not annotations.has("keypoints", opt.data):
+        raise ValueError(f"pose needs keypoints and object areas, and {opt.data} does not have "
+                         "both; choose --data coco, toy, toy-scenes or a folder "
+                         "(docs/own-data.md)")
 
 
 def scale_shape(shape, height):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL.Image import Resampling
 from torchvision.transforms.v2 import functional as TF
 
-from lib import augment, config, datasets, metrics, rng, toy
+from lib import augment, config, datasets, distributed, metrics, progress, rng, toy
 from probes import annotations
 from probes.annotation_files import check_inside, load_image
 from probes.common import (
@@ -119,7 +119,9 @@ def score_retrieval(features, labels, kind):
     """
     rows, chance = {}, 100 * metrics.chance(labels).nanmean().item()
     for name, z in features.items():
-        ap = metrics.retrieval(z, labels)
+        show = functools.partial(progress.bar, desc=f"ranking by {name}", unit="blocks",
+                                 shown=distributed.rank() == 0)
+        ap = metrics.retrieval(z, labels, show=show)
         mean, by_class = ap.nanmean().item(), metrics.class_means(ap, labels).nanmean().item()
         rows[name] = {"AP": 100 * mean, f"AP by {kind}": 100 * by_class, "chance": chance}
     alone = int(ap.isnan().sum())

@@ -55,7 +55,7 @@ class Progress:
 
     def __init__(self, model, opt, net, optimizer):
         settings = sorted((k, v) for k, v in vars(opt).items() if k not in self.NOT_HASHED)
-        digits = hash_settings(model, opt, settings)
+        digits = hash_settings(model, settings)
         name = f"{opt.task}-{model.name}-{Path(opt.data).name}-{digits}.pt"
         self.path = Path(opt.out) / "progress" / name
         self.name = model.name

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lib import augment, datasets, metrics, toy
+from lib import augment, datasets, metrics, progress, toy
 from probes import annotations
 from probes.common import Report, input_side, is_toy, progress_bar, require_tokens
 from probes.figures import save_image_grid
@@ -63,7 +63,9 @@ def video(model, opt):
     videos = annotations.videos(opt.data, opt.data_root, "test", limit, side)
     for item in progress_bar(videos, model):
         try:
-            masks = torch.stack([item.masks[0], *propagate_masks(item, encode, p, radius)])
+            masks = progress.bar(propagate_masks(item, encode, p, radius),
+                                 f"{model.name}: {item.name}", len(item.masks) - 1, "frames")
+            masks = torch.stack([item.masks[0], *masks])
         except datasets.UnreadableImage as error:        # a frame: the video is left out
             bad[item.name] = str(error)
             continue

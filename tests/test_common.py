@@ -317,47 +317,122 @@ def test_training_and_test_images_need_classes_in_common(tmp_path):
     for name in "ac":
         (tmp_path / "val" / name).rename(tmp_path / "val" / f"other {name}")
     common.load_split.cache_clear()
-    with pytest.raises(ValueError, match=r"different classes \(3 and 2\), and linear needs"):
+    with pytest.raises(ValueError, match=r"linear needs the same .* different ones \(3 and 2\)"):
         common.load_labeled(model, opt, "train")
     opt = make_options("few_shot", "--data", str(tmp_path))     # uses the test split only
     assert common.extract_features(model, opt, "test", ["cls"])[2] == 2
     for path in tmp_path.glob("val/*/*"):
         path.rename(tmp_path / "val" / f"{path.parent.name}-{path.name}")
     common.load_split.cache_clear()
-    with pytest.raises(ValueError, match="has no labels, and few_shot needs them"):
+    with pytest.raises(ValueError, match="few_shot needs labels, and .* has none"):
         common.load_labeled(model, opt, "test")
 
 
 # ---- cache ---------------------------------------------------------------------------------------
 
 
-def test_the_cache_distinguishes_everything_that_features_depend_on(tmp_path, monkeypatch):
+def save_images(folder, count=5):
+    """`count` random images, not square, of each of two classes, in a folder."""
     for c in "ab":
-        (tmp_path / "data" / c).mkdir(parents=True)
-        for n in range(5):                               # one of each is a test image
+        (folder / c).mkdir(parents=True)
+        for n in range(count):                           # one of five is a test image
             image = torch.randint(256, (40, 80, 3), dtype=torch.uint8)
-            Image.fromarray(image.numpy()).save(tmp_path / "data" / c / f"{n}.png")
+            Image.fromarray(image.numpy()).save(folder / c / f"{n}.png")
+    return str(folder)
+
+
+def test_kept_features_are_found_by_everything_that_they_depend_on(tmp_path):
+    folder, other = save_images(tmp_path / "data"), save_images(tmp_path / "other")
     # changes of the model, of the options, of the call
     cases = [({}, {}, {}), (dict(img_size=40), {}, {}), (dict(mean=augment.STD), {}, {}),
              (dict(std=augment.MEAN), {}, {}), (dict(interpolation="bilinear"), {}, {}),
-             (dict(precision="bf16"), {}, {}), ({}, dict(limit=1), {}), ({}, {}, dict(whole=True)),
+             (dict(precision="bf16"), {}, {}), (dict(encoder=make_encoder(0.1)), {}, {}),
+             (dict(encoder=make_encoder(num_heads=4)), {}, {}), ({}, dict(limit=1), {}),
+             ({}, dict(data=other), {}), ({}, {}, dict(whole=True)),
              ({}, {}, dict(mirror=True)), ({}, {}, dict(split="train")),
              ({}, {}, dict(encode=common.jointly_normalized))]
     found, model = {}, make_model(make_encoder())
-    for cache in (False, True):
-        for number, (of_model, of_options, of_call) in enumerate(cases):
-            opt = make_options("knn", "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/out")
-            opt = dataclasses.replace(opt, cache=cache, **of_options)
-            changed = dataclasses.replace(model, **of_model)
-            z, _, _ = common.extract_features(changed, opt, **dict(split="test") | of_call)
-            assert z["hyber"].equal(found.setdefault(number, z["hyber"])), cases[number]
+
+    def extract(number, cache):
+        of_model, of_options, of_call = cases[number]
+        opt = make_options("knn", "--data", folder, "--out", f"{tmp_path}/out")
+        opt = dataclasses.replace(opt, cache=cache, **of_options)
+        changed = dataclasses.replace(model, **of_model)
+        return common.extract_features(changed, opt, **dict(split="test") | of_call)[0]["hyber"]
+
+    for cache in (False, True, True):
+        with common.keep_in_memory():
+            for number in [*range(len(cases)), *range(len(cases))]:
+                z = extract(number, cache)
+                assert z.equal(found.setdefault(number, z)), cases[number]
+            assert len(common.kept) == len(cases)
     assert not any(found[a].equal(found[b]) for a in found for b in range(a))
     assert len(list((tmp_path / "out/features").iterdir())) == len(cases)
-    names, opt = set(), make_options("knn", "--data", "cifar10", "--cache")
-    for root in "ab":                                    # without --data-root
-        monkeypatch.setenv("DATA_ROOT", root)
-        names.add(common.cache_path(model, opt, common.pooled_features, "test"))
-    assert len(names) == 2
+
+
+def test_what_only_other_images_would_show_is_in_the_name_of_kept_features(monkeypatch):
+    encoder, key = make_encoder(), ("test", False)
+    model, head = make_model(encoder), {"projector": {"weight": torch.zeros(2, 2)}}
+    opt = make_options("knn", "--data", "cifar10")
+    changes = [(model, opt, key), (model, opt, ("test", True)),
+               (model, dataclasses.replace(opt, batch_size=2), key),
+               (model, dataclasses.replace(opt, data_root="elsewhere"), key),
+               (make_model(encoder, device=torch.device("meta")), opt, key),
+               *[(make_model(encoder, source=SimpleNamespace(heads=heads)), opt, key) for heads in
+                 (head, {"projector": {"weight": torch.ones(2, 2)}})]]
+    names = [common.feature_name(*change[:2], common.pooled_features, change[2])
+             for change in changes]
+    monkeypatch.setenv("DATA_ROOT", "elsewhere")         # the same as --data-root
+    assert common.feature_name(model, opt, common.pooled_features, key) == names[3]
+    names.append(common.feature_name(model, opt, common.projected_features, key))
+    assert len({*names}) == len(names)
+
+
+def test_cached_features_are_those_of_the_loaded_weights_and_of_the_present_files(tmp_path):
+    folder, path = save_images(tmp_path / "data"), tmp_path / "encoder.pt"
+    opt = make_options("knn", "--data", folder, "--out", str(tmp_path), "--cache", "--checkpoint",
+                       str(path))
+
+    def load(encoder):
+        checkpoints.save_encoder(path, encoder)
+        return common.load_models(opt)[0]
+
+    old = load(make_encoder())
+    new = load(make_encoder(0.1))                        # a training run has replaced the file
+    features = [common.extract_features(model, opt, "test")[0]["cls"] for model in (old, new)]
+    assert not torch.equal(*features)
+    plain = dataclasses.replace(opt, cache=False)
+    assert features[1].equal(common.extract_features(new, plain, "test")[0]["cls"])
+    for name in ("a/5.png", "a/6.png"):                  # of ten images 0 and 5 are tests, now 0, 5
+        Image.new("RGB", (40, 80)).save(f"{folder}/{name}")              # and 10
+    common.load_split.cache_clear()                      # of an earlier call
+    assert len(features[1]) == 2 and len(common.extract_features(new, opt, "test")[1]) == 3
+
+
+def test_kept_features_take_a_bounded_memory_and_end_with_the_call(monkeypatch):
+    model, passes = make_model(make_encoder()), []
+    original = common.encode_once
+    monkeypatch.setattr(common, "encode_once", lambda *a: passes.append(0) or original(*a))
+
+    def count(*limits, encode=common.pooled_features, whole=False):
+        """Number of passes over the first images of toy."""
+        passes.clear()
+        for limit in limits:
+            common.extract_features(model, make_options("knn", "--limit", str(limit)), "test",
+                                    encode=encode, whole=whole)
+        return len(passes)
+
+    size = 4 * 4 * 32                                    # cls, patch, hyber: 4 x 32 float32
+    assert count(10, 10) == 2                            # outside of --task all
+    monkeypatch.setattr(common, "KEPT_BYTES", 25 * size)
+    with common.keep_in_memory():
+        assert count(10, 12, 10, 12) == 2
+        assert count(11, 12, 11) == 1 and count(10) == 1             # 10 was the oldest
+        assert count(30, 30) == 2 and common.kept == {}              # too large
+        assert count(5, 5, encode=common.all_tokens) == 2 and common.kept == {}
+        assert count(5, 5, encode=common.block_features) == 2 and common.kept == {}
+        assert count(5, 5) == 1 and count(5, whole=True) == 0        # toy is never cropped
+    assert common.kept is None and count(5) == 1
 
 
 # ---- several processes ---------------------------------------------------------------------------

@@ -190,6 +190,8 @@ def test_the_choice_is_the_middle_of_the_best_and_has_a_standard_error():
     assert number == 2                                   # of 1, 2, 3, which are equally good
     assert note == ("lr 10: 80.0 +- 4.0% (standard error) in 5 folds; 3 of 4 other values are "
                     "within one standard error")
+    _, [note] = heads.choose_candidate(torch.zeros(9, 5).bool(), names, "5 folds")
+    assert note.startswith("lr 10: 0.0 +- 0.0%") and "; 4 of 4 other values" in note
 
 
 @pytest.mark.parametrize("best, edge", [(0, True), (1, False), (2, True)])

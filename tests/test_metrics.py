@@ -185,6 +185,31 @@ def test_retrieval_excludes_the_query_and_does_not_depend_on_the_block():
     assert (with_self - ap)[:-1].mean() > 0.05
 
 
+def test_retrieval_among_50_000_items_is_exact_in_blocks_of_bounded_size(monkeypatch):
+    g, sizes, seen = torch.Generator().manual_seed(2), [], []
+    features = torch.randn(50_000, 4, generator=g)
+    labels = torch.randint(0, 5000, (50_000,), generator=g)         # few relevant items
+    original = metrics.average_precision
+    monkeypatch.setattr(metrics, "average_precision",
+                        lambda scores, *a: sizes.append(scores.numel()) or original(scores, *a))
+
+    def show(blocks):                                    # a progress bar; here the ends only
+        seen.extend(blocks)
+        return [blocks[0][:3], blocks[-1][-2:]]
+
+    ap = metrics.retrieval(features, labels, show=show)
+    assert torch.cat(seen).tolist() == list(range(50_000))
+    assert max(map(len, seen)) * 50_000 <= 2**24 and sizes == [150_000, 100_000]
+    unit = torch.nn.functional.normalize(features, dim=1)
+    for query, found in zip([0, 1, 2, 49_998, 49_999], ap.tolist()):
+        scores = unit @ unit[query]
+        scores[query] = -2                               # last, and not relevant
+        same = (labels == labels[query]).index_fill(0, torch.tensor(query), False)
+        expected = slow_ap(scores.tolist(), same.tolist())
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert len(ap) == 5
+
+
 def test_perfect_clusters_give_ap_one():
     labels = torch.arange(30) % 3
     noise = torch.randn(30, 3, generator=torch.Generator().manual_seed(3))
