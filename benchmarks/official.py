@@ -14,7 +14,8 @@ and functions of the clone in the order of its training script: forward, loss, b
 AdamW, moving average. Both get the same pixels, without loading, and for SimMIM and iBOT the same
 masks, which on our side are drawn in the step. The loss is that of the first step, where both have
 random weights of their own, so it should differ little. One thread on a CPU is measured in
-processor time, which other programs on the machine lengthen less.
+processor time, which other programs on the machine lengthen less. FLOPs are torch's count, which
+leaves out a CPU's fused attention.
 
 Not in the official step: DDP, the gradient scaler of fp16 (with --precision bf16 both use bf16),
 logging. In its favor: it shares our process, where freed memory is kept (distributed.keep_memory),
