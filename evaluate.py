@@ -96,7 +96,9 @@ TRAINED_ON_ANNOTATIONS = {"part_classification", "pose", "linear_segmentation", 
 # heads; fewer iterations; fewer images of toy's splits (except for the dense tasks, which have a
 # smaller limit of their own there) and of annotated sets.
 ALL_EPOCHS, ALL_ITERS, ALL_IMAGES = 10, 20, 2000
-ALL_LRS = (2e-3, 1e-2, 5e-2)             # of linear_segmentation: few iterations need larger ones
+# Of linear_segmentation: few iterations need larger learning rates, and 16 crops of 512 px with
+# the logits of 150 classes would take half a minute and more, for each iteration.
+ALL_LRS, ALL_CROP, ALL_CROPS = (2e-3, 1e-2, 5e-2), 256, 4
 ALL_LIMITS = dict(linear_segmentation=50, zero_shot_segmentation=100, pose=50, video=3,
                   part_retrieval=500, part_classification=500)
 LOGREG = ("linear", "layerwise", "part_classification", "frequency_noise", "shape_bias")
@@ -260,7 +262,10 @@ def options_for_task(opt, task):
     else:
         limit = ALL_LIMITS.get(task)
         changes["iters"] = opt.iters or ALL_ITERS
-        changes["lr"] = opt.lr or (ALL_LRS if task == "linear_segmentation" else ())
+        changes["lr"] = opt.lr
+        if task == "linear_segmentation":
+            changes.update(lr=opt.lr or ALL_LRS, img_size=opt.img_size or ALL_CROP,
+                           train_batch_size=opt.train_batch_size or ALL_CROPS)
     return replace(opt, limit=opt.limit or limit, **changes)
 
 

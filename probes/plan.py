@@ -16,6 +16,8 @@ FLOPS = 5e9              # per second, of small matrix products in one thread
 READ_SECONDS = 0.01      # to decode one image file
 PARTS_PER_IMAGE = 4      # crops of parts, or boxes, of an image
 LBFGS_STEPS = 200        # of all values of C together, in one fold
+LOGIT_SECONDS = 5e-8     # of linear_segmentation, forward and backward at the size of the image
+CLASSES, TOY_CLASSES = 50, 17            # of pixels: typical of an annotated set; toy's
 
 
 @torch.no_grad()
@@ -42,9 +44,10 @@ def estimate_seconds(task, model, opt, time_image):
                               model.device))
 
     limit = opt.limit or 1000                            # of annotated images, if it is not given
+    crops = (opt.train_batch_size or 16) * (opt.iters or 200)
     side = model.img_size
     if task in DENSE:
-        side = 2 * model.img_size if is_toy(opt.data) else 480
+        side = 2 * model.img_size if is_toy(opt.data) else opt.img_size or 480
     elif task == "landmark_retrieval":
         side = model.img_size if is_toy(opt.data) else 224
     encoded = {
@@ -59,13 +62,16 @@ def estimate_seconds(task, model, opt, time_image):
         "landmark_retrieval": lambda: 640 if is_toy(opt.data) else 5000,
         "shape_bias": lambda: images("test") if is_toy(opt.data) else 1280,
         "frequency_noise": lambda: 11 * images("test"),
-        "linear_segmentation": lambda: 16 * (opt.iters or 200) + 3 * limit,
+        "linear_segmentation": lambda: crops + 3 * limit,
         "zero_shot_segmentation": lambda: limit,
         "video": lambda: 24 * 10 if is_toy(opt.data) else 70 * limit,
         "pose": lambda: 16 * (opt.iters or 200) + 2 * limit,
     }.get(task, lambda: 0)()
     read = 0.0 if is_toy(opt.data) else READ_SECONDS
     seconds = encoded * (time_image(side) + read) if encoded else 0.0
+    if task == "linear_segmentation":
+        classes = TOY_CLASSES if is_toy(opt.data) else CLASSES
+        seconds += crops * len(opt.lr or "1") * side**2 * classes * LOGIT_SECONDS
     return seconds + head_flops(task, model, opt, images) / FLOPS
 
 

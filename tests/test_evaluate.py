@@ -395,12 +395,15 @@ def test_all_uses_logistic_regressions_and_short_training(monkeypatch):
         assert options(task, "--recipe", "dino").recipe == "dino"
     assert options("attentive").epochs == evaluate.ALL_EPOCHS
     assert options("part_classification", "--head", "attentive").recipe is None
-    dense = options("linear_segmentation", data="coco")
-    assert (dense.iters, dense.limit, dense.lr) == (20, 50, (2e-3, 1e-2, 5e-2))
-    given = options("linear_segmentation", "--iters", "7", "--limit", "9", "--lr", "1", data="coco")
-    assert (given.iters, given.limit, given.lr) == (7, 9, (1.0,))
-    toy_options = options("linear_segmentation", data="toy")
-    assert (toy_options.iters, toy_options.limit, toy_options.lr) == (None, None, ())
+
+    def dense(*flags, data="coco"):
+        opt = options("linear_segmentation", *flags, data=data)
+        return opt.iters, opt.limit, opt.lr, opt.img_size, opt.train_batch_size
+
+    assert dense() == (20, 50, (2e-3, 1e-2, 5e-2), 256, 4)
+    assert dense("--iters", "7", "--limit", "9", "--lr", "1", "--img-size", "96",
+                 "--train-batch-size", "2") == (7, 9, (1.0,), 96, 2)
+    assert dense(data="toy") == (None, None, (), None, None)
     assert options("knn").limit is None
 
 
@@ -411,7 +414,7 @@ def test_the_estimate_grows_with_images_and_size(monkeypatch):
     time_image = {32: 0.09, 480: 0.59}.get               # and 0.01 to read a file
     assert plan.estimate_seconds("knn", model, opt, time_image) == pytest.approx(2000 * 0.1)
     assert plan.estimate_seconds("linear_segmentation", model, opt, time_image) == pytest.approx(
-        (16 * 10 + 3 * 20) * 0.6)
+        (16 * 10 + 3 * 20) * 0.6 + 16 * 10 * 480**2 * 50 * 5e-8)       # with the logits
     assert plan.estimate_seconds("few_shot", model, opt, time_image) == 0
     monkeypatch.setattr(plan, "head_flops", lambda *_: 0)
     for name, seconds in (("toy", 1000 * 0.09), ("imagenet", 1280 * 0.1)):   # cue-conflict images
