@@ -1,11 +1,13 @@
-"""The table of results in docs/results.md: train every method on toy with several seeds, evaluate
-every model with the same probes, print the mean and standard deviation over the seeds. For
-comparison: the same network trained with labels and untrained, and raw pixels.
+"""The tables of results in docs/results.md: train every method with several seeds, evaluate every
+model with the same probes, print the mean and standard deviation over the seeds. For comparison:
+the same network trained with labels and untrained, and raw pixels.
 
     python -m benchmarks.results --table                  # print what results.yaml holds
     python -m benchmarks.results                          # train and evaluate: hours on 2 CPU cores
     python -m benchmarks.results --methods mae mmc --seeds 0
     python -m benchmarks.results --data toy-scenes        # train on toy-scenes, evaluate on toy
+    python -m benchmarks.results --data cifar10 --data-root FOLDER --methods mae -- --epochs 30
+                                                          # what follows -- are flags of mae.py
 
 Finished work is not repeated: a stopped run is resumed, and a probe that has a line in the run's
 results.jsonl is skipped. The numbers of a finished run are kept in benchmarks/results.yaml, so that
@@ -32,44 +34,55 @@ from lib import checkpoints, config, distributed
 ROOT = Path(__file__).parent.parent
 BASELINES = {"supervised": "supervised", "untrained": "untrained (MMC's)", "pixels": "raw pixels"}
 ROWS = METHODS | BASELINES
-PROBES = {        # flags of evaluate.py: {column of the table: (feature, None: the first; metric)}
+# flags of evaluate.py: {column of the table: (feature, None: the first; metric)}
+CLASSIFICATION = {
     "knn": {"kNN, class token": ("cls", "k=10"), "kNN, mean patch token": ("patch", "k=10")},
     "linear": {"linear probe": (None, "top-1")},
+    "linear --feature patch": {"linear probe, mean patch token": (None, "top-1")}}
+PROBES = {"cifar10": CLASSIFICATION, "toy": CLASSIFICATION | {
     "part_retrieval": {"part retrieval AP": (None, "AP")},
     "linear_segmentation --level object": {"linear segmentation mIoU, objects": (None, "mIoU")},
     "linear_segmentation --level part": {"linear segmentation mIoU, parts": (None, "mIoU")},
     "zero_shot_segmentation": {"zero-shot segmentation IoU": (None, "Opt")},
-    "video": {"video J&F": (None, "J&F")}}
+    "video": {"video J&F": (None, "J&F")}}}
 PIXEL_PROBES = ("knn", "linear", "part_retrieval")        # those that need no patch tokens
 DIAGNOSTICS = {   # of analysis.py, in the last block: (column of the table, key, decimals)
     "attention_distance": ("attention distance", "pixels", 1),
     "nmi": ("NMI", "nmi", 2)}
-COLUMNS = [*(name for columns in PROBES.values() for name in columns),
+COLUMNS = [*(name for columns in PROBES["toy"].values() for name in columns),
            *(name for name, *_ in DIAGNOSTICS.values())]
 RESULTS, LOCK = Path(__file__).with_suffix(".yaml"), threading.Lock()
 HEADER = """\
 # Written by benchmarks/results.py: training data set, method, seed. The kNN probe compares with all
-# 20,000 training images. Units: percent; attention distance: pixels of 48; NMI: 0 to 1.
+# training images. Units: percent; attention distance: pixels; NMI: 0 to 1.
 """
 
 
 def list_runs(args):
     for seed in args.seeds:
         for method in args.methods:
-            if method in BASELINES and args.data != "toy" or method == "pixels" and seed:
+            if method in BASELINES and args.data == "toy-scenes" or method == "pixels" and seed:
                 continue                                # baselines: once, pixels without a seed
             name = f"{method}-{args.data}{f'-seed{seed}' * (seed > 0)}"
-            yield method, args.data, seed, Path(args.out) / name
+            yield args, method, seed, (Path(args.out) / name).absolute()
 
 
-def train_command(method, trained_on, seed, folder):
+def train_command(args, method, seed, folder):
     """The command that trains a run; --resume if it was stopped."""
-    if method == "supervised":
-        return "-m", "benchmarks.supervised", "--seed", str(seed), "--out", str(folder)
-    script = "mmc.py" if method == "untrained" else f"{method}.py"
-    flags = ("--steps", "1", "--lr", "0", "--evals", "0") if method == "untrained" else ()
-    return (script, "--data", trained_on, "--seed", str(seed), "--out", str(folder), *flags,
-            *["--resume"] * (folder / "last.pt").is_file())
+    script = {"supervised": ["-m", "benchmarks.supervised"], "untrained": ["mmc.py"]}
+    flags = ["--steps", "1", "--lr", "0", "--evals", "0"] if method == "untrained" else args.flags
+    return [*script.get(method, [f"{method}.py"]), "--data", args.data, *data_root(args), "--seed",
+            str(seed), "--out", str(folder), *flags,
+            *["--resume"] * (folder / "last.pt").is_file()]
+
+
+def data_root(args):
+    return ["--data-root", args.data_root] if args.data_root else []
+
+
+def evaluated_data(trained_on):
+    """The data set of the probes; toy-scenes has no classes of images."""
+    return "toy" if trained_on == "toy-scenes" else trained_on
 
 
 def run_script(log, *command):
@@ -81,16 +94,15 @@ def run_script(log, *command):
         raise SystemExit(f"{' '.join(command)} failed: see the end of {log}")
 
 
-def read_metrics(folder, flags):
+def read_metrics(folder, data, flags):
     """The newest result of a probe: {feature: {metric: value}}, None if there is none."""
-    task, _, level = flags.partition(" --level ")
-    of_pixels = is_pixels(folder)
+    task, *flags = flags.split()
+    wanted = {"limit": None, "feature": None} | dict(zip((f[2:] for f in flags[::2]), flags[1::2]))
     file = folder / "results.jsonl"
     for line in reversed(file.read_text().splitlines() if file.is_file() else []):
         line = json.loads(line)
-        settings = line["settings"]
-        if (line["task"], line["data"], settings["limit"]) == (task, "toy", None) and (
-                not level or settings["level"] == level) and (not line["checkpoint"]) == of_pixels:
+        if (line["task"], line["data"], not line["checkpoint"]) == (
+                task, data, is_pixels(folder)) and wanted.items() <= line["settings"].items():
             return line["metrics"]
 
 
@@ -100,27 +112,26 @@ def is_pixels(folder):
 
 def train_and_evaluate(run):
     """Trains the run and runs its probes, unless that is done already; writes results.yaml."""
-    method, trained_on, seed, folder = run
-    folder = folder.absolute()
+    args, method, seed, folder = run
     folder.mkdir(parents=True, exist_ok=True)
-    log, pixels = folder / "results.log", method == "pixels"
+    log, pixels, data = folder / "results.log", method == "pixels", evaluated_data(args.data)
     if not pixels and not (log.exists() and "\ndone after " in log.read_text()):
-        run_script(log, *train_command(method, trained_on, seed, folder))
+        run_script(log, *train_command(args, method, seed, folder))
         if "\ndone after " not in log.read_text():
             raise SystemExit(f"{folder} was stopped; run the same command again to resume")
-    model = (("--baseline", "pixels", "--json", str(folder / "results.jsonl")) if pixels else
-             ("--checkpoint", str(folder)))
-    for flags in PIXEL_PROBES if pixels else PROBES:
-        if read_metrics(folder, flags) is None:
-            run_script(log, "evaluate.py", "--task", *flags.split(), "--data", "toy", *model)
+    flags = ["--data", data, *data_root(args), *(
+        ["--baseline", "pixels", "--json", str(folder / "results.jsonl")] if pixels else
+        ["--checkpoint", str(folder)])]
+    for probe in list_probes(data, pixels):
+        if read_metrics(folder, data, probe) is None:
+            run_script(log, "evaluate.py", "--task", *probe.split(), *flags)
     if not pixels and not all(
             (folder / "analysis" / f"{name}.json").is_file() for name in DIAGNOSTICS):
-        run_script(log, "analysis.py", "--what", *DIAGNOSTICS, "--checkpoint", str(folder),
-                   "--data", "toy", "--out", str(folder))
+        run_script(log, "analysis.py", "--what", *DIAGNOSTICS, *flags, "--out", str(folder))
     with LOCK:
         results = read_results()
-        seeds = results.setdefault(trained_on, {}).setdefault(method, {})
-        seeds[seed] = dict(**({} if pixels else describe_run(folder)), **collect_numbers(folder))
+        seeds = results.setdefault(args.data, {}).setdefault(method, {})
+        seeds[seed] = ({} if pixels else describe_run(folder)) | collect_numbers(folder, data)
         text = HEADER + yaml.dump(results, default_flow_style=None, width=98, sort_keys=False)
         checkpoints.write_atomic(RESULTS, lambda file: file.write(text.encode()))
     print(f"{folder} done", flush=True)
@@ -136,18 +147,22 @@ def try_run(run):
     return True
 
 
-def collect_numbers(folder):
+def list_probes(data, pixels):
+    return [p for p in PROBES[data] if not pixels or p in PIXEL_PROBES]
+
+
+def collect_numbers(folder, data):
     """{column of the table: number} of a run with all probes done."""
-    numbers = {}
-    for flags in PIXEL_PROBES if is_pixels(folder) else PROBES:
-        metrics = read_metrics(folder, flags)
-        for column, (feature, name) in PROBES[flags].items():
+    numbers, pixels = {}, is_pixels(folder)
+    for probe in list_probes(data, pixels):
+        metrics = read_metrics(folder, data, probe)
+        for column, (feature, name) in PROBES[data][probe].items():
             feature = feature if feature in metrics else next(iter(metrics))
             numbers[column] = round(metrics[feature][name], 1)
-    if is_pixels(folder):                                # one feature, no attention
+    if pixels:                                           # one feature, no attention
         del numbers["kNN, mean patch token"]
         return numbers
-    knn = read_metrics(folder, "knn")
+    knn = read_metrics(folder, data, "knn")
     if knn["cls"] == knn["patch"]:        # no class token: evaluate.py used the mean patch token
         del numbers["kNN, class token"]
     for name, (column, key, decimals) in DIAGNOSTICS.items():
@@ -170,11 +185,11 @@ def read_results():
     return config.read_yaml(RESULTS) if RESULTS.exists() else {}
 
 
-def format_row(name, seeds):
+def format_row(name, seeds, columns):
     """Cells of a row: mean over the seeds, and the standard deviation of two or more seeds. "-":
     the column does not apply (no class token)."""
     cells = [name, str(len(seeds))]
-    for column in COLUMNS:
+    for column in columns:
         values = [seed[column] for seed in seeds if column in seed]
         decimals = 2 if column == "NMI" else 1
         std = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
@@ -182,25 +197,37 @@ def format_row(name, seeds):
     return cells
 
 
+def print_table(methods, seeds, results):
+    """A row for each method with results, a column for each number that any of them has."""
+    rows = {m: [results[m][seed] for seed in seeds if seed in results.get(m, {})] for m in methods}
+    columns = [c for c in COLUMNS if any(c in result for row in rows.values() for result in row)]
+    print(f"| method | seeds | {' | '.join(columns)} |\n{'|---' * (2 + len(columns))}|")
+    for method, row in rows.items():
+        if row:
+            print("| " + " | ".join(format_row(ROWS[method], row, columns)) + " |")
+
+
 def main():
+    argv, flags = sys.argv[1:], []
+    if "--" in argv:
+        argv, flags = argv[:argv.index("--")], argv[argv.index("--") + 1:]
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=ROWS,
                         help="rows of the table [all]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--data", default="toy", help="training data: toy or toy-scenes [toy]")
+    parser.add_argument("--data", default="toy", choices=("toy", "toy-scenes", "cifar10"),
+                        help="training data [%(default)s]")
+    parser.add_argument("--data-root", help="folder of the data set")
     parser.add_argument("--out", default="out", help="folder of the runs [out]")
     parser.add_argument("--table", action="store_true", help="only print the table of results.yaml")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.flags = flags                                   # of the methods' scripts
     done = []
     if not args.table:
         with ThreadPoolExecutor(2) as pool:
             done = list(pool.map(try_run, list_runs(args)))
-    results = read_results().get(args.data, {})
-    print(f"| method | seeds | {' | '.join(COLUMNS)} |\n{'|---' * (2 + len(COLUMNS))}|")
-    for method in args.methods:
-        if seeds := [results[method][s] for s in args.seeds if s in results.get(method, {})]:
-            print("| " + " | ".join(format_row(ROWS[method], seeds)) + " |")
+    print_table(args.methods, args.seeds, read_results().get(args.data, {}))
     if not all(done):
         sys.exit("some runs are not finished (see above); run the same command again to continue")
 

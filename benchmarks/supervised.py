@@ -1,7 +1,8 @@
-"""The supervised baseline of the tables: the default ViT of toy, trained with labels for as long as
-a default run takes, and saved so that evaluate.py probes it like a pretrained one.
+"""The supervised baseline of the tables: the default ViT of a small data set, trained with labels
+for as long as a default run takes, and saved so that evaluate.py probes it like a pretrained one.
 
     python -m benchmarks.supervised                    # out/supervised-toy, about as long as mmc.py
+    python -m benchmarks.supervised --data cifar10 --data-root FOLDER
     python evaluate.py --task linear --checkpoint out/supervised-toy
 """
 import argparse
@@ -23,22 +24,23 @@ from lib.run import cosine, grad_norm, param_groups, set_lr
 BATCH, PEAK_LR, WEIGHT_DECAY = 64, 1e-3, 0.05            # 2e-3: 3 points less, 4e-3: 19 less
 
 
-def train(steps, seed, out):
-    """Trains for `steps` steps of 64 images, writes the encoder to the folder `out`, and returns
-    the accuracy on the test images in percent and the seconds of training."""
+def train(steps, seed, out, name="toy", root=None):
+    """Trains on a data set for `steps` steps of 64 images, writes the encoder to the folder `out`,
+    and returns the accuracy on the test images in percent and the seconds of training."""
     distributed.keep_memory()
     torch.manual_seed(seed)
-    cfg = config.parse(mmc.Config, [])                   # its section toy: the network of all
+    cfg = config.parse(mmc.Config, ["--data", name])     # its section: the network of all methods
     device = distributed.pick_device()
     precision = distributed.pick_precision("auto", device)
-    images, tests = (datasets.load_images("toy", None, split, cfg.img_size, device=device)
+    images, tests = (datasets.load_images(name, root, split, cfg.img_size, device=device)
                      for split in ("train", "test"))
     encoder = vit.ViT(cfg.img_size, cfg.patch_size, cfg.embed_dim, cfg.depth, cfg.num_heads,
                       pos=cfg.pos, init=cfg.init)
     net = nn.ModuleDict(dict(encoder=encoder, head=nn.Linear(cfg.embed_dim, len(images.classes))))
     net = net.to(device)
     opt = torch.optim.AdamW(param_groups(net, WEIGHT_DECAY), fused=True)
-    loader = data.Loader(images, [data.View(cfg.img_size, scale=(0.6, 1.0))], BATCH, seed, device)
+    view = data.View(cfg.img_size, scale=cfg.global_crops_scale)
+    loader = data.Loader(images, [view], BATCH, seed, device)
 
     def logits(x):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -60,7 +62,7 @@ def train(steps, seed, out):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoints.save_encoder(out / "encoder.pt", encoder, branch="base", method="supervised",
-                             data="toy", step=steps)
+                             data=name, step=steps)
     (out / "config.yaml").write_text(yaml.dump(dict(precision=precision, seed=seed)))
     accuracy = 100 * correct / len(tests)
     (out / "metrics.jsonl").write_text(json.dumps(dict(step=steps, accuracy=accuracy)) + "\n")
@@ -72,9 +74,12 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5000, help="steps of 64 images [%(default)s]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="out/supervised-toy", help="[%(default)s]")
+    parser.add_argument("--data", default="toy", choices=("toy", "cifar10"), help="[%(default)s]")
+    parser.add_argument("--data-root", help="folder of the data set")
+    parser.add_argument("--out", help="[out/supervised-DATA]")
     args = parser.parse_args()
-    accuracy, seconds = train(args.steps, args.seed, args.out)
+    args.out = args.out or f"out/supervised-{args.data}"
+    accuracy, seconds = train(args.steps, args.seed, args.out, args.data, args.data_root)
     print(f"supervised ViT: test accuracy {accuracy:.1f}% after {BATCH * args.steps:,} images in "
           f"{seconds:.0f} s; wrote {args.out}\ndone after {args.steps} steps")
 

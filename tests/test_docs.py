@@ -29,7 +29,8 @@ def anchors(text):
 
 def test_all_pages_are_there():
     assert {page.stem for page in PAGES} == {
-        "README", "results", "probes", "metrics", "cluster", "datasets", "own-data"}
+        "README", "results", "probes", "metrics", "cluster", "datasets", "own-data",
+        "first-day"}
 
 
 def test_readme_is_one_page_and_its_table_has_the_lines_of_each_method():

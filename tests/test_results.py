@@ -1,4 +1,5 @@
 """benchmarks/results.py: what it runs, what it keeps in results.yaml, and the table it prints."""
+import argparse
 import json
 import sys
 
@@ -8,8 +9,9 @@ import yaml
 from benchmarks import results
 
 
-def result_line(task, metrics, data="toy", checkpoint="encoder.pt", level="object", limit=None):
-    settings = dict(limit=limit, level=level)
+def result_line(task, metrics, data="toy", checkpoint="encoder.pt", level="object", limit=None,
+                feature=None):
+    settings = dict(limit=limit, level=level, feature=feature)
     return json.dumps(dict(task=task, data=data, settings=settings, checkpoint=checkpoint,
                            metrics=metrics))
 
@@ -25,7 +27,8 @@ def write_finished_run(folder, knn):
              result_line("knn", {"cls": {"k=10": 99.0}}, limit=10),
              result_line("knn", {"cls": {"k=10": 99.0}}, data="cifar10"),
              result_line("knn", {"cls": {"k=10": 99.0}}, checkpoint=None),          # a baseline
-             result_line("linear", {"patch": {"top-1": 50.0}}),                # no class token
+             result_line("linear", {"cls": {"top-1": 50.0}}),
+             result_line("linear", {"patch": {"top-1": 51.0}}, feature="patch"),
              result_line("part_retrieval", {"cls": {"AP": 40.0}}),
              result_line("linear_segmentation", {"patch": {"mIoU": 12.0}}),
              result_line("linear_segmentation", {"patch": {"mIoU": 14.0}}, level="part"),
@@ -64,9 +67,9 @@ def test_finished_runs_are_kept_and_averaged(run_main, scripts, tmp_path, capsys
     kept = yaml.safe_load((tmp_path / "results.yaml").read_text())["toy"]["mae"]
     assert kept[0]["kNN, class token"] == 60.0 and kept[1]["kNN, class token"] == 50.0
     assert (kept[0]["steps"], kept[0]["precision"]) == (20, "fp32")
-    table = capsys.readouterr().out
-    assert ("| MAE | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 12.0 ± 0.0 | "
-            "14.0 ± 0.0 | 45.0 ± 0.0 | 55.0 ± 0.0 | 16.3 ± 0.0 | 0.27 ± 0.00 |") in table
+    row = ("| MAE | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 | 50.0 ± 0.0 | 51.0 ± 0.0 | 40.0 ± 0.0 | "
+           "12.0 ± 0.0 | 14.0 ± 0.0 | 45.0 ± 0.0 | 55.0 ± 0.0 | 16.3 ± 0.0 | 0.27 ± 0.00 |")
+    assert row in capsys.readouterr().out
 
 
 def test_seeds_of_an_earlier_day_are_kept_when_one_is_added(run_main, scripts, tmp_path, capsys):
@@ -92,17 +95,31 @@ def test_baselines_have_rows_of_their_own(run_main, scripts, tmp_path, capsys):
     run_main("--methods", *results.BASELINES, "--seeds", "0")
     assert scripts == []
     rows = capsys.readouterr().out
-    assert "| raw pixels | 1 | 16.0 | - | 16.0 | 16.0 | - | - | - | - | - | - |" in rows
+    assert "| raw pixels | 1 | 16.0 | - | 16.0 | - | 16.0 | - | - | - | - | - | - |" in rows
     assert "| supervised | 1 | 60.0 |" in rows and "| untrained (MMC's) | 1 | 60.0 |" in rows
 
 
-def test_commands_that_train_the_baselines(tmp_path):
-    def command(method):
-        return " ".join(results.train_command(method, "toy", 2, tmp_path))
+def test_cifar10_has_a_table_without_the_columns_of_toy(run_main, scripts, tmp_path, capsys):
+    write_finished_run(tmp_path / "mae-cifar10", 1.0)
+    file = tmp_path / "mae-cifar10" / "results.jsonl"
+    file.write_text(file.read_text().replace('"cifar10"', '"other"').replace('"toy"', '"cifar10"'))
+    run_main("--methods", "mae", "--seeds", "0", "--data", "cifar10")
+    assert scripts == []
+    header, _, row = capsys.readouterr().out.splitlines()[-3:]
+    assert "linear probe, mean patch token | attention distance" in header
+    assert row == "| MAE | 1 | 1.0 | 30.0 | 50.0 | 51.0 | 16.3 | 0.27 |"
 
-    assert command("supervised") == f"-m benchmarks.supervised --seed 2 --out {tmp_path}"
+
+def test_commands_that_train(tmp_path):
+    def command(method, data="toy", root=None, flags=()):
+        args = argparse.Namespace(data=data, data_root=root, flags=list(flags))
+        return " ".join(results.train_command(args, method, 2, tmp_path))
+
+    rest = f"--seed 2 --out {tmp_path}"
+    assert command("supervised") == f"-m benchmarks.supervised --data toy {rest}"
     assert command("untrained").startswith("mmc.py ") and "--steps 1 --lr 0" in command("untrained")
-    assert command("mae") == f"mae.py --data toy --seed 2 --out {tmp_path}"
+    assert (command("mae", "cifar10", "folder", ["--epochs", "3"]) ==
+            f"mae.py --data cifar10 --data-root folder {rest} --epochs 3")
 
 
 def test_only_missing_diagnostics_are_run(run_main, scripts, tmp_path):
@@ -158,9 +175,10 @@ def test_a_stopped_training_is_not_evaluated_and_the_other_runs_continue(
     assert "dino-toy was stopped" in capsys.readouterr().out
 
 
-def test_docs_show_the_table_of_results_yaml(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["results.py", "--table"])
+@pytest.mark.parametrize("data", ["toy", "cifar10"])
+def test_docs_show_the_tables_of_results_yaml(data, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["results.py", "--table", "--data", data])
     results.main()
     table = capsys.readouterr().out
-    assert len(table.splitlines()) == 2 + len(results.ROWS)
+    assert len(table.splitlines()) == 2 + len(results.read_results()[data])
     assert table in (results.ROOT / "docs" / "results.md").read_text()
