@@ -339,7 +339,7 @@ def test_settings_are_those_of_mae_where_the_paper_states_no_others():
         epochs = 16 if name == "toy" else theirs.epochs                 # as long as MAE's run
         assert {k: v for k, v in vars(ours).items() if k in vars(theirs)} == {
             **vars(theirs), "method": "asl", "out": f"out/asl-{name}", "origin": ours.origin,
-            "epochs": epochs}
+            "epochs": epochs, "sections": ours.sections}
     cfg = config.parse(asl.Config, ["--data", "imagenet"])
     assert (cfg.lambda_sem, cfg.dle, cfg.align_cls, cfg.mae_both, cfg.norm_pix_loss) == (
         1.0, False, False, False, True)

@@ -716,8 +716,8 @@ def launch_all(out, launch, tasks):
     script.write_text(SCRIPT)
     return subprocess.run(
         [*launch, str(script), tasks, "--task", "all", "--baseline", "untrained", "--limit", "50",
-         "--batch-size", "12", "--epochs", "2", "--device", "cpu", "--workers", "0", "--out",
-         str(out)],
+         "--batch-size", "12", "--epochs", "2", "--device", "cpu", "--workers", "0", "--cache",
+         "--out", str(out)],
         text=True, capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
