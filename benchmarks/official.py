@@ -46,7 +46,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import METHODS
+from benchmarks import METHODS, split_argv
 from lib import config, distributed
 from lib.run import Run
 
@@ -310,9 +310,7 @@ def table_row(name, found):
 
 
 def main():
-    argv, flags = sys.argv[1:], []
-    if "--" in argv:
-        argv, flags = argv[:argv.index("--")], argv[argv.index("--") + 1:]
+    argv, flags = split_argv(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="OFFICIAL_FOLDER", help="holds the clones")

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from benchmarks import METHODS
+from benchmarks import METHODS, split_argv
 from lib import checkpoints, config, distributed
 
 ROOT = Path(__file__).parent.parent
@@ -208,9 +208,7 @@ def print_table(methods, seeds, results):
 
 
 def main():
-    argv, flags = sys.argv[1:], []
-    if "--" in argv:
-        argv, flags = argv[:argv.index("--")], argv[argv.index("--") + 1:]
+    argv, flags = split_argv(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=ROWS,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import METHODS
+from benchmarks import METHODS, split_argv
 from lib import config
 from lib.run import Run
 
@@ -89,9 +89,7 @@ def measure_speed(method, flags):
 
 
 def main():
-    argv, flags = sys.argv[1:], []
-    if "--" in argv:
-        argv, flags = argv[:argv.index("--")], argv[argv.index("--") + 1:]
+    argv, flags = split_argv(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))
