@@ -6,6 +6,6 @@ METHODS = {       # name of the script without .py: name in tables
 
 
 def split_argv(argv):
-    """-> the arguments before --, for the benchmark, and those after it, for the methods' scripts."""
+    """-> the arguments before --, of the benchmark, and those after it, of the methods' scripts."""
     i = argv.index("--") if "--" in argv else len(argv)
     return argv[:i], argv[i + 1:]
