@@ -320,7 +320,7 @@ def main():
     if unknown := set(args.methods) - set(REPOSITORIES):
         parser.error(f"no official code of {' '.join(sorted(unknown))}; choose from "
                      f"{' '.join(REPOSITORIES)}")
-    settings = set()
+    settings, failed = set(), []
     for method in args.methods or REPOSITORIES:
         repository, name = REPOSITORIES[method], METHODS[method]
         clone = args.folder / Path(repository).name
@@ -331,10 +331,11 @@ def main():
             print("\n".join([*([] if settings else [HEADER]), table_row(name, found)]), flush=True)
             settings.add(found["setting"])
         else:
-            print(f"{name} failed: see above", file=sys.stderr)
-    if not settings:
-        sys.exit("nothing was measured: see above")
-    print("\n" + "; ".join(settings))
+            failed.append(name)
+    if settings:
+        print("\n" + "; ".join(settings))
+    if failed or not settings:
+        sys.exit(f"{', '.join(failed) or 'all methods'} not measured: see above")
 
 
 if __name__ == "__main__":

@@ -83,14 +83,17 @@ def test_a_missing_clone_is_named_and_the_others_run(monkeypatch, tmp_path, caps
                            f"{tmp_path}/ibot\n")
 
 
-@pytest.mark.parametrize("clones", [[], ["mae"]])
-def test_nothing_measured_is_an_error(monkeypatch, tmp_path, capsys, clones):
-    monkeypatch.setattr(official, "measure", lambda *_: None)            # its process failed
-    for name in clones:
-        (tmp_path / name).mkdir()
-    with pytest.raises(SystemExit, match="nothing was measured"):
+def test_a_method_that_failed_is_an_error_and_so_is_nothing_measured(monkeypatch, tmp_path, capsys):
+    found = dict(speeds=[3.0, 2.0], losses=[1.0, 1.1], gflops=[37.2, 37.2], setting="fp32")
+    monkeypatch.setattr(official, "measure", lambda method, *_: found if method == "ibot" else None)
+    with pytest.raises(SystemExit, match="all methods not measured: see above"):
         run_main(monkeypatch, tmp_path, "mae")
-    assert ("MAE failed" if clones else "git clone") in capsys.readouterr().err
+    assert "git clone" in capsys.readouterr().err
+    for name in ("mae", "ibot"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit, match="MAE not measured: see above"):
+        run_main(monkeypatch, tmp_path, "mae", "ibot")
+    assert "| iBOT | 3 | 2 | 1.50 |" in capsys.readouterr().out
 
 
 def test_an_unknown_method_is_an_error(monkeypatch, tmp_path, capsys):
