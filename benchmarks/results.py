@@ -120,8 +120,8 @@ def train_and_evaluate(run):
         if "\ndone after " not in log.read_text():
             raise SystemExit(f"{folder} was stopped; run the same command again to resume")
     flags = ["--data", data, *data_root(args), *(
-        ["--baseline", "pixels", "--json", str(folder / "results.jsonl")] if pixels else
-        ["--checkpoint", str(folder)])]
+        ["--baseline", "pixels", "--img-size", "32" if data == "cifar10" else "48", "--json",
+         str(folder / "results.jsonl")] if pixels else ["--checkpoint", str(folder)])]
     for probe in list_probes(data, pixels):
         if read_metrics(folder, data, probe) is None:
             run_script(log, "evaluate.py", "--task", *probe.split(), *flags)

@@ -1,5 +1,6 @@
 """The supervised baseline of the tables: the default ViT of a small data set, trained with labels
-for as long as a default run takes, and saved so that evaluate.py probes it like a pretrained one.
+(on toy for as long as a default run takes), and saved so that evaluate.py probes it like a
+pretrained one.
 
     python -m benchmarks.supervised                    # out/supervised-toy, about as long as mmc.py
     python -m benchmarks.supervised --data cifar10 --data-root FOLDER

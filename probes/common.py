@@ -249,7 +249,7 @@ class Report:
 
 
 # The untrained ViT without a checkpoint: as mmc.py on toy.
-UNTRAINED = dict(img_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4, pos="sincos_row",
+UNTRAINED = dict(img_size=48, patch_size=8, embed_dim=96, depth=3, num_heads=3, pos="sincos_row",
                  init="moco")
 NO_SOURCE = SimpleNamespace(path=None, method=None, branch=None, step=None, data=None,
                             mean=augment.MEAN, std=augment.STD, interpolation="bicubic",

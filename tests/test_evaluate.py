@@ -17,6 +17,7 @@ from PIL import Image
 from small_models import make_encoder, make_model
 
 import evaluate
+import mmc
 import moco_v3
 import vit
 from lib import augment, checkpoints, config, flags, metrics, toy
@@ -126,7 +127,7 @@ def test_without_a_run_an_untrained_model_is_evaluated(tmp_path, capsys):
     assert set(line["metrics"]) == {"cls", "patch", "hyber"}
     assert set(line["metrics"]["cls"]) == {"k=10", "k=20"}
     assert line["images"] == {"train": 30, "test": 30} and line["settings"]["limit"] == 30
-    for words in ("cosine", "0.07", "last block", "final norm", "64 px", "whole image"):
+    for words in ("cosine", "0.07", "last block", "final norm", "48 px", "whole image"):
         assert words in line["protocol"] and words in text
 
 
@@ -164,11 +165,16 @@ def test_checkpoints_and_baselines_are_rows_of_one_table(tmp_path, capsys):
         "a", "patch", "hyber", "b", "patch", "hyber", "pixels", "untrained", "patch", "hyber"]
 
 
+def test_the_untrained_network_is_that_of_mmc_on_toy():
+    cfg = config.parse(mmc.Config, [])
+    assert UNTRAINED == {name: getattr(cfg, name) for name in UNTRAINED}
+
+
 def test_knn_in_the_results_is_knn_of_the_features(tmp_path):
     [line] = run(tmp_path, "--precision", "fp32", "--seed", "5", "--k", "7")
     torch.manual_seed(5)
     encoder = vit.ViT(**UNTRAINED).eval()
-    splits = [toy.draw(torch.arange(30), split, 64) for split in ("train", "test")]
+    splits = [toy.draw(torch.arange(30), split, 48) for split in ("train", "test")]
     with torch.no_grad():
         bank, queries = (encoder(augment.normalize(s["image"].float() / 255))[:, 0]
                          for s in splits)
@@ -195,7 +201,7 @@ def test_part_retrieval_runs_and_writes_its_crops(tmp_path, crop):
     [line] = run(tmp_path, "--task", "part_retrieval", "--show", "--crop", crop)
     assert set(line["metrics"]) == {"cls", "patch"} and line["images"]["crops"] > 10
     grid = Image.open(tmp_path / "part_crops-toy.png")
-    assert grid.width > 16 * 64 and grid.height > 4 * 64
+    assert grid.width > 16 * 48 and grid.height > 4 * 48
 
 
 @pytest.mark.parametrize("task, flags, features", [
@@ -681,6 +687,7 @@ def test_no_method_is_imported():
 SCRIPT = """
 import sys, torch
 import evaluate
+import mmc
 from lib import config, distributed
 from probes import common
 
