@@ -366,6 +366,14 @@ def test_all_prints_its_plan_first_and_each_task_when_it_is_finished(tmp_path, c
     assert f"{name}: knn, " in printed[1] and " s; k=10 (%): cls " in printed[1]
 
 
+def test_all_prints_no_plan_of_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "FROZEN", ["attentive"])
+    with pytest.raises(ValueError, match="pixels have none"):
+        evaluate.main(["--task", "all", "--baseline", "pixels", "--device", "cpu", "--data", "toy",
+                       "--out", str(tmp_path)])
+    assert "minutes" not in capsys.readouterr().out
+
+
 def test_ctrl_c_leaves_the_finished_tasks_of_all(tmp_path, checkpoint, capsys, monkeypatch):
     def interrupted(model, opt):
         """Is interrupted by Ctrl-C."""

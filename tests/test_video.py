@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from small_models import make_encoder, make_model, make_options, unpack_real
 
 import evaluate
-from lib import augment, metrics
+from lib import augment, metrics, progress
 from probes import annotations, patches, video
 
 
@@ -149,13 +149,16 @@ def test_pixels_are_refused():
         video.video(make_model(None, name="pixels"), make_options("video"))
 
 
-def test_it_runs_on_toy(tmp_path):
+def test_it_runs_on_toy_and_counts_the_frames(tmp_path, monkeypatch):
+    bars, bar = [], progress.bar
+    monkeypatch.setattr(progress, "bar", lambda items=None, desc="", total=None, *rest, **more: (
+        bars.append((total, *rest)), bar(items, desc, total, *rest, **more))[1])
     evaluate.main(["--task", "video", "--baseline", "untrained", "--out", str(tmp_path), "--device",
                    "cpu", "--data", "toy-scenes", "--limit", "1", "--img-size", "64", "--show"])
     [line] = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert all(0 <= row["J&F"] <= 100 for row in line["metrics"].values())
     assert line["images"] == {"videos": 1, "frames": 24} and line["protocol"]
-    assert list(tmp_path.glob("video-toy*.png"))
+    assert list(tmp_path.glob("video-toy*.png")) and (23, "frames") in bars
 
 
 def test_the_real_davis(tmp_path):

@@ -140,3 +140,12 @@ def test_equal_assignments_give_a_warning_with_the_cure(entropy, mi, sentence):
     run = SimpleNamespace(print0=lines.append)
     visualize.warn_of_equal_assignments(run, "images", torch.tensor(entropy), torch.tensor(mi), 64)
     assert len(lines) == (sentence is not None) and (not lines or sentence in lines[0])
+
+
+def test_the_grid_enlarges_small_images(tmp_path):
+    for side, scale in ((32, 3), (48, 2), (224, 1)):
+        run = SimpleNamespace(rank=0, out=tmp_path, cfg=SimpleNamespace(img_size=side))
+        column = torch.zeros(5, 3, side, side, dtype=torch.uint8)
+        visualize.save_grid(run, {"image": column, "visible": column})
+        with Image.open(tmp_path / "visualization.png") as page:
+            assert page.size == (2 * (side + 4) * scale, 5 * (side + 4) * scale + 16)
