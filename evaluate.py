@@ -1,13 +1,13 @@
-"""Measures what a checkpoint, ours or an official one, has learned: one task, or all of them.
+"""Measures what a checkpoint, ours or an official one, has learned: one task, several, or all.
 
     python evaluate.py                                        # kNN of the newest run in out/
-    python evaluate.py --task linear --checkpoint out/mmc-toy mae_pretrain_vit_base.pth
+    python evaluate.py --task knn linear --checkpoint out/mmc-toy mae_pretrain_vit_base.pth
     python evaluate.py --task part_retrieval --baseline pixels untrained --show
     python evaluate.py --task all --checkpoint out/mmc-toy out/mae-toy --reference
 
-Prints a table with a row for each model and feature, and appends a line for each model to
-results.jsonl next to its checkpoint. The tasks are functions in probes/, the flags are in
-probes/common.py.
+Prints a table with a row for each model and feature, and appends a line for each task and model to
+results.jsonl next to the checkpoint. Several tasks encode their common images once. The tasks are
+functions in probes/, the flags are in probes/common.py.
 
 torchrun --nproc_per_node=8 evaluate.py ...: the processes share the encoding of images and the
 training of finetune, segmentation and detection. The dense tasks (linear_segmentation,
@@ -119,18 +119,22 @@ def parse(argv=None) -> Options:
                  f"({ALL_EPOCHS} epochs,\n{'':<26}{ALL_ITERS} iterations), and fewer images are "
                  f"used, unless the flags are given.")
     opt = parse_flags(Options, argv, description=__doc__, epilog="\n".join(["tasks:", *lines]))
-    if opt.task not in (*TASKS, "all"):
-        raise ValueError(f"unknown task {opt.task!r}{config.nearest(opt.task, TASKS)}")
-    return opt
+    for task in opt.task:
+        if task not in (*TASKS, "all"):
+            raise ValueError(f"unknown task {task!r}{config.nearest(task, TASKS)}")
+    if "all" in opt.task and len(opt.task) > 1:
+        raise ValueError("--task all runs every task that fits: leave out the other names")
+    return replace(opt, task=tuple(dict.fromkeys(opt.task)))
 
 
 def refuse_ineffective(opt):
-    """ValueError for a flag that has no effect because of another one. Not for --task all, where a
-    flag may be meant for some of the tasks."""
+    """ValueError for a flag that has no effect because of another one. Only for a single task: with
+    several a flag may be meant for some of them."""
+    task, = opt.task
     if opt.recipe == "logreg" and opt.epochs:
         raise ValueError("recipe logreg has no epochs: leave out --epochs, or choose another "
                          "--recipe")
-    if opt.task == "part_classification":
+    if task == "part_classification":
         if opt.head == "attentive" and opt.recipe:
             raise ValueError("the attentive head has no recipes: leave out --recipe, or choose "
                              "--head linear")
@@ -140,7 +144,7 @@ def refuse_ineffective(opt):
         if opt.head != "attentive" and opt.bn == "batch":
             raise ValueError("--bn is for the attentive head: add --head attentive, or leave it "
                              "out")
-    uses_hyber = opt.feature == "hyber" or (opt.task == "knn" and not opt.feature)
+    uses_hyber = opt.feature == "hyber" or (task == "knn" and not opt.feature)
     if opt.hyber_norm == "joint" and not uses_hyber:
         raise ValueError("--hyber-norm is for the feature hyber only: add --feature hyber, or "
                          "leave it out")
@@ -149,10 +153,12 @@ def refuse_ineffective(opt):
 def main(argv=None):
     opt, begin = parse(argv), time.perf_counter()
     is_first = os.environ.get("RANK", "0") == "0"
-    if opt.task != "all":
-        refuse_unused(opt, opt.task)
-        refuse_ineffective(opt)
-    if opt.task not in FIRST_PROCESS:
+    tasks = list_tasks(opt)
+    if opt.task != ("all",):
+        refuse_unused(opt, tasks)
+        if len(tasks) == 1:
+            refuse_ineffective(opt)
+    if not FIRST_PROCESS.issuperset(tasks):
         distributed.init_distributed(distributed.pick_device(opt.device))
     elif not is_first:
         return
@@ -163,11 +169,11 @@ def main(argv=None):
     with progress.activity("loading the models", is_first):
         models = load_models(opt)
     opt = replace(opt, data=opt.data or default_data(models), show=opt.show and is_first)
-    print(f"{opt.task} on {opt.data}: {', '.join(model.name for model in models)}; "
+    print(f"{', '.join(opt.task)} on {opt.data}: {', '.join(model.name for model in models)}; "
           f"{models[0].precision} on {distributed.device_name(models[0].device)}")
     if note:
         print(note)
-    with keep_in_memory() if opt.task == "all" else contextlib.nullcontext():
+    with keep_in_memory() if len(tasks) > 1 else contextlib.nullcontext():
         results, skipped, paths, error = run_tasks(opt, models, is_first)
     if error and not (is_first and results):
         raise error
@@ -185,15 +191,18 @@ def main(argv=None):
 # ---- running the tasks ---------------------------------------------------------------------------
 
 
+def list_tasks(opt):
+    return FROZEN if opt.task == ("all",) else list(opt.task)
+
+
 def run_tasks(opt, models, is_first):
-    """Runs the task, or with --task all each one of FROZEN, on each model.
+    """Runs the tasks on each model.
 
     -> list of Result, notes on tasks that were skipped, files that were written, the error that
     ended the run (or None). With --task all a task is skipped if it does not fit the model or the
     data set.
     """
-    run_all = opt.task == "all"
-    tasks = FROZEN if run_all else [opt.task]
+    run_all, tasks = opt.task == ("all",), list_tasks(opt)
     results, skipped, written, failure = [], {}, {}, None
     jobs = []
     for model, path in zip(models, result_files(opt, models)):
@@ -209,7 +218,7 @@ def run_tasks(opt, models, is_first):
     if run_all and jobs:
         print_plan(opt, jobs)
     # The first process runs some tasks alone: they come last, and the others wait at the end.
-    wait = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if run_all and (
+    wait = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if len(tasks) > 1 and (
         distributed.world_size() > 1) else None
     for task, model, path in sorted(jobs, key=lambda job: job[0] in FIRST_PROCESS):
         if task in FIRST_PROCESS and not is_first:
@@ -235,7 +244,7 @@ def run_tasks(opt, models, is_first):
             file.write(json_line(report, model, task_opt, seconds))
         written[str(path)] = True                        # each file once, in order
         results.append(Result(task, model.name, report))
-        if run_all:
+        if len(jobs) > 1:
             print(f"{model.name}: {task}, {seconds:.1f} s; {headline(report)}", flush=True)
     if wait and not failure:
         dist.barrier(wait)
@@ -250,8 +259,8 @@ def why_skipped(task, error):
 
 def options_for_task(opt, task):
     """The options of one task. --task all: it trains briefly."""
-    if opt.task != "all":
-        return opt
+    if opt.task != ("all",):
+        return replace(opt, task=task)
     changes, attentive = dict(task=task), "attentive" in (task, opt.head)
     if not (opt.epochs or opt.recipe or opt.paper_lr or attentive) and task in LOGREG:
         changes["recipe"] = "logreg"
@@ -360,8 +369,9 @@ def json_line(report: Report, model: Model, opt: Options, seconds):
 
 
 def print_results(opt, models, results, skipped):
-    """Protocols, tables, notes, the papers' numbers, and of a single task a line for each model."""
-    run_all, tasks = opt.task == "all", list(dict.fromkeys(r.task for r in results))
+    """Protocols, tables, notes, the papers' numbers, and, except with --task all, a line for each
+    task and model."""
+    run_all, tasks = opt.task == ("all",), list(dict.fromkeys(r.task for r in results))
     for task in tasks:
         mine = [r for r in results if r.task == task]
         counts = ", ".join(f"{n:,} {role}" for role, n in mine[-1].report.images.items())
@@ -377,7 +387,8 @@ def print_results(opt, models, results, skipped):
         print_summary(results)
         print("note: with shorter training and fewer images than the tasks alone (see the "
               "protocols above): not comparable with those")
-    notes = [f"{r.task}: {note}" if run_all else note for r in results for note in r.report.notes]
+    notes = [f"{r.task}: {note}" if len(tasks) > 1 else note
+             for r in results for note in r.report.notes]
     for note in dict.fromkeys(notes + skipped):
         print(f"note: {note}")
     if opt.reference:

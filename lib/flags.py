@@ -87,9 +87,10 @@ def integer_from(minimum):
     return convert
 
 
-def refuse_unused(opt, task):
-    """ValueError for a flag that was given although `task` does not use it."""
+def refuse_unused(opt, tasks):
+    """ValueError for a flag that was given although none of the tasks uses it."""
     for field in dataclasses.fields(opt):
         users = field.metadata["only_for"]
-        if users and task not in users and getattr(opt, field.name) != field.default:
-            raise ValueError(f"{task} does not use {config.flag(field.name)}: leave it out")
+        if users and not set(tasks) & set(users) and getattr(opt, field.name) != field.default:
+            raise ValueError(f"{' and '.join(tasks)} {'does' if len(tasks) == 1 else 'do'} not use "
+                             f"{config.flag(field.name)}: leave it out")

@@ -92,7 +92,8 @@ class CommonOptions:
 @dataclass(frozen=True)
 class Options(CommonOptions):
     """The flags of evaluate.py. Never changed: `dataclasses.replace` makes another one."""
-    task: str = flag("knn", "what to measure, see the list below")
+    task: tuple[str, ...] = flag(("knn",), "what to measure, see the list below")
+    # (a function of probes/ receives the options of one task, with its name in `task`)
     json: str | None = flag(
         None, "file to append results to; default: results.jsonl next to the checkpoint",
         group="output")

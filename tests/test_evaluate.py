@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -103,9 +104,12 @@ def test_flags_become_a_frozen_dataclass():
     assert opt == Few(3, ("p_q", "r"), (0.001,), "y", True)
     with pytest.raises(dataclasses.FrozenInstanceError):
         opt.n = 4
-    flags.refuse_unused(opt, "a")
+    flags.refuse_unused(opt, ["a"])
+    flags.refuse_unused(opt, ["c", "a"])
     with pytest.raises(ValueError, match="c does not use --rate: leave it out"):
-        flags.refuse_unused(opt, "c")
+        flags.refuse_unused(opt, ["c"])
+    with pytest.raises(ValueError, match="c and d do not use --rate: leave it out"):
+        flags.refuse_unused(opt, ["c", "d"])
 
 
 def test_help_names_the_tasks_that_use_a_flag(capsys):
@@ -324,7 +328,7 @@ def record_limits(monkeypatch, task):
 
 
 def test_all_limits_the_images_of_toy_and_of_no_folder_named_similarly():
-    limits = [evaluate.options_for_task(Options(task="all", data=name), "knn").limit
+    limits = [evaluate.options_for_task(Options(task=("all",), data=name), "knn").limit
               for name in ("toys", "toy-scenes")]
     assert limits == [None, evaluate.ALL_IMAGES]
 
@@ -465,6 +469,37 @@ def test_tasks_of_all_share_features_and_give_the_results_of_the_tasks_alone(
         assert alone == {task: together[task]}
 
 
+def test_several_tasks_encode_common_images_once_and_print_a_table_each(
+        tmp_path, checkpoint, capsys, monkeypatch):
+    passes, original = [], common.encode_once
+
+    def record(model, opt, *rest):
+        passes.append(opt.task)
+        return original(model, opt, *rest)
+
+    monkeypatch.setattr(common, "encode_once", record)
+    tasks = "knn", "linear", "knn", "object_retrieval", "zero_shot_segmentation"
+    lines = run_checkpoint(tmp_path, [checkpoint], "--task", *tasks, "--recipe", "logreg")
+    assert [line["task"] for line in lines] == ["knn", "linear", "object_retrieval",
+                                                "zero_shot_segmentation"]
+    assert {line["settings"]["task"] for line in lines} == {line["task"] for line in lines}
+    assert passes == ["knn", "knn", "object_retrieval"]    # train and test; the projected features
+    text = capsys.readouterr().out
+    assert text.count("\nmodel ") == 4 and "estimated minutes" not in text
+    assert all(f"{checkpoint.parent.name}: {task}, " in text for task in tasks)
+
+
+def test_an_error_in_one_of_several_tasks_ends_the_run_and_keeps_what_is_done(
+        tmp_path, checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(evaluate.TASKS, "few_shot", Mock(side_effect=ValueError("no shots")))
+    with pytest.raises(ValueError, match="no shots"):
+        run_checkpoint(tmp_path, [checkpoint], "--task", "knn", "few_shot", "linear")
+    text = capsys.readouterr().out
+    assert "\nmodel " in text and "linear" not in text.splitlines()[-1]
+    [line] = map(json.loads, next(tmp_path.glob("*.jsonl")).read_text().splitlines())
+    assert line["task"] == "knn"
+
+
 def test_all_caches_files_only_if_asked(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(evaluate, "FROZEN", ["knn", "attentive"])
     run_checkpoint(tmp_path, [checkpoint], "--task", "all")
@@ -514,13 +549,13 @@ def test_the_last_line_has_every_feature_and_does_not_choose_one(capsys, tmp_pat
     for task, row, line in (("knn", rows, "m: knn, k=10 (%): cls 20.0, patch 30.0\n"),
                             ("frequency_noise", drops,
                              "m: frequency_noise, mean drop (points): patch 3.2\n")):
-        opt = Options(task=task, data="toy", out=str(tmp_path))
+        opt = Options(task=(task,), data="toy", out=str(tmp_path))
         evaluate.print_results(opt, models, [evaluate.Result(task, "m", Report(row, ""))], [])
         assert capsys.readouterr().out.endswith(line)
 
 
 def test_numbers_of_the_papers_for_the_data_set_come_alone(capsys):
-    opt = Options(task="knn", data="cifar10", reference=True)
+    opt = Options(task=("knn",), data="cifar10", reference=True)
     models = [SimpleNamespace(precision="fp32", device=torch.device("cpu"))]
     evaluate.print_results(opt, models, [evaluate.Result("knn", "m", Report({"cls": {"k=10": 1.}},
                                                                             ""))], [])
@@ -609,6 +644,9 @@ def test_impossible_combinations_are_refused_before_any_work(tmp_path, capsys, m
 
 @pytest.mark.parametrize("flags, expected", [
     (["--task", "lineer"], "unknown task 'lineer'; did you mean linear?"),
+    (["--task", "knn", "linaer"], "unknown task 'linaer'; did you mean linear?"),
+    (["--task", "all", "knn"], "--task all runs every task that fits: leave out the other names"),
+    (["--task", "knn", "linear", "--iters", "9"], "knn and linear do not use --iters: leave it"),
     (["--chekpoint", "x"], "unknown flag --chekpoint; did you mean --checkpoint?"),
     (["--checkpoint", "nowhere.pt"], "no checkpoint file nowhere.pt"),
     (["--limit", "0"], "expected an integer of at least 1, not '0'"),
