@@ -377,7 +377,7 @@ def test_positions_are_resampled_to_another_image_size_once(monkeypatch):
 def test_user_errors_are_one_sentence(capsys, tmp_path, monkeypatch):
     flags = "--baseline", "untrained", "--limit", "32", "--out", str(tmp_path)
     error = error_line(capsys, *flags, "--reinit", "first:99")
-    assert "first:99" in error and "0 to 4" in error
+    assert "first:99" in error and "from 0 to 3" in error
     assert "first:N or last:N" in error_line(capsys, *flags, "--reinit", "middle")
     assert "mae, simmim, mmc" in error_line(capsys, *flags, "--recipe", "dino")
     assert "pixels" in error_line(capsys, *flags, "--baseline", "pixels")
