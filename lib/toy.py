@@ -178,8 +178,6 @@ SWING = dict(torso=2, neck=4, head=4, eye=0, ear=6, snout=2, leg=9, wing=10, tai
 FAR = {9: 8, 10: 8, 11: 8, 12: 8, 17: 38, 18: 22}       # bone -> extra angle of far limbs, degrees
 CLUTTER, FRONT = 6, 2                   # number of objects behind and in front of the creatures
 GRAY = 0.46                             # mean value of backgrounds, the mean color of ImageNet
-# kind -> its string in the key of the random numbers: another string gives other images
-STREAMS = {"single": "single", "scene": "scene", "video": "film"}
 
 
 def build_anatomy():
@@ -420,7 +418,7 @@ def sample_scene(index, split, seed, kind, time=None, cue_conflict=False):
     kind: "single", "scene" or "video"; time: (B,) in [0, 1], default 0. Computed in float64, then
     rounded to float32, because the last bit of a sine may depend on the position in the batch."""
     def uniform(purpose, *shape):
-        return rng.uniform(index, shape, seed, split, "toy", STREAMS[kind], purpose).double()
+        return rng.uniform(index, shape, seed, split, "toy", kind, purpose).double()
 
     time = torch.zeros_like(index, dtype=torch.float64) if time is None else time
     cls, bones, absent, center, size, angle, mirror, drift = sample_creatures(uniform, kind, time)
