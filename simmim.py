@@ -35,6 +35,7 @@ official code have the same learning rate, nor the 1e-5 that it adds to the numb
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -59,7 +60,10 @@ class Config(config.Settings):
     embed_dim: Size = 768           # encoder width, D (paper)
     depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads (paper)
+    pos: Literal["none", "sincos_row"] = "none"   # absolute position embeddings, beside the
+                                    # relative ones (paper: none; sincos_row, fixed: our choice)
     layer_scale: float = 0.1        # initial scale of residual branches (official code); 0: off
+    init: Literal["beit", "moco"] = "beit"        # initial weights, see lib/weights.py (code: beit)
     drop_path: Fraction = 0.1       # stochastic depth, also in pretraining (official code)
     # the mask
     mask_patch_size: Size = 32      # side of the masked squares in pixels (paper)
@@ -126,9 +130,9 @@ class Network(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D, p = cfg.embed_dim, cfg.patch_size
-        self.backbone = vit.ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads, pos="none",
+        self.backbone = vit.ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads, pos=cfg.pos,
                                 rel_pos="shared", layer_scale=cfg.layer_scale or None,
-                                qkv_bias="split", drop_path=cfg.drop_path, init="beit")
+                                qkv_bias="split", drop_path=cfg.drop_path, init=cfg.init)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # A Linear on each patch; PixelShuffle arranges its 3pp outputs as colors of p x p pixels.
