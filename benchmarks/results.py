@@ -32,14 +32,17 @@ from benchmarks import METHODS, split_argv
 from lib import checkpoints, config, distributed
 
 ROOT = Path(__file__).parent.parent
+VARIANTS = {"selfpatch_moby": "SelfPatch on MoBY"}
 BASELINES = {"supervised": "supervised", "untrained": "untrained (MMC's)", "pixels": "raw pixels"}
-ROWS = METHODS | BASELINES
+ROWS = METHODS | VARIANTS | BASELINES
 # flags of evaluate.py: {column of the table: (feature, None: the first; metric)}
 CLASSIFICATION = {
     "knn": {"kNN, class token": ("cls", "k=10"), "kNN, mean patch token": ("patch", "k=10")},
     "linear": {"linear probe": (None, "top-1")},
     "linear --feature patch": {"linear probe, mean patch token": (None, "top-1")}}
+FINETUNE = "finetune --recipe light --epochs 10 --limit 2000"      # from few labels
 PROBES = {"cifar10": CLASSIFICATION, "toy": CLASSIFICATION | {
+    FINETUNE: {"fine-tuned, 2,000 labels": (None, "top-1")},
     "part_retrieval": {"part retrieval AP": (None, "AP")},
     "linear_segmentation --level object": {"linear segmentation mIoU, objects": (None, "mIoU")},
     "linear_segmentation --level part": {"linear segmentation mIoU, parts": (None, "mIoU")},
@@ -69,7 +72,8 @@ def list_runs(args):
 
 def train_command(args, method, seed, folder):
     """The command that trains a run; --resume if it was stopped."""
-    script = {"supervised": ["-m", "benchmarks.supervised"], "untrained": ["mmc.py"]}
+    script = {"selfpatch_moby": ["selfpatch.py", "--base", "moby"],
+              "supervised": ["-m", "benchmarks.supervised"], "untrained": ["mmc.py"]}
     flags = ["--steps", "1", "--lr", "0", "--evals", "0"] if method == "untrained" else args.flags
     return [*script.get(method, [f"{method}.py"]), "--data", args.data, *data_root(args), "--seed",
             str(seed), "--out", str(folder), *flags,
@@ -97,7 +101,8 @@ def run_script(log, *command):
 def read_metrics(folder, data, flags):
     """The newest result of a probe: {feature: {metric: value}}, None if there is none."""
     task, *flags = flags.split()
-    wanted = {"limit": None, "feature": None} | dict(zip((f[2:] for f in flags[::2]), flags[1::2]))
+    wanted = {"limit": None, "feature": None} | {
+        name[2:]: yaml.safe_load(value) for name, value in zip(flags[::2], flags[1::2])}
     file = folder / "results.jsonl"
     for line in reversed(file.read_text().splitlines() if file.is_file() else []):
         line = json.loads(line)

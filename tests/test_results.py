@@ -10,8 +10,8 @@ from benchmarks import results
 
 
 def result_line(task, metrics, data="toy", checkpoint="encoder.pt", level="object", limit=None,
-                feature=None):
-    settings = dict(limit=limit, level=level, feature=feature)
+                feature=None, **more):
+    settings = dict(limit=limit, level=level, feature=feature, **more)
     return json.dumps(dict(task=task, data=data, settings=settings, checkpoint=checkpoint,
                            metrics=metrics))
 
@@ -29,6 +29,9 @@ def write_finished_run(folder, knn):
              result_line("knn", {"cls": {"k=10": 99.0}}, checkpoint=None),          # a baseline
              result_line("linear", {"cls": {"top-1": 50.0}}),
              result_line("linear", {"patch": {"top-1": 51.0}}, feature="patch"),
+             result_line("finetune", {"patch": {"top-1": 70.0}}, limit=2000, recipe="light",
+                         epochs=10),
+             result_line("finetune", {"patch": {"top-1": 99.0}}, recipe="light", epochs=10),
              result_line("part_retrieval", {"cls": {"AP": 40.0}}),
              result_line("linear_segmentation", {"patch": {"mIoU": 12.0}}),
              result_line("linear_segmentation", {"patch": {"mIoU": 14.0}}, level="part"),
@@ -67,8 +70,8 @@ def test_finished_runs_are_kept_and_averaged(run_main, scripts, tmp_path, capsys
     kept = yaml.safe_load((tmp_path / "results.yaml").read_text())["toy"]["mae"]
     assert kept[0]["kNN, class token"] == 60.0 and kept[1]["kNN, class token"] == 50.0
     assert (kept[0]["steps"], kept[0]["precision"]) == (20, "fp32")
-    row = ("| MAE | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 | 50.0 ± 0.0 | 51.0 ± 0.0 | 40.0 ± 0.0 | "
-           "12.0 ± 0.0 | 14.0 ± 0.0 | 45.0 ± 0.0 | 55.0 ± 0.0 | 16.3 ± 0.0 | 0.27 ± 0.00 |")
+    row = ("| MAE | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 | 50.0 ± 0.0 | 51.0 ± 0.0 | 70.0 ± 0.0 | "
+           "40.0 ± 0.0 | 12.0 ± 0.0 | 14.0 ± 0.0 | 45.0 ± 0.0 | 55.0 ± 0.0 | 16.3 ± 0.0 | 0.27 ± 0.00 |")
     assert row in capsys.readouterr().out
 
 
@@ -95,7 +98,7 @@ def test_baselines_have_rows_of_their_own(run_main, scripts, tmp_path, capsys):
     run_main("--methods", *results.BASELINES, "--seeds", "0")
     assert scripts == []
     rows = capsys.readouterr().out
-    assert "| raw pixels | 1 | 16.0 | - | 16.0 | - | 16.0 | - | - | - | - | - | - |" in rows
+    assert "| raw pixels | 1 | 16.0 | - | 16.0 | - | - | 16.0 | - | - | - | - | - | - |" in rows
     assert "| supervised | 1 | 60.0 |" in rows and "| untrained (MMC's) | 1 | 60.0 |" in rows
 
 
@@ -117,6 +120,7 @@ def test_commands_that_train(tmp_path):
 
     rest = f"--seed 2 --out {tmp_path}"
     assert command("supervised") == f"-m benchmarks.supervised --data toy {rest}"
+    assert command("selfpatch_moby") == f"selfpatch.py --base moby --data toy {rest}"
     assert command("untrained").startswith("mmc.py ") and "--steps 1 --lr 0" in command("untrained")
     assert (command("mae", "cifar10", "folder", ["--epochs", "3"]) ==
             f"mae.py --data cifar10 --data-root folder {rest} --epochs 3")
