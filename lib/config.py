@@ -208,16 +208,22 @@ def parse(cls, argv=None):
     sections = read_yaml(CONFIGS / f"{method}.yaml")
     file = read_yaml(given["config"]) if "config" in given else {}
     has_sections = bool(set(file) & set(sections))
+    for key in file.keys() - sections.keys() if has_sections else ():
+        raise ValueError(f"{given['config']}: {key!r} is no section of configs/{method}.yaml; move "
+                         f"it into a section, or give it as a flag")
+
+    def read_file(section):
+        return (file.get(section) or {}) if has_sections else file
+
     top = {**({} if has_sections else file), **given}
     dataset = str(top.get("data", "toy"))
     section = str(top.get("section") or (
         dataset if dataset in sections else FALLBACK_SECTIONS.get(dataset, "imagenet100")))
-    file = (file.get(section) or {}) if has_sections else file
     out = Path(top.get("out") or f"out/{method}-{Path(dataset).resolve().name}").absolute()
     if Path.cwd() in out.parents:
         out = out.relative_to(Path.cwd())
 
-    resume = convert("resume", {**file, **given}.get("resume", False), bool)
+    resume = convert("resume", {**read_file(section), **given}.get("resume", False), bool)
     earlier = read_yaml(out / "config.yaml") if resume and (out / "config.yaml").exists() else {}
     if earlier.pop("method", method) != method:
         raise ValueError(f"{out} is the folder of another method's run: resume it with that "
@@ -226,6 +232,10 @@ def parse(cls, argv=None):
     if section not in sections:
         raise ValueError(f"configs/{method}.yaml has no section {section!r}"
                          f"{nearest(section, sections)}")
+    if has_sections and section not in file:
+        raise ValueError(f"{given['config']} has no section {section}, only {', '.join(file)}: "
+                         f"add it, or choose one with --section")
+    file = read_file(section)
     chosen = {**(sections[section] or {}), **earlier, **file, **given}
     values, origin = {}, {}
 

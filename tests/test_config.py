@@ -45,6 +45,25 @@ def test_a_section_can_be_chosen_and_is_kept_by_resume(tmp_path):
         parse("--section", "foto")
 
 
+def test_a_file_with_sections(tmp_path):
+    """The section is that of the run, also of a resumed one. Nothing in the file is ignored."""
+    def parse(*flags):
+        return config.parse(mmc.Config, ["--config", str(file), "--out", str(tmp_path), *flags])
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("toy: {lr: 2e-3}\nphotos: {lr: 3e-3}\ncifar10:\n")
+    assert (parse().lr, parse("--section", "photos").lr) == (2e-3, 3e-3)
+    assert parse("--data", "cifar10").lr == config.parse(mmc.Config, ["--data", "cifar10"]).lr
+    (tmp_path / "config.yaml").write_text("section: photos\n")
+    assert parse("--resume").lr == 3e-3
+    with pytest.raises(ValueError, match="mine.yaml has no section imagenet, only toy, photos, "
+                                         "cifar10: add it, or choose one with --section"):
+        parse("--data", "imagenet")
+    file.write_text("toy: {lr: 2e-3}\nseed: 3\n")
+    with pytest.raises(ValueError, match="mine.yaml: 'seed' is no section of configs/mmc.yaml; "):
+        parse()
+
+
 def test_settings_below_a_choice_count_only_with_it(tmp_path):
     def parse(*flags):
         return config.parse(selfpatch.Config, ["--data", "coco", "--out", str(tmp_path), *flags])
