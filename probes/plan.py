@@ -15,7 +15,7 @@ from probes.common import DENSE, is_toy, load_split
 FLOPS = 5e9              # per second, of small matrix products in one thread
 READ_SECONDS = 0.01      # to decode one image file
 PARTS_PER_IMAGE = 4      # crops of parts, or boxes, of an image
-LBFGS_STEPS = 200        # of all values of C together, in one fold
+LBFGS_STEPS = 500        # of all values of C together, in one fold
 LOGIT_SECONDS = 5e-8     # of linear_segmentation, forward and backward at the size of the image
 CLASSES, TOY_CLASSES = 50, 17            # of pixels: typical of an annotated set; toy's
 

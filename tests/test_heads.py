@@ -147,6 +147,21 @@ def test_logistic_regressions_equal_those_of_scikit_learn():
         assert abs(p.numpy() - other.predict_proba(x)).max() > 1e-2          # the control
 
 
+def test_c_is_chosen_by_approximate_solutions_and_the_head_is_the_exact_one(monkeypatch):
+    (x, y), calls, fit = make_clusters(60, width=8), [], heads.fit_logistic_regressions
+
+    def record(x, labels, num_classes, c_values, **more):
+        calls.append((c_values, more))
+        return fit(x, labels, num_classes, c_values, **more)
+
+    monkeypatch.setattr(heads, "fit_logistic_regressions", record)
+    found = heads.train_classifier(x, y, 3, dict(logreg=True, standardize=False), None, seed=0)
+    assert calls[:-1] == 5 * [(heads.C_VALUES, dict(max_iter=100, tolerance=1e-4))]
+    [c], more = calls[-1]
+    assert more == {} and found.setting == f"C {c:g}"
+    assert torch.equal(found.head.params[0], fit(x[:, 0], y, 3, [c]).params[0])
+
+
 # ---- choice of the setting -----------------------------------------------------------------------
 
 
