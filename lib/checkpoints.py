@@ -304,7 +304,8 @@ def classifier(encoder):
 
     It maps tokens (B, L, D) of the encoder to scores (B, C).
 
-    with fc_norm  mean patch token -> LayerNorm -> linear layer (fine-tuned MAE, BEiT, SimMIM, CAE)
+    with fc_norm  mean patch token -> LayerNorm -> linear layer (fine-tuned MAE, BEiT, SimMIM, CAE,
+                  and by evaluate.py --task finetune --save)
     without       class token after the final norm -> linear layer (DeiT, timm), or batch norm and
                   linear layer (MAE's linear probe)
 
@@ -315,7 +316,8 @@ def classifier(encoder):
         return None
     state = source.heads["classifier"]
     try:
-        head = Classifier(state, encoder.num_prefix)
+        eps = encoder.config.get("norm_eps", 1e-5)       # Swin: 1e-5
+        head = Classifier(state, encoder.num_prefix, eps)
         head(torch.zeros(1, encoder.num_prefix + 1, encoder.embed_dim))
     except (KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{source.path}: cannot rebuild the classifier with the keys "
@@ -326,7 +328,7 @@ def classifier(encoder):
 class Classifier(nn.Module):
     """A classifier built from a state dict, frozen, see `classifier`."""
 
-    def __init__(self, state, num_prefix):
+    def __init__(self, state, num_prefix, eps):
         super().__init__()
         self.num_prefix, self.fc_norm, parts = num_prefix, None, {}
         for key, x in state.items():
@@ -338,7 +340,7 @@ class Classifier(nn.Module):
         self.head = build_sequential(head, relu=False, eps=1e-6)
         if "fc_norm" in parts:
             norm = parts.pop("fc_norm")
-            self.fc_norm = nn.LayerNorm(len(norm["weight"]), 1e-6)
+            self.fc_norm = nn.LayerNorm(len(norm["weight"]), eps)
             self.fc_norm.load_state_dict(norm)
         if parts:
             raise ValueError(f"unknown: {', '.join(parts)}")

@@ -101,6 +101,9 @@ class Options(CommonOptions):
         False, "store the features of images in --out/features, and reuse them in later calls. No "
         "effect on dense tasks and on tasks that train the encoder", group="output")
     reference: bool = flag(False, "also print the numbers of the papers", group="output")
+    save: bool = flag(
+        False, "store the fine-tuned network in --out: for --task classify, or to use elsewhere",
+        group="output", only_for=("finetune",))
     show: bool = flag(False, "write figures of what a task used or predicted to --out",
                       group="output",
                       only_for=("part_retrieval", "shape_bias", "segmentation", "detection",

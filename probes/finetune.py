@@ -8,6 +8,7 @@
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from lib import augment, distributed, metrics, rng
+from lib import augment, checkpoints, distributed, metrics, rng
 from lib.run import cosine
 from probes.common import Report, choose_recipe, describe_view, is_toy, load_labeled
 from probes.training import Progress, copy_encoder, layer_decay_groups
@@ -60,7 +61,10 @@ def finetune(model, opt):
     own). The same command resumes an interrupted run, see training.Progress. ValueError: the pixels
     baseline, wrong --reinit, too few images, several --lr.
     """
-    choose_recipe(opt, FINETUNE_RECIPES)                 # an unknown one is refused before any work
+    name, _ = choose_recipe(opt, FINETUNE_RECIPES)       # an unknown one is refused before any work
+    if name == "mmc" and opt.save:
+        raise ValueError("--save: a head of class token and mean patch token, that of recipe mmc, "
+                         "cannot be stored: choose another --recipe")
     if len(opt.lr) > 1:
         raise ValueError("finetune takes one --lr at a time")
     if not model.encoder:
@@ -153,6 +157,8 @@ def finetune(model, opt):
             progress.print(f"epoch {len(curve)}/{epochs}  loss {mean:.3f}  lr {lr:.1e}  top-1 "
                            f"{curve[-1][0]:.1f}%")
             losses = []
+    if opt.save and rank == 0:
+        save_network(net, model, opt)
     progress.delete()
 
     best, last = max(curve), curve[-1]
@@ -199,6 +205,17 @@ class Classifier(nn.Module):
         if self.with_cls:
             z = torch.cat([z if cls is None else cls, z], 1)                 # (B, 2D)
         return self.head(self.fc_norm(z))
+
+
+def save_network(net, model, opt):
+    """Writes encoder and head as they are after the last epoch, as an encoder checkpoint."""
+    path = Path(opt.out) / f"finetuned-{model.name}-{Path(opt.data).name}.pt"
+    head = {key: x for key, x in net.state_dict().items() if not key.startswith("encoder.")}
+    checkpoints.save_encoder(
+        path, net.encoder, branch="finetuned", method=model.source.method, data=opt.data,
+        mean=model.mean, std=model.std, interpolation=model.interpolation,
+        heads={"classifier": head})
+    print(f"{path}: the fine-tuned network after the last epoch", flush=True)
 
 
 def parse_reinit(text, depth):

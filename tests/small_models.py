@@ -31,10 +31,10 @@ def make_model(encoder, **changes):
 
 
 def make_options(task, *argv, data="toy"):
-    """The Options of a command line; `data` unless it has --data."""
+    """The Options of one task, as its function receives them; `data` unless there is --data."""
     opt = flags.parse_flags(Options, ["--task", task, "--device", "cpu", "--precision", "fp32",
                                       "--workers", "0", *argv])
-    return opt if opt.data else replace(opt, data=data)
+    return replace(opt, task=task, data=opt.data or data)
 
 
 def unpack_real(name, folder):

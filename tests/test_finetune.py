@@ -1,5 +1,6 @@
 """Fine-tuning: schedules and targets against the published numbers, augmentations against
 torchvision's and timm's, and a small run with shuffled labels as a control."""
+import functools
 import json
 import math
 import random
@@ -18,7 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 import evaluate
-from lib import augment, config, datasets, distributed
+from lib import augment, checkpoints, config, datasets, distributed, swin
 from probes import classification, common, finetune, training
 
 BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
@@ -248,6 +249,26 @@ def test_planted_classes_are_learned_and_the_given_encoder_does_not_change(monke
     assert "our choice" in report.protocol
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: make_encoder(**BEIT),
+                                  lambda: swin.make_swin("swin_micro", 32).eval()])
+def test_the_stored_network_classifies_as_at_the_end_of_its_training(monkeypatch, tmp_path, make):
+    monkeypatch.setattr(finetune, "DROP_PATH", 0.3)
+    plant_two_classes(monkeypatch, shuffled=True)
+    monkeypatch.setattr(common, "load_split", functools.cache(common.load_split))  # not new images
+    flags = "--epochs", "2", "--lr", "3e-3", "--out", str(tmp_path), "--recipe", "light"
+    row, = finetune.finetune(make_model(make()), finetune_options(*flags, "--save")).rows.values()
+    assert 0 < row["last epoch"] < 100
+    path = tmp_path / "finetuned-small-cifar10.pt"
+    stored = checkpoints.load_encoder(path, quiet=True)
+    assert (stored.source.branch, stored.source.data) == ("finetuned", "cifar10")
+    report = classification.classify(make_model(stored), make_options("classify", data="cifar10"))
+    assert report.rows["classifier"]["top-1"] == row["last epoch"]
+    path.unlink()
+    finetune.finetune(make_model(make()), finetune_options(*flags))
+    assert not path.exists()
+
+
 def test_toy_is_fine_tuned_for_few_epochs_on_crops_of_most_of_the_image(monkeypatch):
     plant_two_classes(monkeypatch)
     monkeypatch.setattr(finetune, "test_accuracy", lambda *_: (0.0, 0.0))
@@ -381,6 +402,7 @@ def test_user_errors_are_one_sentence(capsys, tmp_path, monkeypatch):
     assert "first:N or last:N" in error_line(capsys, *flags, "--reinit", "middle")
     assert "mae, simmim, mmc" in error_line(capsys, *flags, "--recipe", "dino")
     assert "pixels" in error_line(capsys, *flags, "--baseline", "pixels")
+    assert "choose another --recipe" in error_line(capsys, *flags, "--recipe", "mmc", "--save")
     with pytest.raises(SystemExit) as stop:
         evaluate.parse(["--task", "finetune", "--recipe", "magic"])
     assert stop.value.code == 2 and "magic" in capsys.readouterr().err
