@@ -54,6 +54,7 @@ from probes.common import (
     load_labeled,
     load_models,
     require_tokens,
+    require_vit,
 )
 
 TASKS = {
@@ -283,6 +284,8 @@ def check_fit(task, model, opt):
     is encoded. What it does not notice, the task reports itself."""
     if task in NEEDS_TOKENS:
         require_tokens(model, task)
+    if task == "linear_segmentation":
+        require_vit(model, task)
     if task == "pose":
         pose.require_areas(opt)
     if task == "shape_bias":

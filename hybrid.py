@@ -38,7 +38,7 @@ RandAug, mixup, cutmix and label smoothing; SimMIM's pretraining ignores these f
 simmim.py and moco_v3.py explain the parts that are repeated here.
 
     python hybrid.py                                       minutes on a laptop, offline
-    python hybrid.py --lambda-cl 0 --pos none --init beit  SimMIM's model and loss
+    python hybrid.py --lambda-cl 0 --pos none --init beit  SimMIM's published model and loss
     torchrun --nproc_per_node=8 hybrid.py --data imagenet  the paper's ViT-B/16 (not run by us)
 """
 import math

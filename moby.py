@@ -33,7 +33,8 @@ began at step 0. We do not copy that the code's learning rate is one step late, 
 differ between processes at first, and that a resumed run starts again with the first momentum.
 
     python moby.py                                       minutes on a laptop, offline
-    python moby.py --drop-path 0                         without the asymmetry that is new
+    python moby.py --drop-path 0.1                       with the asymmetry that is new, which the
+                                                         short run on toy leaves out
     python moby.py --backbone swin_micro                 a small Swin instead of the ViT
     torchrun --nproc_per_node=8 moby.py --data imagenet  the paper's DeiT-S/16 (not run by us)
 """

@@ -55,7 +55,7 @@ that they trained it (supplement A) is ours, as there is no code: the image vect
 head of the patches are those of SelfPatch on DINO.
 
     python selfpatch.py   toy (configs/selfpatch.yaml): minutes on a laptop, offline, no local crops
-    python selfpatch.py --lambda-patch 0   DINO without a class token, local crops in its center
+    python selfpatch.py --lambda-patch 0   DINO without a class token (local crops also centered)
     python selfpatch.py --base moby        MoBY without a class token, and the loss of patches
     python selfpatch.py --base moby --backbone swin_micro     the same with a small Swin
     torchrun --nproc_per_node=8 selfpatch.py --data imagenet  as published except --borders, not run

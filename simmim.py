@@ -14,7 +14,7 @@ x is the normalized image (not normalized by patch, as MAE's target is), y the r
 
 The size of the squares matters: single patches of 16 pixels are predicted from their neighbors;
 squares of 32 pixels, or a high ratio, force the network to use distant patches (Fig. 3, Table 1).
-(The default run, on toy, masks single patches: it is too short for larger squares.) Compared with
+(The default run, on toy, masks single patches, without a loss at this scale.) Compared with
 MAE, the mask tokens go through the encoder, so a step costs more, and the last blocks act as the
 decoder: probe the mean patch token (the class token has no loss), in a linear probe that of block 8
 of 12, or fine-tune. The paper reports for ViT-B, 800 epochs: 83.8 fine-tuned, 56.7 by a linear
@@ -23,7 +23,9 @@ file.
 
 The ViT is that of BEiT's released ImageNet-22k models: no absolute positions, one table of relative
 position biases shared by all blocks, layer scale, no key bias. The table starts at zero: before
-training the network cannot tell positions apart.
+training the network cannot tell positions apart. (The short default run adds fixed positions and
+starts from Xavier weights without layer scale; --pos none --init beit --layer-scale 0.1 is as
+published.)
 
 Where the paper and the released configuration differ, we follow the configuration: a learning rate
 that is constant after the warmup, 4e-4 at batch 2048, and a tenth of that after 7/8 of the run

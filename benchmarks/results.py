@@ -42,7 +42,7 @@ CLASSIFICATION = {
     "linear --feature patch": {"linear probe, mean patch token": (None, "top-1")}}
 FINETUNE = "finetune --recipe light --epochs 10 --limit 2000"      # from few labels
 PROBES = {"cifar10": CLASSIFICATION, "toy": CLASSIFICATION | {
-    FINETUNE: {"fine-tuned, 2,000 labels": (None, "top-1")},
+    FINETUNE: {"fine-tuned, 2,000 labels": (None, "last epoch")},
     "part_retrieval": {"part retrieval AP": (None, "AP")},
     "linear_segmentation --level object": {"linear segmentation mIoU, objects": (None, "mIoU")},
     "linear_segmentation --level part": {"linear segmentation mIoU, parts": (None, "mIoU")},

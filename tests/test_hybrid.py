@@ -15,9 +15,10 @@ from lib import config, rng, visualize
 from lib.run import Run, ema_update, param_groups, set_lr
 
 VIT = "--img-size 32 --patch-size 4 --embed-dim 24 --depth 3 --num-heads 2 --batch-size 8".split()
-MIM = "--mask-patch-size 8 --drop-path 0.1".split()
+MIM = """--mask-patch-size 8 --drop-path 0.1 --pos none --init beit
+         --layer-scale 0.1""".split()                                # as published
 CL = "--mlp-dim 32 --out-dim 16".split()
-BOTH = [*MIM, *CL, *"--pos none --init beit".split()]        # simmim.py has no other backbone
+BOTH = [*MIM, *CL]
 QUICK = """--workers 0 --evals 0 --precision fp32 --device cpu --data synthetic --steps 3
            --warmup-epochs 0 --lr 0.2""".split()
 
