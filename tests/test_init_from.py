@@ -146,6 +146,8 @@ def network(method, *more):
     known = config.fields(module.Config)
     pairs = [f"{name}={value}" for name, value in zip(TINY[::2], TINY[1::2])
              if name[2:].replace("-", "_") in known]
+    if method == "simmim":
+        pairs += ["--pos=none", "--init=beit", "--layer-scale=0.1"]      # as published
     cfg = config.parse(module.Config, [*pairs, *more])
     torch.manual_seed(0)
     net = module.Network(cfg).eval()
@@ -222,7 +224,7 @@ def test_asl_starts_from_a_file_of_mae_and_the_other_way(start, tmp_path, capsys
 # ---- every method --------------------------------------------------------------------------------
 
 TINY_VIT = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
-SOURCES = dict(simmim=BEIT, hybrid=dict(BEIT, pos="sincos_row"),
+SOURCES = dict(**dict.fromkeys(("simmim", "hybrid"), dict(BEIT, pos="sincos_row")),
                selfpatch=dict(class_token=False, final_norm=False))
 
 
@@ -270,12 +272,13 @@ def test_every_method_starts_from_an_encoder_and_its_teacher_too(method, start, 
     ("beit", BEIT, "pass --pos none --rel-pos-bias$"),
     ("hybrid --pos none", {}, "its encoder has absolute positions, this run's has relative ones; "
                               "pass --pos sincos_row"),
-    ("simmim", {}, "use a file of a similar method"),
+    ("simmim", BEIT, "this run's has absolute and relative ones; pass --pos none$"),
+    ("simmim --pos none", {}, "pass --pos sincos_row"),
     ("mmc", dict(mlp_ratio=2.0), "its encoder has mlp_ratio 2.0, this run's 4.0: use another file"),
     ("mmc", dict(in_chans=1), "use another file"),
     ("dino", dict(registers=2), "its encoder has registers 2, this run's 0: use another file"),
     ("dino", dict(swiglu=True), "its encoder has swiglu True, this run's False"),
-    ("simmim", {**BEIT, "rel_pos": "block"}, r"its encoder has relative \(a table for each block\) "
+    ("simmim --pos none", {**BEIT, "rel_pos": "block"}, r"its encoder has relative \(a table for each block\) "
      "positions, this run's has relative ones; use a file of a similar method")])
 def test_another_encoder_is_refused_with_the_flags_to_pass(
         method, source, sentence, run, tmp_path):  # noqa: F811

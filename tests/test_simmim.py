@@ -14,7 +14,8 @@ from lib import checkpoints, config, positions, rng, visualize
 from lib.run import Run, param_groups, set_lr
 
 TINY = """--img-size 32 --patch-size 4 --mask-patch-size 8 --embed-dim 24 --depth 3 --num-heads 2
-          --drop-path 0 --batch-size 8""".split()
+          --drop-path 0 --batch-size 8
+          --pos none --init beit --layer-scale 0.1""".split()             # as published
 
 
 @pytest.fixture(autouse=True)
