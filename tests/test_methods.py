@@ -472,7 +472,8 @@ class Killed(BaseException):
 @pytest.mark.slow
 @pytest.mark.parametrize("method, settings", [
     *((method, {}) for method in METHODS),
-    # with a lower momentum or temperature, more of the noise in the projector's last bias would enter the keys
+    # with a lower momentum or temperature, more of the noise in the projector's last bias would
+    # enter the keys
     ("selfpatch", dict(base="moby", local_crops_number=0, momentum_teacher=0.99)),
     ("moby", dict(SWIN, momentum_teacher=0.99, temperature=0.2)),
     ("selfpatch", dict(SWIN, base="moby", num_positives=2, momentum_teacher=0.99))])
