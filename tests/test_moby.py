@@ -196,7 +196,8 @@ def test_with_swin_tiny_the_parameter_counts_are_the_published_ones():
 
 
 def test_the_image_vector_of_a_swin_is_the_mean_of_its_normalized_tokens():
-    cfg = config.parse(moby.Config, [*"--data toy --img-size 32 --backbone swin_micro --drop-path 0.1".split()])
+    flags = "--data toy --img-size 32 --backbone swin_micro --drop-path 0.1"
+    cfg = config.parse(moby.Config, flags.split())
     student, teacher = moby.Network(cfg), moby.Network(cfg, teacher=True)
     x1, x2 = torch.randn(2, 8, 3, 32, 32)
     k1, _ = teacher(x1, x2)
