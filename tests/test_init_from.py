@@ -279,7 +279,8 @@ def test_every_method_starts_from_an_encoder_and_its_teacher_too(method, start, 
     ("dino", dict(registers=2), "its encoder has registers 2, this run's 0: use another file"),
     ("dino", dict(swiglu=True), "its encoder has swiglu True, this run's False"),
     ("simmim --pos none", {**BEIT, "rel_pos": "block"}, r"its encoder has relative "
-     r"\(a table for each block\) positions, this run's has relative ones; use a file of a similar method")])
+     r"\(a table for each block\) positions, this run's has relative ones; use a file of a "
+     "similar method")])
 def test_another_encoder_is_refused_with_the_flags_to_pass(
         method, source, sentence, run, tmp_path):  # noqa: F811
     checkpoints.save_encoder(tmp_path / "encoder.pt", build(7, **{**TINY_VIT, **source}))
