@@ -29,7 +29,8 @@ PARTS = """loss loss_rec loss_cls loss_patch loss_mae loss_sem loss_mim loss_cl 
 ROUNDING = 5e-5      # relative; between threads and instruction sets 8e-6, of the hybrid 1.3e-5
 DECAY = 0.5          # ten times the usual, or twenty steps would hardly show what decays
 # Settings of the sections toy when the numbers were recorded: with newer ones they would move.
-OWN = dict(mmc=dict(momentum_teacher=0.99), moby=dict(momentum_teacher=0.99),
+OWN = dict(mmc=dict(momentum_teacher=0.99),
+           moby=dict(momentum_teacher=0.99, temperature=0.2),
            simmim=dict(pos="none", init="beit"),
            hybrid=dict(momentum_teacher=0.99,
                        lr=1e-3),      # at the lr of toy rounding grows to 5e-2 in twenty steps

@@ -32,6 +32,7 @@ TINY = dict(                                  # whichever of these a method has
 SWIN = dict(                                  # instead of TINY
     backbone="swin_micro", img_size=16, drop_path=0.2, mlp_dim=16, head_hidden_dim=16,
     bottleneck_dim=8, out_dim=8, queue_size=32, warmup_epochs=0, freeze_last_layer=0)
+PUBLISHED = dict(momentum_teacher=0.99, temperature=0.2)                     # MoBY's
 OWN = dict(hybrid=dict(layer_scale=64),       # else a batch norm magnifies the rounding of class
            #                                    tokens that hardly differ
            # not equally many masked patches in every image: 5 to 10
@@ -474,9 +475,9 @@ class Killed(BaseException):
     *((method, {}) for method in METHODS),
     # with a lower momentum or temperature, more of the noise in the projector's last bias would
     # enter the keys
-    ("selfpatch", dict(base="moby", local_crops_number=0, momentum_teacher=0.99)),
-    ("moby", dict(SWIN, momentum_teacher=0.99, temperature=0.2)),
-    ("selfpatch", dict(SWIN, base="moby", num_positives=2, momentum_teacher=0.99))])
+    ("selfpatch", dict(PUBLISHED, base="moby", local_crops_number=0)),
+    ("moby", SWIN | PUBLISHED),
+    ("selfpatch", dict(SWIN | PUBLISHED, base="moby", num_positives=2))])
 def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
         method, settings, run, tmp_path, torchrun, monkeypatch):
     """Loss parts, gradient norm and all weights after five steps; another seed is the control."""

@@ -272,7 +272,8 @@ def test_a_loss_that_does_not_fall_is_reported_with_a_cause():
 
 def test_a_run_without_learning_reports_it_and_one_that_learns_does_not(tmp_path):
     frozen = finish(run("--steps", 3, "--lr", 0, "--min-lr", 0, "--out", tmp_path / "a"))
-    learned = finish(run("--steps", 9, "--lr", 0.05, "--warmup-epochs", 0, "--out", tmp_path / "b"))
+    learned = finish(run("--steps", 9, "--lr", 0.05, "--warmup-epochs", 0,
+                         "--momentum-teacher", 0.99, "--out", tmp_path / "b"))
     assert "the loss did not fall" in frozen and "the loss did not fall" not in learned
 
 
