@@ -14,7 +14,7 @@ x is the normalized image (not normalized by patch, as MAE's target is), y the r
 
 The size of the squares matters: single patches of 16 pixels are predicted from their neighbors;
 squares of 32 pixels, or a high ratio, force the network to use distant patches (Fig. 3, Table 1).
-(The default run, on toy, masks single patches, without a loss at this scale.) Compared with
+(The default run, on toy, masks single patches: larger squares are not better there.) Compared with
 MAE, the mask tokens go through the encoder, so a step costs more, and the last blocks act as the
 decoder: probe the mean patch token (the class token has no loss), in a linear probe that of block 8
 of 12, or fine-tune. The paper reports for ViT-B, 800 epochs: 83.8 fine-tuned, 56.7 by a linear
