@@ -249,10 +249,10 @@ def test_videos_keep_their_creatures_and_move_smoothly(videos):
         assert 2 <= len(creatures) <= 3
         for ids in (videos["instances"][b, 0], videos["instances"][b]):
             assert set(ids.unique().tolist()) - {0} == creatures
-    ids = videos["instances"]
+    ids = toy.video(torch.arange(8), frames=16)["instances"]
     change = (ids[:, 1:] != ids[:, :-1]).float().mean((2, 3))
     unrelated = (ids != ids.roll(1, 0)).float().mean()                          # of other videos
-    assert 0 < change.min() and change.mean() < 0.5 * unrelated and change.max() < unrelated
+    assert 0 < change.min() and change.max() < 0.5 * unrelated
     grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij"))
     for k in (1, 2):
         mask = (videos["instances"] == k).float()
