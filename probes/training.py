@@ -51,7 +51,7 @@ class Progress:
     MINUTES = 5              # minutes between two saves
     # Flags that do not affect the result, or only through the model, which is also hashed.
     NOT_HASHED = {"checkpoint", "baseline", "json", "out", "device", "precision", "workers",
-                  "cache", "reference", "show"}
+                  "cache", "reference", "show", "save"}
 
     def __init__(self, model, opt, net, optimizer):
         settings = sorted((k, v) for k, v in vars(opt).items() if k not in self.NOT_HASHED)

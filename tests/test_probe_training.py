@@ -193,7 +193,7 @@ def test_a_probe_that_was_killed_is_resumed(task, monkeypatch, tmp_path, capsys)
     assert steps_left == [5] and "resumed" not in capsys.readouterr().out
     keys, generator = [], rng.generator
     monkeypatch.setattr(rng, "generator", lambda *key: (keys.append(key), generator(*key))[1])
-    report = run_probe(task, folder, *length)
+    report = run_probe(task, folder, *length, *["--save"] * (task == "finetune"))   # no matter
     assert steps_left == [4] and f"{file}: resumed after step 3" in capsys.readouterr().out
     assert not file.exists()
     # finetune: in the epoch of the kill, of one step; detection: two, after a first look at the
