@@ -262,6 +262,8 @@ def test_the_stored_network_classifies_as_at_the_end_of_its_training(monkeypatch
     path = tmp_path / "finetuned-small-cifar10.pt"
     stored = checkpoints.load_encoder(path, quiet=True)
     assert (stored.source.branch, stored.source.data) == ("finetuned", "cifar10")
+    norm = finetune.Classifier(make(), 2).fc_norm
+    assert checkpoints.classifier(stored).fc_norm.eps == norm.eps                # Swin: 1e-5
     report = classification.classify(make_model(stored), make_options("classify", data="cifar10"))
     assert report.rows["classifier"]["top-1"] == row["last epoch"]
     path.unlink()

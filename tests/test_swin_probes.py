@@ -67,6 +67,16 @@ def test_tasks_that_need_a_vit_refuse_in_one_sentence(run, task):
     assert "\n" not in str(error.value)
 
 
+def test_linear_segmentation_of_a_swin_is_refused_before_any_work(run, monkeypatch):
+    def begin(*_):
+        """Must not be called."""
+        pytest.fail("work has begun")
+
+    monkeypatch.setitem(evaluate.TASKS, "knn", begin)
+    with pytest.raises(ValueError, match="^linear_segmentation needs a ViT"):
+        evaluate.main([*flags(run), "--task", "knn", "linear_segmentation"])
+
+
 def test_detection_takes_the_four_stages_of_a_swin_as_they_are():
     torch.manual_seed(0)
     encoder = swin.Swin(64, 2, 16, (2, 1, 1, 1), (1, 2, 4, 8)).eval()
