@@ -40,9 +40,9 @@ CLASSIFICATION = {
     "knn": {"kNN, class token": ("cls", "k=10"), "kNN, mean patch token": ("patch", "k=10")},
     "linear": {"linear probe": (None, "top-1")},
     "linear --feature patch": {"linear probe, mean patch token": (None, "top-1")}}
-FINETUNE = "finetune --recipe light --epochs 10 --limit 2000"      # from few labels
 PROBES = {"cifar10": CLASSIFICATION, "toy": CLASSIFICATION | {
-    FINETUNE: {"fine-tuned, 2,000 labels": (None, "last epoch")},
+    "finetune --recipe light --epochs 10 --limit 2000": {
+        "fine-tuned, 2,000 labels": (None, "last epoch")},
     "part_retrieval": {"part retrieval AP": (None, "AP")},
     "linear_segmentation --level object": {"linear segmentation mIoU, objects": (None, "mIoU")},
     "linear_segmentation --level part": {"linear segmentation mIoU, parts": (None, "mIoU")},

@@ -163,9 +163,9 @@ def train_classifier(x, labels, num_classes, recipe, epochs, seed, make_heads=Li
         candidates, setting, training = C_VALUES, "C {:g}", "L-BFGS" + training
 
         def fit(rows, values):
-            accuracy = COMPARE if len(values) > 1 else {}
+            stopping = COMPARE if len(values) > 1 else {}
             return fit_logistic_regressions(x[rows, 0], labels[rows], num_classes, values,
-                                            **accuracy)
+                                            **stopping)
     else:
         epochs = epochs or recipe["epochs"]
         factors = (1.0,) if recipe.get("literal") else LR_FACTORS
