@@ -256,14 +256,18 @@ def test_the_stored_network_classifies_as_at_the_end_of_its_training(monkeypatch
     monkeypatch.setattr(finetune, "DROP_PATH", 0.3)
     plant_two_classes(monkeypatch, shuffled=True)
     monkeypatch.setattr(common, "load_split", functools.cache(common.load_split))  # not new images
+    nets, make_net = [], finetune.Classifier
+    monkeypatch.setattr(finetune, "Classifier",
+                        lambda *given: nets.append(make_net(*given)) or nets[-1])
     flags = "--epochs", "2", "--lr", "3e-3", "--out", str(tmp_path), "--recipe", "light"
     row, = finetune.finetune(make_model(make()), finetune_options(*flags, "--save")).rows.values()
     assert 0 < row["last epoch"] < 100
     path = tmp_path / "finetuned-small-cifar10.pt"
     stored = checkpoints.load_encoder(path, quiet=True)
     assert (stored.source.branch, stored.source.data) == ("finetuned", "cifar10")
-    norm = finetune.Classifier(make(), 2).fc_norm
-    assert checkpoints.classifier(stored).fc_norm.eps == norm.eps                # Swin: 1e-5
+    head, x = checkpoints.classifier(stored), torch.randn(4, 3, 32, 32)
+    assert head.fc_norm.eps == nets[0].fc_norm.eps                               # Swin: 1e-5
+    assert torch.allclose(head(stored(x)), nets[0].eval()(x), atol=1e-5)
     report = classification.classify(make_model(stored), make_options("classify", data="cifar10"))
     assert report.rows["classifier"]["top-1"] == row["last epoch"]
     path.unlink()
