@@ -29,7 +29,7 @@ import torch
 from PIL.Image import Resampling
 from torch.utils.data import DataLoader
 
-from lib import augment, datasets, distributed, rng
+from lib import augment, datasets, distributed, progress, rng, tree
 
 # --------------------------------------------------------------------------------------------------
 # Views
@@ -157,7 +157,10 @@ class Loader:
             self.skipped += len(bad)
             for i in sorted(bad.keys() - self.reported):
                 self.reported.add(i)
-                print(f"skipped {self.images.paths[i]}: {bad[i]}", file=sys.stderr)
+                if len(self.reported) <= 100:
+                    progress.write(f"skipped {self.images.paths[i]}: {bad[i]}")
+                elif len(self.reported) == 101:
+                    progress.write("further images that cannot be read are not listed")
             if crops is None:
                 i = min(bad)
                 raise ValueError(f"More than half of the images tried for a batch of "
@@ -250,15 +253,17 @@ def training_sets(run, views):
     and val/, bank and queries do not overlap, but the loader contains both."""
     cfg = run.cfg
     train_split = "unlabeled" if cfg.data == "stl10" else "train"
-    images, bank, queries = (
-        datasets.load_images(cfg.data, cfg.data_root, split, cfg.img_size, limit, run.device,
-                             hold_out)
-        for split, limit, hold_out in ((train_split, None, False), ("train", 2000, True),
-                                       ("test", 500, True)))
+    with datasets.list_once():
+        images, bank, queries = (
+            datasets.load_images(cfg.data, cfg.data_root, split, cfg.img_size, limit, run.device,
+                                 hold_out)
+            for split, limit, hold_out in ((train_split, None, False), ("train", 2000, True),
+                                           ("test", 500, True)))
     for note in dict.fromkeys(images.notes + bank.notes + queries.notes):
         run.print0(note)
-    if bank.labels is not None is not queries.labels and bank.classes != queries.classes:
-        run.print0("no kNN, as training and test images have different classes")
+    if None not in (bank.labels, queries.labels) and bank.classes != queries.classes:
+        run.print0(f"no kNN, as training and test images have different classes: "
+                   f"{tree.list_names(sorted({*bank.classes} ^ {*queries.classes}))} only in one")
     if cfg.batch_size > len(images):
         raise ValueError(f"--batch-size {cfg.batch_size} is more than the {len(images)} training "
                          f"images of {cfg.data}: {propose_batch_size(cfg, len(images), run.world)}")
@@ -276,7 +281,7 @@ def propose_batch_size(cfg, n, world):
     if n >= 2 * parts:
         batch = parts * 2**int(math.log2(n // parts))
         return f"try --batch-size {batch} --group-size {batch // world}"
-    return "add images, or use fewer processes or a smaller --accum-iter"
+    return "add images" + ", or use fewer processes or a smaller --accum-iter" * (parts > 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,6 +344,12 @@ def read_center_crops(paths, size, resize, interpolation, index):
             continue
         short = min(image.size)
         width, height = (resize * side // short for side in image.size)
+        if max(width, height) > 20 * resize:               # a strip: too large as a whole
+            middle = 10 * short
+            left, top = (max(0, side // 2 - middle) for side in image.size)
+            image = image.crop((left, top, min(image.width, left + 2 * middle),
+                                min(image.height, top + 2 * middle)))
+            width, height = (resize * side // short for side in image.size)
         image = image.resize((width, height), Resampling[interpolation.upper()])
         left, top = round((width - size) / 2), round((height - size) / 2)
         crop = image.crop((left, top, left + size, top + size))

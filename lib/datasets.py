@@ -253,10 +253,11 @@ def load_tree(name, root, split):
     without folders for both splits. See lib/tree.py for the rules."""
     subset = SUBSETS.get(name)
     folder = find_official_folder(name, root, split) if name in LAYOUT else find_folder(name)
-    paths, passed = tree.list_images(folder, subset)
+    paths, passed = list_images(folder, subset)
     passed_over = tree.describe_passed(passed)
     if not paths:
-        hint = (f"Expected {LAYOUT[name][0]}" if name in LAYOUT else
+        hint = ("For another choice of classes give the folder by its path" if subset else
+                f"Expected {LAYOUT[name][0]}" if name in LAYOUT else
                 "Unpack archives, convert other formats; labels are not needed")
         raise FileNotFoundError(
             f"No images under {folder}: looked for {' '.join(sorted(tree.readable_suffixes()))} in "
@@ -265,22 +266,25 @@ def load_tree(name, root, split):
     if name in LAYOUT:
         members = [(path, *tree.folders_of(path)[:1]) for path in relative]
         splits, notes = tree.label_splits({split: members})
-        notes.insert(0, f"{len(paths):,} images in {folder}{tree.describe_classes(splits)}")
+        notes.insert(0, f"{len(paths):,} images in {folder}"
+                        f"{tree.describe_classes(splits) * (not subset)}")
     else:
         images, label_maps = tree.pair_label_maps(relative)
-        pairs = images.keys() & label_maps.keys()
-        used = sorted(images.values()) if pairs else relative
+        used, pairs = relative, images.keys() & label_maps.keys()
+        if pairs:
+            used = [path for path in relative if not tree.find_key(path)[1]]
         splits, notes = tree.find_splits(used)
         if pairs:
-            notes.append(f"passed over: {len(label_maps):,} label maps, which the probes of "
-                         "segmentation read")
+            notes.append(f"passed over: {len(relative) - len(used):,} label maps, which the probes "
+                         "of segmentation read")
     split = split if split in splits else "all"
     found = splits[split]
     if subset:
         found.labels = [subset.index(path.split(os.sep)[0]) for path in found.paths]
         found.classes, folders = list(subset), len(set(found.labels))
         if folders < len(subset):
-            notes.append(f"only {folders} of the {len(subset)} classes are in {folder}")
+            notes.append(f"only {folders} of the {len(subset)} classes are in {folder}; for "
+                         f"another choice of classes give the folder by its path")
     if name == "imagenet" and not found.classes:
         raise missing_error(name, folder)                  # the official val archive is flat
     if passed_over:
@@ -288,6 +292,28 @@ def load_tree(name, root, split):
     return Images(name, split, found.classes, found.labels and torch.tensor(found.labels),
                   paths=[os.path.join(folder, path) for path in found.paths],
                   notes=[f"{name}: {note}" for note in notes])
+
+
+listed = None            # {(folder, only): what tree.list_images returns} inside of `list_once`
+
+
+@contextlib.contextmanager
+def list_once():
+    """Inside, each folder is listed once: a million files take minutes on some disks."""
+    global listed
+    listed = {}
+    try:
+        yield
+    finally:
+        listed = None
+
+
+def list_images(folder, only):
+    if listed is None:
+        return tree.list_images(folder, only)
+    if (folder, only) not in listed:
+        listed[folder, only] = tree.list_images(folder, only)
+    return listed[folder, only]
 
 
 def find_official_folder(name, root, split):
@@ -302,6 +328,9 @@ def find_official_folder(name, root, split):
 def find_folder(name):
     """The folder of images of that path."""
     if os.path.isdir(name):
+        if not os.access(name, os.R_OK | os.X_OK):
+            raise PermissionError(f"cannot open the folder {name} (permission denied): change its "
+                                  f"permissions")
         return name
     if os.path.exists(name):
         raise ValueError(f"{name} is a file: give the folder that contains the images, and unpack "
@@ -353,8 +382,11 @@ def read_cifar(name, root, split):
         pixels = torch.from_numpy(np.concatenate([part["data"] for part in parts]))
         labels = torch.tensor(list(itertools.chain(*(part[f"{key}s"] for part in parts))))
         classes = [c.decode() if isinstance(c, bytes) else c for c in names]
+        check_labels(labels, len(pixels), len(classes))
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"pixels of {pixels.dtype}")
         return classes, labels, pixels.view(-1, 3, 32, 32)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} under {root} does not have the format of {name}: "
                          f"{error}") from None
 
@@ -364,13 +396,17 @@ def read_stl10(root, split):
     path = find("stl10", root, f"stl10_binary/{split}_X.bin", f"stl10/stl10_binary/{split}_X.bin")
     pixels, labels, image_size = np.fromfile(path, np.uint8), None, 3 * 96 * 96
     if split != "unlabeled":
-        folder = os.path.dirname(path)
-        labels = np.fromfile(find("stl10", folder, f"{split}_y.bin"), np.uint8).astype(np.int64) - 1
-        with open(find("stl10", folder, "class_names.txt")) as file:
+        labels, classes = (find("stl10", root, f"stl10_binary/{file}", f"stl10/stl10_binary/{file}")
+                           for file in (f"{split}_y.bin", "class_names.txt"))
+        labels = np.fromfile(labels, np.uint8).astype(np.int64) - 1
+        with open(classes) as file:
             classes = file.read().split()
     if (len(pixels) % image_size
             or labels is not None and len(pixels) != image_size * len(labels)):
         raise ValueError(f"{path} is truncated, or does not match its labels: download it again")
+    if labels is not None and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise ValueError(f"the labels of {path} are not those of {len(classes)} classes: download "
+                         f"it again")
     pixels = torch.from_numpy(pixels.reshape(-1, 3, 96, 96)).mT.contiguous()
     return (None, None, pixels) if labels is None else (classes, torch.from_numpy(labels), pixels)
 
@@ -399,13 +435,19 @@ def read_list(name, root, split):
         else:
             paths, labels, classes = read_with_torchvision(name, os.path.dirname(folder), split)
         labels = torch.tensor([int(label) for label in labels])
-        if not 0 <= labels.min() <= labels.max() < len(classes):
-            raise ValueError(f"labels {labels.min()} to {labels.max()}, {len(classes)} classes")
+        check_labels(labels, len(paths), len(classes))
         return list(classes), labels, None, [str(path) for path in paths]
     except Exception as error:              # damaged lists can raise any exception
         what = f"{type(error).__name__}: {error}".split(". ")[0]     # without 'use download=True'
         raise ValueError(f"{path} or a file next to it does not have the format of {name} "
                          f"({what}): expected {LAYOUT[name][0]}") from None
+
+
+def check_labels(labels, n, classes):
+    """ValueError unless there are n labels from 0 to classes - 1."""
+    if len(labels) != n or not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(f"{len(labels):,} labels from {labels.min()} to {labels.max()} for {n:,} "
+                         f"images of {classes} classes")
 
 
 def read_inaturalist(path, folder):
@@ -498,7 +540,8 @@ def read_image(file, upright=True, scale=1):
     ValueError for 16-bit and float images and for more pixels than Pillow allows.
     """
     with open_image(file) as image:
-        if image.mode[0] in "IF":              # Pillow would clip them at 255
+        stored = [str(tile.args) for tile in image.tile]     # "RGB;16B": of 16 bits Pillow keeps 8
+        if image.mode[0] in "IF" or any(";16" in mode for mode in stored):
             raise ValueError(f"more than 8 bits per color (mode {image.mode}): convert it")
         if scale > 1:
             image.draft(None, [side // scale for side in image.size])
@@ -548,7 +591,7 @@ def read_pixels(path, choose_scale=lambda height, width: 1):
         content = bytearray(file.read())
     scale, plain = 1, False
     with open_image(io.BytesIO(content)) as image:     # the header, and the limit of its size
-        if image.format == "JPEG":
+        if image.format in ("JPEG", "MPO"):            # MPO: of phones, JPEG with a second image
             orientation, side = orientation_of(image), image.size[::-1]
             side = side[::-1] if orientation > 4 else side
             # Of a smaller image the last row and column can stand for less than `scale` pixels;

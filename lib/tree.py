@@ -9,6 +9,7 @@ are classes, and what is passed over. docs/datasets.md has the rules in a table.
 """
 import functools
 import os
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ SUFFIXES = """.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .tif .tiff .
 SYSTEM_FOLDERS = {"@eadir", "@tmp", "#recycle", "@recycle", "__macosx", "$recycle.bin",
                   "system volume information", "lost+found", "__pycache__"}
 RUN_FILES = {"metrics.jsonl", "encoder.pt", "last.pt", "results.jsonl"}    # in a run's folder
-TRAIN = ("train", "training")                        # names of split folders, in any case
-TEST = ("val", "valid", "validation", "dev", "test", "testing")      # the first one is used
+# Names of split folders, in any case. Of several for testing the first one is used.
+TRAIN = ("train", "training", "train_set", "training_set")
+TEST = ("val", "valid", "validation", "validate", "dev", "eval", "val_set", "validation_set",
+        "test", "testing", "test_set")
 # Folders of images beside folders of their label maps, in any case.
 IMAGES = ("images", "image", "img", "imgs", "img_dir", "jpegimages")
 LABELS = ("labels", "label", "masks", "mask", "annotations", "annotation", "ann_dir", "annot",
@@ -75,6 +78,8 @@ def list_images(folder, only=None):
         bar.update(len(entries))
         for entry in entries:
             if here == folder and only is not None and entry.name not in only:
+                if entry.is_dir():
+                    passed["folders of other classes"][entry.name] += 1
                 continue
             kind, suffix = kind_of(entry), os.path.splitext(entry.name)[1].lower()
             if kind == "folder" and is_hidden(entry.name):
@@ -193,7 +198,8 @@ def group_splits(paths):
     if not (train and test):
         start = int(bool(tops) and tops == {*train, *test})
         folders = skip_shared([folder[start:] for folder in folders])
-        return {"all": [(path, *folder[:1]) for path, folder in zip(paths, folders)]}, []
+        return ({"all": [(path, *folder[:1]) for path, folder in zip(paths, folders)]},
+                describe_unused_splits(folders))
     if len(train) > 1:
         raise ValueError(f"{' and '.join(train)} are both folders of training images: merge them "
                          f"or rename one")
@@ -209,6 +215,25 @@ def group_splits(paths):
     notes = [f"not used, as they are beside {train[0]}/ and {test[0]}/: images in "
              f"{list_counts(beside)}"] * bool(beside)
     return members, notes
+
+
+def describe_unused_splits(folders):
+    """Notes on what looks like splits and is not used as such. folders: of each image."""
+    tops, below = {folder[0] for folder in folders if folder}, defaultdict(set)
+    for folder in folders:
+        if len(folder) > 1:
+            below[folder[0]].add(folder[1])
+    words = {name: re.split(r"[^a-z]+", name.lower()) for name in tops}
+    if tops and all(not {*TRAIN, *TEST}.isdisjoint(words[name]) for name in tops):
+        return [f"{list_names(sorted(tops))} are read as classes: if they are splits, rename them "
+                f"to train and val"]
+    nested = sorted(top for top, names in below.items() if all(
+        any(name.lower() in split for name in names) for split in (TRAIN, TEST)))
+    if nested:
+        return [f"folders for training and testing in {list_names([f'{top}/' for top in nested])} "
+                f"are not used, as there are others beside: give the folder that contains them "
+                f"alone, above those of the classes"]
+    return []
 
 
 def skip_shared(folders):
@@ -228,9 +253,11 @@ def label_splits(members):
              for split, rows in members.items()}
     notes, alias = [], {}
     first, last = next(iter(names)), next(reversed(names))
+    folded = defaultdict(list)
+    for name in names[first] ^ names[last]:
+        folded[name.casefold()].append(name)
     for name in sorted(names[last] - names[first]):
-        same = [other for other in names[first] ^ names[last]
-                if other != name and other.casefold() == name.casefold()]
+        same = [other for other in folded[name.casefold()] if other != name]
         if len(same) == 1 and same[0] in names[first]:
             alias[name] = same[0]
             notes.append(f"{last}/{name} has the class of {first}/{same[0]}")

@@ -3,8 +3,11 @@ import io
 import json
 import os
 import pickle
+import resource
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -139,10 +142,43 @@ def test_more_than_8_bits_per_color_are_an_error(tmp_path):
                         ("good.png", (ramp / 257).astype(np.uint8))):
         Image.fromarray(image if name != "float.tif" else image.astype(np.float32)).save(
             tmp_path / name)
-    for name in ("deep.png", "float.tif"):
+    def chunk(kind, content):                            # Pillow writes no RGB of 16 bits
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(
+            ">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + ramp[:, :, None].astype(">u2").repeat(3, 2)[y].tobytes()
+                    for y in range(8))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    (tmp_path / "color.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(
+        b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    assert Image.open(tmp_path / "color.png").mode == "RGB"
+    for name in ("deep.png", "float.tif", "color.png"):
         with pytest.raises(ValueError, match="more than 8 bits per color"):
             datasets.read_image(tmp_path / name)
     assert datasets.read_image(tmp_path / "good.png").mode == "RGB"
+
+
+def test_photos_of_phones_are_decoded_as_jpeg(tmp_path, monkeypatch):
+    """MPO is a JPEG file with a second image, which is not used."""
+    one, two = (Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).resize((800, 800))
+                for rng in map(np.random.default_rng, (0, 1)))
+    one.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[two], quality=95)
+    one.save(tmp_path / "plain.jpg", quality=95)
+    pixels, side, scale = datasets.read_pixels(tmp_path / "phone.jpg")
+    assert (Image.open(tmp_path / "phone.jpg").format, side, scale) == ("MPO", (800, 800), 1)
+    assert torch.equal(pixels, datasets.read_pixels(tmp_path / "plain.jpg")[0])
+    small, side, scale = datasets.read_pixels(tmp_path / "phone.jpg", lambda *_: 8)
+    assert (small.shape, side, scale) == ((100, 100, 3), (800, 800), 8)
+
+
+def test_a_very_narrow_image_does_not_take_gigabytes(tmp_path):
+    Image.linear_gradient("L").resize((1, 8000)).save(tmp_path / "strip.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    crops, index, bad = data.read_center_crops(
+        [tmp_path / "strip.png"], 224, 256, "bicubic", torch.tensor([0]))
+    assert crops.shape == (1, 224, 224, 3) and not bad
+    assert 100 < crops.float().mean() < 155              # the middle of the gradient
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024     # KiB
 
 
 # ---- folders and binary files --------------------------------------------------------------------
@@ -187,7 +223,9 @@ def test_imagenet100_selects_its_classes_in_imagenet(tmp_path):
     whole = datasets.load_images("imagenet", tmp_path, "val")
     assert whole.classes == sorted(three) and len(whole) == 6
     part = datasets.load_images("imagenet100", tmp_path, "test")
-    assert len(part) == 4 and "only 2 of the 100 classes" in part.notes[-1]
+    assert len(part) == 4 and "only 2 of the 100 classes" in part.notes[1]
+    assert part.notes[0].endswith(f"4 images in {tmp_path / 'imagenet' / 'val'}")  # not "no labels"
+    assert part.notes[2].endswith("passed over: folders of other classes: n99999999 (1)")
     assert part.classes == datasets.IMAGENET100 and len(set(part.classes)) == 100
     names = {os.path.basename(os.path.dirname(p)) for p in part.paths}
     assert names == {part.classes[i] for i in part.labels} == set(three[:2])
@@ -274,7 +312,7 @@ def test_stl10_is_stored_column_by_column(tmp_path):
     for name in ("train", "unlabeled"):
         x.mT.contiguous().numpy().tofile(tmp_path / "stl10_binary" / f"{name}_X.bin")
     np.array([1, 10, 3], np.uint8).tofile(tmp_path / "stl10_binary" / "train_y.bin")
-    (tmp_path / "stl10_binary" / "class_names.txt").write_text("airplane\nbird\ncar\n")
+    (tmp_path / "stl10_binary" / "class_names.txt").write_text("a b c d e f g h i j")
     images = datasets.load_images("stl10", tmp_path)
     assert torch.equal(images.pixels, x) and images.labels.tolist() == [0, 9, 2]
     assert datasets.load_images("stl10", tmp_path, "unlabeled").labels is None

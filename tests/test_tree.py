@@ -2,6 +2,7 @@
 splits and classes, and that nothing is passed over in silence."""
 import os
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -167,6 +168,42 @@ def test_without_both_splits_all_images_are_one(tmp_path, files, classes):
     images = load(tmp_path)
     assert images.split == "all" and names(images) == classes
     assert images.paths == load(tmp_path, "test").paths
+
+
+@pytest.mark.parametrize("files, note", [
+    (["train2017/a.jpg", "val2017/b.jpg"],
+     "train2017, val2017 are read as classes: if they are splits, rename them to train and val"),
+    (["images_train/cat/a.jpg", "images_test/cat/b.jpg"], "images_test, images_train are read as"),
+    (["data/train/cat/a.jpg", "data/train/dog/b.jpg", "data/val/cat/c.jpg", "extra/d.jpg"],
+     "folders for training and testing in data/ are not used, as there are others beside"),
+    (["cat/train/a.jpg", "cat/val/b.jpg", "dog/train/c.jpg", "dog/val/d.jpg"], "in cat/, dog/ are"),
+    (["cat/train/a.jpg", "dog/c.jpg"], ""), (["testing rig/a.jpg", "bus/b.jpg"], "")])
+def test_what_looks_like_splits_and_is_not_used_is_named(tmp_path, files, note):
+    touch(tmp_path, *files)
+    assert note in (notes := " ".join(load(tmp_path).notes)) and bool(note) == (
+        "read as classes" in notes or "not used" in notes)
+
+
+@pytest.mark.parametrize("train, test", [("training_set", "test_set"), ("train", "validate"),
+                                         ("Train", "Eval")])
+def test_further_names_of_splits(tmp_path, train, test):
+    touch(tmp_path, f"{train}/cat/a.jpg", f"{train}/dog/b.jpg", f"{test}/cat/c.jpg")
+    assert names(load(tmp_path)) == {"cat": ["a.jpg"], "dog": ["b.jpg"]}
+    assert names(load(tmp_path, "test")) == {"cat": ["c.jpg"]}
+
+
+def test_images_of_equal_names_are_all_used_beside_label_maps(tmp_path):
+    touch(tmp_path, "images/1.jpg", "images/1.png", "img/1.jpg", "images/2.jpg", "labels/1.png")
+    images = load(tmp_path)
+    assert len(images) == 4 and "passed over: 1 label maps" in " ".join(images.notes)
+
+
+def test_many_classes_that_differ_between_the_splits_take_no_minutes():
+    members = {split: [(f"{split}/{i}.jpg", f"{split} {i}") for i in range(5000)]
+               for split in ("train", "val")}
+    begin = time.process_time()
+    splits, _ = tree.label_splits(members)
+    assert time.process_time() - begin < 3 and len(splits["val"].classes) == 5000
 
 
 @pytest.mark.parametrize("between", ["images/", "data/jpg/"])
