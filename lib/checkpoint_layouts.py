@@ -35,6 +35,11 @@ MOCO_HEADS = {(384, 12): 12, (768, 12): 12}
 CAE_HEADS = {(192, 12): 12, (384, 12): 12, (768, 12): 12, (1024, 24): 16}
 
 
+def published(*widths):
+    """VIT_HEADS of these widths: those that were published with a layout."""
+    return {size: heads for size, heads in VIT_HEADS.items() if size[0] in widths}
+
+
 @dataclass
 class Layout:
     """What is the same for all files of a layout and does not follow from their keys."""
@@ -58,21 +63,25 @@ BEIT = dict(init="beit", normalization="0.5", drop=r"lm_head\.|cls_pt_(layers|no
 MOBY = dict(interpolation="bilinear",
             drop=r"\.\./(encoder|projector|predictor)(_k)?\.|\.\./queue|.*\.attn_mask$")
 LAYOUTS = {
-    "DeiT": Layout("deit"),
-    "DeiT III": Layout("deit3", layer_scale=1e-4),
+    "DeiT": Layout("deit", num_heads=published(192, 384, 768), unsure="timm's augreg models"),
+    "DeiT III": Layout("deit3", num_heads=published(384, 512, 768, 1024, 1280), layer_scale=1e-4),
     "MoCo v3": Layout("moco_v3", {"projector": "head.", "predictor": "../predictor."},
                       drop=r"\.\./(base|momentum)_encoder\.", num_heads=MOCO_HEADS, init="moco",
                       interpolation="bilinear"),
     "MoBY": Layout("moby", {"projector": "../projector.", "predictor": "../predictor."}, **MOBY),
     "MoBY momentum": Layout("moby", {"projector": "../projector_k."}, **MOBY),
-    "DINO": Layout("dino", {"head": "../head."}, **DINO, unsure="timm's augreg models"),
-    "iBOT": Layout("ibot", {"head": "../head."}, **DINO, unsure="timm's augreg models"),
+    "DINO": Layout("dino", {"head": "../head."}, **DINO, num_heads=published(384, 768),
+                   unsure="timm's augreg models"),
+    "iBOT": Layout("ibot", {"head": "../head."}, **DINO, num_heads=published(384, 768, 1024),
+                   unsure="timm's augreg models"),
     "SelfPatch": Layout("selfpatch", {name: f"../{name}." for name in ("ca_head", "c_head",
-                                                                       "p_head")}, **DINO),
+                                                                       "p_head")}, **DINO,
+                        num_heads=published(384)),
     "DINOv2": Layout("dinov2", drop=r"\.\./(dino|ibot)_head\.", layer_scale=1e-5, img_size=224,
-                     **DINO),
-    "MAE": Layout("mae", {"decoder": "decoder_", "aug_block": "aug_block."}, init="mae"),   # ASL's
-    "fine-tuned MAE": Layout("mae", init="mae"),
+                     num_heads=published(384, 768, 1024, 1536), **DINO),
+    "MAE": Layout("mae", {"decoder": "decoder_", "aug_block": "aug_block."}, init="mae",    # ASL's
+                  num_heads=published(768, 1024, 1280)),
+    "fine-tuned MAE": Layout("mae", init="mae", num_heads=published(768, 1024, 1280)),
     "BEiT": Layout("beit", **BEIT),
     "BEiT 1k": Layout("beit", **BEIT | dict(normalization="imagenet")),
     "BEiT v2": Layout("beit", **BEIT | dict(normalization="imagenet")),
@@ -233,12 +242,12 @@ def recognize_layout(keys, raw):
         ("SimMIM", table and "max_accuracy" in raw),
         ("BEiT or SimMIM", shared_table),
         ("fine-tuned BEiT", table or split),
-        ("SelfPatch", not has("cls_token") and not has("norm.")),
+        ("SelfPatch", not has("cls_token", "norm.", "head.", "fc_norm.")),
         ("DINOv2", has("register_tokens") or scaled and has_class_position(keys)),
-        ("DeiT III", scaled),
-        ("MAE", pos == "sincos_col"),
+        ("DeiT III", scaled and has("cls_token")),
+        ("MAE", pos == "sincos_col" or has("decoder_embed.")),
         ("MoCo v3", pos == "sincos_row"),
-        ("fine-tuned MAE", has("fc_norm.")),
+        ("fine-tuned MAE", has("fc_norm.") and not flat),
         ("iBOT", "ibot_loss" in raw or has("masked_embed", "../head.last_layer2.")),
         ("timm", has("head.") and flat),
         ("DeiT", has("head.")),
@@ -253,11 +262,12 @@ def kind_of_positions(keys):
     if "pos_embed" not in keys:
         return "none"
     if has_class_position(keys):
-        pos = keys["pos_embed"].float()
+        half, pos = keys["pos_embed"].dtype, keys["pos_embed"].float()
         side = math.isqrt(pos.shape[1])
         for order in ("sincos_row", "sincos_col") if pos.shape[2] % 4 == 0 else ():
             table = F.pad(positions.sincos(pos.shape[2], (side, side), order), (0, 0, 1, 0))
-            if (pos[0] - table).abs().max() < 1e-3:                    # the precision of fp16
+            precision = 1e-2 if half == torch.bfloat16 else 1e-3       # of fp16
+            if (pos[0] - table).abs().max() < precision:
                 return order
     return "learned"
 
@@ -431,7 +441,7 @@ def choose_num_heads(path, name, config, raw, state, given):
         raise UnknownHeads(f"{path} does not contain its number of attention heads, and no {name} "
                            f"of width {size[0]} and depth {size[1]} was published: give it with "
                            "--num-heads (often width / 64)")
-    return LAYOUTS[name].num_heads[size], "as published"
+    return LAYOUTS[name].num_heads[size], "assumed" if name == "plain ViT" else "as published"
 
 
 def choose_normalization(name, raw, given):

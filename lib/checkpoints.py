@@ -79,9 +79,27 @@ def write_atomic(path, write):
         if isinstance(error, RuntimeError) and not re.search("StreamWriter|unexpected pos",
                                                              str(error)):
             raise                         # not one of torch.save's errors for a failed disk write
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"cannot write {path} ({reason}); the previous file is unchanged: free some "
-                      "space, or choose another folder with --out") from None
+        reason = getattr(error, "strerror", None) or "the disk is probably full"   # torch's reasons
+        unchanged = "; the previous file is unchanged" * os.path.exists(path)      # are obscure
+        raise OSError(f"cannot write {path} ({reason}){unchanged}: free some space, or choose "
+                      "another folder with --out") from None
+
+
+def make_folder(path):
+    """Creates a folder for results -> Path. OSError with a readable message if it cannot."""
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to {path} ({error.strerror}); choose another --out") from None
+    return pathlib.Path(path)
+
+
+def free_name(path):
+    """Path of a folder or file that is to be kept -> the first of NAME.1, NAME.2, ... that does not
+    exist (of a file NAME.1.pt)."""
+    name, suffix = (path.stem, path.suffix) if path.is_file() else (path.name, "")
+    names = (path.with_name(f"{name}.{n}{suffix}") for n in range(1, 10**6))
+    return next(name for name in names if not name.exists())
 
 
 def copy_plain_data(x, where):
@@ -160,7 +178,9 @@ def read_tensors(path):
     if path.endswith(".npz"):
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    if path.endswith(".safetensors"):
+    with open(path, "rb") as file:
+        is_safetensors = file.read(9)[8:] == b"{"        # also under another name, such as .bin
+    if path.endswith(".safetensors") or is_safetensors:
         from safetensors.torch import load_file  # here: an optional package
         return load_file(path)
     with torch.serialization.safe_globals(ALLOWED):
@@ -306,8 +326,8 @@ def classifier(encoder):
 
     with fc_norm  mean patch token -> LayerNorm -> linear layer (fine-tuned MAE, BEiT, SimMIM, CAE,
                   and by evaluate.py --task finetune --save)
-    without       class token after the final norm -> linear layer (DeiT, timm), or batch norm and
-                  linear layer (MAE's linear probe)
+    without       class token (of a model without one: mean patch token) after the final norm ->
+                  linear layer (DeiT, timm), or batch norm and linear layer (MAE's linear probe)
 
     ValueError: the keys or shapes of the classifier are others.
     """
@@ -348,8 +368,10 @@ class Classifier(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, tokens):
-        if self.fc_norm is None:
+        if self.fc_norm is None and self.num_prefix:
             return self.head(tokens[:, 0])
+        if self.fc_norm is None:
+            return self.head(tokens.mean(1))
         return self.head(self.fc_norm(tokens[:, self.num_prefix:].mean(1)))
 
 

@@ -39,11 +39,16 @@ class InitialWeights:
         if "depths" in self.encoder.config:
             raise ValueError(f"--init-from {self.path}: the file has a Swin, and runs start from a "
                              f"ViT: use another file")
-        self.published = published_tensors(checkpoints.read_file(self.path))
+        raw = checkpoints.read_file(self.path)
+        self.published = published_tensors(raw)
         sizes = {name: self.encoder.config[name]
                  for name in ("embed_dim", "depth", "num_heads", "patch_size")}
         if hasattr(cfg, "decoder_num_heads"):                    # mae.py and asl.py
-            sizes |= mae_decoder_sizes(self.path, self.published)
+            sizes |= mae_decoder_sizes(self.published, raw.get("decoder_num_heads"))
+            if "decoder_embed_dim" in sizes and "decoder_num_heads" not in sizes:
+                self.encoder.source.notes.append(
+                    f"the file does not contain the number of attention heads of its decoder, "
+                    f"{cfg.decoder_num_heads} is assumed (--decoder-num-heads)")
         flags = [f"{config.flag(name)} {value}" for name, value in sizes.items()
                  if value != getattr(cfg, name)]
         if flags:
@@ -129,19 +134,16 @@ def published_tensors(raw):
             for name, x in (raw[wrapper] if wrapper else raw).items() if torch.is_tensor(x)}
 
 
-def mae_decoder_sizes(path, tensors):
+def mae_decoder_sizes(tensors, num_heads):
     """{setting: value} of the decoder of MAE or ASL; {} if the file has none.
 
-    Weights do not determine the number of heads: it is read from the run's config.yaml next to the
-    file. Without it, published decoders, of width 512, have 16; others are taken to have that of
-    this run.
+    Weights do not determine the number of heads. num_heads: as full.pt has it, or None; published
+    decoders, of width 512, have 16.
     """
     if "decoder_embed.weight" not in tensors:
         return {}
     width = len(tensors["decoder_embed.weight"])
     depth = len({name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")})
-    settings = path.with_name("config.yaml")
-    num_heads = config.read_yaml(settings).get("decoder_num_heads") if settings.is_file() else None
     num_heads = num_heads or (16 if width == 512 else None)
     sizes = dict(decoder_embed_dim=width, decoder_depth=depth)
     return sizes | (dict(decoder_num_heads=num_heads) if num_heads else {})

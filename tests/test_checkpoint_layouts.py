@@ -294,7 +294,8 @@ def test_official_files_load_bit_for_bit(name, files, tmp_path, capsys):
     first, *notes = capsys.readouterr().out.splitlines()
     assert f"file.pth: {layout}, {branch}" in first and f"heads {model.config['num_heads']} (" in (
         first)
-    assert len(notes) == (layout in {"BEiT or SimMIM", "fine-tuned BEiT", "timm", "plain ViT"} or (
+    assert len(notes) == (layout in {"BEiT or SimMIM", "fine-tuned BEiT", "timm", "DeiT",
+                                     "plain ViT"} or (
         layout in {"DINO", "iBOT"} and "teacher" not in content))
 
 
@@ -469,7 +470,7 @@ def test_number_of_heads_of_a_published_file_because_a_wrong_one_would_run(
     """MoCo v3's ViT-S after its own converter to DeiT: only the order of its position table shows
     that it is not MAE's, and that it has 12 heads. As if the small networks were published."""
     monkeypatch.setitem(checkpoint_layouts.MOCO_HEADS, (192, 2), 12)
-    monkeypatch.setitem(checkpoint_layouts.VIT_HEADS, (192, 2), 3)
+    monkeypatch.setitem(checkpoint_layouts.LAYOUTS["MAE"].num_heads, (192, 2), 3)
     for name, heads in (("moco to deit", 12), ("mae", 3)):
         layout, _, source, content = files[name]
         path = put(tmp_path, content)

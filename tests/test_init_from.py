@@ -291,10 +291,10 @@ def test_another_encoder_is_refused_with_the_flags_to_pass(
 
 def test_another_decoder_is_refused_with_the_flags_to_pass(start, tmp_path):
     net, pairs = network("mae")
-    path = save(tmp_path / "full.pt", {"model": checkpoints.mae_names(net), "num_heads": 3})
+    path = save(tmp_path / "full.pt", {"model": checkpoints.mae_names(net), "num_heads": 3,
+                                       "decoder_num_heads": 4})
     flags = ["--decoder-embed-dim", 32, "--decoder-depth", 1]
     given = [*pairs, "--init-from", path, "--out", tmp_path / "run"]
-    (tmp_path / "config.yaml").write_text("decoder_num_heads: 4\n")           # of the earlier run
     with pytest.raises(ValueError, match="pass --decoder-embed-dim 16 --decoder-depth 2 "
                                          "--decoder-num-heads 4$"):
         start("mae", *given, *flags)
