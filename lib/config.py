@@ -117,6 +117,8 @@ def convert(name, value, kind):
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if isinstance(value, bool):
+            raise ValueError
         if kind is tuple:
             return tuple(float(v) for v in value)
         if kind is int and not re.fullmatch(r"-?\d+", str(value)):
@@ -145,7 +147,7 @@ def read_yaml(path):
         raise FileNotFoundError(f"no config file {path}") from None
     except yaml.YAMLError as e:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{path} should contain lines of the form name: value")
     return content
 
@@ -212,13 +214,22 @@ def parse(cls, argv=None):
         raise ValueError(f"{given['config']}: {key!r} is no section of configs/{method}.yaml; move "
                          f"it into a section, or give it as a flag")
 
+    if file.get("method", method) != method:
+        raise ValueError(f"{given['config']} has the settings of a run of {file['method']}, not of "
+                         f"{method}")
+
     def read_file(section):
-        return (file.get(section) or {}) if has_sections else file
+        settings = (file.get(section) or {}) if has_sections else file
+        if not isinstance(settings, dict):
+            raise ValueError(f"{given['config']}: section {section} should contain lines of the "
+                             f"form name: value")
+        return settings
 
     top = {**({} if has_sections else file), **given}
     dataset = str(top.get("data", "toy"))
     section = str(top.get("section") or (
-        dataset if dataset in sections else FALLBACK_SECTIONS.get(dataset, "imagenet100")))
+        dataset if dataset in sections and dataset != "photos" else       # perhaps a folder's name
+        FALLBACK_SECTIONS.get(dataset, "imagenet100")))
     out = Path(top.get("out") or f"out/{method}-{Path(dataset).resolve().name}").absolute()
     if Path.cwd() in out.parents:
         out = out.relative_to(Path.cwd())
@@ -251,10 +262,14 @@ def parse(cls, argv=None):
             values[name], origin[name] = convert(name, value, known[name][0]), source
 
     override(sections[section] or {}, f"configs/{method}.yaml [{section}]")
-    override({k: v for k, v in earlier.items()
-              if k not in known or v != values.get(k, known[k][1])}, "the run to resume")
+    override({k: v for k, v in earlier.items() if k not in known or
+              convert(k, v, known[k][0]) != values.get(k, known[k][1])}, "the run to resume")
     override({k: v for k, v in file.items() if k != "method"}, given.get("config"))
     override(given, "flags")
+    if "epochs" in given:
+        if values.get("steps") and "steps" in given:
+            raise ValueError("--steps and --epochs both give the length of the run: leave out one")
+        values["steps"] = 0
     cfg = cls(**{**values, "out": str(out), "section": section})
     for name in given.keys() & values.keys() - {"out"}:
         if getattr(cfg, name) != values[name]:                               # set by __post_init__
@@ -279,10 +294,10 @@ def main(function):
         function()
     except (ValueError, OSError, RuntimeError) as e:
         if isinstance(e, torch.OutOfMemoryError):
-            e = "the GPU's memory is full: use a smaller --batch-size, or --accum-iter"
+            e = "the GPU's memory is full: use a smaller --batch-size; in training, or --accum-iter"
         elif re.search(r"DataLoader worker \(pid", str(e)):     # killed, not an exception in it
-            e = ("a DataLoader worker was killed (memory or /dev/shm full?): use fewer --workers, "
-                 "then --resume")
+            e = ("a DataLoader worker was killed (memory or /dev/shm full?): use fewer --workers; "
+                 "training continues with --resume")
         elif isinstance(e, RuntimeError):
             raise
         if os.environ.get("TRACEBACK"):

@@ -21,6 +21,10 @@ import yaml
 
 from lib import checkpoints, config, tree
 
+# Settings of a run that --resume may not change, as nothing else would notice: batch and seed give
+# every step its images, and all numbers of heads have the same shapes.
+FIXED = "batch_size", "seed", "num_heads", "decoder_num_heads"
+
 
 def finite(numbers):
     """{name: number} with None (null) for what is not finite, which JSON cannot express."""
@@ -34,18 +38,15 @@ class RunFolder:
         self.cfg, self.path, self.lock = cfg, Path(cfg.out), None
 
     def check_resume(self):
-        """Raises ValueError if there is no last.pt, or if the run had another batch size: its
-        progress is counted in steps, each with a fixed place in an epoch."""
+        """Raises ValueError if there is no last.pt."""
         if not (self.path / "last.pt").exists():
             raise ValueError(f"nothing to resume: there is no {self.path / 'last.pt'}; leave out "
                              f"--resume to start, or name the run's folder with --out")
-        settings = self.path / "config.yaml"
-        earlier = config.read_yaml(settings).get("batch_size") if settings.exists() else None
-        if earlier not in (None, self.cfg.batch_size):
-            raise ValueError(f"--batch-size {self.cfg.batch_size} cannot resume the run in "
-                             f"{self.path}, which counts its progress in steps of {earlier} "
-                             f"images: use --batch-size {earlier}, or start again without "
-                             f"--resume")
+
+    def settings(self):
+        """All settings but resume and config, as plain data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in
+                dataclasses.asdict(self.cfg).items() if k not in ("resume", "config")}
 
     def open(self, resume):
         """Creates and locks the folder. Returns the new path of an earlier run, or None.
@@ -67,9 +68,12 @@ class RunFolder:
                     raise ValueError(f"the current directory is inside {self.path}, so the earlier "
                                      f"run there cannot be renamed; start from another directory, "
                                      f"or choose another folder with --out")
-                names = (self.path.with_name(f"{self.path.name}.{n}") for n in range(1, 10**6))
-                new_path = next(name for name in names if not name.exists())
-                self.path.rename(new_path)
+                folder = self.path.resolve()             # of a link: what it leads to
+                new_path = checkpoints.free_name(folder)
+                folder.rename(new_path)
+                if Path(self.cfg.init_from).resolve().is_relative_to(folder):
+                    file = Path(self.cfg.init_from).resolve().relative_to(folder)
+                    self.cfg.init_from = str(new_path / file)
                 self._lock()
             if not resume:
                 (self.path / "metrics.jsonl").unlink(missing_ok=True)
@@ -79,7 +83,7 @@ class RunFolder:
         return new_path
 
     def _lock(self):
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.resolve().mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "w")               # released when the process ends
         try:
             # not flock: DataLoader workers would inherit it and keep it after their run is killed
@@ -102,9 +106,8 @@ class RunFolder:
 
     def write_config(self):
         """Writes config.yaml, which --resume and --config read."""
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in
-                 dataclasses.asdict(self.cfg).items() if k not in ("resume", "config")}
-        text = yaml.safe_dump({"method": self.cfg.method, **plain}, sort_keys=False).encode()
+        content = {"method": self.cfg.method, **self.settings()}
+        text = yaml.safe_dump(content, sort_keys=False).encode()
         checkpoints.write_atomic(self.path / "config.yaml", lambda f: f.write(text))
 
     def append_log(self, record):
@@ -134,22 +137,26 @@ class RunFolder:
             raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
         return SummaryWriter(self.path)
 
-    def save(self, state, step, sums, steps_per_epoch, threads):
+    def save(self, state, step, sums, images, threads):
         """Writes last.pt. state: {name: module or optimizer}; sums: {name: (sum, count)} of what
-        was logged since the last line; threads: of a run on a CPU, else None."""
+        was logged since the last line; images: of an epoch; threads: of a run on a CPU, else
+        None."""
         content = {"format": "training/1", "method": self.cfg.method, "step": step,
-                   "steps_per_epoch": steps_per_epoch, "threads": threads, "meter": sums,
+                   "images": images, "threads": threads, "meter": sums,
+                   "settings": self.settings(),
                    "state": {name: x.state_dict() for name, x in state.items()}}
         checkpoints.write_atomic(self.path / "last.pt", lambda f: torch.save(content, f))
 
     def load(self, state):
-        """Loads last.pt into `state`. Returns step, sums, steps per epoch and threads; see save().
-        The hyperparameters of optimizers stay those of this run. Raises ValueError for a file of
-        another method or with other shapes, OSError if it cannot be read now."""
+        """Loads last.pt into `state`. Returns step, sums, images and threads, see save(), and the
+        settings {name: value} that were others. The hyperparameters of optimizers stay those of
+        this run. Raises ValueError for a file of another method, with other shapes or FIXED
+        settings, OSError if it cannot be read now."""
         path = self.path / "last.pt"
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            kind, method, sums = saved["format"], saved["method"], saved["meter"]
+            kind, method, step = saved["format"], saved["method"], saved["step"]
+            states, sums = saved["state"], saved["meter"]
         except (OSError, MemoryError) as e:
             raise OSError(f"cannot read {path} ({e}); nothing is lost: try again") from None
         except Exception as e:
@@ -158,14 +165,21 @@ class RunFolder:
         if (kind, method) != ("training/1", self.cfg.method):
             raise ValueError(f"{path} is of method {method}, not {self.cfg.method}; name the right "
                              f"folder with --out")
-        if set(saved["state"]) != set(state):
-            raise ValueError(f"{path} contains {', '.join(sorted(saved['state']))}, but this run "
+        now, before = self.settings(), saved.get("settings", {})
+        changed = {name: x for name, x in before.items() if name in now and now[name] != x}
+        for name in FIXED:
+            if name in changed:
+                raise ValueError(f"{config.flag(name)} {now[name]} cannot resume the run in "
+                                 f"{self.path}: use {config.flag(name)} {before[name]}, or start "
+                                 f"again without --resume")
+        if set(states) != set(state):
+            raise ValueError(f"{path} contains {', '.join(sorted(states))}, but this run "
                              f"needs {', '.join(sorted(state))}; name the right folder with --out")
         for name, x in state.items():
             groups = [{k: v for k, v in group.items() if k != "params"}
                       for group in getattr(x, "param_groups", [])]
             try:
-                x.load_state_dict(saved["state"][name])
+                x.load_state_dict(states[name])
             except (RuntimeError, ValueError, KeyError) as e:
                 reason = str(e).splitlines()[-1].strip()
                 raise ValueError(f"{path} contains a {name} that does not fit ({reason}); compare "
@@ -173,4 +187,4 @@ class RunFolder:
             for group, current in zip(getattr(x, "param_groups", []), groups):
                 group.update(current)       # lr, weight decay, ... of this run, not the saved ones
         sums = {name: tuple(entry) for name, entry in sums.items()}
-        return saved["step"], sums, saved.get("steps_per_epoch"), saved.get("threads")
+        return step, sums, saved.get("images"), saved.get("threads"), changed

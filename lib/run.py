@@ -133,7 +133,7 @@ class Run:
         self.precision = distributed.pick_precision(cfg.precision, self.device)
         self.step = 0                       # completed steps; in the body: without the current one
         self.total = 0                      # steps of the whole run, known in steps()
-        self.steps_per_epoch = None         # of this run, known in steps(); before: of last.pt
+        self.images = None                  # of an epoch, known in steps(); before: of last.pt
         self.eval_due = self.save_due = False    # what the body of this step should do
         self.signal = 0                     # the signal received last; 0: none
         self.modules = []                   # of place(), for DDP and --compile
@@ -149,6 +149,8 @@ class Run:
         if cfg.batch_size % (self.world * cfg.accum_iter):
             raise ValueError(f"--batch-size {cfg.batch_size} is the global batch: it must be a "
                              f"multiple of {self.world} processes x {cfg.accum_iter} micro-batches")
+        if cfg.data not in datasets.NAMES:
+            datasets.find_folder(cfg.data)               # a misspelled name: before any output
         if cfg.resume:
             self.folder.check_resume()
         hint = "" if cfg.section == cfg.paper_data else f": --data {cfg.paper_data}"
@@ -225,11 +227,11 @@ class Run:
                         f"steps): nothing was trained, nothing was changed")
             return
         self._print_settings(len(loader))
-        if self.steps_per_epoch not in (None, len(loader)):
-            self.print0(f"the data set has changed: an epoch has {len(loader)} steps now and had "
-                        f"{self.steps_per_epoch}; order of the images and schedules are those of "
-                        f"the new number")
-        self.steps_per_epoch = len(loader)
+        if self.images not in (None, len(loader.images)):
+            self.print0(f"the data set has changed: it has {len(loader.images):,} images now and "
+                        f"had {self.images:,}; order of the images and schedules are those of the "
+                        f"new number")
+        self.images = len(loader.images)
         self.peak_flops = distributed.peak_flops(self.device, self.precision) * self.world
         batches, begin, skipped, compiled = loader.batches(start=self.step), self.step, 0, False
         self.last_save = time.perf_counter()
@@ -260,7 +262,7 @@ class Run:
                     compiled = True                      # not before: FLOPs are counted uncompiled
                     for module in self.modules:
                         module.compile()
-                if loader.skipped > skipped:
+                if loader.skipped > skipped and (step + 1) % self.cfg.log_every == 0:
                     skipped = loader.skipped
                     self.print0(f"{skipped} unreadable images replaced so far in process 0 (an "
                                 f"image counts each time)")
@@ -411,9 +413,12 @@ class Run:
         if problem[0]:
             raise problem[0]
         if self.cfg.resume:
-            self.step, self.sums, self.steps_per_epoch, threads = self.folder.load(self.state)
+            self.step, self.sums, self.images, threads, changed = self.folder.load(self.state)
             self.last_saved_step = self.step
-            self.print0(f"resumed from {self.out / 'last.pt'} after step {self.step}")
+            changed.pop("out", None)                     # a folder that was moved
+            values = (f"{k} {getattr(self.cfg, k)} (was {x})" for k, x in changed.items())
+            self.print0(f"resumed from {self.out / 'last.pt'} after step {self.step}"
+                        f"{'; changed: ' * bool(changed)}{', '.join(values)}")
             if threads and self._computes_alone() and (note := distributed.keep_threads(threads)):
                 self.print0(note)
         if self.rank == 0:
@@ -436,7 +441,7 @@ class Run:
             sums = {name: (self._mean(total), count) for name, (total, count) in self.sums.items()}
             if self.rank == 0:
                 threads = torch.get_num_threads() if self._computes_alone() else None
-                self.folder.save(self.state, self.step + 1, sums, self.steps_per_epoch, threads)
+                self.folder.save(self.state, self.step + 1, sums, self.images, threads)
         self.last_saved_step, self.last_save = self.step + 1, time.perf_counter()
 
     def save_encoder(self, backbone, full=None, **info):
@@ -453,7 +458,8 @@ class Run:
             checkpoints.save_encoder(self.out / "encoder.pt", backbone, **about, **info)
             if full:
                 full = {name: x.cpu() for name, x in full.items()}
-                content = dict(model=full, num_heads=backbone.config["num_heads"], **about)
+                content = dict(model=full, num_heads=backbone.config["num_heads"], **about,
+                               decoder_num_heads=getattr(self.cfg, "decoder_num_heads", None))
                 checkpoints.write_atomic(self.out / "full.pt", lambda f: torch.save(content, f))
 
 

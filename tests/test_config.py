@@ -33,6 +33,7 @@ def test_a_section_can_be_chosen_and_is_kept_by_resume(tmp_path):
     def parse(*flags):
         return config.parse(mmc.Config, ["--data", "some/photos", "--out", str(tmp_path), *flags])
 
+    assert config.parse(mmc.Config, ["--data", "photos"]).section == "imagenet100"   # a folder
     cfg = parse("--section", "photos")
     assert (parse().section, cfg.section) == ("imagenet100", "photos")
     assert (parse().img_size, cfg.img_size) == (224, 96)

@@ -284,9 +284,14 @@ def test_settings_for_a_cpu_are_pointed_out_on_a_folder_of_images(tmp_path, monk
         Run(config.parse(mmc.Config, ["--device", "cpu", "--out", str(tmp_path), *flags]))
         return capsys.readouterr().out
 
-    assert "--section photos has some for a CPU" in opening("--data", "some/photos")
-    for flags in (["--data", "some/photos", "--section", "photos"], [], ["--data", "imagenet"]):
+    (tmp_path / "photos").mkdir()
+    photos = str(tmp_path / "photos")
+    assert "--section photos has some for a CPU" in opening("--data", photos)
+    for flags in (["--data", photos, "--section", "photos"], [], ["--data", "imagenet"]):
         assert "--section photos" not in opening(*flags)
+    with pytest.raises(ValueError, match="did you mean 'toy'"):
+        opening("--data", "toyy")
+    assert not capsys.readouterr().out                   # no line about settings for it
 
 
 # ---- time ----------------------------------------------------------------------------------------
@@ -455,24 +460,34 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_invalid(tmp_path, mo
         run.restore()
 
 
-def test_a_run_is_not_resumed_with_another_batch_size(tmp_path, monkeypatch, capsys):
+def test_a_run_is_not_resumed_with_settings_that_nothing_else_would_notice(tmp_path, monkeypatch,
+                                                                           capsys):
     run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 2)
     for _ in run.steps(loader):
         if run.save_due:
             run.save()
     run.folder.lock.close()
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(ValueError, match="--batch-size 8 cannot resume .*: use --batch-size 16"):
-        small_run(monkeypatch, tmp_path, "--steps", 4, "--resume", "--batch-size", 8)
+    for name, now, was in (("batch-size", 8, 16), ("seed", 5, 0), ("num-heads", 1, 2)):
+        with pytest.raises(ValueError, match=f"--{name} {now} cannot resume the run in .*: use "
+                                             f"--{name} {was}, or start again"):
+            small_run(monkeypatch, tmp_path, "--steps", 4, "--resume", f"--{name}", now)
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("\nseed: 0\n", "\nseed: 5\n"))
+    with pytest.raises(ValueError, match="--seed 5 cannot resume"):          # edited by hand
+        small_run(monkeypatch, tmp_path, "--steps", 4, "--resume")
+    (tmp_path / "config.yaml").write_text(text)
     assert (tmp_path / "last.pt").read_bytes() == before
     run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 4, "--resume")
+    printed = capsys.readouterr().out
+    assert "after step 2; changed: steps 4 (was 2)\n" in printed
     assert [step for step, _ in run.steps(loader)] == [2, 3]
-    assert "the data set has changed" not in capsys.readouterr().out
+    assert "the data set has changed" not in printed + capsys.readouterr().out
     run.folder.lock.close()
     run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 4, "--resume")
     loader.images.pixels = loader.images.pixels.repeat(2, 1, 1, 1)
     assert next(run.steps(loader))[0] == 2
-    assert "an epoch has 2 steps now and had 1" in capsys.readouterr().out
+    assert "it has 32 images now and had 16; order" in capsys.readouterr().out
 
 
 def test_a_folder_of_images_is_not_the_folder_of_a_run(tmp_path):
