@@ -176,6 +176,8 @@ def main(argv=None):
         print(note)
     with keep_in_memory() if len(tasks) > 1 else contextlib.nullcontext():
         results, skipped, paths, error = run_tasks(opt, models, is_first)
+    if error and not is_first:
+        time.sleep(10)       # the first process prints what is done; an error here would end it
     if error and not (is_first and results):
         raise error
     if not error and not any(gather_objects(bool(results))):
@@ -199,9 +201,9 @@ def list_tasks(opt):
 def run_tasks(opt, models, is_first):
     """Runs the tasks on each model.
 
-    -> list of Result, notes on tasks that were skipped, files that were written, the error that
-    ended the run (or None). With --task all a task is skipped if it does not fit the model or the
-    data set.
+    -> list of Result, notes on tasks that were skipped, files that were written, the first error
+    (or None). A task that finds an error in its model or data does not stop the others; with --task
+    all it is skipped.
     """
     run_all, tasks = opt.task == ("all",), list_tasks(opt)
     results, skipped, written, failure = [], {}, {}, None
@@ -216,6 +218,8 @@ def run_tasks(opt, models, is_first):
                 if not run_all:
                     raise
                 skipped.setdefault((model.name, why_skipped(task, error)), []).append(task)
+    for path in dict.fromkeys(path for _, _, path in jobs):          # before any work
+        open_for_append(path if is_first else Path(os.devnull)).close()
     if run_all and jobs:
         print_plan(opt, jobs)
     # The first process runs some tasks alone: they come last, and the others wait at the end.
@@ -225,19 +229,25 @@ def run_tasks(opt, models, is_first):
         if task in FIRST_PROCESS and not is_first:
             continue
         task_opt, begin = options_for_task(opt, task), time.perf_counter()
-        with open_for_append(path if is_first else Path(os.devnull)) as file:   # before any work
+        with open_for_append(path if is_first else Path(os.devnull)) as file:
             try:
                 with progress.activity(f"{model.name}: {task}", is_first):
                     report = TASKS[task](model, task_opt)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as interrupt:
                 failure = KeyboardInterrupt(
                     f"interrupted during {task} of {model.name}: {len(results)} of {len(jobs)} "
-                    f"tasks are done" + ", and their results are above" * bool(results))
+                    f"tasks are done{', and their results are above' * bool(results)}"
+                    f"{f'; {interrupt}' * bool(str(interrupt))}")
                 break
-            except Exception as error:
-                if run_all and isinstance(error, (ValueError, FileNotFoundError)):
+            except (ValueError, FileNotFoundError) as error:         # others can still be measured
+                if run_all:
                     skipped.setdefault((model.name, why_skipped(task, error)), []).append(task)
                     continue
+                failure = failure or error
+                if len(jobs) > 1:
+                    print(f"{model.name}: {task} failed: {error}", flush=True)
+                continue
+            except Exception as error:
                 failure = error
                 break
             add_notes(report, task, model, task_opt)
@@ -262,7 +272,8 @@ def options_for_task(opt, task):
     """The options of one task. --task all: it trains briefly."""
     if opt.task != ("all",):
         return replace(opt, task=task)
-    changes, attentive = dict(task=task), "attentive" in (task, opt.head)
+    changes = dict(task=task)
+    attentive = task == "attentive" or task == "part_classification" and opt.head == "attentive"
     if not (opt.epochs or opt.recipe or opt.paper_lr or attentive) and task in LOGREG:
         changes["recipe"] = "logreg"
     else:
@@ -293,12 +304,12 @@ def check_fit(task, model, opt):
     if task in ("part_retrieval", "part_classification"):
         retrieval.choose_parts(opt)                      # the data has keypoints, and these parts
     kind = NEEDS_ANNOTATIONS.get(task)
-    if task == "object_retrieval" and opt.data in ("coco", "toy-scenes"):
+    if task == "object_retrieval" and annotations.objects_are_boxes(opt.data):
         kind = "boxes"
     elif task == "detection" and not annotations.has("masks", opt.data):
         kind = "boxes"                                   # Faster R-CNN
-    elif task == "landmark_retrieval" and not is_toy(opt.data) and not opt.limit:
-        annotations.landmarks(opt.data, opt.data_root)
+    elif task == "landmark_retrieval" and not is_toy(opt.data):
+        retrieval.read_landmarks(opt)
     elif not is_toy(opt.data):                           # which has classes, and takes time to draw
         for split in NEEDS_CLASSES.get(task, ()):
             load_labeled(model, opt, split)

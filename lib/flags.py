@@ -11,6 +11,7 @@
 """
 import argparse
 import dataclasses
+import math
 import types
 import typing
 
@@ -21,7 +22,7 @@ def flag(default, help, choices=None, at_least=None, only_for=(), group=None):
     """A field of a dataclass of flags.
 
     default: None and () mean "not given". A bool is a switch without a value. at_least: the
-    smallest integer allowed. only_for: names of the tasks that use the flag; (): all of them.
+    smallest number allowed. only_for: names of the tasks that use the flag; (): all of them.
     group: title of its section in --help.
     """
     return dataclasses.field(default=default, metadata=dict(
@@ -63,8 +64,8 @@ def arguments(field, hint):
         keywords["nargs"] = "+"
     if info["choices"]:
         return keywords | dict(choices=info["choices"])
-    if info["at_least"] is not None:
-        kind = integer_from(info["at_least"])
+    if kind in (int, float):
+        kind = number_from(kind, info["at_least"])
     return keywords | dict(type=kind, metavar=field.name.upper())
 
 
@@ -77,13 +78,19 @@ def value_type(hint):
     return hint, False
 
 
-def integer_from(minimum):
-    """A function that converts the text of a flag to an int of at least `minimum`."""
+def number_from(kind, minimum=None):
+    """A function that converts the text of a flag to a finite int or float of at least `minimum`
+    (None: any)."""
     def convert(text):
-        if not text.isdecimal() or int(text) < minimum:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or minimum is not None and number < minimum:
+            bound = "" if minimum is None else f" of at least {minimum}"
             raise argparse.ArgumentTypeError(
-                f"expected an integer of at least {minimum}, not {text!r}")
-        return int(text)
+                f"expected {'an integer' if kind is int else 'a number'}{bound}, not {text!r}")
+        return number
     return convert
 
 
@@ -92,5 +99,8 @@ def refuse_unused(opt, tasks):
     for field in dataclasses.fields(opt):
         users = field.metadata["only_for"]
         if users and not set(tasks) & set(users) and getattr(opt, field.name) != field.default:
-            raise ValueError(f"{' and '.join(tasks)} {'does' if len(tasks) == 1 else 'do'} not use "
-                             f"{config.flag(field.name)}: leave it out")
+            many = len(tasks) > 3
+            raise ValueError(
+                f"{config.flag(field.name)} is for {', '.join(users)} only: leave it out" if many
+                else f"{' and '.join(tasks)} {'does' if len(tasks) == 1 else 'do'} not use "
+                     f"{config.flag(field.name)}: leave it out")

@@ -179,6 +179,11 @@ def has(what, name):
     return name in READERS[what] or os.path.isdir(name) and own_data.has(name, what)
 
 
+def objects_are_boxes(name):
+    """Whether the objects of a data set, to be retrieved, are boxes; else they are whole images."""
+    return name in ("coco", "toy-scenes") or name not in BOXES and has("boxes", name)
+
+
 def masks(name, root=None, split="test", limit=None, size=256, order=None):
     """Iterator of MaskImage. split, limit, size: as in `keypoints`.
 

@@ -89,9 +89,13 @@ def classify(model: Model, opt: Options) -> Report:
     scores, truth, _ = extract_features(model, opt, "test", ["classifier"], classifier_scores)
     top = metrics.accuracy(scores["classifier"], truth)
     feature = "class token" if head.fc_norm is None else "mean patch token"
+    trained_on = model.source.data
+    notes = [f"{model.name} was trained on {trained_on}: its classes must be those of {opt.data}, "
+             f"in the same order"] * (trained_on not in (None, opt.data))
     return Report({"classifier": dict(zip(("top-1", "top-5"), top))},
                   f"the classifier in the checkpoint, of the {feature}; {num_classes:,} classes in "
-                  f"the order of {opt.data}; {describe_view(model, opt)}", dict(test=len(truth)))
+                  f"the order of {opt.data}; {describe_view(model, opt)}", dict(test=len(truth)),
+                  notes)
 
 
 def linear(model: Model, opt: Options) -> Report:
@@ -233,7 +237,7 @@ def few_shot(model: Model, opt: Options) -> Report:
         accuracy = (similarity.argmax(2) == truth).double().mean(1)          # (episodes,)
         same = (truth[:, None] == torch.arange(ways, device=truth.device)).expand_as(similarity)
         f1 = metrics.f1_sweep(similarity, same, thresholds)
-        interval = 1.96 * accuracy.std().item() / opt.episodes ** 0.5 if opt.episodes > 1 else 0.0
+        interval = 1.96 * accuracy.std().item() / opt.episodes ** 0.5
         rows[name] = {"accuracy": 100 * accuracy.mean().item(), "+-": 100 * interval,
                       "F1": 100 * f1.max().item(), "T x 100": 100 * thresholds[int(f1.argmax())],
                       **{f"F1 {t}": 100 * value for t, value in zip(thresholds, f1.tolist())}}

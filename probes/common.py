@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import data
 import vit
-from lib import augment, checkpoints, datasets, distributed, progress, rng, swin
+from lib import augment, checkpoints, datasets, distributed, progress, rng, swin, tree
 from lib.flags import flag
 from probes.annotation_files import LAYOUT
 
@@ -142,7 +142,8 @@ class Options(CommonOptions):
         only_for=("segmentation", "linear_segmentation", "pose", "detection"))
     lr: tuple[float, ...] = flag(
         (), "learning rate; linear_segmentation takes several and trains one layer with each; "
-        "default: the recipe's (linear_segmentation of few iterations: three)", group="training",
+        "default: the recipe's (linear_segmentation of few iterations: three)", at_least=0,
+        group="training",
         only_for=("finetune", "segmentation", "linear_segmentation", "pose", "detection"))
     train_batch_size: int | None = flag(
         None, "crops, boxes or images in a training step; default: the recipe's", at_least=1,
@@ -164,10 +165,10 @@ class Options(CommonOptions):
 
     k: tuple[int, ...] = flag((10, 20), "numbers of neighbors", at_least=1, group="protocol",
                               only_for=("knn",))
-    episodes: int = flag(600, "number of 5-way 1-shot episodes", at_least=1, group="protocol",
+    episodes: int = flag(600, "number of 5-way 1-shot episodes", at_least=2, group="protocol",
                          only_for=("few_shot",))
     max_aspect: float = flag(1.2, "largest ratio of the longer to the shorter side of a box",
-                             group="protocol", only_for=("object_retrieval",))
+                             at_least=1, group="protocol", only_for=("object_retrieval",))
     min_side: int = flag(64, "smallest shorter side of a box in pixels", at_least=1,
                          group="protocol", only_for=("object_retrieval",))
     max_items: int | None = flag(
@@ -185,7 +186,7 @@ class Options(CommonOptions):
                               only_for=("landmark_retrieval",))
     no_crop: bool = flag(False, "use the whole image, without the center crop", group="protocol",
                          only_for=("shape_bias",))
-    eps: float = flag(0.7, "strength of the noise, in units of the normalized input",
+    eps: float = flag(0.7, "strength of the noise, in units of the normalized input", at_least=0,
                       group="protocol", only_for=("frequency_noise",))
     equal_energy: bool = flag(
         False, "noise of equal energy in all bands; default: of equal density", group="protocol",
@@ -278,7 +279,8 @@ def load_models(opt: CommonOptions) -> list[Model]:
     encoders = [checkpoints.load_encoder(
         path, opt.branch, opt.img_size, num_heads=opt.num_heads, normalization=opt.normalization)
         for path in paths]
-    names = [path.parent.name if path.name == "encoder.pt" else path.stem for path in paths]
+    names = [path.resolve().parent.name if path.name == "encoder.pt" else path.stem
+             for path in paths]
     names = [name.encode(errors="backslashreplace").decode() for name in names]   # for figures
     names = [name if names.index(name) == i else f"{name} ({i + 1})"     # a column for each
              for i, name in enumerate(names)]
@@ -398,8 +400,8 @@ def dino_features(encoder, x):
         return {"cls+patch": torch.cat([z["cls"], z["patch"]], 1)}
     outputs, _ = encoder.layers(x, range(max(0, encoder.depth - 4), encoder.depth))
     split = [encoder.split(tokens) for tokens in outputs]
-    return {"4 x cls": torch.cat([patches.mean(1) if cls is None else cls
-                                  for cls, patches in split], 1)}
+    return {f"{len(split)} x cls": torch.cat([patches.mean(1) if cls is None else cls
+                                              for cls, patches in split], 1)}
 
 
 def pixel_features(_, x):
@@ -441,8 +443,9 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
         return keep_features(model, features, names), numbers
     path = Path(opt.out) / "features" / f"{name}.pt"
     if on_disk and all(gather_objects(path.is_file())):
-        content = torch.load(path, map_location=model.device, weights_only=True)
-        features, numbers = content["features"], content["numbers"]
+        content = checkpoints.read_file(path)
+        features = {key: z.to(model.device) for key, z in content["features"].items()}
+        numbers = content["numbers"].to(model.device)
     else:
         features, numbers = encode_once(model, opt, batches, encode, total,
                                         () if in_memory or on_disk else names)
@@ -589,8 +592,16 @@ def load_labeled(model, opt, split):
         tests = load_split(*where, "test", model.img_size, opt.limit, model.device)
         if tests.labels is not None and tests.classes != images.classes:
             n, m = (len(split.classes or []) for split in (images, tests))
+            other = sorted({*(images.classes or ())} ^ {*(tests.classes or ())})
             raise ValueError(f"{opt.task} needs the same classes in both splits, and the training "
-                             f"and test images of {opt.data} have different ones ({n} and {m})")
+                             f"and test images of {opt.data} have different ones ({n} and {m}): "
+                             f"make {tree.list_names(other)} complete, or give the folder that "
+                             f"contains both splits by its path")
+        if tests.labels is not None and (
+                new := int((~torch.isin(tests.labels, images.labels)).sum())):
+            datasets.print_once(
+                f"note: {new:,} of {len(tests):,} test images are of classes without a training "
+                f"image, and cannot be right{': raise --limit' * bool(opt.limit)}", sys.stdout)
     return images, len(images.classes or range(int(images.labels.max()) + 1))
 
 

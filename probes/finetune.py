@@ -62,9 +62,11 @@ def finetune(model, opt):
     baseline, wrong --reinit, too few images, several --lr.
     """
     name, _ = choose_recipe(opt, FINETUNE_RECIPES)       # an unknown one is refused before any work
-    if name == "mmc" and opt.save:
+    if opt.save and name == "mmc":
         raise ValueError("--save: a head of class token and mean patch token, that of recipe mmc, "
                          "cannot be stored: choose another --recipe")
+    if opt.save:
+        checkpoints.make_folder(opt.out)
     if len(opt.lr) > 1:
         raise ValueError("finetune takes one --lr at a time")
     if not model.encoder:
@@ -208,8 +210,13 @@ class Classifier(nn.Module):
 
 
 def save_network(net, model, opt):
-    """Writes encoder and head as they are after the last epoch, as an encoder checkpoint."""
+    """Writes encoder and head as they are after the last epoch, as an encoder checkpoint. An
+    earlier file of that name is renamed."""
     path = Path(opt.out) / f"finetuned-{model.name}-{Path(opt.data).name}.pt"
+    if path.exists():
+        kept = checkpoints.free_name(path)
+        path.rename(kept)
+        print(f"the earlier {path} is kept as {kept}", flush=True)
     head = {key: x for key, x in net.state_dict().items() if not key.startswith("encoder.")}
     checkpoints.save_encoder(
         path, net.encoder, branch="finetuned", method=model.source.method, data=opt.data,

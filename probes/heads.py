@@ -70,12 +70,13 @@ class LinearHeads:
 class AttentiveHeads:
     """n_lr attentive classifiers: tokens (B, L, D) -> scores (B, n_lr, C). No residual, no MLP.
 
-    A learned query attends to all tokens, with D/64 attention heads and a LayerNorm each for query,
-    key and value; then a projection, batch norm without affine parameters, and a linear classifier.
-    As there is one query, no token is projected: q . (W_k x) = (W_k^T q) . x, and the weighted mean
-    of W_v x is W_v times that of x. So n_lr heads cost hardly more than one. The shift of the key's
-    LayerNorm is left out: it cancels in the softmax. bn: statistics of the batch norm at test time,
-    "running" or those of the "batch".
+    A learned query attends to all tokens, with D/64 attention heads (our choice: rounded down to a
+    divisor of D) and a LayerNorm each for query, key and value; then a projection, batch norm
+    without affine parameters, and a linear classifier. As there is one query, no token is
+    projected: q . (W_k x) = (W_k^T q) . x, and the weighted mean of W_v x is W_v times that of x.
+    So n_lr heads cost hardly more than one. The shift of the key's LayerNorm is left out: it
+    cancels in the softmax. bn: statistics of the batch norm at test time, "running" or those of the
+    "batch".
     """
     min_batch = 16                                       # for the statistics of the batch norm
 
@@ -97,9 +98,7 @@ class AttentiveHeads:
         (query, q_gain, q_shift, k_gain, v_gain, v_shift, w_q, b_q, w_k, w_v, b_v, w_o, b_o,
          weight, bias) = self.params
         D = x.shape[2]
-        H = max(1, D // 64)
-        if D % H:
-            raise ValueError(f"the attentive head needs a width that is a multiple of 64, not {D}")
+        H = next(h for h in range(max(1, D // 64), 0, -1) if D % h == 0)
         x = F.layer_norm(x.float(), [D], eps=1e-6)                          # gain, shift: below
         q = F.layer_norm(query, [D], eps=1e-6) * q_gain + q_shift
         q = torch.einsum("roi,ri->ro", w_q, q) + b_q                        # r: learning rates
@@ -137,8 +136,8 @@ class Classifier:
 
     def scores(self, x):
         """x (n, ...) -> (n, C)."""
-        return torch.cat([self.head((part - self.mean) * self.scale)[:, 0]
-                          for part in x.split(256)])
+        parts = x.tensor_split(max(1, len(x) // 256))    # none of one image: --bn batch
+        return torch.cat([self.head((part - self.mean) * self.scale)[:, 0] for part in parts])
 
     def evaluate(self, x, labels):
         """x (n, ...), labels (n,) -> accuracies in percent, a row of a Report."""

@@ -10,7 +10,9 @@ import time
 
 import torch
 
-from probes.common import DENSE, is_toy, load_split
+from probes import annotations
+from probes.common import DENSE, is_toy, load_labeled, load_split
+from probes.heads import LR_FACTORS
 
 FLOPS = 5e9              # per second, of small matrix products in one thread
 READ_SECONDS = 0.01      # to decode one image file
@@ -56,7 +58,7 @@ def estimate_seconds(task, model, opt, time_image):
         "layerwise": lambda: images("train") + images("test"),
         "attentive": lambda: 2 * images("train") + images("test"),
         "object_retrieval": lambda: (
-            PARTS_PER_IMAGE * limit if opt.data in ("coco", "toy-scenes") else images("test")),
+            PARTS_PER_IMAGE * limit if annotations.objects_are_boxes(opt.data) else images("test")),
         "part_retrieval": lambda: PARTS_PER_IMAGE * limit,
         "part_classification": lambda: 2 * PARTS_PER_IMAGE * limit,
         "landmark_retrieval": lambda: 640 if is_toy(opt.data) else 5000,
@@ -84,9 +86,9 @@ def head_flops(task, model, opt, images):
         width, depth = model.encoder.embed_dim, model.encoder.depth
         tokens = (model.img_size // model.encoder.patch_size) ** 2 + 1
     n = 5 * images("train")                              # four fifths in five folds, and all
-    if task == "attentive":                              # eleven heads of width x width
-        return n * opt.epochs * 33 * width * (2 * tokens * max(1, width // 64) + 3 * width)
-    passes = LBFGS_STEPS if opt.recipe == "logreg" else 11 * (opt.epochs or 90)
-    classes = len(load_split(opt.data, opt.data_root, "train", model.img_size, opt.limit,
-                             model.device).classes or "?")
+    heads = len(LR_FACTORS)
+    if task == "attentive":                              # each of width x width
+        return n * opt.epochs * 3 * heads * width * (2 * tokens * max(1, width // 64) + 3 * width)
+    passes = LBFGS_STEPS if opt.recipe == "logreg" else heads * (opt.epochs or 90)
+    _, classes = load_labeled(model, opt, "train")
     return n * passes * 6 * width * classes * (depth if task == "layerwise" else 1)

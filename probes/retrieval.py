@@ -61,8 +61,7 @@ def object_retrieval(model: Model, opt: Options) -> Report:
     of the query's class. Not implemented: retrieval in the training split.
     """
     names, encode = select_features(opt, "cls", "patch", "projected")
-    if opt.data in ("coco", "toy-scenes") or (
-            opt.data not in annotations.BOXES and annotations.has("boxes", opt.data)):
+    if annotations.objects_are_boxes(opt.data):
         items = annotations.boxes(opt.data, opt.data_root, "test", opt.limit)
         crops = crop_boxes(items, model.img_size, opt.max_aspect, opt.min_side)
         features, labels = encode_batches(
@@ -71,6 +70,9 @@ def object_retrieval(model: Model, opt: Options) -> Report:
         view = (f"boxes with sides of at least {opt.min_side} px and at most {opt.max_aspect:g} : "
                 f"1, resized to a square of {model.img_size} px")
     else:
+        if (opt.max_aspect, opt.min_side) != (Options.max_aspect, Options.min_side):
+            raise ValueError(f"--max-aspect and --min-side choose boxes, and {opt.data} has none: "
+                             f"leave them out")
         features, labels, _ = extract_features(model, opt, "test", names, encode)
         view = describe_view(model, opt)
     features, labels = draw_subset(features, labels, opt.max_items, opt.seed)
@@ -81,7 +83,8 @@ def object_retrieval(model: Model, opt: Options) -> Report:
 
 def crop_boxes(items, size, max_aspect, min_side):
     """Yields (box (3, size, size) uint8, its label): the boxes of annotations.boxes that are large
-    enough and nearly square, clipped to the image and resized to a square."""
+    enough and nearly square, clipped to the image and resized to a square. ValueError: none."""
+    found = False
     for item in items:
         height, width = item.image.shape[1:]
         for box, label, crowd in zip(item.boxes, item.labels, item.crowd):
@@ -89,9 +92,12 @@ def crop_boxes(items, size, max_aspect, min_side):
             x1, y1 = (min(limit, round(v)) for v, limit in zip(box[2:].tolist(), (width, height)))
             short, long = sorted((x1 - x0, y1 - y0))
             if not crowd and short >= max(1, min_side) and long <= max_aspect * short:
-                crop = item.image[:, y0:y1, x0:x1]
+                crop, found = item.image[:, y0:y1, x0:x1], True
                 yield TF.resize(crop, [size, size], TF.InterpolationMode.BICUBIC,
                                 antialias=True), int(label)
+    if not found:
+        raise ValueError(f"no box has sides of at least {min_side} px and at most {max_aspect:g} : "
+                         f"1: lower --min-side, raise --max-aspect or --limit")
 
 
 def batch_crops(crops, model, batch_size):
@@ -312,11 +318,9 @@ def landmark_retrieval(model: Model, opt: Options) -> Report:
     synthetic = is_toy(opt.data)
     if opt.crop_queries and synthetic:
         raise ValueError(f"queries of {opt.data} have no boxes: leave out --crop-queries")
-    if opt.limit and opt.data in ("roxford5k", "rparis6k"):
-        raise ValueError(f"{opt.data} is always used as a whole: leave out --limit")
     side = opt.img_size or (model.img_size if synthetic else 224)
     landmarks = (draw_toy_landmarks(opt.data, side, opt.limit, opt.seed) if synthetic else
-                 annotations.landmarks(opt.data, opt.data_root))
+                 read_landmarks(opt))
     names, encode = select_features(opt, "cls")
     if opt.multiscale:
         if opt.feature not in (None, "cls"):
@@ -349,8 +353,15 @@ def landmark_retrieval(model: Model, opt: Options) -> Report:
     if synthetic:
         view = "queries are frames of videos"
     return Report(rows, f"revisited protocol, {view}; cosine; {describe_output(model)}"
-                  f"longer side {side} px" + ", 3 scales averaged" * opt.multiscale,
+                  f"longer side {side} px" +
+                  ", 3 scales averaged" * (opt.multiscale and bool(model.encoder)),
                   dict(database=len(numbers), queries=len(query_numbers)))
+
+
+def read_landmarks(opt):
+    if opt.limit and opt.data in ("roxford5k", "rparis6k"):
+        raise ValueError(f"{opt.data} is always used as a whole: leave out --limit")
+    return annotations.landmarks(opt.data, opt.data_root)
 
 
 def list_images(landmarks, kinds, query):

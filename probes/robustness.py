@@ -85,7 +85,10 @@ def shape_bias(model: Model, opt: Options) -> Report:
     shapes, textures = stimuli.shapes[index], stimuli.textures[index]
     conflict = shapes != textures
     bias, either = metrics.shape_bias(predicted[conflict], shapes[conflict], textures[conflict])
-    mean = torch.tensor(list(bias.values()), dtype=torch.float64).nanmean().item()
+    values = torch.tensor(list(bias.values()), dtype=torch.float64)
+    mean, undecided = values.nanmean().item(), int(values.isnan().sum())
+    notes = [f"{undecided} of {len(bias)} shapes have no decision for shape or texture and are not "
+             f"in the mean"] * bool(undecided)
     row = {"shape bias": 100 * mean, "either": 100 * either}
     row |= {stimuli.classes[c]: 100 * value for c, value in bias.items()}
     if opt.show:
@@ -97,7 +100,7 @@ def shape_bias(model: Model, opt: Options) -> Report:
                   f"{describe_selection(recipe)}; {describe_view(model, opt, opt.no_crop)}; "
                   f"{decision}; mean over shapes of shape / (shape or texture)",
                   dict(train=num_train, test=int(conflict.sum())),
-                  [f"{model.name}: {note}" for note in head.notes])
+                  [f"{model.name}: {note}" for note in [*head.notes, *notes]])
 
 
 def predict_category(scores, categories):
@@ -128,9 +131,10 @@ def frequency_noise(model: Model, opt: Options) -> Report:
     test images of the data set; the noise is added to the normalized image and is the same for all
     models. Our choice, as the paper states only a window of 0.1 pi: strength 0.7 with random signs,
     bands 0.1 pi wide around f = 0, 0.1 pi ... pi, where f is the larger of |f_x| and |f_y|, not
-    clipped. The energy of a band rises with f, except that the last one, like the first, is half as
-    wide (it ends at pi) and has about half the energy of the one before (--equal-energy: the same
-    in all bands). Recipe park, see `linear`. Not implemented: fine-tuned models (F.2).
+    clipped. At 224 px the energy of a band rises with f, except that the last one, like the first,
+    is half as wide (it ends at pi) and has about half the energy of the one before. Small images
+    have few frequencies, and the energies go up and down (--equal-energy: the same in all bands).
+    Recipe park, see `linear`. Not implemented: fine-tuned models (F.2).
     """
     recipe_name, recipe = choose_linear_recipe(opt, "park")
     names, encode = linear_features(opt, recipe_name)
@@ -141,12 +145,22 @@ def frequency_noise(model: Model, opt: Options) -> Report:
         return metrics.accuracy(head.scores(*tests.values()), truth)[0], len(truth)
 
     clean, num_test = top1(None)
-    drops = {}
+    drops, sizes, notes = {}, [], []
     for tenth in range(11):
-        def add_noise(x, index, frequency=tenth / 10 * math.pi):
-            return x + band_noise(index, x.shape[-1], frequency, opt.eps, opt.seed,
-                                  opt.equal_energy)
-        drops[f"{tenth / 10:g} pi"] = clean - top1(add_noise)[0]
+        frequency = tenth / 10 * math.pi
+        if size := int(frequency_band(model.img_size, frequency).sum()):
+            def add_noise(x, index, frequency=frequency):
+                return x + band_noise(index, x.shape[-1], frequency, opt.eps, opt.seed,
+                                      opt.equal_energy)
+            drops[f"{tenth / 10:g} pi"] = clean - top1(add_noise)[0]
+        else:
+            notes.append(f"images of {model.img_size} px have no frequency in the band around "
+                         f"{tenth / 10:g} pi")
+        sizes.append(size)
+    if not opt.equal_energy and sizes[:-1] != sorted(sizes[:-1]):
+        notes.append(f"at {model.img_size} px the numbers of frequencies in the bands, and with "
+                     f"them the energies of the noise, do not rise steadily "
+                     f"({' '.join(map(str, sizes))}): --equal-energy for a comparison of bands")
     mean = sum(drops.values()) / len(drops)
     return Report({name: {"mean drop": mean, "clean": clean, **drops}},
                   f"percentage points of top-1 lost to noise of strength {opt.eps:g} in a band 0.1 "
@@ -154,7 +168,7 @@ def frequency_noise(model: Model, opt: Options) -> Report:
                   f"; linear head, recipe {recipe_name} ({head.training}); "
                   f"{describe_selection(recipe)}; {describe_view(model, opt)}",
                   dict(train=num_train, test=num_test),
-                  [f"{model.name}: {note}" for note in head.notes])
+                  [f"{model.name}: {note}" for note in [*head.notes, *notes]])
 
 
 def frequency_band(size, frequency, half=0.05 * math.pi):

@@ -1,9 +1,12 @@
 """Shared by the probes that train: shuffled batches, parameter groups, an encoder to fine-tune, and
 progress that is saved, so that an interrupted run can be resumed."""
+import contextlib
 import itertools
 import math
 import re
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -76,20 +79,27 @@ class Progress:
                 print(f"{self.path}: resumed after step {self.step:,}", flush=True)
 
     def steps(self, batches, total):
-        """Yields (step, batch) up to `total` steps; shows a progress bar and saves regularly."""
+        """Yields (step, batch) up to `total` steps; shows a progress bar and saves regularly.
+
+        Ctrl-C: the step in progress is completed and saved, then KeyboardInterrupt; a second one
+        ends it at once. With several processes, which end at different steps, nothing is saved."""
         self.first, self.total, self.begin = self.step, total, time.monotonic()
         self.bar = progress.bar(desc=f"{self.name}: training", total=total, unit="steps",
                                 initial=self.step, shown=distributed.rank() == 0)
         saved = self.begin
         try:
-            for step, batch in zip(range(self.step, total), batches):
-                yield step, batch
-                self.step = step + 1
-                self.bar.update()
-                due = time.monotonic() - (self.begin if self.step == total else saved)
-                if due > 60 * self.MINUTES and distributed.rank() == 0:
-                    self.save()
-                    saved = time.monotonic()
+            with catch_interrupt() as interrupts:
+                for step, batch in zip(range(self.step, total), batches):
+                    yield step, batch
+                    self.step = step + 1
+                    self.bar.update()
+                    due = time.monotonic() - (self.begin if self.step == total else saved)
+                    if (due > 60 * self.MINUTES or interrupts) and distributed.rank() == 0:
+                        self.save()
+                        saved = time.monotonic()
+                    if interrupts:
+                        raise KeyboardInterrupt(f"saved after step {self.step:,} of {total:,}: the "
+                                                f"same command continues")
         finally:
             self.bar.close()
 
@@ -122,6 +132,26 @@ class Progress:
     def delete(self):
         if distributed.rank() == 0:
             self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def catch_interrupt():
+    """Yields a list to which the first Ctrl-C adds a number; the second raises KeyboardInterrupt,
+    as do all if there are several processes, or outside of the main thread."""
+    interrupts, before = [], signal.getsignal(signal.SIGINT)
+    if distributed.world_size() > 1 or threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+
+    def catch(number, frame):
+        interrupts.append(number)
+        signal.signal(number, before)
+
+    signal.signal(signal.SIGINT, catch)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- batches -------------------------------------------------------------------------------------

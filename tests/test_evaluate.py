@@ -187,7 +187,7 @@ def test_knn_in_the_results_is_knn_of_the_features(tmp_path):
     assert line["metrics"]["cls"]["k=7"] == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("recipe, feature", [("mae", "cls"), ("dino", "4 x cls"),
+@pytest.mark.parametrize("recipe, feature", [("mae", "cls"), ("dino", "3 x cls"),
                                              ("park", "patch"), ("logreg", "cls")])
 def test_linear_runs_with_every_recipe_and_is_deterministic(tmp_path, monkeypatch, recipe, feature):
     monkeypatch.setattr(heads, "C_VALUES", (1e-2, 1.0))
@@ -489,15 +489,38 @@ def test_several_tasks_encode_common_images_once_and_print_a_table_each(
     assert all(f"{checkpoint.parent.name}: {task}, " in text for task in tasks)
 
 
-def test_an_error_in_one_of_several_tasks_ends_the_run_and_keeps_what_is_done(
-        tmp_path, checkpoint, capsys, monkeypatch):
-    monkeypatch.setitem(evaluate.TASKS, "few_shot", Mock(side_effect=ValueError("no shots")))
-    with pytest.raises(ValueError, match="no shots"):
-        run_checkpoint(tmp_path, [checkpoint], "--task", "knn", "few_shot", "linear")
+@pytest.mark.parametrize("error, done", [(ValueError("no shots"), ["knn", "object_retrieval"]),
+                                         (RuntimeError("a bug"), ["knn"])])
+def test_an_error_in_one_of_several_tasks_keeps_what_is_done(
+        tmp_path, checkpoint, capsys, monkeypatch, error, done):
+    """A user error does not stop the other tasks. All others end the run."""
+    monkeypatch.setitem(evaluate.TASKS, "few_shot", Mock(side_effect=error))
+    with pytest.raises(type(error), match=str(error)):
+        run_checkpoint(tmp_path, [checkpoint], "--task", "knn", "few_shot", "object_retrieval")
     text = capsys.readouterr().out
-    assert "\nmodel " in text and "linear" not in text.splitlines()[-1]
-    [line] = map(json.loads, next(tmp_path.glob("*.jsonl")).read_text().splitlines())
-    assert line["task"] == "knn"
+    assert text.count("\nmodel ") == len(done)
+    assert f"{checkpoint.parent.name}: few_shot failed: no shots" in text or len(done) == 1
+    lines = map(json.loads, next(tmp_path.glob("*.jsonl")).read_text().splitlines())
+    assert [line["task"] for line in lines] == done
+
+
+def test_a_broken_checkpoint_does_not_stop_the_comparison_with_others(
+        tmp_path, checkpoint, capsys):
+    broken = tmp_path / "broken" / "encoder.pt"
+    broken.parent.mkdir()
+    content = torch.load(checkpoint, weights_only=True)
+    content["model"]["norm.weight"][0] = math.nan
+    torch.save(content, broken)
+    with pytest.raises(ValueError, match="broken: its features are not finite"):
+        run_checkpoint(tmp_path, [broken, checkpoint], "--task", "knn")
+    [line] = map(json.loads, (tmp_path / "all.jsonl").read_text().splitlines())
+    assert line["model"] == checkpoint.parent.name and "\nmodel " in capsys.readouterr().out
+
+
+def test_the_folder_of_a_run_has_a_name_also_from_within(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    [line] = run_checkpoint(tmp_path, ["."], "--task", "knn")
+    assert line["model"] == checkpoint.parent.name
 
 
 def test_all_caches_files_only_if_asked(tmp_path, checkpoint, monkeypatch):
@@ -658,7 +681,7 @@ def test_impossible_combinations_are_refused_before_any_work(tmp_path, capsys, m
     (["--task", "part_retrieval", "--parts", "hed"], "toy has no part 'hed'; did you mean head?"),
     (["--task", "part_retrieval", "--parts", "tail"], "tail is the only one: name two or more"),
     (["--task", "object_retrieval", "--data", "toy-scenes", "--limit", "2", "--min-side", "999"],
-     "no images to evaluate; raise"),
+     "no box has sides of at least 999 px and at most 1.2 : 1: lower --min-side"),
     (["--task", "linear", "--limit", "9"], "9 are too few; raise --limit"),
     (["--task", "linear", "--paper-lr"], "add --recipe park"),
     (["--task", "linear", "--recipe", "simmim"], "choose --recipe mae, dino, park, logreg\n"),

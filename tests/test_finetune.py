@@ -259,6 +259,7 @@ def test_the_stored_network_classifies_as_at_the_end_of_its_training(monkeypatch
     nets, make_net = [], finetune.Classifier
     monkeypatch.setattr(finetune, "Classifier",
                         lambda *given: nets.append(make_net(*given)) or nets[-1])
+    tmp_path = tmp_path / "new"                          # a folder that does not exist yet
     flags = "--epochs", "2", "--lr", "3e-3", "--out", str(tmp_path), "--recipe", "light"
     row, = finetune.finetune(make_model(make()), finetune_options(*flags, "--save")).rows.values()
     assert 0 < row["last epoch"] < 100
@@ -270,6 +271,9 @@ def test_the_stored_network_classifies_as_at_the_end_of_its_training(monkeypatch
     assert torch.allclose(head(stored(x)), nets[0].eval()(x), atol=1e-5)
     report = classification.classify(make_model(stored), make_options("classify", data="cifar10"))
     assert report.rows["classifier"]["top-1"] == row["last epoch"]
+    first = path.read_bytes()
+    finetune.finetune(make_model(make()), finetune_options(*flags, "--save", "--seed", "1"))
+    assert path.with_name("finetuned-small-cifar10.1.pt").read_bytes() == first     # it is kept
     path.unlink()
     finetune.finetune(make_model(make()), finetune_options(*flags))
     assert not path.exists()

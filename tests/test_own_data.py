@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 from lib import datasets, tree
 from probes import annotations, detection, own_data, retrieval, segmentation
 from probes.common import Options
@@ -196,6 +197,18 @@ def test_coco_files_are_found_in_all_usual_layouts(tmp_path, clear_caches, image
     assert annotations.box_classes(folder) == ["cow"]      # a category without objects is no class
     assert annotations.has("boxes", folder) and not annotations.has("masks", folder)
     assert any("2 training and 1 test images with 3 objects" in note for note in clear_caches)
+
+
+def test_own_boxes_are_retrieved_from_the_command_line(tmp_path):
+    for split in ("train", "val"):
+        write_coco(tmp_path, split, f"{split}.json", ["a.png", "b.png"])
+    flags = ["--device", "cpu", "--baseline", "pixels", "--data", str(tmp_path), "--out",
+             str(tmp_path / "out"), "--task", "object_retrieval", "--max-aspect", "2"]
+    with pytest.raises(ValueError, match="no box has sides of at least 64 px and at most 2 : 1"):
+        evaluate.main(flags)
+    evaluate.main([*flags, "--min-side", "1"])
+    [line] = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert line["images"] == {"items": 2}
 
 
 def test_one_file_is_split_and_its_masks_become_label_maps(tmp_path):

@@ -1,5 +1,6 @@
 """Shared by the probes that train: shuffled batches, parameter groups, copies of encoders, and
 runs that are resumed after they were killed."""
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -202,6 +203,30 @@ def test_a_probe_that_was_killed_is_resumed(task, monkeypatch, tmp_path, capsys)
     assert first_steps[task == "detection"] == (1 if task == "detection" else 3)
     if task == "finetune":                                   # the others see other images then
         assert report.rows == whole.rows and report.notes == whole.notes
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(monkeypatch, tmp_path, capsys):
+    whole, before = run_probe("finetune", tmp_path / "whole", "--epochs", "4"), signal.getsignal(
+        signal.SIGINT)
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupted_step(self, *args):
+        calls.append(step(self, *args))
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)           # the step is completed
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt, match="saved after step 2 of 4: the same command"):
+        run_probe("finetune", tmp_path, "--epochs", "4")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run_probe("finetune", tmp_path, "--epochs", "4").rows == whole.rows and len(calls) == 4
+    assert "resumed after step 2" in capsys.readouterr().out
+
+    def impatient_step(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)               # the second one ends it at once
+    monkeypatch.setattr(torch.optim.AdamW, "step", impatient_step)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        run_probe("finetune", tmp_path, "--epochs", "3")
 
 
 def test_progress_that_cannot_be_written_or_read_is_reported_in_one_sentence(monkeypatch, tmp_path,

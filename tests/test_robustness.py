@@ -193,6 +193,9 @@ def test_a_drop_is_the_accuracy_lost_to_noise_in_one_band(monkeypatch):
     drops = {f"{tenth / 10:g} pi": 25 * (tenth == 3) for tenth in range(11)}
     assert report.rows["cls"] == {"clean": 100, "mean drop": pytest.approx(25 / 11), **drops}
     assert "recipe park (SGD); lr chosen by 5 folds" in report.protocol
+    sizes = [int(robustness.frequency_band(32, i / 10 * math.pi).sum()) for i in range(11)]
+    assert f"do not rise steadily ({' '.join(map(str, sizes))})" in report.notes[0]
+    assert run("frequency_noise", "--limit", "8", "--equal-energy").notes == []
     report = run("frequency_noise", "--limit", "8", "--recipe", "park", "--paper-lr")
     assert "lr 1 and weight decay 0.05 as printed" in report.protocol
 
