@@ -33,7 +33,7 @@ from diagnostics.inputs import MissingInput
 from diagnostics.plots import Result
 from diagnostics.shared_pass import run_shared_pass
 from lib import checkpoints, config, distributed, progress
-from lib.flags import flag, parse_flags
+from lib.flags import flag, parse_flags, refuse_unused
 from probes.common import CommonOptions, default_data, load_models, require_vit
 
 # ---- the diagnostics -----------------------------------------------------------------------------
@@ -71,6 +71,12 @@ DIAGNOSTICS = {
     "knn": (recorded.read_knn, ""),
     "accuracy_similarity": (recorded.read_accuracy_similarity, "final_similarity"),
 }
+# Those that --image and --window affect.
+FIGURES_OF_IMAGES = tuple("""attention_maps pca kmeans prompt_heatmap patch_retrieval
+layer_reconstruction tsne views token_transform""".split())
+CURVES = tuple("""attention_distance nmi head_similarity depth_similarity token_similarity
+token_transform sv_tokens sv_images fourier adjacent_count intra_inter
+accuracy_similarity""".split())
 STANDARD = tuple("""attention_distance nmi head_similarity depth_similarity token_similarity
 sv_tokens fourier attention_maps pca kmeans prompt_heatmap""".split())
 
@@ -115,19 +121,21 @@ class Options(CommonOptions):
     batch_size: int = flag(64, "images per forward pass", at_least=1, group="data")
     image: int = flag(
         0, "index of the first image in the figures; of image files, --limit evenly spaced ones "
-        "are taken, so another --limit gives another file", group="data")
+        "are taken, so another --limit gives another file", at_least=0, group="data",
+        only_for=FIGURES_OF_IMAGES)
     seed: int = flag(0, "random seed of masks, crops, k-means, t-SNE and untrained weights",
                      group="models")
     window: int | None = flag(
-        None, "curves: patches attend only within a square window with this side in patches (odd "
-        "number; Park et al., appendix D.1)", at_least=1, group="settings of a diagnostic")
+        None, "patches attend only within a square window with this side in patches (odd "
+        "number; Park et al., appendix D.1)", at_least=1, group="settings of a diagnostic",
+        only_for=CURVES)
     center: bool = flag(
-        False, "token_similarity: measure it also after the mean token of all images is subtracted",
-        group="settings of a diagnostic")
-    copies: int = flag(128, "feature_variance: number of views per image", at_least=2,
-                       group="settings of a diagnostic")
-    threshold: float = flag(0.95, "adjacent_count: smallest cosine of similar neighbors",
-                            group="settings of a diagnostic")
+        False, "measure it also after the mean token of all images is subtracted",
+        group="settings of a diagnostic", only_for=("token_similarity",))
+    copies: int = flag(128, "number of views per image", at_least=2,
+                       group="settings of a diagnostic", only_for=("feature_variance",))
+    threshold: float = flag(0.95, "smallest cosine of similar neighbors",
+                            group="settings of a diagnostic", only_for=("adjacent_count",))
 
 
 def parse(argv=None):
@@ -140,8 +148,6 @@ def parse(argv=None):
     for name in what:
         if name not in DIAGNOSTICS:
             raise ValueError(f"unknown diagnostic {name!r}{config.nearest(name, DIAGNOSTICS)}")
-    if opt.image < 0:
-        raise ValueError(f"--image {opt.image}: give an index from 0")
     return dataclasses.replace(opt, what=what or STANDARD)
 
 
@@ -197,14 +203,6 @@ def different_settings(results):
             if len({str(settings[key]) for settings in used.values()}) > 1]
 
 
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {path} ({error.strerror}); choose another --out") from None
-    return path
-
-
 def import_pyplot():
     """matplotlib.pyplot; None if it is not installed."""
     try:
@@ -217,23 +215,30 @@ def import_pyplot():
 
 
 def print_scalars(name, result):
-    """Prints one line: the numbers of a diagnostic that are not lists."""
-    scalars = {key: x for key, x in to_json_data(result.numbers).items()
-               if isinstance(x, (int, float))}
-    text = ", ".join(f"{key} {x:.4g}" for key, x in scalars.items())
-    print(f"{name:<22}{result.model.name}{': ' * bool(text)}{text}")
+    """Prints one line: the numbers of a diagnostic, of a curve the first and the last."""
+    texts = []
+    for key, x in to_json_data(result.numbers).items():
+        if isinstance(x, (int, float)):
+            texts.append(f"{key} {x:.4g}")
+        elif isinstance(x, list) and x and all(isinstance(value, float) for value in x):
+            texts.append(f"{key} {x[0]:.4g} ... {x[-1]:.4g}")
+    print(f"{name:<22}{result.model.name}{': ' * bool(texts)}{', '.join(texts)}")
 
 
 def main(argv=None):
     opt = parse(argv)
+    refuse_unused(opt, opt.what)
     begin = time.perf_counter()
     distributed.keep_memory()
     note = distributed.choose_threads(distributed.pick_device(opt.device))
-    folder = make_folder(Path(opt.out) / "analysis")
+    folder = checkpoints.make_folder(Path(opt.out) / "analysis")
     with progress.activity("loading the models"):
         models = load_models(opt)
     for model in models:
         require_vit(model, "analysis.py")
+        if not all(p.isfinite().all() for p in model.encoder.parameters()):
+            raise ValueError(f"{model.name}: its weights are not finite: leave it out, or take an "
+                             f"earlier checkpoint")
     opt = dataclasses.replace(opt, data=opt.data or default_data(models))
     names = ", ".join(model.name for model in models)
     head = f"{names}; test images of {opt.data}; {models[0].precision}"
@@ -252,7 +257,7 @@ def main(argv=None):
         seconds = time.perf_counter() - begin
         print(f"{model.name}: {len(measured)} diagnostics, after {seconds:.0f} s")
     results = {name: model_results for name, model_results in results.items() if model_results}
-    for name, model_results in progress.bar(results.items(), "writing figures"):
+    for name, model_results in progress.bar(results.items(), "writing figures", unit="figures"):
         write_numbers(folder, name, model_results, opt)
         if plt:
             figures.save_figure(plt, folder / f"{name}.png", name, model_results)
@@ -266,6 +271,8 @@ def main(argv=None):
     figures.write_page(folder / "index.html", head, results, notes, bool(plt))
     for note in notes:
         print(f"note: {note}")
+    if not results:
+        raise ValueError("no diagnostic could be run: the notes above say what is missing")
     if not plt:
         print("figures need matplotlib: pip install matplotlib; the numbers are complete")
     print(f"{time.perf_counter() - begin:.1f} s; {folder}/index.html; a .json, .csv"

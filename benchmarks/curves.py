@@ -22,7 +22,7 @@ HEADER = """\
 # Logs of the default runs, `python METHOD.py` on toy; written by `python -m benchmarks.curves`.
 # loss: mean since the previous line; knn: percent correct, class token (500 images, 10 neighbors).
 """
-FREE = {"out", "seed", "workers", "device", "precision", "save_every"}    # may differ from default
+FREE = {"out", "workers", "device", "precision", "save_every"}    # may differ from default
 
 
 def read_curve(out):

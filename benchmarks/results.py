@@ -120,6 +120,7 @@ def train_and_evaluate(run):
     args, method, seed, folder = run
     folder.mkdir(parents=True, exist_ok=True)
     log, pixels, data = folder / "results.log", method == "pixels", evaluated_data(args.data)
+    print(f"{folder}: the output is in {log.name}", flush=True)
     if not pixels and not (log.exists() and "\ndone after " in log.read_text()):
         run_script(log, *train_command(args, method, seed, folder))
         if "\ndone after " not in log.read_text():

@@ -6,6 +6,7 @@ that analysis.DIAGNOSTICS lists for it.
 import torch
 
 from diagnostics import formulas, inputs
+from diagnostics.inputs import MissingInput
 from diagnostics.plots import QUERY_COLORS, ImageRow, Tile
 
 
@@ -20,7 +21,7 @@ def measure_attention_distance(model, opt, shared):
 def measure_nmi(model, opt, shared):
     """NMI of each head, averaged over images: mean and standard deviation over heads (divisor H),
     and the density over the heads of block 3 (Park et al., fig. E.1). How both are computed is our
-    choice. Also the fraction of attention to the class token, if the model has one."""
+    choice. Also the fraction of attention to class token and registers, if the model has them."""
     nmi = shared.means["nmi"]                                                    # (depth, H)
     block_3 = nmi[min(3, len(nmi)) - 1]
     points = torch.linspace(-0.1, 1.1, 512)
@@ -34,13 +35,16 @@ def measure_nmi(model, opt, shared):
 
 
 def measure_head_similarity(model, opt, shared):
+    if model.encoder.config["num_heads"] == 1:
+        raise MissingInput("the model has one attention head: there is none to compare it with")
     similarity = shared.means["head_similarity"]
     return dict(block=list(range(1, len(similarity) + 1)), similarity=similarity)
 
 
 def show_attention_maps(model, opt):
     """Attention maps of one image: of two queries in the first, the middle and the second to last
-    block (Park et al., fig. 2), and of the class token in the last block.
+    block (Park et al., fig. 2; of fewer than 6 blocks: the last), and of the class token in the
+    last block.
 
     Maps of queries are means over heads (our choice; the notebook shows one head, and its frames
     drift because they are 14 pixels wide and patches 16). Of the class token the first four heads
@@ -50,7 +54,7 @@ def show_attention_maps(model, opt):
     encoder = model.encoder
     depth, p, prefix = encoder.depth, encoder.patch_size, encoder.num_prefix
     g = x.shape[-1] // p
-    blocks = sorted({0, -(-depth // 2) - 1, max(depth - 2, 0)})
+    blocks = sorted({0, -(-depth // 2) - 1, depth - 2 if depth >= 6 else depth - 1})
     queries = [(g // 2, g // 2), (g // 4, g // 8)]
     _, weights = encoder.layers(x, [depth - 1], attention=[*blocks, depth - 1])
     tiles = [Tile(inputs.to_uint8(model, x)[0], boxes=[

@@ -78,10 +78,9 @@ class MAEDecoder(nn.Module):
         return self.pred(self.norm(x))[:, 1:]
 
 
-def build_mae_decoder(model):
-    """MAE's decoder of the model's run. MissingInput if there is none, or if its number of heads is
-    unknown: the weights do not determine it."""
-    state, config = load_pretraining_state(model)
+def build_mae_decoder(model, state, config):
+    """MAE's decoder from what `load_pretraining_state` returns. MissingInput if there is none, or
+    if its number of heads is unknown: the weights do not determine it."""
     if "decoder_embed.weight" not in state:
         raise MissingInput("no decoder of MAE found: it needs full.pt next to encoder.pt, or an "
                            "official full file")
@@ -95,7 +94,7 @@ def build_mae_decoder(model):
 
 
 def mask_and_reconstruct_mae(model, x, seed, state, config):
-    decoder, p = build_mae_decoder(model), model.encoder.patch_size
+    decoder, p = build_mae_decoder(model, state, config), model.encoder.patch_size
     if "norm_pix_loss" not in config:
         print("note: no config.yaml next to the decoder; the settings of MAE's official decoder "
               "are assumed (norm_pix_loss, mask ratio 0.75)")

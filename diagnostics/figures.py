@@ -43,9 +43,10 @@ FIGURES = {
     "attention_distance": Figure(
         "Attention distance",
         "The curve is the mean distance between a query and its keys, weighted by attention. A low "
-        "value means local attention. The dotted line is the value of uniform attention. Park et "
-        "al. report higher values for contrastive models than for MIM models, most of all in late "
-        "blocks.",
+        "value means local attention. The dotted line is the value of uniform attention. Models "
+        "with inputs of different sizes are comparable only relative to their own dotted line. "
+        "Park et al. report higher values for contrastive models than for MIM models, most of all "
+        "in late blocks.",
         axes_figure(line_plot("block", "pixels", "block", "distance (pixels of the input)",
                              level="uniform"))),
     "nmi": Figure(
@@ -54,13 +55,13 @@ FIGURES = {
         "contrastive models fall to 0 in late blocks and MIM models do not. The second plot shows "
         "the standard deviation over heads. The third shows the density over the heads of block 3 "
         "(of the last block in a shallower model), with a marker for each head. The fourth shows "
-        "the fraction of attention that goes to the class token, for models that have one; where "
-        "it is near 1, the NMI is too low.",
+        "the fraction of attention that goes to the class token and registers, for models that "
+        "have them; where it is near 1, the NMI is too low.",
         axes_figure(line_plot("block", "nmi", "block", "NMI"),
                   line_plot("block", "std_over_heads", "block", "standard deviation over heads"),
                   plot_head_density,
                   line_plot("block", "class_token_attention", "block",
-                             "attention to the class token"))),
+                             "attention to class token, registers"))),
     "head_similarity": Figure(
         "Similarity of heads",
         "The curve is the mean cosine of the outputs of two heads for the same token. A high value "
@@ -202,9 +203,7 @@ FIGURES = {
     "loss": Figure(
         "Loss and kNN accuracy of the run",
         "Dotted lines show the default run of the method on toy (seed 0), if this run is on toy. A "
-        "run with the same settings and seed has the same curve. With another seed on toy, ASL and "
-        "MMC differ by 0.6 to 1% on average, by up to 6% at the first line, and in kNN accuracy by "
-        "up to 17 points. "
+        "run with the same settings and seed has the same curve. CAPTION "
         "Losses of different methods are not comparable; kNN accuracies are, and should rise.",
         axes_figure(line_plot("knn_step", "knn", "step", "kNN accuracy, class token (%)"),
                   each=plot_loss, same_scale=False)),

@@ -60,13 +60,13 @@ def nmi(a):
 
 
 def class_token_attention(weights, num_prefix):
-    """(B, H, L, L) -> (B, H): the fraction of a patch's attention that goes to the class token,
-    mean over patches.
+    """(B, H, L, L) -> (B, H): the fraction of a patch's attention that goes to the class token and
+    to registers, mean over patches.
 
     Where it is close to 1, `nmi` is too low: the 1e-8 that `patch_attention` adds makes the
     remaining attention to patches nearly uniform.
     """
-    return weights[..., num_prefix:, :min(num_prefix, 1)].float().sum(-1).mean(-1)
+    return weights[..., num_prefix:, :num_prefix].float().sum(-1).mean(-1)
 
 
 def kernel_density(values, points):

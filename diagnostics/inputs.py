@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from lib import augment, datasets, rng
+from lib import augment, datasets, progress, rng, toy
 from probes import annotations, common
+
+MOST_SHOWN = 18          # images in a figure (t-SNE)
 
 
 class MissingInput(ValueError):
@@ -35,8 +37,10 @@ def iterate_images(model, opt, limit, pixel_labels=False):
         return
     images = common.load_split(opt.data, opt.data_root, "test", model.img_size, limit,
                                model.device)
-    for x, index in iterate_batches(model, opt, images):
-        yield x, index, None
+    with progress.bar(desc=f"{model.name}: images", total=len(images), unit="images") as bar:
+        for x, index in iterate_batches(model, opt, images):
+            yield x, index, None
+            bar.update(len(x))
 
 
 def iterate_batches(model, opt, images):
@@ -75,20 +79,24 @@ def iterate_annotated_images(model, opt, limit):
         return TF.center_crop(x, [S, S]).to(model.device)
 
     done = 0
-    while batch := list(itertools.islice(items, opt.batch_size)):
-        x = torch.stack([resize_and_crop(item.image, model.interpolation) for item in batch])
-        y = torch.cat([resize_and_crop(item.labels[None], "nearest-exact") for item in batch])
-        y = torch.where(y == 255, -1, y.long() + (first != "background"))
-        index = torch.arange(done, done + len(batch), device=model.device)
-        yield augment.normalize(x / 255, model.mean, model.std), index, y
-        done += len(batch)
+    with progress.bar(desc=f"{model.name}: images", unit="images") as bar:
+        while batch := list(itertools.islice(items, opt.batch_size)):
+            x = torch.stack([resize_and_crop(item.image, model.interpolation) for item in batch])
+            y = torch.cat([resize_and_crop(item.labels[None], "nearest-exact") for item in batch])
+            y = torch.where(y == 255, -1, y.long() + (first != "background"))
+            index = torch.arange(done, done + len(batch), device=model.device)
+            yield augment.normalize(x / 255, model.mean, model.std), index, y
+            done += len(batch)
+            bar.update(len(batch))
 
 
 def load_first_images(model, opt, n):
     """The n test images from index --image on: (n, 3, S, S) normalized; fewer at the end of the
     data set. MissingInput if there is none."""
     end, parts = opt.image + n, []
-    limit = max(opt.limit or 256, end)         # as in the shared pass, so that files are the same
+    if common.is_toy(opt.data) and end > toy.NUM_IMAGES["test"]:
+        raise MissingInput(f"--image {opt.image} is beyond the end of the data set")
+    limit = max(opt.limit or 256, opt.image + MOST_SHOWN)      # the same files in all figures
     for x, index, _ in iterate_images(model, opt, limit):
         parts.append(x)
         if index[-1] >= end - 1:

@@ -18,6 +18,7 @@ COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 MARKERS = "osD^vP*X"                        # one more than colors: 56 different pairs
 QUERY_COLORS = COLORS[1], COLORS[0]         # of the first and the second query
 PINK = COLORS[3]
+STATE_COLORS = "0.35", "#F0E442", "#8C6D31"     # of states and classes: no model has them
 
 
 @dataclass
@@ -39,6 +40,11 @@ class Result:
     def hatch(self):
         return "/" * (self.position // len(COLORS))
 
+    @property
+    def label(self):
+        """The model's name for a legend: matplotlib leaves out names that begin with "_"."""
+        return f"\u200b{self.model.name}" if self.model.name.startswith("_") else self.model.name
+
 
 # ---- content of one axes: functions (axes, results) ----------------------------------------------
 
@@ -50,23 +56,28 @@ def line_plot(x, y, xlabel, ylabel, level=None):
         for r in (r for r in results if y in r.numbers):
             style = dict(color=r.color, markersize=4,
                          marker=r.marker if len(r.numbers[x]) <= 40 else None)
-            ax.plot(r.numbers[x], r.numbers[y], label=r.model.name, **style)
+            ax.plot(r.numbers[x], r.numbers[y], label=r.label, **style)
             for variant in ("decoder", "centered"):
                 if f"{variant}_{y}" in r.numbers:
                     ax.plot(r.numbers.get(f"{variant}_{x}", r.numbers[x]),
                             r.numbers[f"{variant}_{y}"], linestyle="--",
-                            label=f"{r.model.name}, {variant}", **style)
+                            label=f"{r.label}, {variant}", **style)
             if f"reference_{y}" in r.numbers:
                 ax.plot(r.numbers[f"reference_{x}"], r.numbers[f"reference_{y}"], ":", linewidth=2,
                         color="black" if len(results) == 1 else r.color,
                         label="default run" if len(results) == 1 else None)
-        for value in sorted({round(r.numbers[level], 1) for r in results if level}):
-            ax.axhline(value, color="0.5", linestyle=":", label=f"{level}, {value} px")
+        levels = {}                                      # value: names of the models
+        for r in results if level else ():
+            levels.setdefault(round(r.numbers[level], 1), []).append(r.model.name)
+        for value, names in sorted(levels.items()):
+            of = f" ({', '.join(names)})" * (len(levels) > 1)
+            ax.axhline(value, color="0.5", linestyle=":", label=f"{level}, {value} px{of}")
             ax.set_ylim(0, 1.05 * ax.get_ylim()[1])            # space for the topmost marker
         if x in ("block", "depth") or x.endswith("count"):
             ax.xaxis.get_major_locator().set_params(integer=True)
         labels = dict.fromkeys(ylabel.format(**r.numbers) for r in results)  # ranks vary with width
         ax.set(xlabel=xlabel, ylabel=" /\n".join(labels))
+    draw.needs = y
     return draw
 
 
@@ -89,7 +100,7 @@ def bar_plot(xlabel, ylabel):
         for i, r in enumerate(results):
             ax.bar([j + (i + 0.5) * width / len(results) - width / 2 for j in range(len(names))],
                    [r.numbers["bars"].get(name, math.nan) for name in names],
-                   0.9 * width / len(results), color=r.color, hatch=r.hatch, label=r.model.name)
+                   0.9 * width / len(results), color=r.color, hatch=r.hatch, label=r.label)
         names = ["\n".join(textwrap.wrap(name, 18)) for name in names]
         ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90 if len(names) > 4 else 0)
         ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -115,11 +126,13 @@ def plot_head_density(ax, results):
 
 def plot_token_plane(ax, results):
     """Tokens of two images before and after a layer, and their centers."""
-    for side, color, cross in zip(results[0].numbers["plane"], COLORS, "+x"):
+    for side, name, color, cross in zip(results[0].numbers["plane"], ("before", "after"),
+                                        STATE_COLORS, "+x"):
         for points, marker in zip(side[..., :2], "o^"):
-            ax.scatter(*points.T, s=6, color=color, marker=marker, alpha=0.45, linewidths=0)
+            ax.scatter(*points.T, s=6, color=color, marker=marker, alpha=0.6, linewidths=0,
+                       label=f"{name}, image {'o^'.index(marker) + 1}")
             ax.scatter(*points.mean(0), s=70, color="black", marker=cross)
-    ax.set(xlabel="component 1", ylabel="component 2", title="blue: before, orange: after")
+    ax.set(xlabel="component 1", ylabel="component 2")
     ax.axis("equal")
 
 
@@ -130,7 +143,8 @@ def plot_tsne(ax, results):
     numbers = results[0].numbers
     labels = numbers["label"].unique()
     for i, label in enumerate(labels):
-        color = COLORS[i] if len(labels) <= len(COLORS) else colormaps["turbo"](i / len(labels))
+        color = (STATE_COLORS[i] if len(labels) <= len(STATE_COLORS) else
+                 colormaps["turbo"](i / len(labels)))
         ax.scatter(*numbers["position"][numbers["label"] == label].T, s=3, color=color,
                    linewidths=0)
     title = "neighbors: same image {purity_image:.0%}"
@@ -142,7 +156,7 @@ def plot_pair_densities(ax, results):
     """Cosines of pairs of patches of the same object and of different objects."""
     numbers = results[0].numbers
     names = "same object", "different objects"
-    for line, name, color in zip(numbers["densities"], names, COLORS):
+    for line, name, color in zip(numbers["densities"], names, STATE_COLORS):
         ax.fill_between(numbers["cosine"], line, color=color, alpha=0.45, label=name, linewidth=0)
     ax.set(xlabel="cosine of two patches", ylabel="density",
            title="overlap {overlap:.2f}; means {intra:.2f}, {inter:.2f}".format(**numbers))
@@ -155,7 +169,9 @@ def axes_figure(*shared, each=None, same_scale=True):
     """A function that makes a figure of axes: first one for each model, drawn by `each`, with one
     scale if `same_scale`; then the `shared` ones, which show all models."""
     def draw(plt, results):
-        parts = [(each, [r]) for r in results if each] + [(part, results) for part in shared]
+        parts = [(each, [r]) for r in results if each] + [
+            (part, results) for part in shared if not hasattr(part, "needs") or any(
+                part.needs in r.numbers for r in results)]
         columns = 2 if len(parts) == 4 else min(4, len(parts))
         rows = -(-len(parts) // columns)
         fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
@@ -170,11 +186,13 @@ def axes_figure(*shared, each=None, same_scale=True):
                 ax.set_title(title, fontsize=9, color=chosen[0].color)
         for ax in axes.flat[len(parts):]:
             ax.set_axis_off()
-        legend = {label: line for ax in axes.flat
-                  for line, label in zip(*ax.get_legend_handles_labels())}
+        legend = {}
+        for ax in axes.flat:
+            for line, label in zip(*ax.get_legend_handles_labels()):
+                legend.setdefault("\n".join(textwrap.wrap(label, 28)), line)
         if legend:
-            fig.legend(legend.values(), legend, loc="outside right upper", fontsize=8,
-                       frameon=False)
+            fig.legend(legend.values(), legend, loc="outside right upper", frameon=False,
+                       fontsize=8 if len(legend) <= 16 else 5)
         return fig
     return draw
 

@@ -12,16 +12,17 @@ def read_loss(model, opt):
     default run, from curves.yaml, and relative_distance: the mean of |loss - default| / default
     over the steps that both have (our choice)."""
     log = Path(model.source.path).with_name("metrics.jsonl") if model.source.path else None
-    lines = log.read_text().splitlines() if log and log.is_file() else ()
-    # The last line is incomplete if the process was killed while it wrote it.
-    lines = [json.loads(line) for line in lines if line.endswith("}")]
+    lines = [line for line in read_lines(log) if isinstance(line.get("loss"), float)]
     if not lines:
-        raise MissingInput("no log found: it needs metrics.jsonl of the run next to encoder.pt")
+        raise MissingInput("no losses found: it needs metrics.jsonl of the run next to encoder.pt")
     evals = [line for line in lines if "knn" in line]
     out = dict(step=[line["step"] for line in lines], loss=[line["loss"] for line in lines],
                knn_step=[line["step"] for line in evals], knn=[line["knn"] for line in evals])
-    curves = config.read_yaml(Path(__file__).with_name("curves.yaml"))
-    if model.source.data == "toy" and model.source.method in curves:
+    curves, settings = Path(__file__).with_name("curves.yaml"), log.with_name("config.yaml")
+    curves, settings = (config.read_yaml(file) if file.is_file() else {}
+                        for file in (curves, settings))
+    on_default = settings.get("base", "dino") == "dino"      # of selfpatch.py: the same loss
+    if model.source.data == "toy" and model.source.method in curves and on_default:
         default = curves[model.source.method]
         out |= {f"reference_{name}": default[name] for name in out}
         losses = dict(zip(default["step"], default["loss"]))
@@ -30,6 +31,13 @@ def read_loss(model, opt):
         if distances:
             out["relative_distance"] = sum(distances) / len(distances)
     return out
+
+
+def read_lines(file):
+    """The lines of a .jsonl file, as dicts; none without a file. The last line is incomplete if the
+    process was killed while it wrote it."""
+    lines = file.read_text().splitlines() if file and file.is_file() else ()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 # Settings in which the models of a figure should agree.
@@ -43,13 +51,13 @@ def read_results(model, opt, task, more_flags=""):
     path = Path(model.source.path or "")
     weights = model.source.branch, model.source.step
     file = path.with_name("results.jsonl") if model.source.path else None
-    lines = map(json.loads, file.open()) if file and file.is_file() else ()
-    lines = [line for line in lines if line["task"] == task and line["data"] == opt.data
+    lines = [line for line in read_lines(file) if line["task"] == task and line["data"] == opt.data
              and line["checkpoint"] and Path(line["checkpoint"]).name == path.name
              and (line["branch"], line["step"]) == weights]
     if not lines:
         raise MissingInput(f"no result on {opt.data} yet: run python evaluate.py --task "
-                           f"{task}{more_flags}")
+                           f"{task}{more_flags} --data {opt.data}"
+                           f"{f' --checkpoint {path}' * bool(model.source.path)}")
     return [line | dict(settings_compared={name: line["settings"].get(name)
                                            for name in COMPARED_SETTINGS}) for line in lines]
 

@@ -169,7 +169,7 @@ def run_shared_pass(model, opt, names):
     decoder = decoder_means = mean_tokens = None
     if "decoder" in names:
         try:
-            decoder = decoders.build_mae_decoder(model)
+            decoder = decoders.build_mae_decoder(model, *decoders.load_pretraining_state(model))
             decoder_means = Means(["attention_distance", "nmi", "fourier"])
         except MissingInput as error:
             decoder_means = error

@@ -72,7 +72,7 @@ def peak_flops(device, precision):
     """FLOP/s that MFU refers to: from the data sheet (PEAKS), else measured."""
     listed = PEAKS if precision == "bf16" else {}
     for gpu, peak in listed.items():
-        if re.search(rf"\b{gpu}\b(?! (NVL|Ti|Laptop))", device_name(device)):
+        if re.search(rf"\b{gpu}\b(?! (NVL|Ti|Laptop)|.*\bMIG\b)", device_name(device)):
             return 1e12 * peak
     return measure_peak(device, precision)
 

@@ -271,10 +271,10 @@ def fill_patches(patches, mask, values):
 
 def save_grid(run, columns):
     """Writes visualization.png, with a column for each {title: (n, 3, S, S) uint8} and a row for
-    each image. Small images are enlarged to about 96 px."""
+    each image. Small images are enlarged to 96 px or more."""
     if run.rank > 0:
         return
-    scale = max(1, 96 // run.cfg.img_size)
+    scale = -(-96 // run.cfg.img_size)
     rows = torch.cat([F.pad(x.cpu(), (0, 4, 0, 4), value=255) for x in columns.values()], 3)
     grid = Image.fromarray(torch.cat(list(rows), 1).permute(1, 2, 0).numpy())
     page = Image.new("RGB", (grid.width * scale, grid.height * scale + 16), "white")

@@ -63,8 +63,30 @@ def test_wrong_options_are_refused_before_anything_is_computed(capsys):
     with pytest.raises(SystemExit):
         analysis.parse(["--copies", "1"])
     assert "--copies" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--image -1"):
+    with pytest.raises(SystemExit):
         analysis.parse(["--image", "-1"])
+    assert "--image" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="nmi does not use --copies: leave it out"):
+        analysis.main(["--what", "nmi", "--copies", "5"])
+    with pytest.raises(ValueError, match="--copies is for feature_variance only: leave it out"):
+        analysis.main(["--copies", "5"])                 # with the standard report
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_computed(tmp_path):
+    model, _ = save_mae(tmp_path / "broken")
+    content = torch.load(model.source.path, weights_only=True)
+    content["model"]["norm.weight"][0] = math.nan
+    torch.save(content, model.source.path)
+    with pytest.raises(ValueError, match="broken: its weights are not finite: leave it out"):
+        analysis.main(["--out", str(tmp_path), "--device", "cpu", "--what", "nmi",
+                       "--checkpoint", str(tmp_path / "broken")])
+
+
+def test_without_any_result_the_report_is_an_error(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no diagnostic could be run: the notes above"):
+        analysis.main(["--out", str(tmp_path), "--device", "cpu", "--what", "loss", "--baseline",
+                       "untrained"])
+    assert "note: loss left out (untrained): no losses found" in capsys.readouterr().out
 
 
 def test_results_with_different_settings_get_a_note(tmp_path, capsys):

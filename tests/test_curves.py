@@ -50,6 +50,15 @@ def test_the_loss_diagnostic_compares_a_run_with_the_default_run(tmp_path, monke
     assert distance == pytest.approx((0.2 + 0.1 + 0.1) / 3)
     assert found == own | {f"reference_{name}": values for name, values in reference.items()}
     assert recorded.read_loss(load("toy-scenes"), None) == own             # control
+    monkeypatch.setattr(config, "read_yaml", lambda path: dict(
+        mae=dict(reference, seed=0), base="moby"))       # selfpatch.py --base moby: another loss
+    (tmp_path / "config.yaml").touch()
+    assert recorded.read_loss(load(), None) == own
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "accuracy": 3.0}\n{"step": 2, "loss": '
+                                            'null}\n')
+    model = SimpleNamespace(source=SimpleNamespace(path=tmp_path / "encoder.pt"))
+    with pytest.raises(inputs.MissingInput, match="no losses found"):
+        recorded.read_loss(model, None)
     (tmp_path / "metrics.jsonl").unlink()
     model = SimpleNamespace(source=SimpleNamespace(path=tmp_path / "encoder.pt"))
     with pytest.raises(inputs.MissingInput, match="metrics.jsonl"):
@@ -58,13 +67,15 @@ def test_the_loss_diagnostic_compares_a_run_with_the_default_run(tmp_path, monke
 
 def test_a_curve_is_read_from_a_default_run_only(tmp_path):
     write_log(tmp_path)
-    write_config(tmp_path, seed=3, out="elsewhere")
+    write_config(tmp_path, out="elsewhere")
     method, curve = curves.read_curve(tmp_path)
-    assert method == "mae" and curve["run"]["seed"] == 3 and curve["loss"] == [4.0, 2.2, 9.0, 0.9]
+    assert method == "mae" and curve["run"]["seed"] == 0 and curve["loss"] == [4.0, 2.2, 9.0, 0.9]
     assert curve["knn_step"] == [20, 30] and curve["knn"] == [30.0, 35.0]
-    write_config(tmp_path, lr=1e-9)
-    with pytest.raises(ValueError, match="not a default run: lr is 1e-09, not 0.004"):
-        curves.read_curve(tmp_path)
+    for setting, message in ((dict(lr=1e-9), "lr is 1e-09, not 0.004"),
+                             (dict(seed=3), "seed is 3, not 0")):
+        write_config(tmp_path, **setting)
+        with pytest.raises(ValueError, match=f"not a default run: {message}"):
+            curves.read_curve(tmp_path)
 
 
 def test_curves_of_other_methods_are_kept(tmp_path, monkeypatch):

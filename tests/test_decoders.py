@@ -10,7 +10,11 @@ import mae
 import mmc
 import simmim
 from diagnostics import decoders
-from diagnostics.decoders import build_mae_decoder, mask_and_reconstruct
+from diagnostics.decoders import (
+    build_mae_decoder,
+    load_pretraining_state,
+    mask_and_reconstruct,
+)
 from diagnostics.inputs import MissingInput
 from lib import checkpoints, config, rng, visualize
 
@@ -25,7 +29,8 @@ def zero_last_layers(block):
 @torch.no_grad()
 def test_mae_decoder_equals_the_decoder_of_the_network(tmp_path):
     model, net = save_mae(tmp_path / "mae")
-    decoder, x = build_mae_decoder(model), random(2, 3, 32, 32).float()
+    decoder = build_mae_decoder(model, *load_pretraining_state(model))
+    x = random(2, 3, 32, 32).float()
     tokens = net.encoder(x)
     order = torch.arange(64).expand(2, 64)
     z = decoder.embed_tokens(tokens)
@@ -66,7 +71,7 @@ def test_a_decoder_of_width_512_without_settings_is_the_official_one(tmp_path, c
     net = mae.Network(config.parse(mae.Config, [*TINY_FLAGS, "--decoder-embed-dim", "512"]))
     torch.save(dict(model=checkpoints.mae_names(net)), tmp_path / "mae/full.pt")
     capsys.readouterr()
-    assert build_mae_decoder(model).blocks[0].attn.num_heads == 16
+    assert build_mae_decoder(model, *load_pretraining_state(model)).blocks[0].attn.num_heads == 16
     mask_and_reconstruct(model, torch.zeros(1, 3, 32, 32), 0)
     assert "norm_pix_loss" in capsys.readouterr().out
 

@@ -172,14 +172,14 @@ def test_attention_maps_are_those_of_the_queries(monkeypatch):
     weights = {0: own, 1: uniform, 2: uniform}
     monkeypatch.setattr(model.encoder, "layers", lambda *_, **__: (None, weights))
     found = attention.show_attention_maps(model, opt)
-    assert found["blocks"] == [1, 2] and found["queries"] == [(4, 4), (2, 1)]    # of 3 blocks
+    assert found["blocks"] == [1, 2, 3] and found["queries"] == [(4, 4), (2, 1)]
     maps = found["maps"]                                     # (queries x blocks, 8, 8)
-    assert torch.allclose(maps.sum((1, 2)), torch.ones(4))
-    assert maps[0, 4, 4] > 0.999 and maps[2, 2, 1] > 0.999   # block 1: each attends to itself
-    assert torch.allclose(maps[[1, 3]], torch.full((2, 8, 8), 1 / 64))
+    assert torch.allclose(maps.sum((1, 2)), torch.ones(6))
+    assert maps[0, 4, 4] > 0.999 and maps[3, 2, 1] > 0.999   # block 1: each attends to itself
+    assert torch.allclose(maps[[1, 2, 4, 5]], torch.full((4, 8, 8), 1 / 64))
     image, *tiles = found["image_rows"][0].tiles
     assert [box[:3] for box in image.boxes] == [(16, 16, 4), (4, 8, 4)]          # in pixels
-    assert tiles[0].boxes[0][:3] == (4, 4, 1) and tiles[2].boxes[0][:3] == (1, 2, 1)
+    assert tiles[0].boxes[0][:3] == (4, 4, 1) and tiles[3].boxes[0][:3] == (1, 2, 1)
     assert abs(int(found["class_token_60_percent_on"][0]) - 39) <= 1     # of 64 equal weights
 
 

@@ -83,7 +83,8 @@ def test_class_token_attention_is_that_of_patches():
     weights = torch.full((1, 1, 197, 197), 0.8 / 196)
     weights[..., 0], weights[0, 0, 0] = 0.2, F.one_hot(torch.tensor(0), 197)
     assert formulas.class_token_attention(weights, 1).item() == pytest.approx(0.2)
-    assert formulas.class_token_attention(weights, 5).item() == pytest.approx(0.2)     # 4 registers
+    with_registers = formulas.class_token_attention(weights, 5).item()                  # 4 of them
+    assert with_registers == pytest.approx(0.2 + 4 * 0.8 / 196)
     assert formulas.class_token_attention(weights, 0).item() == 0
 
 
