@@ -75,16 +75,16 @@ class Config(config.Settings):
     num_mask_patches: Size = 75     # masked patches per image, at most (paper: about 40% of 196)
     min_mask_patches_per_block: Size = 16  # smallest block in patches (paper)
     # the view
-    crop_min: Fraction = 0.08       # smallest crop area, fraction of the image (official code)
+    crop_min: Fraction = 0.08       # smallest crop area, fraction of the image (code)
     color_jitter: tuple = (0.4, 0.4, 0.4, 0.0)   # brightness, contrast, saturation, hue (code)
     # the optimization
     epochs: Positive = 800          # epochs (paper)
     warmup_epochs: float = 10.0     # linear warmup of the learning rate from 0 (paper)
     batch_size: Size = 2048         # global batch size (paper: 2k)
     lr: float = 1.5e-3              # peak learning rate, not scaled by the batch (paper)
-    min_lr: float = 1e-5            # final learning rate of the cosine (official code)
+    min_lr: float = 1e-5            # final learning rate of the cosine (code)
     weight_decay: float = 0.05      # AdamW's (paper); not of vectors, class token, positions (code)
-    clip_grad: float = 3.0          # max norm of the gradient (official code); 0: no clipping
+    clip_grad: float = 3.0          # max norm of the gradient (code); 0: no clipping
 
     def __post_init__(self):
         config.check_bounds(self)

@@ -69,7 +69,7 @@ class Config(config.Settings):
     depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads, in all parts (paper)
     layer_scale: float = 0.1        # initial scale of residual branches (code; ViT-L: 1e-5); 0: off
-    drop_path: Fraction = 0.1       # stochastic depth, in each of the three parts (official code)
+    drop_path: Fraction = 0.1       # stochastic depth, in each of the three parts (code)
     regressor_depth: int = 4        # regressor blocks, with cross-attention (paper)
     decoder_depth: int = 4          # decoder blocks, with self-attention (paper)
     decoder_embed_dim: int = 0      # width of regressor and decoder, E (code: 768); 0: D (paper)
@@ -83,17 +83,17 @@ class Config(config.Settings):
     second_input_size: Size = 112   # side of the tokenizer's view in pixels (paper)
     # the mask
     num_mask_patches: Size = 98     # masked patches of every image (paper: half of 196)
-    min_mask_patches_per_block: Size = 16  # smallest block in patches (official code)
+    min_mask_patches_per_block: Size = 16  # smallest block in patches (code)
     # the view
-    crop_min: Fraction = 0.08       # smallest crop area, fraction of the image (official code)
+    crop_min: Fraction = 0.08       # smallest crop area, fraction of the image (code)
     # the optimization
     epochs: Positive = 1600         # epochs (paper: 300, 800 and 1600)
     warmup_epochs: float = 40.0     # linear warmup of learning rate from 0 (paper; 300 epochs: 10)
     batch_size: Size = 2048         # global batch size (paper)
     lr: float = 1.5e-3              # peak learning rate, not scaled by the batch (paper)
-    min_lr: float = 1e-5            # final learning rate of the cosine (official code)
+    min_lr: float = 1e-5            # final learning rate of the cosine (code)
     weight_decay: float = 0.05      # AdamW's (paper); also of class and mask token (code)
-    clip_grad: float = 3.0          # max norm of the gradient (official code); 0: no clipping
+    clip_grad: float = 3.0          # max norm of the gradient (code); 0: no clipping
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -173,10 +173,10 @@ class CrossAttention(nn.Module):
         self.q, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(3))
 
     def forward(self, q, k, v):
-        """q: (B, n_masked, D); k, v: (B, N, D). Returns (B, n_masked, D)."""
+        """q: (B, n_masked, E); k, v: (B, N, E). Returns (B, n_masked, E)."""
         q, k, v = (z.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
                    for z in (self.q(q), self.k(k), self.v(v)))
-        x = vit.attend(q, k, v)                                          # (B, H, n_masked, D/H)
+        x = vit.attend(q, k, v)                                          # (B, H, n_masked, E/H)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -195,10 +195,10 @@ class RegressorBlock(nn.Module):
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x, z_v, pos, pos_v, factors=None):
-        """x: (B, n_masked, D) queries, z_v: (B, n_visible, D), pos and pos_v: their positions,
+        """x: (B, n_masked, E) queries, z_v: (B, n_visible, E), pos and pos_v: their positions,
         which are added to queries and keys, not to values. factors: (B, 2), drop-path factors of
-        the two branches. Returns (B, n_masked, D)."""
-        both = torch.cat([z_v, x], 1)                                        # (B, N, D)
+        the two branches. Returns (B, n_masked, E)."""
+        both = torch.cat([z_v, x], 1)                                        # (B, N, E)
         branch = self.ls1(self.cross_attn(
             self.norm1_q(x + pos), self.norm1_k(both + torch.cat([pos_v, pos], 1)),
             self.norm1_v(both)))
@@ -260,7 +260,7 @@ class Network(nn.Module):
 
     def regress(self, z_v, pos, pos_v, drop=None):
         """Encoded visible patches z_v, positions of masked and of visible patches -> zhat."""
-        x = self.mask_token.expand(*pos.shape[:2], -1)                       # (B, n_masked, D)
+        x = self.mask_token.expand(*pos.shape[:2], -1)                       # (B, n_masked, E)
         for block, factors in zip(self.regressor, self.drop_factors(drop, len(self.regressor))):
             x = block(x, z_v, pos, pos_v, factors)
         return self.regressor_norm(x)
@@ -287,7 +287,7 @@ def token_loss(logits, ids):
 
 
 def align_loss(zhat, zbar):
-    """Squared error, mean over masked patches and channels. zhat, zbar: (B, n_masked, D)."""
+    """Squared error, mean over masked patches and channels. zhat, zbar: (B, n_masked, E)."""
     return F.mse_loss(zhat, zbar)
 
 

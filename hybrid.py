@@ -38,7 +38,7 @@ RandAug, mixup, cutmix and label smoothing; SimMIM's pretraining ignores these f
 simmim.py and moco_v3.py explain the parts that are repeated here.
 
     python hybrid.py                                       minutes on a laptop, offline
-    python hybrid.py --lambda-cl 0 --pos none --init beit  SimMIM's published model and loss
+    python hybrid.py --lambda-cl 0                         the loss of SimMIM
     torchrun --nproc_per_node=8 hybrid.py --data imagenet  the paper's ViT-B/16 (not run by us)
 """
 import math
@@ -69,8 +69,10 @@ class Config(config.Settings):
     embed_dim: Size = 768           # encoder width (paper)
     depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads (paper)
-    pos: Literal["none", "sincos_row"] = "none"   # absolute position embedding (SimMIM: none)
-    layer_scale: float = 0.1        # initial value of LayerScale (SimMIM); 0: no LayerScale
+    pos: Literal["none", "sincos_row"] = "none"   # absolute position embeddings, beside the
+                                    # relative ones (paper: SimMIM's, none; sincos_row, fixed: our
+                                    # choice)
+    layer_scale: float = 0.1        # initial scale of residual branches (paper: SimMIM's); 0: off
     init: Literal["beit", "moco"] = "beit"        # initial weights as in BEiT (our choice: SimMIM)
                                                   # or MoCo v3
     drop_path: Fraction = 0.1       # stochastic depth rate (paper), in all passes of the student
@@ -83,7 +85,7 @@ class Config(config.Settings):
     momentum_teacher: Fraction = 0.99      # EMA momentum, increased to 1 by a cosine; 0: constant
                                            # (our choice: MoCo v3)
     # the views
-    mask_patch_size: Size = 32      # side of the squares that are masked, in pixels (SimMIM)
+    mask_patch_size: Size = 32      # side of the masked squares in pixels (our choice: SimMIM)
     mask_ratio: Fraction = 0.6      # fraction of the squares, rounded up (our choice: SimMIM)
     mim_crop_min: Fraction = 0.67   # smallest area of the crop x1 (our choice: SimMIM)
     crop_min: Fraction = 0.08       # smallest area of the crops x2, x3 (our choice: MoCo v3)
@@ -102,7 +104,7 @@ class Config(config.Settings):
                                     # "multistep"; our choice: SimMIM's 700 of 800 epochs)
     weight_decay: float = 0.05      # AdamW (paper); not for biases, norms, LayerScale and the class
                                     # token (our choice: SimMIM)
-    clip_grad: float = 5.0          # max gradient norm of the total loss (paper); 0: off
+    clip_grad: float = 5.0          # max norm of the gradient (paper); 0: no clipping
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -154,7 +156,7 @@ def enlarge(mask, times):
 
 
 def draw_mask(index, cfg, *key):
-    """Masks (B, h, w) of the images with these indices (B,). key: seed and epoch, or "picture"."""
+    """Masks (B, h, w) bool of the images `index` (B,). key: seed and epoch, or "picture"."""
     side = cfg.img_size // cfg.mask_patch_size
     u = rng.uniform(index, (side, side), *key, "mask")
     return square_mask(u, cfg.mask_ratio, cfg.mask_patch_size // cfg.patch_size)
@@ -269,8 +271,8 @@ def main():
             cl = *batch.views[-2:], drop[1:].flatten(0, 1)                   # x2, x3, (2B, 2*depth)
             ema_update(teacher, student, momentum)
 
-        # The masked image is not contrasted: its class token depends on 40 % of the image only, and
-        # the contrasted views contain no mask tokens.
+        # The masked image has no contrastive loss: its class token depends on 40 % of the image
+        # only. The views of the contrastive loss contain no mask tokens.
         with run.autocast():
             pixels, q = student(mim, cl)
             with torch.no_grad():

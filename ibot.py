@@ -127,7 +127,7 @@ class Config(config.Settings):
     clip_grad: float = 3.0          # max gradient norm of each tensor (code; ViT-B: 0.3); 0: off
     momentum_teacher: Fraction = 0.996     # teacher's EMA momentum, rises to 1 by a cosine (paper)
     overfit_one_batch: bool = False # train on the first batch only, as a check; on large data sets
-                                    # add --warmup-epochs 0 --freeze-last-layer 0 (both last epochs)
+                                    # add --warmup-epochs 0 --freeze-last-layer 0 (in epochs)
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -309,7 +309,7 @@ def cls_loss(s, P, tau):
     """Cross-entropy across crops. s: (n_crops, B, K) logits of the student, global crops
     first; P: (2, B, K) of the teacher. Mean over images and the 2(n_crops-1) pairs v != g."""
     log_p = (s / tau).log_softmax(-1)
-    log_p_sum = log_p.sum(0) - log_p[:2]     # (2, B, K), sum over v != g: 2 products, not n (ours)
+    log_p_sum = log_p.sum(0) - log_p[:2]     # (2, B, K), sum over v != g, once for each g
     return -(P * log_p_sum).sum(-1).mean() / (len(s) - 1)
 
 
@@ -441,7 +441,8 @@ def main():
                 attention = visualize.last_attention(run, teacher.backbone, part.views[0][:8])
                 visualize.save_self_distillation(
                     run, part.views, attention, P[0], (s[1] / cfg.student_temp).softmax(-1),
-                    patch_columns(run, teacher, part.views[0][:8], mask[:8], w, center_patch))
+                    patch_columns(run, teacher, part.views[0][:8], mask[:len(part.index)][:8], w,
+                                  center_patch))
             visualize.warn_of_equal_assignments(run, "images", mean_entropy, mi, cfg.out_dim)
             if len(Q):                                       # without masks no assignments
                 visualize.warn_of_equal_assignments(run, "patches", entropy_patch, mi_patch,

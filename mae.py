@@ -12,7 +12,7 @@ position, and predicts the pixels; it is discarded after pretraining.
              |    a mask token for each removed patch +                        |
              +- removed, 75% --> each normalized to mean 0, variance 1 --> squared error
 
-There is no gradient stop, no teacher, no second view, and no comparison of images.
+There is no stop-gradient, no teacher, no second view, and no comparison of images.
 
     L = sum over images n, patches i of m_ni (1/P) |y_ni - t_ni|^2  /  sum over n, i of m_ni
 
@@ -65,19 +65,19 @@ class Config(config.Settings):
     decoder_embed_dim: Size = 512   # decoder width, E (paper, Table 1b)
     decoder_depth: int = 8          # decoder blocks (paper, Table 1a); a shallow decoder hurts
                                     # linear probing most
-    decoder_num_heads: Size = 16    # attention heads of the decoder (official code)
+    decoder_num_heads: Size = 16    # attention heads of the decoder (code)
     # the objective
     mask_ratio: Fraction = 0.75     # fraction of the patches that are removed (paper, Fig. 5)
     norm_pix_loss: bool = True      # normalize each target patch (paper, Table 3; not Tables 1, 2)
     # the view
-    crop_min: Fraction = 0.2        # smallest crop area, fraction of the image (official code)
+    crop_min: Fraction = 0.2        # smallest crop area, fraction of the image (code)
     # the optimization (paper, Table 8)
     epochs: Positive = 800          # epochs (paper's ablations; released weights and Table 3: 1600)
     warmup_epochs: float = 40.0     # linear warmup of the learning rate from 0 (paper)
     batch_size: Size = 4096         # global batch size (paper)
     lr: float = 1.5e-4              # base learning rate; the peak is lr * batch/256 (paper)
-    min_lr: float = 0.0             # final learning rate of the cosine (official code)
-    weight_decay: float = 0.05      # AdamW's (paper); also for class and mask token (official code)
+    min_lr: float = 0.0             # final learning rate of the cosine (code)
+    weight_decay: float = 0.05      # AdamW's (paper); also for class and mask token (code)
     beta2: Fraction = 0.95          # AdamW's decay rate of squared gradients (paper); torch: 0.999
 
     def __post_init__(self):

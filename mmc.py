@@ -3,33 +3,33 @@
 A student gets a corrupted image: random rectangles are replaced by noise or by parts of another
 image. A teacher, the moving average of the student, gets the same image intact. Three losses (the
 arrows give the effect that the authors intend):
-  L_rec  reconstruct the corrupted pixels        -> patches of one object become similar
-  L_pat  pull each patch token toward the teacher's token of the same patch and away from
-         its tokens of *other* images            -> objects are separated
-  L_cls  pull the class token toward the teacher's class token of the *other view* of the
-         image and away from those of other images -> semantics, which L_pat transfers to patches
+  L_rec    reconstruct the corrupted pixels        -> patches of one object become similar
+  L_patch  pull each patch token toward the teacher's token of the same patch and away from
+           its tokens of *other* images            -> objects are separated
+  L_cls    pull the class token toward the teacher's class token of the *other view* of the image
+           and away from those of other images     -> semantics, which L_patch transfers to patches
 
     view v -+- corrupted -> student -+- patches -> h_rec -> pixels   L1 on the corrupted pixels
-            |                        +- patches -> h_pat -> Q_v      InfoNCE with K_v, same patch
+            |                        +- patches -> h_patch -> Q_v    InfoNCE with K_v, same patch
             |                        +- class   -> h_cls -> q_v      InfoNCE with k of other view
-            +- intact ---> teacher* -+- patches -> h_pat* -> K_v
+            +- intact ---> teacher* -+- patches -> h_patch* -> K_v
                                      +- class   -> h_cls* -> k_v
     local crop, intact --> student --- class   -> h_cls -> q         InfoNCE with k_1, k_2
          * exponential moving average of the student's weights; no gradient. v = 1, 2: global views
 
-    L     = L_rec + L_pat + L_cls                                                      (eq. 4)
-    L_rec = mean over corrupted pixels of |x - h_rec(f_s(x'))|        (eq. 1, but see rec_loss)
-    L_pat = mean over patches i of
-            -log e^(Q_i.K_i/tau) / (e^(Q_i.K_i/tau) + sum over patches j of other images
-                                                               of e^(Q_i.K_j/tau))     (eq. 2)
-    L_cls = mean over pairs of views of -log e^(q.k/tau) / sum over images j of e^(q.k_j/tau)
+    L       = L_rec + L_patch + L_cls                                                  (eq. 4)
+    L_rec   = mean over corrupted pixels of |x - h_rec(f_s(x'))|      (eq. 1, but see rec_loss)
+    L_patch = mean over patches i of
+              -log e^(Q_i.K_i/tau) / (e^(Q_i.K_i/tau) + sum over patches j of other images
+                                                                of e^(Q_i.K_j/tau))    (eq. 2)
+    L_cls   = mean over pairs of views of -log e^(q.k/tau) / sum over images j of e^(q.k_j/tau)
                                                                                        (eq. 3)
 
 All Q, K, q, k are L2-normalized. As in SiT, there is no predictor (our choice).
 
 The paper (Table 4: ViT-S, ImageNet-100, 200 epochs; kNN on class token / on the mean patch token):
-L_rec alone 17.2 / 14.7, L_cls alone 75.0 / 63.9, L_cls + L_rec 72.5 / 53.7, L_cls + L_pat 75.6 /
-75.5, all three 77.5 / 77.0: L_pat improves the patch tokens, L_rec helps only with both others.
+L_rec alone 17.2 / 14.7, L_cls alone 75.0 / 63.9, L_cls + L_rec 72.5 / 53.7, L_cls + L_patch 75.6 /
+75.5, all three 77.5 / 77.0: L_patch improves the patch tokens, L_rec helps only with both others.
 
 We found no code by the authors. What the paper leaves open is marked "our choice", with the method
 that we followed: GMML, SiT and MC-SSL (the same group: arXiv 2205.14986, 2104.03602, 2111.15340),
@@ -57,7 +57,7 @@ from lib.distributed import BatchNorm, all_gather, all_mean, unwrap
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
 # B images per process, V = 2 global views, n_local local crops, N patches, D width, out_dim width
-# of queries and keys, S and s side of a global and a local crop; Q, q: projected patch and class
+# of queries and keys, S and S' side of a global and a local crop; Q, q: projected patch and class
 # tokens of the student, K, k: of the teacher
 
 
@@ -83,7 +83,7 @@ class Config(config.Settings):
     # the objective; weight 0 removes a loss and its head
     lambda_rec: float = 1.0         # weight of L_rec (paper, eq. 4)
     lambda_cls: float = 1.0         # weight of L_cls (paper, eq. 4); SiT's loss corresponds to 0.8
-    lambda_patch: float = 1.0       # weight of L_pat (paper, eq. 4)
+    lambda_patch: float = 1.0       # weight of L_patch (paper, eq. 4)
     temperature: Positive = 0.2     # tau of both contrastive losses (paper)
     group_size: Several = 48        # images whose patches are contrasted with each other, and that
                                     # are pasted into each other (our choice: the paper's batch);
@@ -100,8 +100,9 @@ class Config(config.Settings):
     global_crops_scale: tuple = (0.25, 1.0)   # area of a global crop (our choice: MC-SSL; use 0.2
                                               # without local crops: SiT)
     local_crops_scale: tuple = (0.05, 0.25)   # area of a local crop (our choice: MC-SSL)
-    local_crops_number: int = 10    # uncorrupted local crops for the student (our choice: MC-SSL;
-                                    # the paper gives no number)
+    local_crops_number: int = 10    # uncorrupted local crops for the student (our choice: MC-SSL,
+                                    # DINO; the paper gives no number, and says "for the teacher",
+                                    # which would make small crops the targets)
     local_crops_size: Size = 96     # side of a local crop in pixels (our choice: MC-SSL, DINO)
     color_jitter: tuple = (0.4, 0.4, 0.4, 0.0)    # brightness, contrast, saturation (paper); hue
                                                   # (not listed in the paper; related methods: 0.1)
@@ -162,7 +163,7 @@ def span(u_start, u_length, size, align):
 def rectangles(u, size, ratio, align=1):
     """GMML's random region: rectangles are added until they cover `ratio` of the area. u: (B,
     CANDIDATES, 4) uniform numbers, ratio: (B,). Returns (B, size, size) bool."""
-    top, height = span(u[..., 0], u[..., 2], size, align)                         # (B, C) each
+    top, height = span(u[..., 0], u[..., 2], size, align)            # (B, n) each, n CANDIDATES
     left, width = span(u[..., 1], u[..., 3], size, align)
     boxes, area = torch.stack([top, top + height, left, left + width], -1), ratio * size**2
     if u.device.type != "cpu":
@@ -180,14 +181,14 @@ def batched_union(boxes, size, area):
     """The loop of rectangles() for all images of a batch at once, which a GPU needs. A rectangle is
     the outer product of indicators of its rows and of its columns, so rows @ columns counts the
     rectangles that cover a pixel; the smallest sufficient number of rectangles is found by
-    bisection. boxes: (B, C, 4) top, bottom, left, right; area: (B,) pixels to cover."""
-    def indicator(start, end):                            # (B, C) -> (B, C, size), 0 or 1
+    bisection. boxes: (B, n, 4) top, bottom, left, right; area: (B,) pixels to cover."""
+    def indicator(start, end):                            # (B, n) -> (B, n, size), 0 or 1
         pixel = torch.arange(size, device=boxes.device)
         return ((pixel >= start[..., None]) & (pixel < end[..., None])).to(torch.bfloat16)
 
     top, bottom, left, right = boxes.unbind(-1)
-    rows = indicator(top, bottom).transpose(1, 2)         # (B, size, C)
-    columns = indicator(left, right)                      # (B, C, size)
+    rows = indicator(top, bottom).transpose(1, 2)         # (B, size, n)
+    columns = indicator(left, right)                      # (B, n, size)
 
     def union(n):                                         # of the first n[b] rectangles of image b
         chosen = torch.arange(boxes.shape[1], device=boxes.device) < n[:, None]
@@ -258,7 +259,7 @@ class Network(nn.Module):
             nn.Linear(hidden, 3 * cfg.patch_size**2)) if cfg.lambda_rec and not teacher else None
 
     def forward(self, x, crops=None, drop=None, drop_crops=None):
-        """x: (V*B, 3, S, S); crops: (n_local*B, 3, s, s) or None; drop (V*B, 2*depth), drop_crops
+        """x: (V*B, 3, S, S); crops: (n_local*B, 3, S', S') or None; drop (V*B, 2*depth), drop_crops
         (n_local*B, 2*depth): uniform numbers that decide the drop path. Returns q ((V+n_local)*B,
         out_dim), Q (V*B, N, out_dim), pixels (V*B, 3, S, S), each None without its head. Batch
         statistics are those of all views together (our choice: SiT; with local crops: DINO)."""
@@ -335,8 +336,9 @@ def main():
     run = Run(cfg)
     B = cfg.batch_size // run.world                                          # images per process
     if B % cfg.group_size:
+        size = math.gcd(cfg.group_size, B)
         raise ValueError(f"--group-size {cfg.group_size} must divide the {B} images per process: "
-                         f"try --group-size {max(2, math.gcd(cfg.group_size, B))}")
+                         f"try {f'--group-size {size}' if size > 1 else 'another --batch-size'}")
     loader, bank, queries = data.training_sets(run, views(cfg))  # bank, queries: for evaluation
 
     student = run.place(Network(cfg))
@@ -359,7 +361,7 @@ def main():
         x = torch.cat([corrupt(view, *r) for view, r in zip(batch.views, random)])  # (2B, 3, S, S)
         region = torch.cat([region for region, *_ in random])                # (2B, S, S)
         intact = torch.cat(batch.views[:2])                                  # (2B, 3, S, S)
-        crops = torch.cat(batch.views[2:]) if batch.views[2:] else None      # (n_local*B, 3, s, s)
+        crops = torch.cat(batch.views[2:]) if batch.views[2:] else None  # (n_local*B, 3, S', S')
         drop = rng.uniform(batch.index, (2 + cfg.local_crops_number, 2 * cfg.depth), *key, "drop")
         drop = drop.transpose(0, 1).flatten(0, 1)                    # ((2+n_local)*B, 2*depth)
 

@@ -2,10 +2,10 @@
 
 The name joins MoCo v2 and BYOL. As in MoCo v2, a query should be more similar to the key of the
 other view of its image than to a queue of keys of earlier images; keys are computed by a teacher,
-the moving average of the student. So the number of negatives does not depend on the batch size, as
-it does in MoCo v3. As in BYOL, the student has a predictor that the teacher lacks, the two views
-are augmented differently, and each is query and key. New is one more asymmetry, for Transformers:
-the student drops residual branches at random (drop path), the teacher never does.
+the moving average of the student. Because of the queue, the number of negatives does not depend on
+the batch size; in MoCo v3 it does. As in BYOL, the student has a predictor that the teacher lacks,
+the two views are augmented differently, and each is query and key. New is one more asymmetry, for
+Transformers: the student drops residual branches at random (drop path), the teacher never does.
 
     view 1 -+- student  -> class -> projector  -> predictor -> q1      InfoNCE with k2, queue of k2
             +- teacher* -> class -> projector* --------------> k1
@@ -24,7 +24,8 @@ only: neither its own batch nor the queries. At chance level L = 2 ln(1 + queue 
 may rise until queue size / batch size steps have filled it.
 
 The paper (ImageNet, linear probe, 300 epochs): DeiT-S 72.8, where MoCo v3 and DINO without local
-crops have 72.5; Swin-T 75.0. The images of a batch do not compare with each other, so 512 suffice.
+crops have 72.5; Swin-T 75.0. The images of a batch are not negatives of each other, so a batch of
+512 suffices.
 
 Where the paper differs from the official code, or does not specify a detail, we follow the code:
 the teacher is updated before the keys are computed, not after the step; batch norm only within the
@@ -167,8 +168,7 @@ class Queue(nn.Module):
         """k1, k2: (batch_size, out_dim), keys of both views. Once per step, after the loss, which
         uses the old queue; as many of the oldest keys are dropped."""
         new = F.normalize(torch.stack([k1, k2]), dim=-1)
-        self.keys = torch.cat([self.keys[:, len(k1):], new], 1)  # another tensor: backward needs
-                                                                 # the old one
+        self.keys = torch.cat([self.keys[:, len(k1):], new], 1)
 
 
 def contrastive_loss(q, k, queue, tau):
@@ -222,7 +222,8 @@ def main():
             with torch.no_grad():
                 k1, k2 = teacher(*batch.views)       # train mode: statistics of the batch
         k1, k2 = k1.float(), k2.float()                                      # (B, out_dim)
-        # Each view has a queue of its own: augmentations of another kind make easy negatives.
+        # Each view has a queue of its own: keys that are augmented differently from the positive
+        # would be easy to tell apart from it.
         loss = (contrastive_loss(q1.float(), k2, queue.keys[1], cfg.temperature) +
                 contrastive_loss(q2.float(), k1, queue.keys[0], cfg.temperature))
 

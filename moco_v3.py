@@ -61,14 +61,14 @@ class Config(config.Settings):
     patch_size: Size = 16           # pixels per patch side (paper)
     embed_dim: Size = 768           # encoder width (paper); ViT-S: 384
     depth: Size = 12                # encoder blocks (paper)
-    num_heads: Size = 12            # attention heads (paper); ViT-S also has 12 (official code)
+    num_heads: Size = 12            # attention heads (paper); ViT-S also has 12 (code)
     stop_grad_conv1: bool = True    # freeze the random patch projection (paper, section 4.2)
     mlp_dim: Size = 4096            # hidden width of projector and predictor (paper)
     out_dim: Size = 256             # width of queries and keys (paper)
     # the objective
     temperature: Positive = 0.2     # tau (paper); the official script's default is for ResNets
     momentum_teacher: Fraction = 0.99      # EMA momentum (paper), increased to 1 by a cosine
-                                           # (official code); 0: no momentum, constant
+                                           # (code); 0: no momentum, constant
     # the views
     crop_min: Fraction = 0.08       # smallest area of a crop (official code, for ViTs)
     color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (official
@@ -81,7 +81,7 @@ class Config(config.Settings):
     batch_size: Several = 4096      # global batch size (paper)
     lr: float = 1.5e-4              # base learning rate (paper, for a frozen patch projection); the
                                     # peak is lr * batch/256
-    weight_decay: float = 0.1       # AdamW (paper), on every parameter (official code)
+    weight_decay: float = 0.1       # AdamW (paper), on every parameter (code)
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -196,7 +196,7 @@ def main():
         if run.eval_due:
             found = visualize.evaluate(run, net.backbone, bank, queries)
             run.log(**found)
-            with run.evaluation():
+            with run.evaluation(net.backbone):
                 save_visualization(run, net.backbone, batch.views, q1, k2[first:first + B])
             visualize.warn_of_equal_tokens(run, found.get("feat_std", 1), "loss", loss,
                                            4 * cfg.temperature * math.log(cfg.batch_size))
@@ -211,12 +211,11 @@ def save_visualization(run, backbone, pair, q1, k2, n=8):
     mean of the heads); the second view, among those of this process, whose key is most similar to
     the query of view 1."""
     x1, x2 = pair[0][:n], pair[1]
+    columns = {"view 1": augment.denormalize(x1), "view 2": augment.denormalize(x2[:n])}
     attention = visualize.last_attention(run, backbone, x1)
+    columns["attention"] = visualize.attention_map(attention, run.cfg.img_size)
     nearest = (F.normalize(q1[:n].float(), dim=-1) @ F.normalize(k2, dim=-1).T).argmax(1)
-    visualize.save_grid(run, {
-        "view 1": augment.denormalize(x1), "view 2": augment.denormalize(x2[:n]),
-        "attention": visualize.attention_map(attention, run.cfg.img_size),
-        "most similar": augment.denormalize(x2[nearest])})
+    visualize.save_grid(run, columns | {"most similar": augment.denormalize(x2[nearest])})
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ crops: c_head is a projector to keys t and, in the student, a predictor to queri
 
     L_cls = ctr(s_1, t_2, queue of t_2) + ctr(s_2, t_1, queue of t_1)
 
-with optimizer, schedules and drop path of MoBY, which evaluates the student. With --backbone
-swin_tiny, patches are those of the last stage, of 32 pixels: 2 positives then (--num-positives 2).
+Optimizer, schedules and drop path are then MoBY's (the warmup starts at 0), and the student is
+evaluated, as in MoBY. With --backbone swin_tiny, patches are those of the last stage, of 32 pixels:
+add --num-positives 2 (supplement G).
 
 The paper (ViT-S/16, ImageNet; DINO -> SelfPatch): COCO box AP 40.8 -> 42.1, ADE20K mIoU (Semantic
 FPN) 38.3 -> 41.2 (300 -> 200 epochs, supplement A), linear 75.1 -> 75.6 (300 epochs, supplement D).
@@ -143,7 +144,7 @@ class Config(config.Settings):
                                     # together, 5 (MoBY); 0: off
     momentum_teacher: Fraction = 0.996     # teacher's EMA momentum, rises to 1 by a cosine (code)
     overfit_one_batch: bool = False # train on the first batch only, as a check; on large data sets
-                                    # add --warmup-epochs 0 --freeze-last-layer 0 (both last epochs)
+                                    # add --warmup-epochs 0 --freeze-last-layer 0 (in epochs)
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -351,7 +352,7 @@ def cls_loss(s, P, tau):
     """Cross-entropy across crops. s: (n_crops, B, K) logits of the student, global crops
     first; P: (2, B, K) of the teacher. Mean over images and the 2(n_crops-1) pairs v != g."""
     log_p = (s / tau).log_softmax(-1)
-    log_p_sum = log_p.sum(0) - log_p[:2]     # (2, B, K), sum over v != g: 2 products, not n (ours)
+    log_p_sum = log_p.sum(0) - log_p[:2]     # (2, B, K), sum over v != g, once for each g
     return -(P * log_p_sum).sum(-1).mean() / (len(s) - 1)
 
 
@@ -395,8 +396,7 @@ class Queue(nn.Module):
         """k1, k2: (batch_size, out_dim), keys of both views. Once per step, after the loss, which
         uses the old queue; as many of the oldest keys are dropped."""
         new = F.normalize(torch.stack([k1, k2]), dim=-1)
-        self.keys = torch.cat([self.keys[:, len(k1):], new], 1)  # another tensor: backward needs
-                                                                 # the old one
+        self.keys = torch.cat([self.keys[:, len(k1):], new], 1)
 
 
 # ---- Train ---------------------------------------------------------------------------------------
@@ -538,7 +538,7 @@ def main():
                 assignments = () if moby else (P[0], (s[1] / cfg.student_temp).softmax(-1))
                 visualize.save_self_distillation(
                     run, part.views, maps[-1][:, :, 0], *assignments,
-                    extra=patch_columns(run, u[0], w[0], center_patch))
+                    extra=patch_columns(run, u[0], w[0], center_patch, min(8, len(part.index))))
             if moby:
                 visualize.warn_of_equal_tokens(run, found.get("feat_std", 1), "loss_cls", loss_cls,
                                                chance)
@@ -555,9 +555,9 @@ def main():
             run.save()
 
 
-def patch_columns(run, u, w, center, n=8):
-    """Columns of visualization.png: prototype (a color) of each patch of the first crop. Teacher:
-    from u (2B, N, K_patch), of the patch's positives; student: from w, of the patch itself."""
+def patch_columns(run, u, w, center, n):
+    """Columns of visualization.png: prototype (a color) of each patch of the first crop, n images.
+    Teacher: from u (2B, N, K_patch), of the patch's positives; student: from w, of the patch."""
     columns, side = {}, math.isqrt(u.shape[1])
     for title, logits in {"teacher": u[:n] - center.center, "student": w[:n]}.items():
         ids = logits.argmax(-1).unflatten(1, (side, side))                   # (n, side, side)

@@ -24,8 +24,8 @@ file.
 The ViT is that of BEiT's released ImageNet-22k models: no absolute positions, one table of relative
 position biases shared by all blocks, layer scale, no key bias. The table starts at zero: before
 training the network cannot tell positions apart. (The short default run adds fixed positions and
-starts from Xavier weights without layer scale; --pos none --init beit --layer-scale 0.1 is as
-published.)
+starts from Xavier weights, without layer scale and drop path; --pos none --init beit --layer-scale
+0.1 --drop-path 0.1 is the published network.)
 
 Where the paper and the released configuration differ, we follow the configuration: a learning rate
 that is constant after the warmup, 4e-4 at batch 2048, and a tenth of that after 7/8 of the run
@@ -64,9 +64,9 @@ class Config(config.Settings):
     num_heads: Size = 12            # attention heads (paper)
     pos: Literal["none", "sincos_row"] = "none"   # absolute position embeddings, beside the
                                     # relative ones (paper: none; sincos_row, fixed: our choice)
-    layer_scale: float = 0.1        # initial scale of residual branches (official code); 0: off
+    layer_scale: float = 0.1        # initial scale of residual branches (code); 0: off
     init: Literal["beit", "moco"] = "beit"        # initial weights, see lib/weights.py (code: beit)
-    drop_path: Fraction = 0.1       # stochastic depth, also in pretraining (official code)
+    drop_path: Fraction = 0.1       # stochastic depth, also in pretraining (code)
     # the mask
     mask_patch_size: Size = 32      # side of the masked squares in pixels (paper)
     mask_ratio: Fraction = 0.6      # fraction of squares masked, rounded up: 30 of 49 (paper)
@@ -134,7 +134,8 @@ class Network(nn.Module):
         D, p = cfg.embed_dim, cfg.patch_size
         self.backbone = vit.ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads, pos=cfg.pos,
                                 rel_pos="shared", layer_scale=cfg.layer_scale or None,
-                                qkv_bias="split", drop_path=cfg.drop_path, init=cfg.init)
+                                qkv_bias="split", drop_path=cfg.drop_path, resize="size",
+                                init=cfg.init)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # A Linear on each patch; PixelShuffle arranges its 3pp outputs as colors of p x p pixels.

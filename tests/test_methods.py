@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from lib import checkpoints, config, datasets, tokenizer, toy, visualize
 from lib.run import Run, cosine
@@ -461,6 +462,15 @@ def test_resuming_a_complete_run_changes_nothing_and_says_so(run, few, tmp_path,
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     run("mae", "--out", tmp_path, "--resume", "--lr", 0.3, "--steps", 2)             # control
     assert "lr: 0.3" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("method", ["dino", "ibot", "selfpatch"])
+def test_a_figure_of_micro_batches_of_few_images(method, run, few, tmp_path):
+    """The figure shows up to 8 images of the last micro-batch, which has 4."""
+    run(method, "--out", tmp_path, "--steps", 1, "--evals", 1, "--accum-iter", 4,
+        "--use-bn-in-head", "false")
+    rows = Image.open(tmp_path / "visualization.png").height - 16            # 16 px: the titles
+    assert rows == 4 * (16 + 4) * 6                      # 4 images of 16 px, enlarged 6 times
 
 
 # ---- the same run, in other ways -----------------------------------------------------------------
