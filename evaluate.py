@@ -35,6 +35,7 @@ from probes import (
     classification,
     detection,
     finetune,
+    frozen_segmentation,
     plan,
     pose,
     retrieval,
@@ -73,8 +74,8 @@ TASKS = {
     "landmark_retrieval": retrieval.landmark_retrieval,
     "shape_bias": robustness.shape_bias,
     "frequency_noise": robustness.frequency_noise,
-    "linear_segmentation": segmentation.linear_segmentation,
-    "zero_shot_segmentation": segmentation.zero_shot_segmentation,
+    "linear_segmentation": frozen_segmentation.linear_segmentation,
+    "zero_shot_segmentation": frozen_segmentation.zero_shot_segmentation,
     "video": video.video,
     "pose": pose.pose,
 }
@@ -145,6 +146,8 @@ def refuse_ineffective(opt):
         if opt.head != "attentive" and opt.bn == "batch":
             raise ValueError("--bn is for the attentive head: add --head attentive, or leave it "
                              "out")
+    if task == "detection" and opt.epochs and opt.iters:
+        raise ValueError("--epochs and --iters both give the length of the training: leave out one")
     uses_hyber = opt.feature == "hyber" or (task == "knn" and not opt.feature)
     if opt.hyber_norm == "joint" and not uses_hyber:
         raise ValueError("--hyber-norm is for the feature hyber only: add --feature hyber, or "

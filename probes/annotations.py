@@ -179,6 +179,13 @@ def has(what, name):
     return name in READERS[what] or os.path.isdir(name) and own_data.has(name, what)
 
 
+def has_masks(name):
+    """Whether a data set has masks of objects that are not made from label maps, and a folder no
+    label maps, which all tasks prefer."""
+    return name in MASKS or (os.path.isdir(name) and not own_data.find_label_maps(name)
+                             and own_data.has(name, "masks"))
+
+
 def objects_are_boxes(name):
     """Whether the objects of a data set, to be retrieved, are boxes; else they are whole images."""
     return name in ("coco", "toy-scenes") or name not in BOXES and has("boxes", name)
@@ -217,7 +224,10 @@ def segmentation_classes(name, level=None, root=None):
     if name not in SEGMENTATION:
         check_level(name, level)
         maps = own_data.find_label_maps(name)
-        return list(maps.classes) if maps else ["background", *find_own(name, "masks").classes]
+        classes = maps.classes if maps else ["background", *find_own(name, "masks").classes]
+        if len(classes) > 255:                           # 255: ignored
+            raise ValueError(f"{name} has {len(classes)} classes, and label maps have at most 255")
+        return list(classes)
     classes = SEGMENTATION[name][1][check_level(name, level)]
     if classes is None:
         return [part for _, part in label_maps.load_ade20k_parts(root)]
@@ -497,7 +507,7 @@ def decode_mask(segmentation, shape):
     from pycocotools import mask
     if isinstance(segmentation, list):
         if not segmentation or any(len(line) < 6 or len(line) % 2 for line in segmentation):
-            raise ValueError("a polygon without three corners of x and y")
+            raise ValueError("a polygon without three corners of x and y: delete this annotation")
         segmentation = mask.merge(mask.frPyObjects(segmentation, *shape))
     elif list(segmentation["size"]) != list(shape):
         raise ValueError(f"a mask of {segmentation['size']} on an image of {list(shape)}")

@@ -172,9 +172,9 @@ def detection(model, opt):
         parts = [None] * world
         dist.all_gather_object(parts, pairs)
         pairs = sum(parts, [])
-    if not any(len(truth.boxes) for truth, _ in pairs):
-        raise ValueError(f"no objects in the test images of {opt.data}: raise --limit or change "
-                         "--data")
+    if not any((~truth.crowd).any() for truth, _ in pairs):
+        raise ValueError(f"no objects in the test images of {opt.data}: "
+                         f"{'raise --limit or ' * bool(opt.limit)}change --data")
     if figure.items:
         name = f"detection-{Path(opt.data).name}-{model.name}.png"
         save_image_grid(figure.rows(), Path(opt.out) / name, 256, ("annotation", "prediction"),
@@ -392,8 +392,10 @@ class TrainingViews(IterableDataset):
     read: as in `detection`; keep: read once and keep all items in memory. first_epoch: a resumed
     run starts with the epoch in which it was interrupted. The images of an epoch are split over
     processes and their workers, and each worker makes its own batches: with another number of
-    workers, batches have other images, and the result differs.
+    workers, batches have other images, and the result differs. ValueError: after MAX_EMPTY epochs
+    without a view (the part of a worker may have no objects in some of them).
     """
+    MAX_EMPTY = 20
 
     def __init__(self, read, recipe, side, mean, seed, keep):
         self.read = read
@@ -408,6 +410,7 @@ class TrainingViews(IterableDataset):
     def __iter__(self):
         worker = get_worker_info()
         n_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        empty = 0                                        # epochs without a view, one after another
         for epoch in itertools.count(self.first_epoch):
             def order(n_images, epoch=epoch):
                 self.n_images = n_images
@@ -418,14 +421,14 @@ class TrainingViews(IterableDataset):
 
             items = (self.read("train", order) if self.kept is None else
                      (self.kept[i] for i in order(len(self.kept))))
-            any_objects = False
+            empty += 1
             for item in items:
-                any_objects |= not item.crowd.all()
                 torch.manual_seed(rng.key(self.seed, "view", epoch, item.id))
                 image, target = training_view(item, self.recipe, self.side, self.mean)
                 if len(target["boxes"]):
+                    empty = 0
                     yield image, target
-            if not any_objects:
+            if empty == self.MAX_EMPTY:
                 raise ValueError("no objects in the training images: raise --limit or change "
                                  "--data")
 
@@ -584,7 +587,7 @@ def pack_objects(item):
 def draw_objects(image, objects, count=None):
     """The image with boxes and masks, in a color for each class. count: number of objects;
     predicted ones are ordered by their scores."""
-    colors = class_colors()[objects.labels + 1].tolist()
+    colors = class_colors()[1 + objects.labels % 255].tolist()
     for k, (box, color) in enumerate(zip(objects.boxes[:count], map(tuple, colors))):
         if hasattr(objects, "masks"):
             # One by one: torchvision leaves black pixels where masks overlap.

@@ -117,15 +117,14 @@ def read_label_image(path):
 
 def make_label_reader(classes):
     """{id in the file: class or 255} -> function read, as above. Other ids are errors."""
-    table = np.full(256, 254, np.uint8)                            # 254: an unknown id
-    table[list(classes)] = list(classes.values())
+    table, known = np.zeros(256, np.uint8), np.zeros(256, bool)
+    table[list(classes)], known[list(classes)] = list(classes.values()), True
 
     def read(path, shape):
         ids = read_label_image(path)
-        labels = table[ids]
-        if (labels == 254).any():
-            raise ValueError(f"the number {ids[labels == 254][0]} is not a class")
-        return labels
+        if not known[ids].all():
+            raise ValueError(f"the number {ids[~known[ids]][0]} is not a class")
+        return table[ids]
     return read
 
 

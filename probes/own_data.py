@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lib import datasets, tree
-from probes.annotation_files import name_damaged_file, read_coco_json, read_ids, select_evenly
+from probes.annotation_files import (
+    check_inside,
+    name_damaged_file,
+    read_coco_json,
+    select_evenly,
+)
 from probes.label_maps import make_label_reader, read_label_image
 
 CLASS_FILES = ("classes.txt", "class_names.txt", "codes.txt")
@@ -87,6 +92,9 @@ def find_label_maps(folder):
     numbers = [number for number, name in names.items() if name.lower() not in NOT_CLASSES]
     table = dict.fromkeys(names, 255) | {number: i for i, number in enumerate(numbers)} | {255: 255}
     classes = [names[number] for number in numbers]
+    if len(classes) < 2:
+        raise ValueError(f"the label maps in {folder} have only {len(classes)} class ({file}), and "
+                         f"probes need two, of which one may be the background")
     report(folder, f"{len(items['train']):,} training and {len(items['test']):,} test images with "
            f"a label map ({source}); {len(classes)} classes ({file}): {tree.list_names(classes)}")
     for what, some, others in (("images without a label map", images, labels),
@@ -106,11 +114,11 @@ def read_class_names(folder, label_paths):
     """-> {number in the label maps: name}, and where the names are from: a line of classes.txt for
     each number from 0, or lines of number and name; without the file the numbers that occur.
     ValueError: an empty line, a number that is missing, twice or above 254; masks of 0 and 255."""
+    sample = set()
     for path in select_evenly(label_paths, 20):
         with name_damaged_file(folder, path):
-            if set(read_label_image(path).ravel().tolist()) != {0, 255}:
-                break
-    else:
+            sample |= set(read_label_image(path).ravel().tolist())
+    if 255 in sample and sample <= {0, 255}:
         raise ValueError(f"the label maps in {folder} contain only 0 and 255, and 255 means that a "
                          "pixel is ignored: save the object as 1")
     file = next((file for file in CLASS_FILES if os.path.isfile(os.path.join(folder, file))), None)
@@ -152,17 +160,41 @@ def split_keys(folder, keys, list_folders):
                 path := os.path.join(folder, place, f"{word}.txt"))]
             lists.setdefault(split, found[0]) if found else None
     if "test" in lists:
-        names = {split: {os.path.splitext(os.path.basename(name))[0]
-                         for name in read_ids(folder, path)} for split, path in lists.items()}
-        test = [key for key in keys if os.path.basename(key) in names["test"]]
-        train = [key for key in keys if os.path.basename(key) not in names["test"] and (
-            "train" not in names or os.path.basename(key) in names["train"])]
+        listed = {split: find_listed(folder, path, keys) for split, path in lists.items()}
+        test = [key for key in keys if key in listed["test"]]
+        train = [key for key in keys if key not in listed["test"] and (
+            "train" not in listed or key in listed["train"])]
         source = " and ".join(os.path.relpath(path, folder) for path in lists.values())
         if not train or not test:
             raise ValueError(f"{folder}: {source} leave no image for training or none for testing: "
                              "expected the name of an image in each line")
         return dict(train=train, test=test), source
     return hold_out(keys), "every fifth is a test image, as there are no folders for both splits"
+
+
+def find_listed(folder, path, keys):
+    """The keys (relative paths without endings) that a list names, a line each: by the whole path
+    or its end. A second word on a line, such as the path of a label map, is ignored. What names no
+    image is reported."""
+    by_name, found, unknown = {}, set(), []
+    for key in keys:
+        by_name.setdefault(os.path.basename(key), []).append(key)
+
+    def matching(text):
+        has_ending = os.path.splitext(text)[1].lower() in tree.SUFFIXES
+        name = tree.find_key(text if has_ending else f"{text}.png")[0]
+        return [key for key in by_name.get(os.path.basename(name), ()) if key == name
+                or key.endswith(f"/{name}") or name.endswith(f"/{key}")]
+
+    with name_damaged_file(folder, path), open(path, encoding="utf-8-sig") as lines:
+        for line in filter(None, map(str.strip, lines)):
+            named = matching(line) or matching(line.split()[0])
+            found.update(named)
+            unknown += [line] * (not named)
+    if unknown:
+        report(folder, f"{len(unknown):,} lines of {os.path.relpath(path, folder)} name no image "
+                       f"with annotations: {tree.list_names(unknown, 3)}")
+    return found
 
 
 def hold_out(items):
@@ -208,6 +240,10 @@ def find_objects(folder, what):
     report(folder, f"{len(rows['train']):,} training and {len(rows['test']):,} test images with "
            f"{len(objects):,} objects ({source}); {len(classes)} classes: "
            f"{tree.list_names(classes)}" + f"; {len(parts)} keypoints" * bool(parts))
+    for split, part in rows.items():
+        if all(annotation["iscrowd"] for *_, annotations in part for annotation in annotations):
+            raise ValueError(f"{folder}: no image for {split}ing has an object that is not a crowd "
+                             f"or difficult")
     if 0 < masks < len(objects):
         report(folder, f"masks are not used, as {len(objects) - masks:,} objects have none")
     return {split: Objects(
@@ -293,13 +329,21 @@ def read_split(path, word, folder):
     with name_damaged_file(folder, path) as at:
         for category in categories:
             category["id"], category["name"]
-        for name, _, annotations in rows:
+        for name, image, annotations in rows:
             at["image"] = name
             for annotation in annotations:
                 at["annotation"] = annotation.get("id")
                 annotation["category_id"]
                 annotation.setdefault("iscrowd", 0)
-                annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+                x, y, *sides = annotation["bbox"]
+                annotation["area"] = annotation.get("area") or sides[0] * sides[1]
+                if image.get("width") and image.get("height"):
+                    check_inside(f"{path}: {name}", image["width"], image["height"],
+                                 x + sides[0], y + sides[1])
+        boxes = [annotation["bbox"] for *_, annotations in rows for annotation in annotations]
+        if boxes and all(min(box[2:]) < 1 for box in boxes):
+            raise ValueError("all boxes are smaller than a pixel: COCO's are x, y, width and "
+                             "height in pixels, not fractions of the image")
     return [(os.path.join(place, name), *rest) for name, *rest in rows], categories
 
 
@@ -314,9 +358,11 @@ def find_voc(folder):
             files[path] = root
     if not files:
         return None
-    xml, images = ({tree.find_key(path)[0]: path for path in (
-        os.path.relpath(path, folder) for path in paths)}
-        for paths in (files, tree.list_images(folder)[0]))
+    keyed = [{path: tree.find_key(path) for path in (os.path.relpath(path, folder)
+                                                     for path in paths)}
+             for paths in (files, tree.list_images(folder)[0])]
+    xml = {key: path for path, (key, _) in keyed[0].items()}
+    images = {key: path for path, (key, is_label) in keyed[1].items() if not is_label}
     both = sorted(xml.keys() & images.keys())
     if not both:
         raise ValueError(f"no XML file in {folder} has the name of an image: see "

@@ -80,7 +80,8 @@ def pose(model, opt):
     if not on_toy:
         metrics.coco_ap([])                              # reports a missing pycocotools
     for split in ("test", "train"):                      # reports missing files before training
-        next(keypoint_items(opt, split, side), None)
+        if next(keypoint_items(opt, split, side), None) is None:
+            raise ValueError(f"pose: no {split} images of {opt.data} have keypoints")
 
     sigma = 2 * shape[0] / 256                           # cells
     head = make_head(len(names), model, opt.seed)

@@ -231,12 +231,13 @@ def draw_uniform(g, low=0.0, high=1.0):
 
 def flip_table(names):
     """(256,) uint8: the label of each class in a mirrored image: that of right-arm for left-arm,
-    that of "cat: reye" for "cat: leye"."""
+    of "cat: reye" for "cat: leye", of r_eye for l_eye, of eye-r for eye-l."""
     table, names = torch.arange(256, dtype=torch.uint8), [name.lower() for name in names]
     for i, name in enumerate(names):
         other = name.replace("left", "\0").replace("right", "left").replace("\0", "right")
-        if other == name:                                # Pascal-Part; "loofside" is not a name
-            other = re.sub("(?<=: )[lr]", lambda side: "rl"["lr".index(side[0])], name)
+        if other == name:                                # Pascal-Part's "cat: leye"; l_eye, eye_r
+            other = re.sub(r"(?<=: )[lr]|^[lr](?=[_-])|(?<=[_-])[lr]$",
+                           lambda side: "rl"["lr".index(side[0])], name)
         table[i] = names.index(other) if other in names else i
     return table
 

@@ -380,6 +380,15 @@ def test_a_data_set_without_objects_is_refused():
         next(iter(make_views([item] * 3)))
 
 
+def test_the_part_of_a_process_may_have_no_objects_in_an_epoch():
+    """One of eight images has objects, and each of four processes gets two of them in an epoch."""
+    crowds, item = [make_item() for _ in range(7)], make_item()
+    for crowd in crowds:
+        crowd.crowd[:] = True
+    views = iter(make_views([*crowds, item], 3, 4))
+    assert len([next(views) for _ in range(4)]) == 4
+
+
 def test_the_error_of_a_worker_is_one_line():
     def loader():
         yield 1

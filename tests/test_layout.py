@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 METHODS = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
 SCRIPTS = [*METHODS, "evaluate", "analysis"]
-SHARED_PROBES = {"annotation_files", "annotations", "common", "figures", "heads", "label_maps",
-                 "own_data", "patches", "training"}             # what several probes use; no probes
+SHARED_PROBES = {                             # what several probes use; no probes
+    "annotation_files", "annotations", "common", "figures", "heads", "label_crops", "label_maps",
+    "own_data", "patches", "training"}
 
 
 def modules():

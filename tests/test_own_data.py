@@ -9,7 +9,7 @@ from PIL import Image
 
 import evaluate
 from lib import datasets, tree
-from probes import annotations, detection, own_data, retrieval, segmentation
+from probes import annotations, detection, label_crops, own_data, retrieval
 from probes.common import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")    # of pycocotools
@@ -85,6 +85,18 @@ def test_lists_split_flat_folders_and_without_them_every_fifth_is_tested(tmp_pat
     assert [name for name, _ in labels_of(tmp_path, "train")] == ["a", "c"]
 
 
+def test_lists_name_images_by_their_path_or_its_end(tmp_path, clear_caches):
+    for name in ("seqA/0", "seqA/1", "seqB/0", "seqB/1", "seqB/a.1", "seqB/pig 1"):
+        write_pair(tmp_path, f"images/{name}.png", f"labels/{name}.png", 0, 1)
+    (tmp_path / "train.txt").write_text("seqA/0\nimages/seqA/1.png\n")
+    (tmp_path / "val.txt").write_text("seqB/0\nseqB/a.1\npig 1.png\nseqC/0\n")
+    maps = own_data.find_label_maps(str(tmp_path)).items
+    assert [key for key, *_ in maps["train"]] == ["seqA/0", "seqA/1"]
+    assert [key for key, *_ in maps["test"]] == ["seqB/0", "seqB/a.1", "seqB/pig 1"]
+    assert any("1 lines of val.txt name no image with annotations: seqC/0" in note
+               for note in clear_caches)
+
+
 def test_classes_have_numbers_and_void_is_ignored(tmp_path):
     for name, values in (("a", (0, 4, 7, 255)), ("b", (7,))):
         write_pair(tmp_path, f"images/{name}.png", f"labels/{name}.png", *values)
@@ -110,6 +122,9 @@ def test_files_without_a_partner_are_counted(tmp_path, clear_caches):
     (lambda root: [write_labels(root / f"labels/{name}.png", 0, 255) for name in "ab"],
      "contain only 0 and 255.*save the object as 1"),
     (lambda root: write_labels(root / "labels/a.png", 0, 1, mode="RGB"), "was it saved in color"),
+    (lambda root: [write_labels(root / "labels/a.png", 0, 255),              # one mask is empty
+                   write_labels(root / "labels/b.png", 0)], "contain only 0 and 255"),
+    (lambda root: [write_labels(root / f"labels/{name}.png", 0) for name in "ab"], "only 1 class"),
     (lambda root: [(root / f"labels/{name}.png").rename(root / f"labels/other{name}.png")
                    for name in "ab"], "no label map in .* has the name of an image"),
     (lambda root: write_image(root / "images/a.jpg"), "two files for one image or label map"),
@@ -163,7 +178,7 @@ def coco(names, ids=(7, 3), **fields):
     """Content of a JSON file: an object of the second category in each image."""
     return dict(
         images=[dict(id=i, file_name=name, width=8, height=6) for i, name in enumerate(names)],
-        annotations=[dict(id=i, image_id=i, category_id=ids[1], bbox=[1, 1, 4, 3], **fields)
+        annotations=[dict(id=i, image_id=i, category_id=ids[1], **{"bbox": [1, 1, 4, 3], **fields})
                      for i in range(len(names))],
         categories=[dict(id=ids[0], name="unused"), dict(id=ids[1], name="cow", **(
             dict(keypoints=["nose", "tail"]) if "keypoints" in fields else {}))])
@@ -197,6 +212,22 @@ def test_coco_files_are_found_in_all_usual_layouts(tmp_path, clear_caches, image
     assert annotations.box_classes(folder) == ["cow"]      # a category without objects is no class
     assert annotations.has("boxes", folder) and not annotations.has("masks", folder)
     assert any("2 training and 1 test images with 3 objects" in note for note in clear_caches)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(bbox=[0.1, 0.1, 0.5, 0.5]), "all boxes are smaller than a pixel"),
+    (dict(bbox=[6, 4, 8, 6]), "extends to x 14, y 10"), (dict(iscrowd=1), "no image for testing")])
+def test_boxes_that_cannot_be_meant_are_refused(tmp_path, change, message):
+    write_coco(tmp_path, "train", "train.json", ["a.png"])
+    write_coco(tmp_path, "val", "val.json", ["c.png"], **change)
+    with pytest.raises(ValueError, match=message):
+        next(annotations.boxes(str(tmp_path)))
+
+
+def test_an_area_of_zero_is_that_of_the_box(tmp_path):
+    for split in ("train", "val"):
+        write_coco(tmp_path, split, f"{split}.json", ["a.png"], area=0)
+    assert next(annotations.boxes(str(tmp_path))).areas.tolist() == [12]
 
 
 def test_own_boxes_are_retrieved_from_the_command_line(tmp_path):
@@ -270,6 +301,7 @@ def test_files_of_one_split_that_cannot_be_told_apart_are_named(tmp_path):
 def test_voc_boxes_count_from_one_and_difficult_ones_are_ignored(tmp_path, image, path):
     for name in "abc":
         write_image(tmp_path / image.format(name))
+        write_labels(tmp_path / f"SegmentationClass/{name}.png", 0, 1)       # are no images
         file = tmp_path / path.format(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         objects = "".join(
@@ -285,6 +317,7 @@ def test_voc_boxes_count_from_one_and_difficult_ones_are_ignored(tmp_path, image
     folder = str(tmp_path)
     [item] = annotations.boxes(folder)
     assert item.boxes.tolist() == [[1, 0, 5, 3]] * 2 and item.labels.tolist() == [1, 0]
+    assert abs(item.image.float().mean((1, 2)) - torch.tensor([90, 140, 30])).max() < 3
     assert item.crowd.tolist() == [False, True] and item.areas.tolist() == [12, 12]
     assert len(list(annotations.boxes(folder, split="train"))) == 2
     assert annotations.box_classes(folder) == ["cat", "dog"]
@@ -319,7 +352,7 @@ def test_figures_of_a_folder_are_named_by_its_last_part(tmp_path):
     write_pair(tmp_path, "images/a.png", "labels/a.png", 0, 1)
     write_pair(tmp_path, "images/b.png", "labels/b.png", 0, 1)
     options = Options(task="linear_segmentation", data=str(tmp_path), out="out")
-    path = segmentation.figure_path(type("Model", (), dict(name="m")), options)
+    path = label_crops.figure_path(type("Model", (), dict(name="m")), options)
     assert str(path) == f"out/linear_segmentation-{tmp_path.name}-m.png"
     assert torch.is_tensor(next(annotations.segmentation(str(tmp_path))).labels)
     with pytest.raises(ValueError, match="one list of classes: leave out --level"):

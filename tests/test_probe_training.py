@@ -9,11 +9,11 @@ from small_models import make_encoder, make_model, make_options
 
 import vit
 from lib import checkpoints, rng, swin
-from probes import detection, finetune, pose, segmentation, training
+from probes import detection, finetune, frozen_segmentation, pose, segmentation, training
 
 BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
 PROBES = dict(finetune=finetune.finetune, segmentation=segmentation.segmentation,
-              linear_segmentation=segmentation.linear_segmentation, pose=pose.pose,
+              linear_segmentation=frozen_segmentation.linear_segmentation, pose=pose.pose,
               detection=detection.detection)
 
 
@@ -53,6 +53,15 @@ def with_head(encoder):
     net = torch.nn.Module()
     net.encoder, net.head = encoder, torch.nn.Linear(2, 2)
     return net
+
+
+@pytest.mark.parametrize("names, pairs", [
+    ("l_eye r_eye nose", [1, 0, 2]), ("eye-l nose eye-R", [2, 1, 0]),
+    ("LeftHand RightHand", [1, 0]),
+    ("cat: leye|cat: reye|cat: tail", [1, 0, 2]), ("lip rip", [0, 1]), ("left_eye nose", [0, 1])])
+def test_left_and_right_change_in_a_mirrored_image(names, pairs):
+    names = names.split("|" if "|" in names else None)
+    assert training.flip_table(names)[:len(names)].tolist() == pairs
 
 
 def test_register_tokens_are_in_layer_0_without_weight_decay():

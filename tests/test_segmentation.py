@@ -12,8 +12,9 @@ from small_models import make_encoder, make_model, make_options, record_adamw, u
 
 import evaluate
 from lib import augment, checkpoints, rng
-from probes import annotations, patches, segmentation, training
-from probes.segmentation import Sizes
+from probes import annotations, label_crops, patches, training
+from probes import frozen_segmentation as frozen
+from probes.label_crops import Sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")    # of pycocotools
 
@@ -43,23 +44,23 @@ def zero_shot_options(*argv):
 
 def test_settings_are_the_published_ones():
     wide = (512, 341, (2048, 512), (2048, 512))          # crop, stride; training, test: long, short
-    assert segmentation.SEGMENTATION_SIZES == {
+    assert label_crops.SEGMENTATION_SIZES == {
         "ade20k": wide, "voc": wide, "coco": wide,
         "cityscapes": (512, 341, (2048, 1024), (2048, 1024)),
         "pascal": (480, 161, (520, 520), (3840, 480)), "lip": (320, 161, (1024, 320), (4096, 320))}
-    assert segmentation.LINEAR_SEGMENTATION_RECIPES == {
+    assert frozen.LINEAR_SEGMENTATION_RECIPES == {
         "parts": dict(blocks=(4, 6, 8, 12), lr=4e-4, iters=160000, batch_norm=False),
         "mmc": dict(blocks=(6, 8, 10, 12), lr=1e-4, iters=40000, batch_norm=True)}
-    assert segmentation.WARMUP_ITERS == 1500 and segmentation.CROPS_PER_BATCH == 16
-    assert segmentation.LINEAR_WEIGHT_DECAY == 0.05
-    assert segmentation.THRESHOLDS == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    assert label_crops.WARMUP_ITERS == 1500 and label_crops.CROPS_PER_BATCH == 16
+    assert frozen.LINEAR_WEIGHT_DECAY == 0.05
+    assert frozen.THRESHOLDS == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
 
 def test_linear_heads_are_trained_with_the_published_schedule(monkeypatch):
-    steps, heads = record_adamw(monkeypatch), segmentation.LinearHeads(4, 3, 2, False, 0)
-    optimizer = training.linear_adamw(heads.layers, [4e-4, 1e-3], segmentation.LINEAR_WEIGHT_DECAY)
+    steps, heads = record_adamw(monkeypatch), frozen.LinearHeads(4, 3, 2, False, 0)
+    optimizer = training.linear_adamw(heads.layers, [4e-4, 1e-3], frozen.LINEAR_WEIGHT_DECAY)
     batch = torch.zeros(16, 3, 8, 8), torch.zeros(16, 8, 8, dtype=torch.long)
-    segmentation.train_linear_heads(heads, optimizer, lambda x: torch.randn(16, 1, 1, 4),
+    frozen.train_linear_heads(heads, optimizer, lambda x: torch.randn(16, 1, 1, 4),
                                     enumerate([batch] * 4), iters=4, warmup=2, p=8)
     factors = 1e-6, 0.75 * 0.5000005, 0.5, 0.25          # two steps of warmup, down to 0
     for groups, factor in zip(steps, factors, strict=True):
@@ -75,19 +76,19 @@ def test_windows_begin_where_the_published_code_has_them():
                             ((2048, 512, 341), [0, 341, 682, 1023, 1364, 1536]),
                             ((641, 480, 161), [0, 161]), ((720, 480, 161), [0, 161, 240]),
                             ((480, 320, 161), [0, 160]), ((300, 512, 341), [0])):
-        assert segmentation.window_starts(*sizes) == expected
+        assert label_crops.window_starts(*sizes) == expected
 
 
 def test_the_aspect_ratio_is_kept():
-    assert segmentation.fit_shape((480, 640), 2048, 512) == [512, 683]
-    assert segmentation.fit_shape((375, 500), 520, 520) == [390, 520]
-    assert segmentation.fit_shape((100, 1000), 2048, 512) == [205, 2048]
+    assert label_crops.fit_shape((480, 640), 2048, 512) == [512, 683]
+    assert label_crops.fit_shape((375, 500), 520, 520) == [390, 520]
+    assert label_crops.fit_shape((100, 1000), 2048, 512) == [205, 2048]
 
 
 def test_the_argmax_at_another_size_is_the_same_in_chunks():
     logits = torch.randn(37, 9, 11)
     expected = F.interpolate(logits[None], (20, 31), mode="bilinear")[0].argmax(0)
-    assert segmentation.argmax_resized(logits, (20, 31)).equal(expected)
+    assert label_crops.argmax_resized(logits, (20, 31)).equal(expected)
 
 
 def test_windows_are_averaged_where_they_overlap(monkeypatch):
@@ -101,9 +102,9 @@ def test_windows_are_averaged_where_they_overlap(monkeypatch):
             logits = F.pad(window + next(counter), (0, 8, 0, 0), value=99)   # wider than the window
             yield logits, 10 * logits
 
-    monkeypatch.setattr(segmentation, "argmax_resized", lambda logits, shape: logits)
+    monkeypatch.setattr(label_crops, "argmax_resized", lambda logits, shape: logits)
     image, model = torch.randint(256, (3, 40, 72), dtype=torch.uint8), small_model()
-    found, tenfold = segmentation.segment_image(predict, image, model,
+    found, tenfold = label_crops.segment_image(predict, image, model,
                                                 Sizes(32, 24, None, (10000, 40)))
     sums, counts = torch.zeros(40, 72), torch.zeros(40, 72)
     for n, (top, left) in enumerate(itertools.product((0, 8), (0, 24, 40))):
@@ -130,10 +131,10 @@ def test_flips_change_sides_only_if_asked(monkeypatch):
     labels = 4 + x + x[:, None]                              # up to 18, the last of LIP's
     item = SimpleNamespace(image=labels.expand(3, 8, 8), labels=labels)
     sizes, kinds = Sizes(8, 8, (8, 8), (8, 8)), set()
-    monkeypatch.setattr(segmentation, "distort_colors", lambda x, g: 255 - x)
+    monkeypatch.setattr(label_crops, "distort_colors", lambda x, g: 255 - x)
     for seed in range(8):
         (image, plain), (_, swapped) = (
-            segmentation.random_crop(item, sizes, rng.generator(seed), of_flip)
+            label_crops.random_crop(item, sizes, rng.generator(seed), of_flip)
             for of_flip in (None, table))
         assert (255 - image - plain).abs().max() < 1.01      # nearest: half a pixel off, twice
         assert swapped.equal(plain) or swapped.equal(table[plain.long()])
@@ -147,7 +148,7 @@ def test_crops_avoid_a_single_label_and_colors_stay_in_range():
     item = SimpleNamespace(image=torch.randint(256, (3, 64, 64), dtype=torch.uint8), labels=labels)
     mixed = 0
     for seed in range(30):
-        image, y = segmentation.random_crop(item, Sizes(16, 16, (64, 64), None),
+        image, y = label_crops.random_crop(item, Sizes(16, 16, (64, 64), None),
                                             rng.generator(seed))
         assert image.shape == (3, 16, 16) and y.shape == (16, 16)
         assert 0 <= image.min() and image.max() <= 255
@@ -156,10 +157,10 @@ def test_crops_avoid_a_single_label_and_colors_stay_in_range():
 
 
 def test_training_images_are_scaled_by_a_half_to_two(monkeypatch):
-    monkeypatch.setattr(segmentation, "distort_colors", lambda x, g: x)
+    monkeypatch.setattr(label_crops, "distort_colors", lambda x, g: x)
     labels = torch.arange(400).view(20, 20) % 2              # two of them: no second try
     item = SimpleNamespace(image=torch.zeros(3, 20, 20).byte(), labels=labels.byte())
-    sides = [len(segmentation.random_crop(item, Sizes(99, 99, (20, 20), None),
+    sides = [len(label_crops.random_crop(item, Sizes(99, 99, (20, 20), None),
                                           rng.generator(seed))[1])
              for seed in range(100)]                         # smaller than a crop: not cropped
     assert 10 <= min(sides) < 13 and 37 < max(sides) <= 40 and 23 < sum(sides) / 100 < 27
@@ -171,8 +172,8 @@ def test_colors_are_distorted_as_by_colorsys(monkeypatch, contrast_first):
     x[:, 0] = torch.linspace(0, 255, 8)                      # grays
     yes, no = 0.0, 1.0
     numbers = iter([yes, 25.0, yes, 1.3, yes if contrast_first else no, yes, 1.4, yes])
-    monkeypatch.setattr(segmentation, "draw_uniform", lambda *_: next(numbers))
-    found = segmentation.distort_colors(x, rng.generator(3))
+    monkeypatch.setattr(label_crops, "draw_uniform", lambda *_: next(numbers))
+    found = label_crops.distort_colors(x, rng.generator(3))
     turn = int(torch.randint(-18, 18, (), generator=rng.generator(3))) / 180
     assert turn and not list(numbers)
 
@@ -193,7 +194,7 @@ def test_colors_are_distorted_as_by_colorsys(monkeypatch, contrast_first):
 def test_the_loss_is_divided_by_the_number_of_all_pixels():
     logits = torch.zeros(1, 4, 2, 2)
     labels = torch.tensor([[[1, 255], [255, 255]]])
-    assert segmentation.segmentation_loss(logits, labels).item() == pytest.approx(
+    assert label_crops.segmentation_loss(logits, labels).item() == pytest.approx(
         torch.tensor(4.0).log().item() / 4)
 
 
@@ -223,9 +224,9 @@ def plant_classes(monkeypatch, shuffle=False):
 
     monkeypatch.setattr(annotations, "segmentation", read_items)
     monkeypatch.setattr(annotations, "segmentation_classes", lambda *_: ["a", "b", "c"])
-    monkeypatch.setattr(segmentation, "extract_patches", extract_patches)
-    monkeypatch.setattr(segmentation, "distort_colors", lambda x, g: x)
-    monkeypatch.setattr(segmentation, "SEGMENTATION_SIZES",
+    monkeypatch.setattr(frozen, "extract_patches", extract_patches)
+    monkeypatch.setattr(label_crops, "distort_colors", lambda x, g: x)
+    monkeypatch.setattr(label_crops, "SEGMENTATION_SIZES",
                         {"voc": Sizes(64, 64, (64, 64), (64, 64))})
     model = small_model()
     model.encoder.embed_dim = 16
@@ -234,13 +235,13 @@ def plant_classes(monkeypatch, shuffle=False):
 
 def test_sizes_are_scaled_with_the_crop():
     def sizes(*flags):
-        return segmentation.segmentation_sizes(linear_options("--data", *flags), 0)
+        return label_crops.segmentation_sizes(linear_options("--data", *flags), 0)
 
     assert sizes("cityscapes") == sizes("cityscapes", "--img-size", "512") == (
         512, 341, (2048, 1024), (2048, 1024))
     assert sizes("cityscapes", "--img-size", "256") == (256, 170, (1024, 512), (1024, 512))
     assert sizes("lip", "--img-size", "80") == (80, 40, (256, 80), (1024, 80))
-    assert sizes("some/folder") == segmentation.OWN_SIZES
+    assert sizes("some/folder") == label_crops.OWN_SIZES
 
 
 @pytest.mark.parametrize("flags, n_crops, lrs", [
@@ -249,21 +250,21 @@ def test_sizes_are_scaled_with_the_crop():
 def test_small_runs_have_their_batch_and_learning_rates(monkeypatch, flags, n_crops, lrs):
     crops, seen, model = [], [], plant_classes(monkeypatch)
     read_last_block(monkeypatch, "parts")
-    crop, make_optimizer = segmentation.random_crop, segmentation.linear_adamw
-    monkeypatch.setattr(segmentation, "random_crop", lambda *args: crops.append(1) or crop(*args))
-    monkeypatch.setattr(segmentation, "linear_adamw", lambda layers, lrs, decay: (
+    crop, make_optimizer = label_crops.random_crop, frozen.linear_adamw
+    monkeypatch.setattr(label_crops, "random_crop", lambda *args: crops.append(1) or crop(*args))
+    monkeypatch.setattr(frozen, "linear_adamw", lambda layers, lrs, decay: (
         seen.extend(lrs), make_optimizer(layers, lrs, decay))[1])
     if lrs is None:                                        # a tenth of the recipe's: its own
-        recipes = segmentation.LINEAR_SEGMENTATION_RECIPES
+        recipes = frozen.LINEAR_SEGMENTATION_RECIPES
         monkeypatch.setitem(recipes, "parts", {**recipes["parts"], "iters": 10})
-    report = segmentation.linear_segmentation(model, linear_options("--data", "voc", "--workers",
+    report = frozen.linear_segmentation(model, linear_options("--data", "voc", "--workers",
                                                                     "0", *flags.split()))
     assert len(crops) == n_crops and seen == (lrs or [4e-4])
     assert f"iterations with {3 if n_crops == 6 else 16} crops each" in report.protocol
 
 
 def read_last_block(monkeypatch, recipe):
-    recipes = segmentation.LINEAR_SEGMENTATION_RECIPES
+    recipes = frozen.LINEAR_SEGMENTATION_RECIPES
     monkeypatch.setitem(recipes, recipe, {**recipes[recipe], "blocks": (12,)})
 
 
@@ -275,7 +276,7 @@ def test_planted_classes_are_found_and_none_in_shuffled_patches(monkeypatch, rec
         model = plant_classes(monkeypatch, shuffle)
         opt = linear_options("--data", "voc", "--recipe", recipe, "--iters", "40", "--lr", "1e-5",
                              "1e-1")
-        report = segmentation.linear_segmentation(model, opt)
+        report = frozen.linear_segmentation(model, opt)
         [row] = report.rows.values()
         scores.append(row["mIoU"])
         assert shuffle or "lr 0.1;" in report.notes[0]       # held-out images choose the larger
@@ -284,11 +285,11 @@ def test_planted_classes_are_found_and_none_in_shuffled_patches(monkeypatch, rec
 
 def test_learning_rates_are_chosen_on_images_that_are_not_trained_on(monkeypatch):
     trained, scored, model = set(), [], plant_classes(monkeypatch)
-    crop, segment = segmentation.random_crop, segmentation.segment_image
+    crop, segment = label_crops.random_crop, label_crops.segment_image
     read_last_block(monkeypatch, "parts")
-    monkeypatch.setattr(segmentation, "random_crop", lambda item, *rest: (
+    monkeypatch.setattr(label_crops, "random_crop", lambda item, *rest: (
         trained.add(item.id), crop(item, *rest))[1])
-    monkeypatch.setattr(segmentation, "segment_image", lambda predict, image, *rest: (
+    monkeypatch.setattr(label_crops, "segment_image", lambda predict, image, *rest: (
         scored.append(image), segment(predict, image, *rest))[1])
     train, test = ([item.image for item in annotations.segmentation("voc", None, split, None, None,
                                                                     64)]
@@ -296,7 +297,7 @@ def test_learning_rates_are_chosen_on_images_that_are_not_trained_on(monkeypatch
     for lrs, held in (["1e-3"], []), (["1e-3", "1e-2"], [0, 10, 20]):
         trained.clear()
         scored.clear()
-        segmentation.linear_segmentation(model, linear_options("--data", "voc", "--iters", "2",
+        frozen.linear_segmentation(model, linear_options("--data", "voc", "--iters", "2",
                                                                "--lr", *lrs))
         assert trained == set(range(24)) - set(held)         # 32 crops: more than an epoch
         assert torch.stack(scored).equal(torch.stack([*(train[n] for n in held), *test]))
@@ -307,17 +308,17 @@ def test_learning_rates_are_chosen_on_images_that_are_not_trained_on(monkeypatch
     ("mmc", 3, [1, 2])])
 def test_a_recipe_sets_the_blocks_and_the_batch_norm(monkeypatch, recipe, depth, expected):
     trained, model = [], plant_classes(monkeypatch)
-    extract, train = segmentation.extract_patches, segmentation.train_linear_heads
+    extract, train = frozen.extract_patches, frozen.train_linear_heads
 
     def extract_blocks(model, x, blocks):
         assert blocks == expected
         return extract(model, x, blocks).repeat(1, 1, 1, len(blocks))
 
     model.encoder.depth = depth
-    monkeypatch.setattr(segmentation, "extract_patches", extract_blocks)
-    monkeypatch.setattr(segmentation, "train_linear_heads", lambda heads, *rest: (
+    monkeypatch.setattr(frozen, "extract_patches", extract_blocks)
+    monkeypatch.setattr(frozen, "train_linear_heads", lambda heads, *rest: (
         trained.append(heads), train(heads, *rest)))
-    segmentation.linear_segmentation(model, linear_options("--data", "voc", "--recipe", recipe,
+    frozen.linear_segmentation(model, linear_options("--data", "voc", "--recipe", recipe,
                                                            "--iters", "1"))
     [heads], z = trained, 5 * torch.randn(2, 3, 3, 16 * len(expected))
     assert heads.normalize(z).equal(z) == (recipe == "parts")
@@ -327,20 +328,20 @@ def test_a_recipe_sets_the_blocks_and_the_batch_norm(monkeypatch, recipe, depth,
 @pytest.mark.parametrize("batch_size", [3, 256])
 def test_no_forward_pass_is_larger_than_batch_size(monkeypatch, batch_size):
     sizes, model = [], plant_classes(monkeypatch)
-    extract = segmentation.extract_patches
+    extract = frozen.extract_patches
     read_last_block(monkeypatch, "parts")
-    monkeypatch.setattr(segmentation, "extract_patches", lambda model, x, blocks: (
+    monkeypatch.setattr(frozen, "extract_patches", lambda model, x, blocks: (
         sizes.append(len(x)), extract(model, x, blocks))[1])
-    segmentation.linear_segmentation(model, linear_options(
+    frozen.linear_segmentation(model, linear_options(
         "--data", "voc", "--iters", "1", "--lr", "1e-3", "--batch-size", str(batch_size)))
-    assert max(sizes) == min(batch_size, segmentation.CROPS_PER_BATCH)
-    assert sum(sizes) == segmentation.CROPS_PER_BATCH + 8
+    assert max(sizes) == min(batch_size, label_crops.CROPS_PER_BATCH)
+    assert sum(sizes) == label_crops.CROPS_PER_BATCH + 8
 
 
 @pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(monkeypatch):
     def results(*argv):
-        report = segmentation.linear_segmentation(plant_classes(monkeypatch), linear_options(
+        report = frozen.linear_segmentation(plant_classes(monkeypatch), linear_options(
             "--data", "voc", "--iters", "3", "--lr", "1e-3", "1e-2", *argv))
         return report.rows, report.notes
 
@@ -355,9 +356,9 @@ def test_the_number_of_workers_changes_nothing(monkeypatch):
 def test_the_ious_are_those_of_all_pixels():
     similarity = torch.rand(4, 5) * 2 - 1
     mask, valid = torch.rand(32, 40) > 0.6, torch.rand(32, 40) > 0.1
-    found = segmentation.threshold_ious(similarity, segmentation.count_pixels(mask & valid, 8),
-                                        segmentation.count_pixels(valid, 8))
-    for iou, threshold in zip(found, segmentation.THRESHOLDS):
+    found = frozen.threshold_ious(similarity, frozen.count_pixels(mask & valid, 8),
+                                        frozen.count_pixels(valid, 8))
+    for iou, threshold in zip(found, frozen.THRESHOLDS):
         predicted = (similarity > threshold).repeat_interleave(8, 0).repeat_interleave(8, 1) & valid
         union = (predicted | (mask & valid)).sum().item()
         assert iou.item() == pytest.approx((predicted & mask).sum().item() / union)
@@ -374,7 +375,7 @@ def test_the_prompt_is_the_deepest_patch():
             assert found[y, x] == (outside - center).square().sum(1).min()
 
     def prompt(mask, g=None):
-        return segmentation.choose_prompt(mask, segmentation.count_pixels(mask, 8), 8, g)
+        return frozen.choose_prompt(mask, frozen.count_pixels(mask, 8), 8, g)
 
     assert prompt(torch.ones(40, 40, dtype=torch.bool)) == (2, 2)
     thin = torch.zeros(40, 40, dtype=torch.bool)
@@ -400,10 +401,10 @@ def test_similar_patches_are_segmented(monkeypatch):
                     image=mask.expand(3, 64, 64).to(torch.uint8) * 255, labels=torch.tensor([3]),
                     masks=mask[None], crowd=torch.tensor([False]))
 
-        monkeypatch.setattr(segmentation, "extract_patches", extract_patches)
-        monkeypatch.setattr(segmentation, "normalize_images", lambda model, images: images / 255)
+        monkeypatch.setattr(frozen, "extract_patches", extract_patches)
+        monkeypatch.setattr(frozen, "normalize_images", lambda model, images: images / 255)
         monkeypatch.setattr(annotations, "masks", masks)
-        report = segmentation.zero_shot_segmentation(small_model(),
+        report = frozen.zero_shot_segmentation(small_model(),
                                                      zero_shot_options("--img-size", "64"))
         return report.rows["mean over targets"]
 
@@ -426,8 +427,8 @@ def test_high_cosines_are_told_apart_by_fine_thresholds_or_after_centering(monke
         return torch.cat([torch.full_like(bright, 10), bright.sign()], 3)
 
     monkeypatch.setattr(annotations, "masks", masks)
-    monkeypatch.setattr(segmentation, "extract_patches", extract_patches)
-    report = segmentation.zero_shot_segmentation(
+    monkeypatch.setattr(frozen, "extract_patches", extract_patches)
+    report = frozen.zero_shot_segmentation(
         small_model(), zero_shot_options("--img-size", "64", *flags))
     row, notes = report.rows["mean over targets"], " ".join(report.notes)
     assert row["whole image"] == pytest.approx(25) and row["Opt fine"] == pytest.approx(100)
@@ -443,9 +444,9 @@ def test_the_best_threshold_is_one_for_all_and_categories_weigh_the_same(monkeyp
     monkeypatch.setattr(annotations, "masks", lambda *_: (
         SimpleNamespace(image=torch.zeros(3, 64, 64).byte(), labels=torch.tensor([label]),
                         masks=whole, crowd=torch.tensor([False])) for label in (3, 3, 5)))
-    monkeypatch.setattr(segmentation, "threshold_ious", lambda *args: (
-        next(ious) if args[3] is segmentation.THRESHOLDS else torch.full((54,), 0.7)))
-    report = segmentation.zero_shot_segmentation(small_model(),
+    monkeypatch.setattr(frozen, "threshold_ious", lambda *args: (
+        next(ious) if args[3] is frozen.THRESHOLDS else torch.full((54,), 0.7)))
+    report = frozen.zero_shot_segmentation(small_model(),
                                                  zero_shot_options("--img-size", "64"))
     over_targets, over_categories = report.rows.values()
     assert over_targets == pytest.approx({"Opt": 50, "Opt fine": 70, "T=0.1": 50, "T=0.2": 30,
@@ -467,7 +468,7 @@ def test_small_targets_are_reported_if_there_are_any(monkeypatch, target, prompt
         monkeypatch.setattr(annotations, "masks", lambda *_: [SimpleNamespace(
             image=torch.zeros(3, 64, 64).byte(), labels=torch.arange(len(sides)), masks=masks,
             crowd=torch.zeros(len(sides), dtype=torch.bool))])
-        return segmentation.zero_shot_segmentation(small_model(), zero_shot_options(
+        return frozen.zero_shot_segmentation(small_model(), zero_shot_options(
             "--img-size", "64", "--target", target, "--prompt", prompt))
 
     assert f"{prompt} patch of {phrase}" in report(32).protocol
@@ -485,9 +486,9 @@ def test_targets_are_categories_or_instances_but_not_crowds(monkeypatch):
     monkeypatch.setattr(annotations, "masks", lambda *_: [item])
 
     def pairs(target):
-        [(_, pairs, valid)] = segmentation.segmentation_targets(
+        [(_, pairs, valid)] = frozen.segmentation_targets(
             zero_shot_options("--target", target), 16)
-        assert valid.all()
+        assert valid.equal(~masks[3])                    # a crowd is not scored
         return pairs
 
     (a, both), (b, one) = pairs("category")
@@ -496,10 +497,31 @@ def test_targets_are_categories_or_instances_but_not_crowds(monkeypatch):
         assert label == item.labels[k] and mask.equal(masks[k])
 
 
+@pytest.mark.parametrize("flags, message", [
+    ("--limit 1", "no train images besides one held out to choose the learning rate: give one"),
+    ("--limit 4 --swap-sides", "--swap-sides: no classes of toy are left and right")])
+def test_what_cannot_be_trained_is_refused_before_training(flags, message):
+    with pytest.raises(ValueError, match=message):
+        frozen.linear_segmentation(small_model(), make_options(
+            "linear_segmentation", "--data", "toy", "--iters", "2", *flags.split()))
+
+
+def test_only_the_images_that_choose_the_learning_rate_are_held_out(monkeypatch):
+    monkeypatch.setattr(label_crops, "MAX_HELD_OUT", 2)
+    monkeypatch.setattr(label_crops, "segmentation_items", lambda *_: range(40))
+    kept = [list(label_crops.training_items(None, None, hold_out)) for hold_out in (True, False)]
+    assert sorted({*range(40)} - {*kept[0]}) == [0, 10] and kept[1] == list(range(40))
+
+
+def test_without_a_labeled_pixel_there_is_no_score():
+    with pytest.raises(ValueError, match="no labeled pixels in the test images"):
+        label_crops.percentages(torch.zeros(2, 2, dtype=torch.long))
+
+
 def test_targets_of_a_level_come_from_its_class_maps():
     def targets(*argv):
         opt = zero_shot_options("--limit", "1", *argv)
-        return next(segmentation.segmentation_targets(opt, 32))
+        return next(frozen.segmentation_targets(opt, 32))
 
     _, pairs, valid = targets("--level", "part")
     [item] = annotations.segmentation("toy", limit=1, level="part", size=32)
@@ -527,11 +549,11 @@ def test_void_is_not_counted_and_background_is_no_target(monkeypatch):
         white = F.avg_pool2d(x.amax(1, keepdim=True), 8).permute(0, 2, 3, 1)
         return torch.cat([white, 1 - white], 3)
 
-    monkeypatch.setattr(segmentation, "extract_patches", extract_patches)
-    monkeypatch.setattr(segmentation, "normalize_images", lambda model, images: images / 255)
+    monkeypatch.setattr(frozen, "extract_patches", extract_patches)
+    monkeypatch.setattr(frozen, "normalize_images", lambda model, images: images / 255)
     monkeypatch.setattr(annotations, "segmentation", lambda *_: [item])
     monkeypatch.setattr(annotations, "segmentation_classes", lambda *_: ["background", "cat"])
-    report = segmentation.zero_shot_segmentation(
+    report = frozen.zero_shot_segmentation(
         small_model(), zero_shot_options("--img-size", "64", "--data", "voc"))
     row = report.rows["mean over targets"]
     assert report.images == {"targets": 1, "categories": 1} and row["Opt"] == pytest.approx(100)
@@ -540,7 +562,7 @@ def test_void_is_not_counted_and_background_is_no_target(monkeypatch):
 
 def test_the_figure_marks_the_prompt_in_red():
     image, mask = torch.full((3, 24, 32), 99, dtype=torch.uint8), torch.ones(24, 32)
-    marked, *_ = segmentation.draw_similarity(image, mask, torch.rand(3, 4), (1, 2), 0.5, p=8)
+    marked, *_ = frozen.draw_similarity(image, mask, torch.rand(3, 4), (1, 2), 0.5, p=8)
     square = torch.zeros(24, 32, dtype=torch.bool)
     square[8:16, 16:24] = True
     assert torch.equal((marked != 99).all(0), square) and (image == 99).all()
@@ -575,7 +597,7 @@ def test_each_task_runs_on_toy(tmp_path, task, column, images, figures):
 
 
 def test_user_errors_are_one_sentence():
-    linear, zero_shot = segmentation.linear_segmentation, segmentation.zero_shot_segmentation
+    linear, zero_shot = frozen.linear_segmentation, frozen.zero_shot_segmentation
     for probe, opt in (linear, linear_options()), (zero_shot, zero_shot_options()):
         with pytest.raises(ValueError, match="pixels have none"):
             probe(make_model(None, name="pixels"), opt)
@@ -598,9 +620,9 @@ def test_a_missing_test_split_is_reported_before_training(monkeypatch):
 
     steps = record_adamw(monkeypatch)
     monkeypatch.setattr(annotations, "segmentation", read_items)
-    monkeypatch.setitem(segmentation.SEGMENTATION_SIZES, "voc", Sizes(32, 24, (32, 32), (32, 32)))
+    monkeypatch.setitem(label_crops.SEGMENTATION_SIZES, "voc", Sizes(32, 24, (32, 32), (32, 32)))
     with pytest.raises(ValueError, match="no test split"):
-        segmentation.linear_segmentation(small_model(), linear_options("--data", "voc", "--iters",
+        frozen.linear_segmentation(small_model(), linear_options("--data", "voc", "--iters",
                                                                        "1"))
     assert not steps
 
@@ -610,7 +632,7 @@ def test_a_missing_test_split_is_reported_before_training(monkeypatch):
 
 def test_the_real_voc(tmp_path, monkeypatch):
     root = unpack_real("voc_animals", tmp_path / "voc")
-    monkeypatch.setitem(segmentation.SEGMENTATION_SIZES, "voc", Sizes(64, 43, (256, 64), (256, 64)))
+    monkeypatch.setitem(label_crops.SEGMENTATION_SIZES, "voc", Sizes(64, 43, (256, 64), (256, 64)))
     flags = "--data", "voc", "--data-root", str(root), "--limit", "3"
     line = evaluate_small(tmp_path, "--task", "linear_segmentation", "--recipe", "mmc", "--iters",
                           "2", *flags)

@@ -16,9 +16,9 @@ from torch import nn
 
 import evaluate
 from lib import config, rng, swin
-from probes import annotations, segmentation, training
+from probes import annotations, label_crops, segmentation, training
 from probes.figures import FigureRows
-from probes.segmentation import Sizes
+from probes.label_crops import Sizes
 
 ROOT = Path(__file__).parent.parent
 SMALL_VOC = Sizes(32, 24, (64, 32), (64, 32))
@@ -60,7 +60,7 @@ def plant_two_classes(monkeypatch, shuffled=False):
 
     monkeypatch.setattr(annotations, "segmentation", read_items)
     monkeypatch.setattr(annotations, "segmentation_classes", lambda *_: ["red", "blue"])
-    monkeypatch.setitem(segmentation.SEGMENTATION_SIZES, "voc", SMALL_VOC)
+    monkeypatch.setitem(label_crops.SEGMENTATION_SIZES, "voc", SMALL_VOC)
 
 
 # ---- heads ---------------------------------------------------------------------------------------
@@ -252,8 +252,8 @@ def test_groups_of_heads_and_encoder_are_the_published_ones():
 
 
 def test_the_schedule_is_that_worked_out_by_hand():
-    assert (segmentation.CROPS_PER_BATCH, segmentation.WARMUP_ITERS) == (16, 1500)
-    found = [segmentation.poly_lr(step, 40000, 6e-5, 1500)
+    assert (label_crops.CROPS_PER_BATCH, label_crops.WARMUP_ITERS) == (16, 1500)
+    found = [label_crops.poly_lr(step, 40000, 6e-5, 1500)
              for step in (0, 750, 1500, 20000, 39999)]
     assert found == pytest.approx([6e-11, 6e-5 * 0.98125 * 0.5000005, 6e-5 * 0.9625, 3e-5, 1.5e-9])
 
@@ -300,7 +300,7 @@ def test_processes_and_workers_together_read_what_one_process_reads(monkeypatch)
 
     def crops(workers, rank, world):
         opt = segmentation_options("--data", "voc", "--workers", str(workers))
-        return list(segmentation.load_crops(small_model(), opt, SMALL_VOC, ["red", "blue"],
+        return list(label_crops.load_crops(small_model(), opt, SMALL_VOC, ["red", "blue"],
                                             range(3), rank=rank, world=world))
 
     whole = crops(0, 0, 1)
@@ -331,7 +331,7 @@ def test_a_damaged_file_is_reported_in_one_sentence_even_from_a_worker(monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["fpn", "upernet"])
 def test_planted_classes_are_learned_and_the_given_encoder_does_not_change(monkeypatch, head):
-    monkeypatch.setattr(segmentation, "CROPS_PER_BATCH", 8)                  # for speed
+    monkeypatch.setattr(label_crops, "CROPS_PER_BATCH", 8)                  # for speed
     model, scores = small_model(), []
     before = {name: x.clone() for name, x in model.encoder.state_dict().items()}
     for shuffled in (False, True):
@@ -387,7 +387,9 @@ def test_the_auxiliary_loss_has_a_weight_of_two_fifths(monkeypatch, capsys):
     ("--data voc --data-root x", "No voc under x: expected"),
     ("--train-batch-size 1", "--train-batch-size 2 or more"),
     ("--level scene", "no level 'scene' of toy"),
-    ("--lr nan --iters 2 --img-size 32", "the loss is not finite at step 2 of 2"),
+    ("--lr 1e38 --iters 2 --img-size 32", "the loss is not finite at step 2 of 2"),
+    ("--lr nan", "argument --lr: expected a number of at least 0, not 'nan'"),
+    ("--swap-sides", "--swap-sides: no classes of toy are left and right"),
     ("--task part_classification --head fpn", "no head fpn; choose --head linear, attentive")])
 def test_user_errors_are_one_sentence(capsys, tmp_path, flags, expected):
     flags = ["--baseline", "untrained", "--limit", "4", "--out", str(tmp_path), *flags.split()]
