@@ -16,7 +16,7 @@ from torch import nn
 
 import vit
 from diagnostics.inputs import MissingInput, expand_mask
-from lib import checkpoints, positions, rng
+from lib import checkpoint_heads, checkpoints, positions, rng
 
 
 def load_pretraining_state(model):
@@ -152,7 +152,7 @@ def mask_and_reconstruct_mmc(model, x, seed, state, config):
     teacher). Masked rectangles are filled with noise."""
     student = vit.ViT(**model.encoder.config).to(x.device).eval()
     student.load_state_dict(strip_prefix(state, "backbone."))
-    head = checkpoints.build_sequential(strip_prefix(state, "head_rec."), relu=False)
+    head = checkpoint_heads.build_sequential(strip_prefix(state, "head_rec."), relu=False)
     head = head.to(x.device).eval()
     index, S = torch.arange(len(x)), x.shape[-1]
     u = rng.uniform(index, (255, 4), seed, "hide")

@@ -203,7 +203,8 @@ FIGURES = {
     "loss": Figure(
         "Loss and kNN accuracy of the run",
         "Dotted lines show the default run of the method on toy (seed 0), if this run is on toy. A "
-        "run with the same settings and seed has the same curve. CAPTION "
+        "run with the same settings and seed has the same curve; with another seed losses differ "
+        "by 0.7 (MAE) to 11% (SelfPatch) on average, and kNN accuracies by up to 23 points. "
         "Losses of different methods are not comparable; kNN accuracies are, and should rise.",
         axes_figure(line_plot("knn_step", "knn", "step", "kNN accuracy, class token (%)"),
                   each=plot_loss, same_scale=False)),

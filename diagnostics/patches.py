@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diagnostics import formulas, inputs
 from diagnostics.inputs import MissingInput
 from diagnostics.plots import PINK, QUERY_COLORS, ImageRow, Tile
-from lib import augment, checkpoints, datasets
+from lib import augment, checkpoint_heads, datasets
 from probes import annotations, common
 from probes.patches import deepest_patch
 
@@ -168,15 +168,15 @@ def score_heatmap(heatmap, prompt, target, known, p):
 
 def show_patch_retrieval(model, opt, num_queries=3):
     """The crops of all images that are nearest to a query crop, by the encoder (mean patch token
-    after the final norm) and by the projection head (`checkpoints.projector`: the features in the
-    loss, for DINO and iBOT the logits).
+    after the final norm) and by the projection head (`checkpoint_heads.projector`: the features in
+    the loss, for DINO and iBOT the logits).
 
     Every crop is encoded separately, because tokens of a whole image contain their surroundings. 24
     crops are shown, as in Zhu et al. (2023), whose script shows 84. Other crops of the query's
     image are left out: they overlap with it (our choice, for sets of few images; the script keeps
     them).
     """
-    head = checkpoints.projector(model.encoder)
+    head = checkpoint_heads.projector(model.encoder)
     images, bank = [], {}
     limit = max(opt.limit or 1000, opt.image + num_queries)
     for x, *_ in inputs.iterate_images(model, opt, limit):

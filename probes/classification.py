@@ -14,7 +14,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from lib import checkpoints, datasets, metrics, rng
+from lib import checkpoint_heads, datasets, metrics, rng
 from probes.common import (
     Model,
     Options,
@@ -71,7 +71,7 @@ def classify(model: Model, opt: Options) -> Report:
     ids) in alphabetical order, as in all published files; those of another folder likewise.
     ValueError: no classifier in the file, or for another number of classes.
     """
-    head = model.encoder and checkpoints.classifier(model.encoder)
+    head = model.encoder and checkpoint_heads.classifier(model.encoder)
     if not head:
         raise ValueError(f"{model.name} contains no classifier: take a fine-tuned or supervised "
                          f"checkpoint, or train one with --task linear")

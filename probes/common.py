@@ -30,7 +30,17 @@ import torch.nn.functional as F
 
 import data
 import vit
-from lib import augment, checkpoints, datasets, distributed, progress, rng, swin, tree
+from lib import (
+    augment,
+    checkpoint_heads,
+    checkpoints,
+    datasets,
+    distributed,
+    progress,
+    rng,
+    swin,
+    tree,
+)
 from lib.flags import flag
 from probes.annotation_files import LAYOUT
 
@@ -359,15 +369,15 @@ def jointly_normalized(encoder, x):
     return features | {"hyber": F.normalize(torch.cat([features["cls"], features["patch"]], 1))}
 
 
-load_projector = functools.lru_cache(maxsize=1)(checkpoints.projector)      # once for each model
+load_projector = functools.lru_cache(maxsize=1)(checkpoint_heads.projector)     # once a model
 
 
 def projected_features(encoder, x):
     """`pooled_features` and "projected": the output of the checkpoint's projection head.
 
-    "projected" is missing if the checkpoint has no such head; `checkpoints.projector` lists what is
-    projected. Zhu et al. (2023) compare the two: encoded features represent parts, projected ones
-    objects.
+    "projected" is missing if the checkpoint has no such head; `checkpoint_heads.projector` lists
+    what is projected. Zhu et al. (2023) compare the two: encoded features represent parts,
+    projected ones objects.
     """
     tokens, head = encoder(x), load_projector(encoder)
     features = pool_tokens(encoder, tokens)

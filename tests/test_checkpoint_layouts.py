@@ -15,7 +15,7 @@ from torch import nn
 
 import selfpatch
 import vit
-from lib import checkpoint_layouts, checkpoints, positions
+from lib import checkpoint_heads, checkpoint_layouts, checkpoints, positions
 
 # -------------------------------------------------------------------------------- official layouts
 
@@ -399,7 +399,7 @@ def test_projection_head_of_selfpatchs_official_file(files, tmp_path):
         z = F.linear(z, teacher[f"c_head.mlp.{n}.weight"], teacher[f"c_head.mlp.{n}.bias"])
         z = F.gelu(z) if n < 4 else F.normalize(z, dim=-1)
     expected = z @ F.normalize(teacher["c_head.last_layer.weight_v"], dim=1).T
-    close(checkpoints.projector(model, narrow=False)(model(images())), expected)
+    close(checkpoint_heads.projector(model, narrow=False)(model(images())), expected)
 
 
 def test_projection_head_with_batch_norm(files, tmp_path):
@@ -413,7 +413,7 @@ def test_projection_head_with_batch_norm(files, tmp_path):
     z = F.linear(z, state["module.head.mlp.6.weight"], state["module.head.mlp.6.bias"])
     expected = F.normalize(z, dim=-1) @ F.normalize(
         state["module.head.last_layer.weight_v"], dim=1).T
-    close(checkpoints.projector(model, narrow=False)(model(images())), expected)
+    close(checkpoint_heads.projector(model, narrow=False)(model(images())), expected)
 
 
 # --------------------------------------------------------------------------------- number of heads
@@ -588,7 +588,7 @@ def test_dinov2_resizes_positions_as_its_code(registers, files, tmp_path):
 
 def logits(path, **arguments):
     model = checkpoints.load_encoder(path, quiet=True, **arguments)
-    return model, checkpoints.classifier(model)(model(images()))
+    return model, checkpoint_heads.classifier(model)(model(images()))
 
 
 @pytest.mark.parametrize("kind", ["DeiT", "DeiT III", "fine-tuned MAE"])
@@ -634,19 +634,20 @@ def test_classifiers_written_out(name, files, tmp_path):
     else:
         z = tokens[:, 0]
     head = "head.1" if "head.1.weight" in state else "head"
-    close(checkpoints.classifier(model)(model(images())),
+    close(checkpoint_heads.classifier(model)(model(images())),
           z @ state[f"{head}.weight"].T + state[f"{head}.bias"], 1e-4)
 
 
 def test_encoders_without_a_classifier_and_with_an_unknown_one(files, tmp_path):
-    assert checkpoints.classifier(build()) is None
-    assert checkpoints.classifier(load(put(tmp_path, files["mae"][3]), files["mae"][2])) is None
+    assert checkpoint_heads.classifier(build()) is None
+    mae = load(put(tmp_path, files["mae"][3]), files["mae"][2])
+    assert checkpoint_heads.classifier(mae) is None
     source, content = files["cae attentive"][2:]
     with pytest.raises(ValueError, match="cannot rebuild the classifier with the keys head.weight"):
-        checkpoints.classifier(load(put(tmp_path, content), source))
+        checkpoint_heads.classifier(load(put(tmp_path, content), source))
     wide = {**files["timm"][3], "head.weight": torch.zeros(10, 384)}
     with pytest.raises(ValueError, match="cannot rebuild the classifier"):
-        checkpoints.classifier(load(put(tmp_path, wide), files["timm"][2]))
+        checkpoint_heads.classifier(load(put(tmp_path, wide), files["timm"][2]))
 
 
 # ---------------------------------------------------------------------------------- other contents

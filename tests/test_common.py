@@ -18,7 +18,7 @@ import moby
 import moco_v3
 import selfpatch
 import vit
-from lib import augment, checkpoints, config, datasets, distributed, toy
+from lib import augment, checkpoint_heads, checkpoints, config, datasets, distributed, toy
 from probes import classification, common, retrieval
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
@@ -178,7 +178,7 @@ def test_projected_features_are_those_of_the_methods_own_network(tmp_path, metho
     encoder, x = checkpoints.load_encoder(path, quiet=True), torch.randn(5, 3, 32, 32)
     z, tokens = common.projected_features(encoder, x), encoder(x)
     expected = project(tokens)
-    whole = checkpoints.projector(encoder, narrow=False)(tokens)
+    whole = checkpoint_heads.projector(encoder, narrow=False)(tokens)
     assert torch.allclose(whole, expected, atol=1e-5, rtol=1e-4)
     assert torch.allclose(z["projected"] @ z["projected"].T, expected @ expected.T, rtol=1e-4,
                           atol=1e-4)                      # narrow or not: the same inner products
@@ -188,7 +188,7 @@ def test_projected_features_are_those_of_the_methods_own_network(tmp_path, metho
     name = next(name for name in ("projector", "head", "cls", "c_head") if name in heads)
     key = next(key for key in heads[name].state_dict() if key.endswith("weight"))
     encoder.source.heads[name][key] *= -1                 # control: the first layer matters
-    other = checkpoints.projector(encoder, narrow=False)(tokens)
+    other = checkpoint_heads.projector(encoder, narrow=False)(tokens)
     assert not torch.allclose(other, expected, rtol=1e-2)
 
 
@@ -250,7 +250,7 @@ def test_heads_of_the_official_dino_and_ibot_files(tmp_path, loss, form):
     encoder = checkpoints.load_encoder(tmp_path / "full.pth", quiet=True, num_heads=1)
     x = torch.randn(4, 3, 32, 32)
     expected = last(F.normalize(mlp(encoder(x)[:, 0]), dim=1))              # (4, 50) logits
-    found = checkpoints.projector(encoder, narrow=False)(encoder(x))
+    found = checkpoint_heads.projector(encoder, narrow=False)(encoder(x))
     assert torch.allclose(found, expected, atol=1e-5)
     narrow = common.projected_features(encoder, x)["projected"]
     assert narrow.shape == (4, 6)
@@ -260,11 +260,11 @@ def test_heads_of_the_official_dino_and_ibot_files(tmp_path, loss, form):
 def test_a_missing_head_gives_none_and_an_unknown_one_an_error_with_its_keys():
     encoder, x = make_encoder(), torch.randn(1, 3, 32, 32)
     encoder.source = SimpleNamespace(path="x.pt", heads={"decoder": {"weight": torch.ones(1)}})
-    assert checkpoints.projector(encoder) is None
+    assert checkpoint_heads.projector(encoder) is None
     assert "projected" not in common.projected_features(encoder, x)
     encoder.source.heads = {"head": {"mlp.weight": torch.ones(2, 2)}}
     with pytest.raises(ValueError, match="x.pt: cannot rebuild the head with the keys mlp.weight"):
-        checkpoints.projector(encoder)
+        checkpoint_heads.projector(encoder)
 
 
 def test_projected_features_without_a_projection_head_are_an_error():

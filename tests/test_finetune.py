@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 import evaluate
-from lib import augment, checkpoints, config, datasets, distributed, swin
+from lib import augment, checkpoint_heads, checkpoints, config, datasets, distributed, swin
 from probes import classification, common, finetune, training
 
 BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
@@ -266,7 +266,7 @@ def test_the_stored_network_classifies_as_at_the_end_of_its_training(monkeypatch
     path = tmp_path / "finetuned-small-cifar10.pt"
     stored = checkpoints.load_encoder(path, quiet=True)
     assert (stored.source.branch, stored.source.data) == ("finetuned", "cifar10")
-    head, x = checkpoints.classifier(stored), torch.randn(4, 3, 32, 32)
+    head, x = checkpoint_heads.classifier(stored), torch.randn(4, 3, 32, 32)
     assert head.fc_norm.eps == nets[0].fc_norm.eps                               # Swin: 1e-5
     assert torch.allclose(head(stored(x)), nets[0].eval()(x), atol=1e-5)
     report = classification.classify(make_model(stored), make_options("classify", data="cifar10"))

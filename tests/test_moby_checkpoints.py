@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_checkpoint_layouts import OPTIMIZER, add_prefix, put
 from test_vit import build, images
 
-from lib import checkpoint_layouts, checkpoints, swin
+from lib import checkpoint_heads, checkpoint_layouts, checkpoints, swin
 
 
 def head(n, out):
@@ -89,7 +89,7 @@ def test_the_projector_is_the_official_one(file, tmp_path):
     z = F.batch_norm(z, *(h[f"projector.linear_hidden.2.{name}"] for name in (
         "running_mean", "running_var", "weight", "bias")))
     z = F.linear(z.relu(), h["projector.linear_out.weight"], h["projector.linear_out.bias"])
-    found = checkpoints.projector(net)(tokens)
+    found = checkpoint_heads.projector(net)(tokens)
     assert torch.allclose(found, z, atol=1e-5, rtol=1e-4)
 
 

@@ -9,7 +9,7 @@ from small_models import make_model, make_options
 import analysis
 import evaluate
 import moby
-from lib import checkpoints, config, swin
+from lib import checkpoint_heads, checkpoints, config, swin
 from lib.init_from import InitialWeights
 from probes import detection
 
@@ -38,7 +38,7 @@ def test_a_file_gives_the_same_swin(run):
     torch.manual_seed(0)
     expected, x = swin.make_swin("swin_micro", 32).eval(), torch.randn(2, 3, 32, 32)
     assert isinstance(net, swin.Swin) and torch.equal(net(x), expected(x))
-    assert checkpoints.projector(net) is None
+    assert checkpoint_heads.projector(net) is None
 
 
 def test_knn_of_a_swin_uses_the_mean_patch_token(run):
