@@ -638,6 +638,32 @@ def test_classifiers_written_out(name, files, tmp_path):
           z @ state[f"{head}.weight"].T + state[f"{head}.bias"], 1e-4)
 
 
+def test_without_a_class_token_the_mean_patch_token_is_classified(tmp_path):
+    """As timm's vit_medium_patch16_gap_240, whose classifier follows the norm and the mean."""
+    gap = build(seed=20, class_token=False, resize="antialias")
+    head = {"head.weight": torch.randn(10, 192), "head.bias": torch.randn(10)}
+    model = load(put(tmp_path, {**gap.state_dict(), **head}), gap)
+    assert model.source.layout == "timm"                 # not SelfPatch, which has no norm either
+    z = model(images())
+    close(checkpoint_heads.classifier(model)(z),
+          z.mean(1) @ head["head.weight"].T + head["head.bias"], 1e-5)
+
+
+def test_full_pt_is_that_of_mae_also_with_learned_positions(files, tmp_path):
+    """As of a run that started from another method's encoder (--init-from)."""
+    source, content = files["mae"][2:]
+    state = {**content["model"], "decoder_embed.weight": torch.ones(64, 192),
+             "pos_embed": torch.randn_like(content["model"]["pos_embed"])}
+    assert checkpoints.load_encoder(put(tmp_path, {"model": state}), quiet=True,
+                                    num_heads=source.config["num_heads"]).source.layout == "MAE"
+
+
+def test_heads_are_known_only_for_sizes_that_were_published_with_the_layout():
+    for name, width in (("MAE", 192), ("MAE", 384), ("DINO", 1536), ("DINO", 1024)):
+        assert width not in {size[0] for size in checkpoint_layouts.LAYOUTS[name].num_heads}
+    assert checkpoint_layouts.LAYOUTS["DINOv2"].num_heads[1536, 40] == 24
+
+
 def test_encoders_without_a_classifier_and_with_an_unknown_one(files, tmp_path):
     assert checkpoint_heads.classifier(build()) is None
     mae = load(put(tmp_path, files["mae"][3]), files["mae"][2])
@@ -655,9 +681,10 @@ def test_encoders_without_a_classifier_and_with_an_unknown_one(files, tmp_path):
 def test_half_precision_files_become_fp32(files, tmp_path):
     for name, content in (("dino", files["dino"][3]),
                           ("moco to deit", files["moco to deit"][3]["model"])):
-        halved = {key: value.half() for key, value in content.items()}
-        model = load(put(tmp_path, halved), files[name][2])
-        assert model.source.layout == files[name][0]
+        for kind in (torch.float16, torch.bfloat16):     # the latter rounds the positions more
+            halved = {key: value.to(kind) for key, value in content.items()}
+            model = load(put(tmp_path, halved), files[name][2])
+            assert model.source.layout == files[name][0]
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         close(model.cls_token, files[name][2].cls_token, 1e-3)
 
