@@ -87,6 +87,8 @@ class Batch:
 # --------------------------------------------------------------------------------------------------
 # Training: endless batches of augmented views
 
+GROUP_BYTES = 2**27      # of decoded images that a worker holds at once, unless one alone has more
+
 
 class Loader:
     """Endless batches of views. Their content is a function of seed and step.
@@ -179,30 +181,39 @@ class Loader:
         epoch, index = self.locate(step)
         u, index, bad, failed = self.sample_box_numbers(index, epoch), index.clone(), {}, 0
         crops = [torch.empty(len(index), 3, v.size, v.size, dtype=torch.uint8) for v in self.views]
-        for rows in torch.arange(len(index)).split(8):     # boxes are faster for 8 images at once
-            images, sides, scales = [], [], []
-            for row in rows.tolist():
-                i, image = int(index[row]), None
-                while image is None:
-                    try:
-                        image, side, scale = datasets.read_pixels(
-                            self.images.paths[i], partial(self.choose_scale, u[row]))
-                    except Exception as error:             # a damaged file can raise any exception
-                        bad[i] = str(error)
-                        failed += 1                        # `row` images have been read
-                        if failed > max(4, row, len(index) / 2):
-                            return index, None, bad
-                        i = (i + self.stride) % len(self.images)
-                index[row] = i
-                images.append(image)                                           # (height, width, 3)
-                sides.append(side)
-                scales.append(scale)
-            sides = torch.tensor(sides)[:, :, None, None]
-            boxes = augment.crop_boxes(u[rows], *sides.unbind(1), self.scale, self.ratio).tolist()
-            for row, image, boxes_of_views, scale in zip(rows, images, boxes, scales):
-                for view, out, box in zip(self.views, crops, boxes_of_views):
-                    out[row] = datasets.resize(image, box, view.size, view.interpolation, scale)
+        group = []                                         # see `cut`
+        for row in range(len(index)):
+            i, image = int(index[row]), None
+            while image is None:
+                try:
+                    image, side, scale = datasets.read_pixels(
+                        self.images.paths[i], partial(self.choose_scale, u[row]))
+                except Exception as error:                 # a damaged file can raise any exception
+                    bad[i] = str(error)
+                    failed += 1                            # `row` images have been read
+                    if failed > max(4, row, len(index) / 2):
+                        return index, None, bad
+                    i = (i + self.stride) % len(self.images)
+            index[row] = i
+            group.append((row, image, side, scale))                            # (height, width, 3)
+            # Boxes are faster for 8 images at once, of which large ones would fill the memory.
+            if len(group) == 8 or sum(image.numel() for _, image, *_ in group) > GROUP_BYTES:
+                self.cut(group, u, crops)
+                group = []
+        self.cut(group, u, crops)
         return index, crops, bad
+
+    def cut(self, group, u, crops):
+        """Writes the crops of decoded images. group: [(row of the batch, image, (height, width) of
+        the file, scale at which it was decoded)]."""
+        if not group:
+            return
+        rows, images, sides, scales = zip(*group)
+        sides = torch.tensor(sides)[:, :, None, None]
+        boxes = augment.crop_boxes(u[list(rows)], *sides.unbind(1), self.scale, self.ratio)
+        for row, image, boxes_of_views, scale in zip(rows, images, boxes.tolist(), scales):
+            for view, out, box in zip(self.views, crops, boxes_of_views):
+                out[row] = datasets.resize(image, box, view.size, view.interpolation, scale)
 
     def choose_scale(self, u, height, width):
         """(len(views), 22) uniform numbers, size of a JPEG file -> at which scale to decode it: 8

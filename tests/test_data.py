@@ -77,6 +77,17 @@ def test_the_number_of_workers_changes_nothing(folder):
     assert all(map(equal, here, there)) and [b.epoch for b in there] == [0, 0, 1, 1]
 
 
+def test_large_images_are_cut_one_by_one_to_the_same_crops(folder, monkeypatch):
+    loader = data.Loader(datasets.load_images(folder), [View(16, copies=2)], 12, workers=0)
+    together, cut, sizes = next(loader.batches()), data.Loader.cut, []
+    monkeypatch.setattr(data, "GROUP_BYTES", 1)
+    monkeypatch.setattr(data.Loader, "cut", lambda self, group, *rest: (
+        sizes.append(len(group)), cut(self, group, *rest)))
+    alone = next(loader.batches())
+    assert sizes == 12 * [1] + [0]
+    assert all(map(torch.equal, alone.views, together.views))
+
+
 def test_two_processes_get_the_two_halves_of_the_batch_of_one(folder):
     for images in (make_images(), datasets.load_images(folder)):
         one = take(data.Loader(images, VIEWS, 12, workers=0), 3)
