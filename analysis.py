@@ -218,6 +218,8 @@ def print_scalars(name, result):
     """Prints one line: the numbers of a diagnostic, of a curve the first and the last."""
     texts = []
     for key, x in to_json_data(result.numbers).items():
+        if key.startswith(("density", "cosine", "reference")):       # of a figure's axes
+            continue
         if isinstance(x, (int, float)):
             texts.append(f"{key} {x:.4g}")
         elif isinstance(x, list) and x and all(isinstance(value, float) for value in x):

@@ -18,7 +18,7 @@ COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 MARKERS = "osD^vP*X"                        # one more than colors: 56 different pairs
 QUERY_COLORS = COLORS[1], COLORS[0]         # of the first and the second query
 PINK = COLORS[3]
-STATE_COLORS = "0.35", "#F0E442", "#8C6D31"     # of states and classes: no model has them
+STATE_COLORS = "0.5", "#882255", "#999933"     # of states and classes: no model has them
 
 
 @dataclass
@@ -145,7 +145,7 @@ def plot_tsne(ax, results):
     for i, label in enumerate(labels):
         color = (STATE_COLORS[i] if len(labels) <= len(STATE_COLORS) else
                  colormaps["turbo"](i / len(labels)))
-        ax.scatter(*numbers["position"][numbers["label"] == label].T, s=3, color=color,
+        ax.scatter(*numbers["position"][numbers["label"] == label].T, s=6, color=color,
                    linewidths=0)
     title = "neighbors: same image {purity_image:.0%}"
     title += ", same class {purity_class:.0%}" if "purity_class" in numbers else ""

@@ -241,18 +241,20 @@ def build_encoder(config):
 def print_description(net, img_size):
     """Prints what was loaded, and for images of which side."""
     source, side, p = net.source, net.grid[0], net.patch_size
+    path = pathlib.Path(source.path)
+    name = f"{path.resolve().parent.name}/{path.name}" if path.name == "encoder.pt" else path.name
     also = f" (also in the file: {', '.join(source.other_branches)})" * bool(source.other_branches)
     heads = f" ({source.num_heads_from})" * bool(source.num_heads_from)
     registers = net.config.get("registers")              # a Swin has none
     registers = f"registers {registers}, " * bool(registers)
     resized = f" interpolated to {img_size // p}" if img_size != side * p else ""
     norm = "" if net.config["final_norm"] else "no final norm, "
-    print(f"{os.path.basename(source.path)}: {source.layout}, {source.branch}{also}; "
+    print(f"{name}: {source.layout}, {source.branch}{also}; "
           f"{len(net.state_dict())} tensors, width {net.embed_dim}, depth {net.depth}, heads "
           f"{net.config['num_heads']}{heads}, patch {p}, {registers}grid {side}{resized}; {norm}"
           f"input mean {source.mean[0]:g}; with {', '.join(source.heads) or 'no heads'}")
     for note in source.notes:
-        print(f"note: {os.path.basename(source.path)}: {note}")
+        print(f"note: {name}: {note}")
 
 
 def parse_own_file(path, raw, branch=None, num_heads=None, normalization=None):
