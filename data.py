@@ -272,7 +272,7 @@ def training_sets(run, views):
                                            ("test", 500, True)))
     for note in dict.fromkeys(images.notes + bank.notes + queries.notes):
         run.print0(note)
-    if None not in (bank.labels, queries.labels) and bank.classes != queries.classes:
+    if None not in (bank.classes, queries.classes) and bank.classes != queries.classes:
         run.print0(f"no kNN, as training and test images have different classes: "
                    f"{tree.list_names(sorted({*bank.classes} ^ {*queries.classes}))} only in one")
     if cfg.batch_size > len(images):

@@ -65,6 +65,29 @@ def test_a_file_with_sections(tmp_path):
         parse()
 
 
+@pytest.mark.parametrize("text, message", [
+    ("true: 1\n", "should contain lines of the form name: value"),
+    ("toy: 3\n", "section toy should contain lines of the form name: value"),
+    ("toy:\n  - lr: 1\n", "section toy should contain lines"),
+    ("log_every: yes\n", "--log-every must be a whole number, not True"),
+    ("method: mae\nlr: 1\n", "has the settings of a run of mae, not of mmc")])
+def test_files_that_are_no_settings_of_this_method_are_refused(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config.parse(mmc.Config, ["--config", str(tmp_path / "mine.yaml")])
+
+
+def test_the_length_of_a_run_is_given_once(tmp_path):
+    def parse(*flags):
+        return config.parse(mmc.Config, ["--out", str(tmp_path), *flags])
+
+    with pytest.raises(ValueError, match="--steps and --epochs both give the length of the run"):
+        parse("--steps", "6", "--epochs", "3")
+    (tmp_path / "config.yaml").write_text("steps: 6\n")
+    cfg = parse("--resume", "--epochs", "3")             # else the run would be complete
+    assert (cfg.steps, cfg.epochs) == (0, 3) and parse("--resume").steps == 6
+
+
 def test_settings_below_a_choice_count_only_with_it(tmp_path):
     def parse(*flags):
         return config.parse(selfpatch.Config, ["--data", "coco", "--out", str(tmp_path), *flags])

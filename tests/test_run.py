@@ -447,6 +447,31 @@ def test_an_earlier_run_is_kept(tmp_path):
     assert (out / "encoder.pt").read_bytes() != first
 
 
+def write_run(folder):
+    folder.mkdir()
+    for name in ("encoder.pt", "config.yaml"):
+        (folder / name).write_text("")
+
+
+def test_a_linked_folder_stays_a_link_when_the_earlier_run_is_renamed(tmp_path):
+    write_run(tmp_path / "disk")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    opened(tmp_path / "link", resume=False).lock.close()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk.1/encoder.pt").exists()
+    assert not (tmp_path / "disk/encoder.pt").exists()
+
+
+def test_initial_weights_of_the_run_that_is_renamed_are_named_by_their_new_path(tmp_path):
+    for file in ("run/encoder.pt", "other.pt"):
+        write_run(tmp_path / "run")
+        folder = opened(tmp_path / "run", resume=False, init_from=str(tmp_path / file))
+        folder.lock.close()
+        (tmp_path / "run/.lock").unlink()
+        (tmp_path / "run").rmdir()
+        kept = file.replace("run/", "run.1/")
+        assert folder.cfg.init_from == str(tmp_path / kept)
+
+
 def test_a_checkpoint_that_cannot_be_read_now_is_not_called_invalid(tmp_path, monkeypatch):
     (tmp_path / "last.pt").write_bytes(b"")
 
@@ -576,9 +601,9 @@ def test_a_full_disk_during_save_leaves_the_last_good_checkpoint(tmp_path):
 # ---- one run per folder --------------------------------------------------------------------------
 
 
-def opened(folder, resume=True):
+def opened(folder, resume=True, init_from=""):
     """A RunFolder, opened as Run does it."""
-    run_folder = RunFolder(SimpleNamespace(out=folder))
+    run_folder = RunFolder(SimpleNamespace(out=folder, init_from=init_from))
     run_folder.open(resume)
     return run_folder
 
