@@ -205,8 +205,8 @@ def run_tasks(opt, models, is_first):
     """Runs the tasks on each model.
 
     -> list of Result, notes on tasks that were skipped, files that were written, the first error
-    (or None). A task that finds an error in its model or data does not stop the others; with --task
-    all it is skipped.
+    (or None). A task that finds an error in its model or data does not stop the others, except one
+    that several processes share; with --task all it is skipped.
     """
     run_all, tasks = opt.task == ("all",), list_tasks(opt)
     results, skipped, written, failure = [], {}, {}, None
@@ -242,17 +242,21 @@ def run_tasks(opt, models, is_first):
                     f"tasks are done{', and their results are above' * bool(results)}"
                     f"{f'; {interrupt}' * bool(str(interrupt))}")
                 break
-            except (ValueError, FileNotFoundError) as error:         # others can still be measured
+            except Exception as error:
+                is_user_error = isinstance(error, (ValueError, FileNotFoundError))
+                # A named task is expected to fit: the error is perhaps in this process only, and the
+                # others wait for it.
+                shared = distributed.world_size() > 1 and task not in FIRST_PROCESS
+                if not is_user_error or shared and not run_all:
+                    failure = error.with_traceback(None)
+                    break
                 if run_all:
                     skipped.setdefault((model.name, why_skipped(task, error)), []).append(task)
                     continue
-                failure = failure or error
+                failure = failure or error.with_traceback(None)
                 if len(jobs) > 1:
                     print(f"{model.name}: {task} failed: {error}", flush=True)
                 continue
-            except Exception as error:
-                failure = error
-                break
             add_notes(report, task, model, task_opt)
             seconds = time.perf_counter() - begin
             file.write(json_line(report, model, task_opt, seconds))

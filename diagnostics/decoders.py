@@ -30,8 +30,10 @@ def load_pretraining_state(model):
         state = raw.get("model") or raw.get("state", {}).get("student", {})
         if RECONSTRUCTIONS.keys() & state.keys():
             config, device = path.with_name("config.yaml"), next(model.encoder.parameters()).device
-            return ({key: x.to(device) for key, x in state.items()},
-                    yaml.safe_load(config.read_text()) if config.is_file() else {})
+            config = yaml.safe_load(config.read_text()) if config.is_file() else {}
+            if raw.get("decoder_num_heads"):             # in full.pt
+                config["decoder_num_heads"] = raw["decoder_num_heads"]
+            return {key: x.to(device) for key, x in state.items()}, config
     return {}, {}
 
 

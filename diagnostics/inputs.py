@@ -94,9 +94,11 @@ def load_first_images(model, opt, n):
     """The n test images from index --image on: (n, 3, S, S) normalized; fewer at the end of the
     data set. MissingInput if there is none."""
     end, parts = opt.image + n, []
-    if common.is_toy(opt.data) and end > toy.NUM_IMAGES["test"]:
-        raise MissingInput(f"--image {opt.image} is beyond the end of the data set")
     limit = max(opt.limit or 256, opt.image + MOST_SHOWN)      # the same files in all figures
+    if common.is_toy(opt.data):                                # which has any number
+        limit = end = min(end, toy.NUM_IMAGES["test"])
+        if opt.image >= end:
+            raise MissingInput(f"--image {opt.image} is beyond the end of the data set")
     for x, index, _ in iterate_images(model, opt, limit):
         parts.append(x)
         if index[-1] >= end - 1:

@@ -247,7 +247,7 @@ def recognize_layout(keys, raw):
         ("DeiT III", scaled and has("cls_token")),
         ("MAE", pos == "sincos_col" or has("decoder_embed.")),
         ("MoCo v3", pos == "sincos_row"),
-        ("fine-tuned MAE", has("fc_norm.") and not flat),
+        ("fine-tuned MAE", has("fc_norm.") and (has("cls_token") or not flat)),
         ("iBOT", "ibot_loss" in raw or has("masked_embed", "../head.last_layer2.")),
         ("timm", has("head.") and flat),
         ("DeiT", has("head.")),
@@ -262,12 +262,11 @@ def kind_of_positions(keys):
     if "pos_embed" not in keys:
         return "none"
     if has_class_position(keys):
-        half, pos = keys["pos_embed"].dtype, keys["pos_embed"].float()
+        pos = keys["pos_embed"].float()
         side = math.isqrt(pos.shape[1])
         for order in ("sincos_row", "sincos_col") if pos.shape[2] % 4 == 0 else ():
             table = F.pad(positions.sincos(pos.shape[2], (side, side), order), (0, 0, 1, 0))
-            precision = 1e-2 if half == torch.bfloat16 else 1e-3       # of fp16
-            if (pos[0] - table).abs().max() < precision:
+            if torch.allclose(pos[0], table, atol=1e-3, rtol=1e-2):    # the precision of bf16
                 return order
     return "learned"
 

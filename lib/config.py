@@ -251,6 +251,8 @@ def parse(cls, argv=None):
     values, origin = {}, {}
 
     def override(settings, source):
+        if "epochs" in settings and "steps" in values:   # of an earlier source: else they would win
+            del values["steps"], origin["steps"]
         for name, value in settings.items():
             flag_name, _, choice = name.partition(" ")
             if isinstance(value, dict) and flag_name in known:
@@ -264,12 +266,10 @@ def parse(cls, argv=None):
     override(sections[section] or {}, f"configs/{method}.yaml [{section}]")
     override({k: v for k, v in earlier.items() if k not in known or
               convert(k, v, known[k][0]) != values.get(k, known[k][1])}, "the run to resume")
+    if "epochs" in given and convert("steps", given.get("steps", 0), int):
+        raise ValueError("--steps and --epochs both give the length of the run: leave out one")
     override({k: v for k, v in file.items() if k != "method"}, given.get("config"))
     override(given, "flags")
-    if "epochs" in given:
-        if values.get("steps") and "steps" in given:
-            raise ValueError("--steps and --epochs both give the length of the run: leave out one")
-        values["steps"] = 0
     cfg = cls(**{**values, "out": str(out), "section": section})
     for name in given.keys() & values.keys() - {"out"}:
         if getattr(cfg, name) != values[name]:                               # set by __post_init__

@@ -25,6 +25,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
@@ -309,11 +310,12 @@ def list_once():
 
 
 def list_images(folder, only):
+    key = folder, only and tuple(only)
     if listed is None:
         return tree.list_images(folder, only)
-    if (folder, only) not in listed:
-        listed[folder, only] = tree.list_images(folder, only)
-    return listed[folder, only]
+    if key not in listed:
+        listed[key] = tree.list_images(folder, only)
+    return listed[key]
 
 
 def find_official_folder(name, root, split):
@@ -540,8 +542,9 @@ def read_image(file, upright=True, scale=1):
     ValueError for 16-bit and float images and for more pixels than Pillow allows.
     """
     with open_image(file) as image:
-        stored = [str(tile.args) for tile in image.tile]     # "RGB;16B": of 16 bits Pillow keeps 8
-        if image.mode[0] in "IF" or any(";16" in mode for mode in stored):
+        # Stored as "RGB;16B", of which Pillow keeps 8 bits. "BGR;16" has 16 bits for all colors.
+        deep = any(re.search("(?<!BGR);16", str(tile.args)) for tile in image.tile)
+        if image.mode[0] in "IF" or deep:
             raise ValueError(f"more than 8 bits per color (mode {image.mode}): convert it")
         if scale > 1:
             image.draft(None, [side // scale for side in image.size])

@@ -165,8 +165,10 @@ class RunFolder:
         if (kind, method) != ("training/1", self.cfg.method):
             raise ValueError(f"{path} is of method {method}, not {self.cfg.method}; name the right "
                              f"folder with --out")
-        now, before = self.settings(), saved.get("settings", {})
-        changed = {name: x for name, x in before.items() if name in now and now[name] != x}
+        now, before = self.settings(), saved.get("settings")
+        if before is None and (self.path / "config.yaml").exists():          # of an earlier version
+            before = config.read_yaml(self.path / "config.yaml")
+        changed = {name: x for name, x in (before or {}).items() if name in now and now[name] != x}
         for name in FIXED:
             if name in changed:
                 raise ValueError(f"{config.flag(name)} {now[name]} cannot resume the run in "

@@ -44,7 +44,7 @@ class InitialWeights:
         sizes = {name: self.encoder.config[name]
                  for name in ("embed_dim", "depth", "num_heads", "patch_size")}
         if hasattr(cfg, "decoder_num_heads"):                    # mae.py and asl.py
-            sizes |= mae_decoder_sizes(self.published, raw.get("decoder_num_heads"))
+            sizes |= mae_decoder_sizes(self.path, raw, self.published)
             if "decoder_embed_dim" in sizes and "decoder_num_heads" not in sizes:
                 self.encoder.source.notes.append(
                     f"the file does not contain the number of attention heads of its decoder, "
@@ -134,16 +134,19 @@ def published_tensors(raw):
             for name, x in (raw[wrapper] if wrapper else raw).items() if torch.is_tensor(x)}
 
 
-def mae_decoder_sizes(tensors, num_heads):
+def mae_decoder_sizes(path, raw, tensors):
     """{setting: value} of the decoder of MAE or ASL; {} if the file has none.
 
-    Weights do not determine the number of heads. num_heads: as full.pt has it, or None; published
-    decoders, of width 512, have 16.
+    Weights do not determine the number of heads: full.pt contains it; that of an earlier version
+    has it in config.yaml next to it. Published decoders, of width 512, have 16.
     """
     if "decoder_embed.weight" not in tensors:
         return {}
     width = len(tensors["decoder_embed.weight"])
     depth = len({name.split(".")[1] for name in tensors if name.startswith("decoder_blocks.")})
+    settings, num_heads = path.with_name("config.yaml"), raw.get("decoder_num_heads")
+    if num_heads is None and settings.is_file():
+        num_heads = config.read_yaml(settings).get("decoder_num_heads")
     num_heads = num_heads or (16 if width == 512 else None)
     sizes = dict(decoder_embed_dim=width, decoder_depth=depth)
     return sizes | (dict(decoder_num_heads=num_heads) if num_heads else {})

@@ -183,6 +183,8 @@ def find_listed(folder, path, keys):
     def matching(text):
         has_ending = os.path.splitext(text)[1].lower() in tree.SUFFIXES
         name = tree.find_key(text if has_ending else f"{text}.png")[0]
+        if name in by_name.get(os.path.basename(name), ()):
+            return [name]
         return [key for key in by_name.get(os.path.basename(name), ()) if key == name
                 or key.endswith(f"/{name}") or name.endswith(f"/{key}")]
 

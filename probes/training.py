@@ -94,12 +94,14 @@ class Progress:
                     self.step = step + 1
                     self.bar.update()
                     due = time.monotonic() - (self.begin if self.step == total else saved)
-                    if (due > 60 * self.MINUTES or interrupts) and distributed.rank() == 0:
-                        self.save()
+                    stop, is_saved = bool(interrupts), False
+                    if (due > 60 * self.MINUTES or stop) and distributed.rank() == 0:
+                        is_saved = self.save()
                         saved = time.monotonic()
-                    if interrupts:
-                        raise KeyboardInterrupt(f"saved after step {self.step:,} of {total:,}: the "
-                                                f"same command continues")
+                    if stop:
+                        raise KeyboardInterrupt(
+                            f"saved after step {self.step:,} of {total:,}: the same command "
+                            f"continues" if is_saved else f"step {self.step:,} was not saved")
         finally:
             self.bar.close()
 
@@ -120,14 +122,17 @@ class Progress:
         progress.write(f"{line}  eta {eta}", sys.stdout)
 
     def save(self):
-        """Writes the file. A full disk is reported but does not stop the run."""
+        """Writes the file -> whether it could. A full disk is reported but does not stop the
+        run."""
         state = dict(net=self.net.state_dict(), opt=self.optimizer.state_dict(), step=self.step,
                      curve=self.curve)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             checkpoints.write_atomic(self.path, lambda file: torch.save(state, file))
+            return True
         except OSError as error:
             print(error, file=sys.stderr)
+            return False
 
     def delete(self):
         if distributed.rank() == 0:
@@ -136,16 +141,19 @@ class Progress:
 
 @contextlib.contextmanager
 def catch_interrupt():
-    """Yields a list to which the first Ctrl-C adds a number; the second raises KeyboardInterrupt,
-    as do all if there are several processes, or outside of the main thread."""
+    """Yields a list to which the first Ctrl-C adds a number; the second raises KeyboardInterrupt.
+    With several processes and outside of the main thread nothing changes, nor where Ctrl-C is
+    ignored (in background jobs of a script)."""
     interrupts, before = [], signal.getsignal(signal.SIGINT)
-    if distributed.world_size() > 1 or threading.current_thread() is not threading.main_thread():
+    if (distributed.world_size() > 1 or before in (signal.SIG_IGN, None)
+            or threading.current_thread() is not threading.main_thread()):
         yield interrupts
         return
 
     def catch(number, frame):
         interrupts.append(number)
         signal.signal(number, before)
+        progress.write("interrupted: this step is completed and saved; Ctrl-C again ends at once")
 
     signal.signal(signal.SIGINT, catch)
     try:

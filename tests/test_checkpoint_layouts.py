@@ -684,6 +684,7 @@ def test_half_precision_files_become_fp32(files, tmp_path):
         for kind in (torch.float16, torch.bfloat16):     # the latter rounds the positions more
             halved = {key: value.to(kind) for key, value in content.items()}
             model = load(put(tmp_path, halved), files[name][2])
+            assert model.config["pos"] == files[name][2].config["pos"]
             assert model.source.layout == files[name][0]
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         close(model.cls_token, files[name][2].cls_token, 1e-3)

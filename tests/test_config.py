@@ -84,8 +84,12 @@ def test_the_length_of_a_run_is_given_once(tmp_path):
     with pytest.raises(ValueError, match="--steps and --epochs both give the length of the run"):
         parse("--steps", "6", "--epochs", "3")
     (tmp_path / "config.yaml").write_text("steps: 6\n")
-    cfg = parse("--resume", "--epochs", "3")             # else the run would be complete
-    assert (cfg.steps, cfg.epochs) == (0, 3) and parse("--resume").steps == 6
+    (tmp_path / "mine.yaml").write_text("epochs: 3\n")
+    for given in (["--epochs", "3"], ["--config", str(tmp_path / "mine.yaml")]):
+        cfg = parse("--resume", *given)                  # else the run would be complete
+        assert (cfg.steps, cfg.epochs) == (0, 3) and "steps" not in cfg.origin
+    assert parse("--resume").steps == 6
+    assert parse("--config", str(tmp_path / "mine.yaml"), "--steps", "2").steps == 2
 
 
 def test_settings_below_a_choice_count_only_with_it(tmp_path):

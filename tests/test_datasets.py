@@ -156,6 +156,10 @@ def test_more_than_8_bits_per_color_are_an_error(tmp_path):
         with pytest.raises(ValueError, match="more than 8 bits per color"):
             datasets.read_image(tmp_path / name)
     assert datasets.read_image(tmp_path / "good.png").mode == "RGB"
+    header = b"BM" + struct.pack("<IHHI", 54 + 128, 0, 0, 54) + struct.pack(
+        "<IiiHHIIiiII", 40, 8, 8, 1, 16, 0, 128, 0, 0, 0, 0)
+    (tmp_path / "old.bmp").write_bytes(header + bytes(128))      # 16 bits for all colors
+    assert datasets.read_image(tmp_path / "old.bmp").mode == "RGB"
 
 
 def test_photos_of_phones_are_decoded_as_jpeg(tmp_path, monkeypatch):
@@ -229,6 +233,8 @@ def test_imagenet100_selects_its_classes_in_imagenet(tmp_path):
     assert part.classes == datasets.IMAGENET100 and len(set(part.classes)) == 100
     names = {os.path.basename(os.path.dirname(p)) for p in part.paths}
     assert names == {part.classes[i] for i in part.labels} == set(three[:2])
+    with datasets.list_once():                           # as training does
+        assert datasets.load_images("imagenet100", tmp_path, "test").paths == part.paths
     itself = datasets.load_images("imagenet", tmp_path / "imagenet")
     assert len(itself) == 6
     write_tree(tmp_path / "imagenet10" / "train", ["n07747607", "n00000001"], 2)

@@ -107,6 +107,13 @@ def test_number_of_images_is_the_limit_or_the_default_of_the_diagnostic(monkeypa
             assert limit.value.args == (expected,), name
 
 
+def test_at_the_end_of_toy_there_are_fewer_images():
+    model = tiny_model()
+    assert len(inputs.load_first_images(model, options("--image", "1999"), 2)) == 1
+    with pytest.raises(inputs.MissingInput, match="beyond the end"):
+        inputs.load_first_images(model, options("--image", "2000"), 1)
+
+
 def test_image_beyond_the_limit_and_beyond_the_data_set(tmp_path):
     what = "kmeans patch_retrieval prompt_heatmap nmi".split()
     model = tiny_model()

@@ -86,7 +86,7 @@ def test_lists_split_flat_folders_and_without_them_every_fifth_is_tested(tmp_pat
 
 
 def test_lists_name_images_by_their_path_or_its_end(tmp_path, clear_caches):
-    for name in ("seqA/0", "seqA/1", "seqB/0", "seqB/1", "seqB/a.1", "seqB/pig 1"):
+    for name in ("1", "seqA/0", "seqA/1", "seqB/0", "seqB/1", "seqB/a.1", "seqB/pig 1"):
         write_pair(tmp_path, f"images/{name}.png", f"labels/{name}.png", 0, 1)
     (tmp_path / "train.txt").write_text("seqA/0\nimages/seqA/1.png\n")
     (tmp_path / "val.txt").write_text("seqB/0\nseqB/a.1\npig 1.png\nseqC/0\n")

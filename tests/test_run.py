@@ -503,6 +503,12 @@ def test_a_run_is_not_resumed_with_settings_that_nothing_else_would_notice(tmp_p
         small_run(monkeypatch, tmp_path, "--steps", 4, "--resume")
     (tmp_path / "config.yaml").write_text(text)
     assert (tmp_path / "last.pt").read_bytes() == before
+    old = torch.load(tmp_path / "last.pt")               # of an earlier version: without settings
+    torch.save({key: x for key, x in old.items() if key not in ("settings", "images")},
+               tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="--batch-size 8 cannot resume"):
+        small_run(monkeypatch, tmp_path, "--steps", 4, "--resume", "--batch-size", 8)
+    (tmp_path / "last.pt").write_bytes(before)
     run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 4, "--resume")
     printed = capsys.readouterr().out
     assert "after step 2; changed: steps 4 (was 2)\n" in printed
