@@ -21,6 +21,7 @@ image's place in its batch.
 import itertools
 import math
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -374,7 +375,9 @@ def read_center_crops(paths, size, resize, interpolation, index):
 
 
 def in_workers(function, items, count, device):
-    """Yields function(item) for each item, computed ahead in `count` processes (0: in this one)."""
+    """Yields function(item) for each item, computed ahead in `count` processes (0: in this one),
+    without torch's warning if these are more than cores, which is --workers' choice."""
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return DataLoader(items, batch_size=None, collate_fn=function, num_workers=count,
                       worker_init_fn=distributed.start_worker, pin_memory=device.type == "cuda",
                       generator=torch.Generator())         # else it uses the global one

@@ -244,8 +244,8 @@ def run_tasks(opt, models, is_first):
                 break
             except Exception as error:
                 is_user_error = isinstance(error, (ValueError, FileNotFoundError))
-                # A named task is expected to fit: the error is perhaps in this process only, and the
-                # others wait for it.
+                # A named task is expected to fit: the error is perhaps in this process only, and
+                # the others wait for it.
                 shared = distributed.world_size() > 1 and task not in FIRST_PROCESS
                 if not is_user_error or shared and not run_all:
                     failure = error.with_traceback(None)

@@ -271,10 +271,12 @@ def fill_patches(patches, mask, values):
 
 def save_grid(run, columns):
     """Writes visualization.png, with a column for each {title: (n, 3, S, S) uint8} and a row for
-    each image. Small images are enlarged to 96 px or more."""
+    each image. Small images are enlarged to 96 px or more, so that titles fit above them."""
     if run.rank > 0:
         return
-    scale = -(-96 // run.cfg.img_size)
+    widest = max(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(title) for title in columns)
+    size = run.cfg.img_size                              # 4 px between two columns
+    scale = math.ceil(max(96 / size, widest / (size + 4)))
     rows = torch.cat([F.pad(x.cpu(), (0, 4, 0, 4), value=255) for x in columns.values()], 3)
     grid = Image.fromarray(torch.cat(list(rows), 1).permute(1, 2, 0).numpy())
     page = Image.new("RGB", (grid.width * scale, grid.height * scale + 16), "white")
