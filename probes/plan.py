@@ -69,7 +69,8 @@ def estimate_seconds(task, model, opt, time_image):
         "video": lambda: 24 * 10 if is_toy(opt.data) else 70 * limit,
         "pose": lambda: 16 * (opt.iters or 200) + 2 * limit,
     }.get(task, lambda: 0)()
-    read = 0.0 if is_toy(opt.data) else READ_SECONDS
+    in_memory = is_toy(opt.data) or opt.data in ("cifar10", "cifar100", "stl10")
+    read = 0.0 if in_memory else READ_SECONDS
     seconds = encoded * (time_image(side) + read) if encoded else 0.0
     if task == "linear_segmentation":
         classes = TOY_CLASSES if is_toy(opt.data) else CLASSES

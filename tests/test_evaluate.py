@@ -428,9 +428,11 @@ def test_all_uses_logistic_regressions_and_short_training(monkeypatch):
 def test_the_estimate_grows_with_images_and_size(monkeypatch):
     monkeypatch.setattr(plan, "load_split", lambda *_: range(1000))
     model = make_model(make_encoder())
-    opt = evaluate.parse(["--task", "all", "--data", "cifar10", "--iters", "10", "--limit", "20"])
+    opt = evaluate.parse(["--task", "all", "--data", "pets", "--iters", "10", "--limit", "20"])
     time_image = {32: 0.09, 480: 0.59}.get               # and 0.01 to read a file
-    assert plan.estimate_seconds("knn", model, opt, time_image) == pytest.approx(2000 * 0.1)
+    for name, seconds in (("pets", 0.1), ("cifar10", 0.09)):                     # in memory
+        assert plan.estimate_seconds("knn", model, dataclasses.replace(opt, data=name),
+                                     time_image) == pytest.approx(2000 * seconds)
     assert plan.estimate_seconds("linear_segmentation", model, opt, time_image) == pytest.approx(
         (16 * 10 + 3 * 20) * 0.6 + 16 * 10 * 480**2 * 50 * 5e-8)       # with the logits
     assert plan.estimate_seconds("few_shot", model, opt, time_image) == 0
