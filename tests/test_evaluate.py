@@ -21,7 +21,7 @@ import evaluate
 import mmc
 import moco_v3
 import vit
-from lib import augment, checkpoints, config, flags, metrics, toy
+from lib import augment, checkpoints, config, datasets, flags, metrics, toy
 from probes import common, heads, plan
 from probes.common import UNTRAINED, Options, Report, extract_features
 
@@ -489,6 +489,30 @@ def test_several_tasks_encode_common_images_once_and_print_a_table_each(
     text = capsys.readouterr().out
     assert text.count("\nmodel ") == 4 and "estimated minutes" not in text
     assert all(f"{checkpoint.parent.name}: {task}, " in text for task in tasks)
+
+
+def test_only_the_attentive_tasks_of_all_are_not_logistic_regressions():
+    opt = evaluate.parse(["--task", "all", "--head", "attentive"])
+    recipes = {task: evaluate.options_for_task(opt, task).recipe for task in evaluate.LOGREG}
+    assert recipes.pop("part_classification") is None and set(recipes.values()) == {"logreg"}
+
+
+def test_all_files_of_results_are_opened_before_any_work(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setitem(evaluate.TASKS, "knn", Mock(side_effect=AssertionError("work")))
+    monkeypatch.setattr(evaluate, "result_files", lambda *_: [tmp_path / "a", Path("/dev/null/b")])
+    with pytest.raises(OSError, match="cannot write /dev/null/b"):
+        evaluate.main(["--device", "cpu", "--checkpoint", str(checkpoint), "--baseline", "pixels",
+                       "--task", "knn", "--out", str(tmp_path)])
+
+
+def test_test_images_of_classes_without_training_images_are_counted(tmp_path, capsys):
+    datasets.print_once.cache_clear()
+    for path in ("train/a/1", "train/b/1", "val/a/2", "val/b/2", "val/b/3", "val/c/2"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), path[-3] == "a" and "red" or "blue").save(tmp_path / f"{path}.png")
+    run(tmp_path / "out", "--data", str(tmp_path), "--baseline", "pixels", "--workers", "0")
+    assert "note: 1 of 4 test images are of classes without a training image, and cannot be right" \
+        in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error, done", [(ValueError("no shots"), ["knn", "object_retrieval"]),
