@@ -351,6 +351,25 @@ def test_attentive_heads_use_the_statistics_of_the_test_batch_with_bn_batch():
     assert not torch.allclose(both(x)[:6], both(x[:6]), atol=1e-3)   # the batch matters
 
 
+def test_a_width_that_is_no_multiple_of_64_has_fewer_attention_heads():
+    g = torch.Generator().manual_seed(8)
+    one, module = AttentiveHeads(1, 200, 3, g, "cpu"), Attentive(200, 3, 2)      # 200 / 64 = 3.1
+    module.copy_from(one, 0)
+    x = torch.randn(12, 5, 200, generator=g)
+    one(x, training=True)
+    module(x)
+    module.eval()
+    assert torch.allclose(one(x)[:, 0], module(x), atol=1e-4)
+
+
+def test_no_batch_of_the_attentive_head_is_a_single_image():
+    """With --bn batch its features, minus their own mean, would be 0."""
+    g = torch.Generator().manual_seed(8)
+    head = AttentiveHeads(1, 64, 3, g, "cpu", bn="batch")
+    scores = heads.Classifier(head, 0, 1, "", [], "").scores(torch.randn(257, 2, 64, generator=g))
+    assert scores.shape == (257, 3) and scores.abs().amin(1).min() > 0
+
+
 @pytest.mark.slow
 def test_the_attentive_head_finds_a_class_that_only_one_token_contains():
     g = torch.Generator().manual_seed(9)
