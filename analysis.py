@@ -214,7 +214,7 @@ def import_pyplot():
         return None
 
 
-def print_scalars(name, result):
+def print_numbers(name, result):
     """Prints one line: the numbers of a diagnostic, of a curve the first and the last."""
     texts = []
     for key, x in to_json_data(result.numbers).items():
@@ -264,7 +264,7 @@ def main(argv=None):
         if plt:
             figures.save_figure(plt, folder / f"{name}.png", name, model_results)
         for result in model_results:
-            print_scalars(name, result)
+            print_numbers(name, result)
     notes = [f"{name} left out ({', '.join(model_names)}): {reason}"
              for (name, reason), model_names in missing.items()]
     notes += [f"{name}: measured with different settings: {', '.join(differences)}"

@@ -252,10 +252,10 @@ def run_tasks(opt, models, is_first):
                     break
                 if run_all:
                     skipped.setdefault((model.name, why_skipped(task, error)), []).append(task)
-                    continue
-                failure = failure or error.with_traceback(None)
-                if len(jobs) > 1:
-                    print(f"{model.name}: {task} failed: {error}", flush=True)
+                else:
+                    failure = failure or error.with_traceback(None)
+                    if len(jobs) > 1:
+                        print(f"{model.name}: {task} failed: {error}", flush=True)
                 continue
             add_notes(report, task, model, task_opt)
             seconds = time.perf_counter() - begin
