@@ -248,12 +248,12 @@ def run_tasks(opt, models, is_first):
                 # the others wait for it.
                 shared = distributed.world_size() > 1 and task not in FIRST_PROCESS
                 if not is_user_error or shared and not run_all:
-                    failure = error.with_traceback(None)
+                    failure = error
                     break
                 if run_all:
                     skipped.setdefault((model.name, why_skipped(task, error)), []).append(task)
                 else:
-                    failure = failure or error.with_traceback(None)
+                    failure = failure or error
                     if len(jobs) > 1:
                         print(f"{model.name}: {task} failed: {error}", flush=True)
                 continue

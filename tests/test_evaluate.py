@@ -521,8 +521,9 @@ def test_an_error_in_one_of_several_tasks_keeps_what_is_done(
         tmp_path, checkpoint, capsys, monkeypatch, error, done):
     """A user error does not stop the other tasks. All others end the run."""
     monkeypatch.setitem(evaluate.TASKS, "few_shot", Mock(side_effect=error))
-    with pytest.raises(type(error), match=str(error)):
+    with pytest.raises(type(error), match=str(error)) as caught:
         run_checkpoint(tmp_path, [checkpoint], "--task", "knn", "few_shot", "object_retrieval")
+    assert "run_tasks" in {entry.name for entry in caught.traceback}     # where it was raised
     text = capsys.readouterr().out
     assert text.count("\nmodel ") == len(done)
     assert f"{checkpoint.parent.name}: few_shot failed: no shots" in text or len(done) == 1
