@@ -86,8 +86,8 @@ class Config(config.Settings):
     drop_path: Fraction = 0.1       # rate of stochastic depth, student only (code)
     head_hidden_dim: Size = 2048    # width inside the head (paper)
     bottleneck_dim: Size = 256      # width before the prototypes, L2-normalized (paper)
-    out_dim: Several = 8192         # K prototypes (paper); toy, CIFAR-10: 1024, ImageNet-100: 8192
-    use_bn_in_head: bool = False    # batch norms in the head (code: option); toy, CIFAR-10: true
+    out_dim: Several = 8192         # K prototypes (paper); fewer images: 1024 to 4096
+    use_bn_in_head: bool = False    # batch norms in the head (code: option); few images: true
     norm_last_layer: bool = False   # keeps prototypes at norm 1 (code; ViT-B: True, for stability)
     shared_head: bool = True        # patches share the prototypes (paper); false: separate ones, in
                                     # student and teacher (in the script the teacher still shares)

@@ -27,7 +27,7 @@ the contrastive methods of its time, and 68.0 with a linear probe, worse than th
 ViT-L, 800 epochs: linear 73.9 with normalized pixels, 73.5 with plain ones (Table 1d), 65.5 with a
 decoder of one block (Table 1a), because then the encoder's last blocks have to reconstruct.
 
-The class token has no loss: trust knn_patch more than knn and feat_std, which are computed from it.
+The class token has no loss: read knn and feat_std, which are computed from it, beside knn_patch.
 full.pt, next to encoder.pt, also holds the decoder, named as in the published *_full.pth files.
 
     python mae.py                                         minutes on a laptop, offline

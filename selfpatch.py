@@ -104,11 +104,11 @@ class Config(config.Settings):
     drop_path: Fraction = 0.1       # rate of stochastic depth, student only (code)
     head_hidden_dim: Size = 2048    # width inside the head (DINO)
     bottleneck_dim: Size = 256      # width before the prototypes, L2-normalized (DINO)
-    out_dim: Several = 65536        # image prototypes, K (paper; COCO: 4096); toy, CIFAR-10: 1024;
+    out_dim: Several = 65536        # image prototypes, K (paper; COCO: 4096); fewer images: 1024;
                                     # moby: width of queries and keys, 256 (MoBY)
     mlp_dim: Size = 4096            # moby: hidden width of projector and predictor (MoBY)
     out_dim_selfpatch: Several = 4096      # patch prototypes, K_patch (paper)
-    use_bn_in_head: bool = False    # batch norms in the head (code: option); toy, CIFAR-10: true
+    use_bn_in_head: bool = False    # batch norms in the head (code: option); few images: true
     norm_last_layer: bool = True    # keeps prototypes at norm 1 (code)
     # the objective
     lambda_patch: float = 0.1       # weight of L_patch (code)
