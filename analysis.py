@@ -198,9 +198,9 @@ def different_settings(results):
     used = {r.model.name: r.numbers["settings_compared"] for r in results
             if "settings_compared" in r.numbers}
     return [f"--{key.replace('_', '-')} " + ", ".join(
-                f"{settings[key]} ({name})" for name, settings in used.items())
-            for key in recorded.COMPARED_SETTINGS
-            if len({str(settings[key]) for settings in used.values()}) > 1]
+                f"{settings.get(key)} ({name})" for name, settings in used.items())
+            for key in dict.fromkeys(key for settings in used.values() for key in settings)
+            if len({str(settings.get(key)) for settings in used.values()}) > 1]
 
 
 def import_pyplot():

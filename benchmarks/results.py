@@ -28,8 +28,10 @@ from pathlib import Path
 import torch
 import yaml
 
+import evaluate
 from benchmarks import METHODS, split_argv
 from lib import checkpoints, config, distributed
+from probes.common import WITHOUT_EFFECT
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {"selfpatch_moby": "SelfPatch on MoBY"}
@@ -98,17 +100,29 @@ def run_script(log, *command):
         raise SystemExit(f"{' '.join(command)} failed: see the end of {log}")
 
 
-def read_metrics(folder, data, flags):
-    """The newest result of a probe: {feature: {metric: value}}, None if there is none."""
-    task, *flags = flags.split()
-    wanted = {"limit": None, "feature": None} | {
-        name[2:]: yaml.safe_load(value) for name, value in zip(flags[::2], flags[1::2])}
-    file = folder / "results.jsonl"
+def read_metrics(folder, data, probe):
+    """The newest result of a probe: {feature: {metric: value}}, None if there is none. Lines of
+    other settings, or of an earlier checkpoint of the run, do not count."""
+    pixels, file = is_pixels(folder), folder / "results.jsonl"
+    opt = evaluate.parse(["--task", *probe.split(), *pixel_size(data) * pixels])
+    wanted = {name: value for name, value in json.loads(json.dumps(vars(opt))).items()
+              if name not in WITHOUT_EFFECT}
+    step = None if pixels else last_line(folder)["step"]
     for line in reversed(file.read_text().splitlines() if file.is_file() else []):
         line = json.loads(line)
-        if (line["task"], line["data"], not line["checkpoint"]) == (
-                task, data, is_pixels(folder)) and wanted.items() <= line["settings"].items():
+        if (line["task"], line["data"], line["step"], not line["checkpoint"]) == (
+                *opt.task, data, step, pixels) and wanted.items() <= line["settings"].items():
             return line["metrics"]
+
+
+def last_line(folder):
+    """The last line of a run's log."""
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def pixel_size(data):
+    """The flag with the side of the images, which raw pixels do not know."""
+    return ["--img-size", "32" if data == "cifar10" else "48"]
 
 
 def is_pixels(folder):
@@ -126,8 +140,8 @@ def train_and_evaluate(run):
         if "\ndone after " not in log.read_text():
             raise SystemExit(f"{folder} was stopped; run the same command again to resume")
     flags = ["--data", data, *data_root(args), *(
-        ["--baseline", "pixels", "--img-size", "32" if data == "cifar10" else "48", "--json",
-         str(folder / "results.jsonl")] if pixels else ["--checkpoint", str(folder)])]
+        ["--baseline", "pixels", *pixel_size(data), "--json", str(folder / "results.jsonl")]
+        if pixels else ["--checkpoint", str(folder)])]
     for probe in list_probes(data, pixels):
         if read_metrics(folder, data, probe) is None:
             run_script(log, "evaluate.py", "--task", *probe.split(), *flags)
@@ -181,9 +195,8 @@ def describe_run(folder):
     """Date, torch version, steps and precision of a run."""
     settings = config.read_yaml(folder / "config.yaml")
     day = datetime.date.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime)
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     precision = distributed.pick_precision(settings["precision"], distributed.pick_device())
-    return dict(day=day, torch=torch.__version__.split("+")[0], steps=last["step"],
+    return dict(day=day, torch=torch.__version__.split("+")[0], steps=last_line(folder)["step"],
                 precision=precision)
 
 

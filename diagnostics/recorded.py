@@ -5,6 +5,7 @@ from pathlib import Path
 
 from diagnostics.inputs import MissingInput
 from lib import config
+from probes.common import WITHOUT_EFFECT
 
 
 def read_loss(model, opt):
@@ -40,14 +41,10 @@ def read_lines(file):
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-# Settings in which the models of a figure should agree.
-COMPARED_SETTINGS = "epochs limit recipe img_size seed feature k".split()
-
-
 def read_results(model, opt, task, more_flags=""):
     """Lines of results.jsonl next to the checkpoint whose file, branch, step, task and data set
-    match, the latest last; each with `settings_compared`, its COMPARED_SETTINGS. MissingInput if
-    there is none."""
+    match, the latest last; each with `settings_compared`, in which the models of a figure should
+    agree. MissingInput if there is none."""
     path = Path(model.source.path or "")
     weights = model.source.branch, model.source.step
     file = path.with_name("results.jsonl") if model.source.path else None
@@ -58,12 +55,13 @@ def read_results(model, opt, task, more_flags=""):
         raise MissingInput(f"no result on {opt.data} yet: run python evaluate.py --task "
                            f"{task}{more_flags} --data {opt.data}"
                            f"{f' --checkpoint {path}' * bool(model.source.path)}")
-    return [line | dict(settings_compared={name: line["settings"].get(name)
-                                           for name in COMPARED_SETTINGS}) for line in lines]
+    return [line | dict(settings_compared={
+        name: value for name, value in line["settings"].items()
+        if name not in WITHOUT_EFFECT and name != "branch"}) for line in lines]
 
 
 def read_latest(model, opt, task):
-    """The metrics {feature: {name: value}} of the latest result, and its COMPARED_SETTINGS."""
+    """The metrics {feature: {name: value}} of the latest result, and its settings_compared."""
     line = read_results(model, opt, task)[-1]
     return line["metrics"], line["settings_compared"]
 
@@ -115,19 +113,21 @@ def read_reinit(model, opt):
     for m = 0 (a run without --reinit counts as m = 0), for each m that has a result. Only runs with
     the settings of the latest run are compared."""
     lines = read_results(model, opt, "finetune", " --reinit first:0 (then first:1, last:1, ...)")
+    for line in lines:
+        del line["settings_compared"]["reinit"]
     settings = lines[-1]["settings_compared"]
-    top1 = {}                                                                # (end, m): accuracy
+    accuracy = {}                                        # (end, m): of the last epoch
     for line in (line for line in lines if line["settings_compared"] == settings):
         end, m = (line["settings"]["reinit"] or "first:0").split(":")
         [scores] = line["metrics"].values()
-        top1[end if int(m) else "none", int(m)] = scores["top-1"]
-    baseline = top1.pop(("none", 0), None)
-    if baseline is None or not top1:
+        accuracy[end if int(m) else "none", int(m)] = scores["last epoch"]
+    baseline = accuracy.pop(("none", 0), None)
+    if baseline is None or not accuracy:
         raise MissingInput("run evaluate.py --task finetune with --reinit first:0 and with other "
                            "numbers of blocks, all with the settings of the latest run")
     out = dict(settings_compared=settings)
     for end in ("first", "last"):
-        change = {0: 0.0} | {m: x - baseline for (part, m), x in top1.items() if part == end}
+        change = {0: 0.0} | {m: x - baseline for (part, m), x in accuracy.items() if part == end}
         change = dict(sorted(change.items()))
         out |= {f"{end}_count": list(change), f"{end}_change": list(change.values())}
     return out

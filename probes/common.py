@@ -51,6 +51,9 @@ from probes.annotation_files import LAYOUT
 LINEAR = ("linear", "shape_bias", "frequency_noise")           # tasks with a linear classifier
 PARTS = ("part_retrieval", "part_classification")
 VECTORS = ("knn", "few_shot", "object_retrieval", *PARTS, "landmark_retrieval")
+# Flags that change no number, but for rounding.
+WITHOUT_EFFECT = """checkpoint baseline data data_root device precision batch_size workers task out
+json cache reference save show""".split()
 # The dense tasks: the encoder is frozen, and a prediction is made from every patch token.
 DENSE = ("linear_segmentation", "zero_shot_segmentation", "video", "pose")
 

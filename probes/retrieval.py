@@ -123,13 +123,15 @@ def score_retrieval(features, labels, kind):
 
     kind: what a label stands for, "class" or "part". ValueError: every label is unique.
     """
-    rows, chance = {}, 100 * metrics.chance(labels).nanmean().item()
+    rows, chance = {}, metrics.chance(labels)
     for name, z in features.items():
         show = functools.partial(progress.bar, desc=f"ranking by {name}", unit="blocks",
                                  shown=distributed.rank() == 0)
         ap = metrics.retrieval(z, labels, show=show)
-        mean, by_class = ap.nanmean().item(), metrics.class_means(ap, labels).nanmean().item()
-        rows[name] = {"AP": 100 * mean, f"AP by {kind}": 100 * by_class, "chance": chance}
+        for prefix, values in ("AP", ap), ("chance", chance):
+            by_class = metrics.class_means(values, labels).nanmean().item()
+            rows.setdefault(name, {}).update({prefix: 100 * values.nanmean().item(),
+                                              f"{prefix} by {kind}": 100 * by_class})
     alone = int(ap.isnan().sum())
     if alone == len(labels):
         raise ValueError(f"no two items have the same {kind}, so nothing can be retrieved: raise "

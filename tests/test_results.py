@@ -1,5 +1,6 @@
 """benchmarks/results.py: what it runs, what it keeps in results.yaml, and the table it prints."""
 import argparse
+import dataclasses
 import json
 import sys
 
@@ -7,13 +8,14 @@ import pytest
 import yaml
 
 from benchmarks import results
+from probes.common import Options
 
 
-def result_line(task, metrics, data="toy", checkpoint="encoder.pt", level="object", limit=None,
-                feature=None, **more):
-    settings = dict(limit=limit, level=level, feature=feature, **more)
+def result_line(task, metrics, data="toy", checkpoint="encoder.pt", step=20, **settings):
+    """A line of results.jsonl; settings: those that are not the defaults."""
+    settings = dataclasses.asdict(Options()) | dict(precision="bf16") | settings
     return json.dumps(dict(task=task, data=data, settings=settings, checkpoint=checkpoint,
-                           metrics=metrics))
+                           step=step, metrics=metrics))
 
 
 def write_finished_run(folder, knn):
@@ -27,13 +29,17 @@ def write_finished_run(folder, knn):
              result_line("knn", {"cls": {"k=10": 99.0}}, limit=10),
              result_line("knn", {"cls": {"k=10": 99.0}}, data="cifar10"),
              result_line("knn", {"cls": {"k=10": 99.0}}, checkpoint=None),          # a baseline
+             result_line("knn", {"cls": {"k=10": 99.0}}, step=10),                  # unfinished run
+             result_line("knn", {"cls": {"k=1": 99.0}}, k=[1]),
              result_line("linear", {"cls": {"top-1": 50.0}}),
+             result_line("linear", {"cls": {"top-1": 99.0}}, recipe="logreg"),
+             result_line("linear", {"cls": {"top-1": 99.0}}, branch="student"),
              result_line("linear", {"patch": {"top-1": 51.0}}, feature="patch"),
              result_line("finetune", {"patch": {"last epoch": 70.0}}, limit=2000, recipe="light",
                          epochs=10),
              result_line("finetune", {"patch": {"last epoch": 99.0}}, recipe="light", epochs=10),
              result_line("part_retrieval", {"cls": {"AP": 40.0}}),
-             result_line("linear_segmentation", {"patch": {"mIoU": 12.0}}),
+             result_line("linear_segmentation", {"patch": {"mIoU": 12.0}}, level="object"),
              result_line("linear_segmentation", {"patch": {"mIoU": 14.0}}, level="part"),
              result_line("zero_shot_segmentation", {"patch": {"Opt": 45.0}}),
              result_line("video", {"patch": {"J&F": 55.0}})]
@@ -93,8 +99,8 @@ def test_baselines_have_rows_of_their_own(run_main, scripts, tmp_path, capsys):
     for name in "supervised", "untrained":
         write_finished_run(tmp_path / f"{name}-toy", 60.0)
     (tmp_path / "pixels-toy").mkdir()
-    lines = [result_line(task, {"pixels": {metric: 16.0}}, checkpoint=None) for task, metric in
-             (("knn", "k=10"), ("linear", "top-1"), ("part_retrieval", "AP"))]
+    lines = [result_line(task, {"pixels": {metric: 16.0}}, checkpoint=None, step=None, img_size=48)
+             for task, metric in (("knn", "k=10"), ("linear", "top-1"), ("part_retrieval", "AP"))]
     (tmp_path / "pixels-toy" / "results.jsonl").write_text("\n".join(lines))
     run_main("--methods", *results.BASELINES, "--seeds", "0")
     assert scripts == []

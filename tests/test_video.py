@@ -3,6 +3,7 @@ arithmetic."""
 import json
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,8 +141,21 @@ def test_a_video_with_an_unreadable_frame_is_left_out_and_listed(monkeypatch, tm
     for items, count in (([good], 1), ([bad, good], 1)):
         monkeypatch.setattr(annotations, "videos", lambda *_, items=items: iter(items))
         report = video.video(small_model(), make_options("video", "--img-size", "32"))
-        assert report.images == dict(videos=count, frames=5)
+        assert report.images == dict(videos=count, frames=5, objects=2)
     assert "left out 1 of 2 videos of toy that cannot be read: damaged" in capsys.readouterr().err
+
+
+def test_the_standard_error_is_that_over_objects(monkeypatch):
+    values = iter([(torch.tensor([[.2, .4], [.6, .6]]).double(), torch.tensor([[.2, .4], [.6, .8]])),
+                   (torch.tensor([[.9, .9]]).double(), torch.tensor([[.7, .7]]))])
+    monkeypatch.setattr(video.metrics, "score_video", lambda *_: next(values))
+    monkeypatch.setattr(annotations, "videos", lambda *_: iter([moving_square(4)] * 2))
+    report = video.video(small_model(), make_options("video", "--img-size", "32"))
+    objects = numpy.array([30, 65, 80])                          # J&F of each, by hand
+    error = objects.std(ddof=1) / 3 ** 0.5
+    assert report.images["objects"] == 3 and report.rows["patches"]["J&F"] == pytest.approx(
+        objects.mean())
+    assert report.notes[0].endswith(f": {error:.1f}")
 
 
 def test_pixels_are_refused():
@@ -157,7 +171,7 @@ def test_it_runs_on_toy_and_counts_the_frames(tmp_path, monkeypatch):
                    "cpu", "--data", "toy-scenes", "--limit", "1", "--img-size", "64", "--show"])
     [line] = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert all(0 <= row["J&F"] <= 100 for row in line["metrics"].values())
-    assert line["images"] == {"videos": 1, "frames": 24} and line["protocol"]
+    assert line["images"] == {"videos": 1, "frames": 24, "objects": 3} and line["protocol"]
     assert list(tmp_path.glob("video-toy*.png")) and (23, "frames") in bars
 
 
@@ -165,5 +179,5 @@ def test_the_real_davis(tmp_path):
     root = unpack_real("davis_subset", tmp_path / "davis")
     opt = make_options("video", "--data", "davis", "--data-root", str(root), "--img-size", "128")
     report = video.video(small_model(), opt)
-    assert report.images == {"videos": 1, "frames": 40}
+    assert report.images == {"videos": 1, "frames": 40, "objects": 1}
     assert 0 < report.rows["patches"]["J&F"] < 100
