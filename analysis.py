@@ -94,7 +94,8 @@ def run_diagnostics(model, opt):
         function, needed = DIAGNOSTICS[name]
         try:
             with progress.activity(f"{model.name}: {name}"):
-                results[name] = function(model, opt, shared) if needed else function(model, opt)
+                results[name] = (function(model, opt, shared) | dict(images=shared.num_images)
+                                 if needed else function(model, opt))
         except MissingInput as error:
             missing[name] = str(error)
     return results, missing

@@ -38,7 +38,8 @@ def measure_head_similarity(model, opt, shared):
     if model.encoder.config["num_heads"] == 1:
         raise MissingInput("the model has one attention head: there is none to compare it with")
     similarity = shared.means["head_similarity"]
-    return dict(block=list(range(1, len(similarity) + 1)), similarity=similarity)
+    return dict(block=list(range(1, len(similarity) + 1)), similarity=similarity,
+                heads=model.encoder.config["num_heads"])
 
 
 def show_attention_maps(model, opt):

@@ -16,6 +16,7 @@ from diagnostics.plots import (
     plot_head_density,
     plot_loss,
     plot_pair_densities,
+    plot_shape_bias,
     plot_token_plane,
     plot_tsne,
 )
@@ -57,7 +58,7 @@ FIGURES = {
         "(of the last block in a shallower model), with a marker for each head. The fourth shows "
         "the fraction of attention that goes to the class token and registers, for models that "
         "have them; where it is near 1, the NMI is too low.",
-        axes_figure(line_plot("block", "nmi", "block", "NMI"),
+        axes_figure(line_plot("block", "nmi", "block", "NMI", at_least=(0, 0.6)),
                   line_plot("block", "std_over_heads", "block", "standard deviation over heads"),
                   plot_head_density,
                   line_plot("block", "class_token_attention", "block",
@@ -139,12 +140,14 @@ FIGURES = {
         "Patches of the same object and of different objects",
         "The plots show the densities of the cosine of two patches. Their overlap is 0 if the "
         "cosine separates objects and 1 if it does not separate them at all. MMC reports 0.55 for "
-        "itself, 0.56 for iBOT, 0.66 for DINO, 0.76 for MAE.",
+        "itself, 0.56 for iBOT, 0.66 for DINO, 0.76 for MAE. From few pairs the overlap is too "
+        "low: raise --limit until there are 100,000 of each kind.",
         axes_figure(each=plot_pair_densities, same_scale=False)),
     "attention_maps": Figure(
         "Attention maps of two queries and of the class token",
-        "Compare the maps of the two queries (framed). In late blocks of contrastive models they "
-        "are nearly equal and show the object. In MIM models each shows a spot around its query. "
+        "Compare the maps of the two queries (framed). Park et al. report that in late blocks of "
+        "contrastive models they are nearly equal and show the object, and that in MIM models each "
+        "shows a spot around its query. "
         "Maps of queries are means over heads. Each map has its own color scale.",
         image_figure()),
     "pca": Figure(
@@ -152,7 +155,8 @@ FIGURES = {
         "The first three components over all these images are drawn as red, green and blue. "
         "Similar colors mean similar tokens. If a part has the same color in several images, the "
         "features represent the part. If all images have the same gradient, the features represent "
-        "position.",
+        "position. Percentages: variance of each component; also one with little variance is drawn "
+        "at full contrast. Colors of different models are not comparable.",
         image_figure()),
     "kmeans": Figure(
         "k-means segments of patch tokens",
@@ -184,8 +188,8 @@ FIGURES = {
     "tsne": Figure(
         "t-SNE of patch tokens",
         "The plots show the patches of 18 images of 3 classes, with a color for each class, or for "
-        "each image if the data set has no classes. Contrastive models form clusters by image and "
-        "class, MIM models do not. The percentages are fractions of the ten nearest neighbors "
+        "each image if the data set has no classes. Park et al. show that contrastive models form "
+        "clusters by image and class, and MIM models do not. The percentages are fractions of the ten nearest neighbors "
         "before t-SNE; for the same class, of the ten nearest neighbors in other images.",
         axes_figure(each=plot_tsne, same_scale=False)),
     "feature_variance": Figure(
@@ -203,9 +207,10 @@ FIGURES = {
     "loss": Figure(
         "Loss and kNN accuracy of the run",
         "Dotted lines show the default run of the method on toy (seed 0), if this run is on toy. A "
-        "run with the same settings and seed has the same curve; with another seed losses differ "
-        "by 0.7 (MAE) to 11% (SelfPatch) on average, and kNN accuracies by up to 23 points. "
-        "Losses of different methods are not comparable; kNN accuracies are, and should rise.",
+        "run with the same settings, seed and number of threads on the same kind of CPU has the "
+        "same curve. With another seed losses on toy differ by 0.7 (MAE) to 11% (SelfPatch) on "
+        "average, and kNN accuracies by up to 23 points. Losses of different methods are not "
+        "comparable; kNN accuracies are, and should rise.",
         axes_figure(line_plot("knn_step", "knn", "step", "kNN accuracy, class token (%)"),
                   each=plot_loss, same_scale=False)),
     "layerwise": Figure(
@@ -224,8 +229,10 @@ FIGURES = {
         "Shape bias",
         "A high value means that the model decides by shape rather than by texture. Park et al. "
         "report the highest values for contrastive models, then supervised, then MIM models. "
-        "On toy the texture is the pattern of the coat. Random predictions have 50%.",
-        axes_figure(bar_plot("shape", "decisions for the shape (%)"))),
+        "On toy the texture is the pattern of the coat. Random predictions have 50%. Dashed lines: "
+        "means over the classes. Decided: percentage of the images whose prediction is the class "
+        "of the shape or that of the texture. Where it is low, the bias rests on few images.",
+        axes_figure(plot_shape_bias)),
     "reinit": Figure(
         "Fine-tuning with re-initialized blocks",
         "The curves show the accuracy minus that without re-initialized blocks. Park et al. report "
@@ -252,10 +259,18 @@ FIGURES = {
 # ---- files ---------------------------------------------------------------------------------------
 
 
+def count_images(results):
+    """Text with the number of images that the numbers are a mean of, if it is the same for all."""
+    counts = {r.numbers.get("images") for r in results}
+    return f", {counts.pop():,} images" if len(counts) == 1 and None not in counts else ""
+
+
 def save_figure(plt, path, name, results):
     figure = FIGURES[name]
     fig = figure.draw(plt, results)
-    fig.suptitle(figure.title, fontsize=12, x=0.01, ha="left")
+    title = figure.title + count_images(results)
+    fig.suptitle(textwrap.fill(title, int(10 * fig.get_size_inches()[0])), fontsize=12, x=0.01,
+                 ha="left")
     reading = textwrap.wrap(figure.reading, int(13 * fig.get_size_inches()[0]))
     fig.supxlabel("\n".join(reading), fontsize=8, color="0.3")
     fig.savefig(path, dpi=130)
@@ -270,12 +285,14 @@ img {{ max-width: 100% }} h2 {{ margin-top: 2.5em }} p.r {{ color: #444 }}</styl
 Transformers Learn?" (2023).</p>{body}"""
 
 
-def write_page(path, head, names, notes, with_images):
-    """Writes index.html: all diagnostics, one below the other. with_images: the PNG files exist."""
-    links = " &middot; ".join(f'<a href="#{name}">{FIGURES[name].title}</a>' for name in names)
+def write_page(path, head, results, notes, with_images):
+    """Writes index.html: all diagnostics, one below the other. results: {name: [Result]};
+    with_images: the PNG files exist."""
+    links = " &middot; ".join(f'<a href="#{name}">{FIGURES[name].title}</a>' for name in results)
     body = [f"<p>{links}</p>"]
-    for name in names:
-        title, reading = html.escape(FIGURES[name].title), html.escape(FIGURES[name].reading)
+    for name in results:
+        title = html.escape(FIGURES[name].title + count_images(results[name]))
+        reading = html.escape(FIGURES[name].reading)
         image = f'<img src="{name}.png" alt="{title}">' if with_images else ""
         body.append(f'<h2 id="{name}">{title}</h2>{image}<p class="r">{reading} Numbers: '
                     f'<a href="{name}.json">JSON</a>, <a href="{name}.csv">CSV</a></p>')

@@ -82,7 +82,8 @@ def show_pca(model, opt, num_images=6):
     rgb = ((rgb - low) / (high - low)).clamp(0, 1)
     return dict(explained=explained, image_rows=[
         ImageRow("", [Tile(image) for image in inputs.to_uint8(model, x)], once=True),
-        ImageRow("", [Tile(one) for one in rgb])])
+        ImageRow(" ".join(f"{share:.0%}" for share in explained.tolist()),
+                 [Tile(one) for one in rgb])])
 
 
 # ---- similarity to a prompt ----------------------------------------------------------------------

@@ -42,16 +42,19 @@ class Result:
 
     @property
     def label(self):
-        """The model's name for a legend: matplotlib leaves out names that begin with "_"."""
-        return f"\u200b{self.model.name}" if self.model.name.startswith("_") else self.model.name
+        """The model's name for a legend, which leaves out names that begin with "_"; and its
+        number of heads, where numbers depend on it."""
+        heads = f", {self.numbers['heads']} heads" if "heads" in self.numbers else ""
+        return "\u200b" * self.model.name.startswith("_") + self.model.name + heads
 
 
 # ---- content of one axes: functions (axes, results) ----------------------------------------------
 
 
-def line_plot(x, y, xlabel, ylabel, level=None):
+def line_plot(x, y, xlabel, ylabel, level=None, at_least=None):
     """A function that draws a line for each model: numbers y over x. Dashed: those of its decoder,
-    or without the mean token. Dotted: a reference curve, or a reference level."""
+    or without the mean token. Dotted: a reference curve, or a reference level. at_least: (low,
+    high), a range that the y axis contains."""
     def draw(ax, results):
         for r in (r for r in results if y in r.numbers):
             style = dict(color=r.color, markersize=4,
@@ -73,6 +76,9 @@ def line_plot(x, y, xlabel, ylabel, level=None):
             of = f" ({', '.join(names)})" * (len(levels) > 1)
             ax.axhline(value, color="0.5", linestyle=":", label=f"{level}, {value} px{of}")
             ax.set_ylim(0, 1.05 * ax.get_ylim()[1])            # space for the topmost marker
+        if at_least:
+            low, high = ax.get_ylim()
+            ax.set_ylim(min(low, at_least[0]), max(high, at_least[1]))
         if x in ("block", "depth") or x.endswith("count"):
             ax.xaxis.get_major_locator().set_params(integer=True)
         labels = dict.fromkeys(ylabel.format(**r.numbers) for r in results)  # ranks vary with width
@@ -105,6 +111,15 @@ def bar_plot(xlabel, ylabel):
         ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90 if len(names) > 4 else 0)
         ax.set(xlabel=xlabel, ylabel=ylabel)
     return draw
+
+
+def plot_shape_bias(ax, results):
+    """Shape bias by class of the shape; dashed: mean over the classes."""
+    bar_plot("class of the shape", "decisions for the shape (%)")(ax, results)
+    for r in (r for r in results if r.numbers["shape_bias"] is not None):
+        ax.axhline(r.numbers["shape_bias"], color=r.color, linestyle="--", linewidth=1, label=(
+            f"{r.label}: {r.numbers['shape_bias']:.0f}%, decided {r.numbers['either']:.0f}%"))
+    ax.axhline(50, color="0.5", linestyle=":", label="random, 50%")
 
 
 def plot_loss(ax, results):
@@ -159,7 +174,8 @@ def plot_pair_densities(ax, results):
     for line, name, color in zip(numbers["densities"], names, STATE_COLORS):
         ax.fill_between(numbers["cosine"], line, color=color, alpha=0.45, label=name, linewidth=0)
     ax.set(xlabel="cosine of two patches", ylabel="density",
-           title="overlap {overlap:.2f}; means {intra:.2f}, {inter:.2f}".format(**numbers))
+           title="overlap {overlap:.2f}; means {intra:.2f}, {inter:.2f}\n"
+                 "{pairs[0]:,.0f} and {pairs[1]:,.0f} pairs".format(**numbers))
 
 
 # ---- whole figures: functions (pyplot, results) -> figure ----------------------------------------
@@ -191,7 +207,7 @@ def axes_figure(*shared, each=None, same_scale=True):
             for line, label in zip(*ax.get_legend_handles_labels()):
                 legend.setdefault("\n".join(textwrap.wrap(label, 28)), line)
         if legend:
-            fig.legend(legend.values(), legend, loc="outside right upper", frameon=False,
+            fig.legend(legend.values(), legend, loc="outside right center", frameon=False,
                        fontsize=8 if len(legend) <= 16 else 5)
         return fig
     return draw
@@ -235,7 +251,7 @@ class ImageRow:
 
 def image_figure(width=1.4, height=1.4, colorbar=None):
     """A function that makes a figure of the `image_rows` of each model. colorbar: label of the
-    color scale, if any."""
+    color scale, if any; lower values have its lowest color."""
     def draw(plt, results):
         rows = [(r, row) for i, r in enumerate(results) for row in r.numbers["image_rows"]
                 if not (i and row.once)]
@@ -253,6 +269,6 @@ def image_figure(width=1.4, height=1.4, colorbar=None):
                 if tile.image is not None:
                     drawn = tile.draw(plt, ax)
         if colorbar:
-            fig.colorbar(drawn, ax=axes, shrink=0.6, label=colorbar)
+            fig.colorbar(drawn, ax=axes, shrink=0.6, label=colorbar, extend="min")
         return fig
     return draw

@@ -88,8 +88,9 @@ def read_shape_bias(model, opt):
     metrics, settings = read_latest(model, opt, "shape_bias")
     [scores] = metrics.values()
     bars = {name: x for name, x in scores.items()        # null: no decision for either cue
-            if name != "either" and x is not None}
-    return dict(bars=bars, settings_compared=settings)
+            if name not in ("shape bias", "either") and x is not None}
+    return dict(bars=bars, shape_bias=scores["shape bias"], either=scores["either"],
+                settings_compared=settings)
 
 
 def read_knn(model, opt):

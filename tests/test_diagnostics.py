@@ -523,7 +523,7 @@ def test_frequency_noise_and_shape_bias_of_results(run):
     found = recorded.read_frequency_noise(model, options())
     assert (found["frequency"], found["change"]) == ([0.1, 1.0], [-3.0, -8.0])
     found = recorded.read_shape_bias(model, options())
-    assert found["bars"] == {"shape bias": 60.0, "cat": 70.0}
+    assert found["bars"] == {"cat": 70.0} and (found["shape_bias"], found["either"]) == (60, 50)
 
 
 def test_knn_of_results_is_that_of_the_smallest_k_and_of_no_baseline(run):
@@ -539,9 +539,9 @@ def test_knn_of_results_is_that_of_the_smallest_k_and_of_no_baseline(run):
 def test_reinit_compares_runs_with_the_settings_of_the_latest(run):
     model, write = run
 
-    def line(top1, **settings):
-        return dict(task="finetune", metrics={"patch": {"top-1": top1}},
-                    settings=dict(reinit=None) | settings)
+    def line(top1, **settings):                          # top-1: of the best epoch
+        return dict(task="finetune", metrics={"patch": {"top-1": 99.0, "last epoch": top1}},
+                    settings=dict(reinit=None, lr=[], workers=2) | settings)
 
     lines = [line(60.0), line(40.0, reinit="last:2")]
     write(lines)
@@ -551,7 +551,11 @@ def test_reinit_compares_runs_with_the_settings_of_the_latest(run):
     write(lines)
     with pytest.raises(MissingInput, match="settings of the latest"):
         recorded.read_reinit(model, options())
-    lines.append(line(90.0, epochs=50, reinit="first:1"))
+    lines.append(line(90.0, epochs=50, reinit="first:1", lr=[1e-3]))
+    write(lines)
+    with pytest.raises(MissingInput, match="settings of the latest"):
+        recorded.read_reinit(model, options())
+    lines.append(line(90.0, epochs=50, reinit="first:1", workers=4))         # without effect
     write(lines)
     found = recorded.read_reinit(model, options())
     assert found["last_change"] == [0] and found["first_change"] == [0, 0]
