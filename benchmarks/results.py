@@ -18,6 +18,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -25,12 +26,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 import yaml
 
 import evaluate
 from benchmarks import METHODS, split_argv
-from lib import checkpoints, config, distributed
+from lib import checkpoints, config
 from probes.common import WITHOUT_EFFECT
 
 ROOT = Path(__file__).parent.parent
@@ -193,11 +193,10 @@ def collect_numbers(folder, data):
 
 def describe_run(folder):
     """Date, torch version, steps and precision of a run."""
-    settings = config.read_yaml(folder / "config.yaml")
+    started = re.search(r"(bf16|fp32) on \d+ x .*, torch ([\d.]+)",
+                        (folder / "results.log").read_text())
     day = datetime.date.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime)
-    precision = distributed.pick_precision(settings["precision"], distributed.pick_device())
-    return dict(day=day, torch=torch.__version__.split("+")[0], steps=last_line(folder)["step"],
-                precision=precision)
+    return dict(day=day, torch=started[2], steps=last_line(folder)["step"], precision=started[1])
 
 
 def read_results():

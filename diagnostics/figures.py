@@ -189,8 +189,9 @@ FIGURES = {
         "t-SNE of patch tokens",
         "The plots show the patches of 18 images of 3 classes, with a color for each class, or for "
         "each image if the data set has no classes. Park et al. show that contrastive models form "
-        "clusters by image and class, and MIM models do not. The percentages are fractions of the ten nearest neighbors "
-        "before t-SNE; for the same class, of the ten nearest neighbors in other images.",
+        "clusters by image and class, and MIM models do not. The percentages are fractions of the "
+        "ten nearest neighbors before t-SNE; for the same class, of the ten nearest neighbors in "
+        "other images.",
         axes_figure(each=plot_tsne, same_scale=False)),
     "feature_variance": Figure(
         "Variance over crops and masked views",

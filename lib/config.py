@@ -282,11 +282,12 @@ def parse(cls, argv=None):
 def main(function):
     """Runs a script's main, and ends several processes together.
 
-    A ValueError or OSError counts as a user error, as do a full GPU memory and a killed DataLoader
-    worker: one line on stderr, exit code 2. Ctrl-C: one line, exit code 130. Any other exception is
-    not caught. If $TRACEBACK is not empty, user errors are not caught either, so that Python prints
-    the traceback. Characters that the terminal cannot print, as in the path of an image, are
-    printed as escapes. Every line is written at once, also to a pipe."""
+    A ValueError or OSError counts as a user error, as do a full GPU memory, a killed DataLoader
+    worker and the end of another process: one line on stderr, exit code 2. Ctrl-C: one line, exit
+    code 130. Any other exception is not caught. If $TRACEBACK is not empty, user errors are not
+    caught either, so that Python prints the traceback. Characters that the terminal cannot print,
+    as in the path of an image, are printed as escapes. Every line is written at once, also to a
+    pipe."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):          # not in notebooks
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -294,10 +295,14 @@ def main(function):
         function()
     except (ValueError, OSError, RuntimeError) as e:
         if isinstance(e, torch.OutOfMemoryError):
-            e = "the GPU's memory is full: use a smaller --batch-size; in training, or --accum-iter"
+            e = ("the GPU's memory is full: use a smaller --batch-size; in training perhaps "
+                 "--accum-iter; in evaluate.py, where features fill it, --limit, one --feature, or "
+                 "--device cpu")
         elif re.search(r"DataLoader worker \(pid", str(e)):     # killed, not an exception in it
             e = ("a DataLoader worker was killed (memory or /dev/shm full?): use fewer --workers; "
                  "training continues with --resume")
+        elif re.search("Connection (reset|closed) by peer", str(e)) and dist.is_initialized():
+            e = "another process has ended: see its message"
         elif isinstance(e, RuntimeError):
             raise
         if os.environ.get("TRACEBACK"):

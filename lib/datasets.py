@@ -171,7 +171,8 @@ def load_images(name, root=None, split="train", size=64, limit=None, device="cpu
             images.notes.append(
                 f"{name}: no folders for both train and val, so every fifth image is a test image: "
                 f"kNN and probes learn from {len(is_test) - tests:,} and are tested on {tests:,}; "
-                f"pretraining, which uses no labels, uses all")
+                f"pretraining, which uses no labels, uses all. If images are frames of videos or "
+                f"bursts, make folders train and val")
         if limit and limit < len(images):
             images = images.select(torch.arange(limit) * len(images) // limit, images.split)
         return images

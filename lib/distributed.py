@@ -42,6 +42,9 @@ def pick_device(name="auto"):
         raise ValueError(f"--device {name!r}: cuda, cuda:1, cpu or auto")
     if found[1] == "cpu":
         return torch.device("cpu")
+    if found[2] and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--device {name} is one GPU for all processes of torchrun: leave it out, "
+                         f"and choose GPUs with the environment variable CUDA_VISIBLE_DEVICES")
     index = int(found[2] or os.environ.get("LOCAL_RANK", 0))
     if index >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there is no GPU {index}, torch finds "

@@ -303,7 +303,7 @@ class Run:
         """Adds values to the means since the last line, which the next line and metrics.jsonl
         contain. All processes must log the same names in the same order, because each mean is
         taken over the processes. Raises ValueError if the loss or the gradient norm is not finite;
-        on a GPU, to avoid a wait here, when the next line is printed or a checkpoint is saved."""
+        on a GPU, to avoid a wait here, at the next line, evaluation or checkpoint."""
         for name, x in values.items():
             total, count = self.sums.get(name, (0.0, 0))
             total = total + (x.detach().double() if torch.is_tensor(x) else x)
@@ -384,7 +384,9 @@ class Run:
     def evaluation(self, *modules):
         """For computations next to training: paused(), these modules in eval mode, no gradients.
         If most images are unreadable (datasets.UnreadableImage), the evaluation ends with a
-        message, but not the run."""
+        message, but not the run. Raises ValueError if the loss is not finite: no picture can be
+        drawn then."""
+        self._check_finite()
         for module in modules:
             module.eval()
         with self.paused(), torch.no_grad():

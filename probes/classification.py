@@ -171,9 +171,9 @@ def attentive(model: Model, opt: Options) -> Report:
     last layer is initialized with standard deviation 0.01, as in the code of Zhu et al. for parts
     (CAE: 0.02, times 0.001); running statistics of the batch norm at test time. The published code
     uses those of the test batch, so that a prediction depends on the other images in it: --bn
-    batch, with batches of 256 in the order of the data set. All tokens are kept in memory, in 16
-    bits, by each process, and twice while they are sorted or divided into folds. ValueError: pixels
-    as a baseline; more than 48 GiB of tokens.
+    batch, with batches of 256 to 511 in the order of the data set. All tokens are kept in memory,
+    in 16 bits, by each process, and twice while they are sorted or divided into folds. ValueError:
+    pixels as a baseline; more than 48 GiB of tokens.
     """
     require_tokens(model, opt.task)
     images, _ = load_labeled(model, opt, "train")

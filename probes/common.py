@@ -283,6 +283,8 @@ def load_models(opt: CommonOptions) -> list[Model]:
     """
     device = distributed.pick_device(opt.device)
     precision = distributed.pick_precision(opt.precision, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                # where the DataLoader's thread pins memory
     newest = sorted(Path(opt.out).glob("*/encoder.pt"), key=lambda path: path.stat().st_mtime)[-1:]
     paths, baselines = [Path(path) for path in opt.checkpoint] or newest, opt.baseline
     paths = [path / "encoder.pt" if path.is_dir() else path for path in paths]

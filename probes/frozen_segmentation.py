@@ -122,10 +122,10 @@ def linear_segmentation(model, opt):
     best, notes = 0, []
     if hold_out:
         held = itertools.islice(segmentation_items(opt, "train", sizes), 0, 10 * MAX_HELD_OUT, 10)
-        counts, _, _ = score_segmentation(predict, held, names, model, sizes, n_heads=len(lrs))
+        counts, _, n_held = score_segmentation(predict, held, names, model, sizes, n_heads=len(lrs))
         scores = [metrics.segmentation_scores(head_counts)["miou"] for head_counts in counts]
         best = scores.index(max(scores))
-        notes.append(f"{model.name}: lr {lrs[best]:g}; mIoU on held-out training images " +
+        notes.append(f"{model.name}: lr {lrs[best]:g}; mIoU on {n_held} held-out images: " +
                      ", ".join(f"{100 * s:.1f} at {lr:g}" for s, lr in zip(scores, lrs)))
         heads.layers = heads.layers[best:best + 1]
     [counts], figure, n_images = score_segmentation(

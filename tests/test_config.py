@@ -1,13 +1,14 @@
 """Settings: their sources and bounds, and the messages and exit codes of errors."""
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
 
 import mmc
 import selfpatch
-from lib import config
+from lib import config, distributed
 from lib.config import Fraction, Size
 
 
@@ -175,7 +176,8 @@ def test_settings_of_an_earlier_run_count_only_if_it_is_resumed(tmp_path):
         assert cfg.seed == seed, (text, flags)
 
 
-def test_full_memory_and_killed_workers_are_one_line_and_other_errors_are_not_hidden(capsys):
+def test_full_memory_and_killed_workers_are_one_line_and_other_errors_are_not_hidden(
+        capsys, monkeypatch):
     def failing(error):
         def function():
             raise error
@@ -188,6 +190,24 @@ def test_full_memory_and_killed_workers_are_one_line_and_other_errors_are_not_hi
         assert end.value.code == 2 and message in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
         failing(RuntimeError("a bug"))
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]")
+    with pytest.raises(RuntimeError, match="closed by peer"):                # a single process
+        failing(lost)
+    monkeypatch.setattr(config.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(config.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        failing(lost)
+    assert capsys.readouterr().err == "error: another process has ended: see its message\n"
+
+
+def test_one_gpu_is_not_for_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.pick_device("cuda:1").index == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.pick_device("cuda").index == 1
+    with pytest.raises(ValueError, match="one GPU for all processes of torchrun: leave it out"):
+        distributed.pick_device("cuda:1")
 
 
 @pytest.mark.parametrize("value, sentence", [

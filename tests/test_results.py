@@ -21,9 +21,10 @@ def result_line(task, metrics, data="toy", checkpoint="encoder.pt", step=20, **s
 def write_finished_run(folder, knn):
     """The files of a trained and evaluated run; results.jsonl also has lines to be ignored."""
     (folder / "analysis").mkdir(parents=True)
-    (folder / "config.yaml").write_text("precision: fp32\n")
     (folder / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
-    (folder / "results.log").write_text("step 20/20\ndone after 20 steps\nkNN\n")
+    (folder / "results.log").write_text(
+        "20 steps of 4 images, 0.4 M parameters, fp32 on 1 x CPU (1 thread), torch 2.11.0+cpu\n"
+        "step 20/20\ndone after 20 steps\nkNN\n")
     lines = [result_line("knn", {"cls": {"k=10": 1.0}, "patch": {"k=10": 2.0}}),    # an older one
              result_line("knn", {"cls": {"k=10": knn}, "patch": {"k=10": 30.04}}),
              result_line("knn", {"cls": {"k=10": 99.0}}, limit=10),
@@ -75,7 +76,7 @@ def test_finished_runs_are_kept_and_averaged(run_main, scripts, tmp_path, capsys
     assert scripts == []                                  # everything is done
     kept = yaml.safe_load((tmp_path / "results.yaml").read_text())["toy"]["mae"]
     assert kept[0]["kNN, class token"] == 60.0 and kept[1]["kNN, class token"] == 50.0
-    assert (kept[0]["steps"], kept[0]["precision"]) == (20, "fp32")
+    assert [kept[0][name] for name in ("steps", "precision", "torch")] == [20, "fp32", "2.11.0"]
     row = ("| MAE | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 | 50.0 ± 0.0 | 51.0 ± 0.0 | 70.0 ± 0.0 | "
            "40.0 ± 0.0 | 12.0 ± 0.0 | 14.0 ± 0.0 | 45.0 ± 0.0 | 55.0 ± 0.0 | 16.3 ± 0.0 | "
            "0.27 ± 0.00 |")
@@ -155,7 +156,7 @@ def test_an_unfinished_run_is_resumed_if_it_has_a_checkpoint(run_main, tmp_path,
     write_finished_run(tmp_path / "mae-toy", 60.0)
     write_finished_run(tmp_path / "dino-toy", 40.0)
     for name in "mae-toy", "dino-toy":
-        (tmp_path / name / "results.log").write_text("step 10/20\n")
+        (tmp_path / name / "results.log").write_text("fp32 on 1 x CPU, torch 2.11.0\nstep 10/20\n")
     (tmp_path / "mae-toy" / "last.pt").touch()
     called = {}
 

@@ -154,6 +154,19 @@ def test_an_unreadable_image_ends_the_evaluation_and_other_errors_end_the_run(
             raise ValueError("a bug")
 
 
+def test_an_evaluation_does_not_begin_after_a_loss_that_is_not_finite(monkeypatch, tmp_path):
+    run, _, net = small_run(monkeypatch, tmp_path)
+    monkeypatch.setattr(run, "device", torch.device("cuda"))             # log() does not look there
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    run.log(loss=1.0, grad_norm=1.0)
+    with run.evaluation(net):
+        pass
+    run.log(loss=math.nan, grad_norm=1.0)
+    with pytest.raises(ValueError, match="the loss or the gradient norm is not finite"):
+        with run.evaluation(net):
+            raise AssertionError("evaluated")
+
+
 def test_a_run_that_was_not_restored_cannot_be_saved(monkeypatch, tmp_path):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     run = Run(config.parse(mmc.Config, [*TINY, "--out", str(tmp_path)]))

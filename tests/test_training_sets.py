@@ -24,7 +24,8 @@ def test_a_folder_without_splits_is_trained_on_whole_and_evaluated_in_two_parts(
     assert lines == [f"{tmp_path}: 10 images; 2 classes: a, b",
                      f"{tmp_path}: no folders for both train and val, so every fifth image is a "
                      f"test image: kNN and probes learn from 8 and are tested on 2; pretraining, "
-                     f"which uses no labels, uses all"]
+                     f"which uses no labels, uses all. If images are frames of videos or bursts, "
+                     f"make folders train and val"]
     assert len(loader.images) == 10 and (len(bank), len(queries)) == (8, 2)
     assert not set(bank.paths) & set(queries.paths)
     assert bank.classes == queries.classes and bank.split != queries.split        # as kNN needs

@@ -146,8 +146,8 @@ def test_a_video_with_an_unreadable_frame_is_left_out_and_listed(monkeypatch, tm
 
 
 def test_the_standard_error_is_that_over_objects(monkeypatch):
-    values = iter([(torch.tensor([[.2, .4], [.6, .6]]).double(), torch.tensor([[.2, .4], [.6, .8]])),
-                   (torch.tensor([[.9, .9]]).double(), torch.tensor([[.7, .7]]))])
+    values = iter([(torch.tensor([[.2, .4], [.6, .6]]), torch.tensor([[.2, .4], [.6, .8]])),
+                   (torch.tensor([[.9, .9]]), torch.tensor([[.7, .7]]))])
     monkeypatch.setattr(video.metrics, "score_video", lambda *_: next(values))
     monkeypatch.setattr(annotations, "videos", lambda *_: iter([moving_square(4)] * 2))
     report = video.video(small_model(), make_options("video", "--img-size", "32"))
