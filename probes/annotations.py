@@ -246,7 +246,7 @@ def videos(name, root=None, split="test", limit=None, size=256):
 def landmarks(name, root=None):
     """Landmarks of Revisited Oxford and Paris (Radenovic et al., 2018), roxford5k and rparis6k.
 
-    The images are not checked: some are truncated, and the lists define the set.
+    The images are not checked: the lists define the set.
     """
     if name not in ("roxford5k", "rparis6k"):
         raise ValueError(f"no landmarks of {name!r} here: choose roxford5k or rparis6k")

@@ -437,7 +437,8 @@ def training_view(item, recipe, side, mean):
     """-> image (3, height, width) uint8; boxes (objects, 4), labels (objects,) from 1 and, if the
     item has them, masks (objects, height, width) uint8 of the objects that remain in the view.
 
-    Crowds are left out, and also boxes with a side of less than a pixel.
+    Crowds are left out, and also boxes with a side of less than a pixel. Images are resized without
+    antialiasing, as torchvision's detector resizes test images.
     """
     single = ~item.crowd
     sample = dict(
@@ -466,8 +467,8 @@ def multi_scale(sample, zoom=1.0):
     """1x, as in DETR: the short side is 480 to 800 px, the long side at most 1333 px; with
     probability 1/2 of a random crop. zoom: factor of all these sizes."""
     def resize_short_side(sizes, max_long=None):
-        return v2.RandomShortestSize([round(s * zoom) for s in sizes],
-                                     max_long and round(max_long * zoom))(sample)
+        return v2.RandomShortestSize([round(s * zoom) for s in sizes], antialias=False,
+                                     max_size=max_long and round(max_long * zoom))(sample)
 
     if torch.rand(()) < 0.5:
         sample = resize_short_side([400, 500, 600])
@@ -482,7 +483,7 @@ def large_scale_jitter(sample, side, scales, mean):
     """100ep, vitdet: resized to fit into the canvas, times a random factor in the range `scales`;
     cropped at random if larger, padded with the mean color on the right and at the bottom if
     smaller."""
-    sample = v2.ScaleJitter((side, side), scales)(sample)
+    sample = v2.ScaleJitter((side, side), scales, antialias=False)(sample)
     sample = random_crop(sample, side, side)
     height, width = sample["image"].shape[1:]
     fill = {tv_tensors.Image: [round(255 * m) for m in mean], "others": 0}

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from PIL import ImageFile
 from PIL.Image import Resampling
 from torchvision.transforms.v2 import functional as TF
 
-from lib import augment, config, datasets, distributed, metrics, progress, rng, toy
+from lib import augment, config, datasets, distributed, metrics, progress, rng, toy, tree
 from probes import annotations
 from probes.annotation_files import check_inside, load_image
 from probes.common import (
@@ -389,15 +390,18 @@ def landmark_images(items, boxes, side, model):
 
     boxes: to crop the images to, or None. The longer side is resized to `side`, but never enlarged;
     h and w are multiples of the patch. Files that cannot be read are left out and listed at the
-    end.
+    end; truncated ones, of which these sets have some, are used as far as they go.
     """
-    p, bad = model.encoder.patch_size if model.encoder else 1, {}
+    p, bad, truncated = model.encoder.patch_size if model.encoder else 1, {}, []
     for index, item in own_items(enumerate(items)):
         try:
             image = TF.to_pil_image(item if torch.is_tensor(item) else load_image(item))
         except datasets.UnreadableImage as error:
-            bad[item] = str(error.__cause__)
-            continue
+            image = load_truncated_image(item)
+            if image is None:
+                bad[item] = str(error.__cause__)
+                continue
+            truncated.append(str(item))
         if boxes is not None:
             box = [float(v) for v in boxes[index]]
             check_inside(item, *image.size, *box[2:])
@@ -408,8 +412,22 @@ def landmark_images(items, boxes, side, model):
         x = F.pad(x, (0, max(0, p - x.shape[2]), 0, max(0, p - x.shape[1])))    # less than a patch
         x = x[None].to(model.device).float() / 255
         yield augment.normalize(x, model.mean, model.std), torch.tensor([index])
+    if truncated:
+        datasets.print_once(f"{len(truncated)} of {len(items)} images of the landmarks are "
+                            f"truncated: {tree.list_names(truncated, 100)}")
     datasets.report_unreadable("the landmarks", bad, len(items))
     datasets.check_readable("the landmarks", bad, len(items))
+
+
+def load_truncated_image(path):
+    """-> Pillow image whose missing rows are gray; None if nothing can be read."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        return TF.to_pil_image(load_image(path))
+    except datasets.UnreadableImage:
+        return None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def draw_toy_landmarks(name, side, limit, seed, n_videos=40, n_frames=16, query=8, near=4):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import make_encoder, make_model, make_options, unpack_real
+from torchvision import tv_tensors
 
 import evaluate
 from lib import augment, config, distributed, metrics
@@ -300,6 +301,20 @@ def test_jitter_scales_by_a_tenth_to_two_on_a_canvas_of_the_mean_color():
         else:
             factors.append(1.34)
     assert 0.09 < min(factors) < 0.15 and abs(sum(f > 1.33 for f in factors) / 120 - 0.35) < 0.1
+
+
+def test_training_images_are_resized_like_test_images(monkeypatch):
+    image = torch.randint(256, (3, 400, 400), dtype=torch.uint8)
+    monkeypatch.setattr(torch, "rand", lambda shape: 0.9 + torch.zeros(shape))     # no crop
+    for resized in (detection.multi_scale(dict(image=tv_tensors.Image(image)), 1 / 5),
+                    detection.large_scale_jitter(dict(image=tv_tensors.Image(image)), 99,
+                                                 (0.5, 0.5001), augment.MEAN)):
+        found = resized["image"].float()[:, :49, :49]
+        side = 49 if resized["image"].shape[1] == 99 else resized["image"].shape[1]
+        plain, smooth = (F.interpolate(image[None].float(), (side, side), mode="bilinear",
+                                       antialias=antialias)[0, :, :49, :49]
+                         for antialias in (False, True))
+        assert (found - plain).abs().max() <= 1 and (found - smooth).abs().max() > 20
 
 
 def test_multi_scale_has_the_published_sizes():

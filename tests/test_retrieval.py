@@ -1,11 +1,12 @@
 """Probes of retrieval: crops of hand-made images, probes against oracles and noise, the metrics."""
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFile
 from small_models import make_encoder, make_model, make_options
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -251,6 +252,20 @@ def test_unreadable_landmarks_are_left_out_and_listed(tmp_path, capsys):
         capsys.readouterr().err)
     with pytest.raises(ValueError, match="0.png has 40 x 30 pixels, but its annotation extends to"):
         list(retrieval.landmark_images(paths, [[0, 0, 80, 60]] * 3, 32, model))
+
+
+def test_truncated_landmarks_are_used_as_far_as_they_go(tmp_path, capsys):
+    paths = [tmp_path / "whole.jpg", tmp_path / "cut.jpg"]
+    noise = torch.randint(256, (60, 80, 3), dtype=torch.uint8).numpy()
+    for path in paths:
+        Image.fromarray(noise).save(path, quality=95)
+    os.truncate(paths[1], paths[1].stat().st_size * 3 // 4)
+    model = make_model(make_encoder())
+    (whole, _), (cut, index) = retrieval.landmark_images(paths, None, 80, model)
+    same = (whole == cut).all(1)[0]                              # (height, width)
+    assert index == 1 and same[:30].all() and not same[-1].any()
+    assert f"1 of 2 images of the landmarks are truncated: {paths[1]}" in capsys.readouterr().err
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES                   # elsewhere such a file is an error
 
 
 def test_multiscale_averages_class_tokens_only():
