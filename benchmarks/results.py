@@ -121,7 +121,7 @@ def last_line(folder):
 
 
 def pixel_size(data):
-    """The flag with the side of the images, which raw pixels do not know."""
+    """The flag with the side of the images, which no checkpoint gives for raw pixels."""
     return ["--img-size", "32" if data == "cifar10" else "48"]
 
 

@@ -4,18 +4,20 @@
         (torch.ones(3, device="cuda") @ torch.ones(3)).item()          # fails, as on a GPU
 
 Operations that mix devices fail as on a GPU, and each wait of the host for the GPU is counted.
-item() returns 1, a tensor copied to the CPU is all 0, a mask selects everything. It does not
-simulate backward passes (see `no_gradients`), speed, memory and precision.
+item() returns 1, a tensor copied to the CPU is all 0, a mask selects everything. Backward passes
+work within `backward_passes`. It does not simulate speed, memory and precision.
 """
 import collections
 import contextlib
 import linecache
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -123,19 +125,72 @@ def stand_in():
         yield stack.enter_context(GPU()).waits
 
 
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def gradients(loss):
+    """{id of a parameter: (parameter, gradient of the loss)}. torch's engine, which starts a thread
+    for a GPU, is replaced by a loop over the same formulas."""
+    assert loss.dtype == torch.float32 and loss.ndim == 0
+    nodes, edges, stack = {id(loss.grad_fn): loss.grad_fn}, collections.Counter(), [loss.grad_fn]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None:
+                edges[id(node)] += 1
+                if id(node) not in nodes:
+                    nodes[id(node)] = node
+                    stack.append(node)
+    arrived, ready, found = {id(loss.grad_fn): {0: torch.ones_like(loss)}}, [loss.grad_fn], {}
+    while ready:
+        node = ready.pop()                                  # all of its gradients have arrived
+        inputs, outputs = arrived.get(id(node), {}), ()
+        if hasattr(node, "variable"):
+            found |= {id(node.variable): (node.variable, x) for x in inputs.values()}
+        elif inputs:
+            call = node.apply if isinstance(node, BackwardCFunction) else node
+            outputs = call(*(inputs.get(i) for i in range(len(node._input_metadata))))
+            outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        for (after, i), x in zip_longest(node.next_functions, outputs[:len(node.next_functions)]):
+            if after is not None:
+                if x is not None:
+                    x = fit(x, after._input_metadata[i])
+                    sums = arrived.setdefault(id(after), {})
+                    sums[i] = sums[i] + x if i in sums else x
+                edges[id(after)] -= 1
+                if not edges[id(after)]:
+                    ready.append(after)
+    return found
+
+
+def fit(x, expected):
+    """A gradient in the shape and type that the next formula expects. RuntimeError: it is on
+    another device; of scalars torch allows that."""
+    if x.device != expected.device and x.ndim:
+        raise RuntimeError(f"a gradient on device {x.device}, expected on {expected.device}")
+    return x.sum_to_size(tuple(expected.shape)).to(expected.device, expected.dtype)
+
+
 @contextlib.contextmanager
-def no_gradients(modules):
-    """Within this context loss.backward() sets all gradients of the modules to 0, and
-    torch.autograd.grad returns zeros."""
-    def grad(loss, parameters):
-        assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.ndim == 0
-        return [torch.zeros_like(p) for p in parameters]
+def backward_passes():
+    """Within this context loss.backward() and torch.autograd.grad() work on the stand-in."""
+    backward, grad = torch.Tensor.backward, torch.autograd.grad
 
-    def backward(loss):
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        for p, g in zip(parameters, grad(loss, parameters)):
-            p.grad = g
+    @torch.no_grad()
+    def new_grad(loss, parameters, **options):
+        if loss.device.type == "cpu":
+            return grad(loss, parameters, **options)
+        found = gradients(loss)
+        return [found[id(p)][1] for p in parameters]
 
-    with mock.patch.object(torch.Tensor, "backward", backward), \
-            mock.patch.object(torch.autograd, "grad", grad):
+    @torch.no_grad()
+    def new_backward(loss):
+        if loss.device.type == "cpu":
+            backward(loss)
+            return
+        for p, x in gradients(loss).values():
+            assert (x.shape, x.dtype, x.device) == (p.shape, p.dtype, p.device)
+            p.grad = x.clone() if p.grad is None else p.grad + x
+
+    with mock.patch.object(torch.Tensor, "backward", new_backward), \
+            mock.patch.object(torch.autograd, "grad", new_grad):
         yield

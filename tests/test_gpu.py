@@ -34,6 +34,34 @@ def test_the_stand_in_fails_where_devices_are_mixed_and_counts_waits():
         assert waits.total() == 6
 
 
+def test_backward_passes_are_those_of_torch_and_mix_no_devices():
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False), torch.nn.BatchNorm1d(5),
+                              torch.nn.GELU(), torch.nn.Linear(5, 6))
+    weights = list(net.parameters())
+    x = torch.randn(8, 6)
+    loss = net(net(x)).square().mean() + weights[0].sum()        # weights are used several times
+    with torch.no_grad():
+        found = gpu.gradients(loss)
+    for p, expected in zip(weights, torch.autograd.grad(loss, weights)):
+        torch.testing.assert_close(found[id(p)][1], expected)
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x * 2
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient.cpu()
+
+    with gpu.stand_in(), gpu.backward_passes():
+        x = torch.ones(3, device="cuda", requires_grad=True)
+        (x * 2).sum().backward()
+        assert x.grad.shape == x.shape and x.grad.device.type == "cuda"
+        with pytest.raises(RuntimeError, match="a gradient on device cpu, expected on cuda"):
+            Wrong.apply(x).sum().backward()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
@@ -41,12 +69,7 @@ def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
     """A mask that selects patches makes the host wait for their number: three times in iBOT, twice
     in BEiT. Waits are counted in the second of three steps, including its data and log; kNN and the
     visualization after the third do wait."""
-    place, steps = Run.place, Run.steps
-    placed, seen = [], []
-
-    def placing(self, module):
-        placed.append(place(self, module))
-        return placed[-1]
+    steps, seen = Run.steps, []
 
     def counting(self, loader):
         for step, batch in steps(self, loader):
@@ -55,9 +78,8 @@ def test_a_step_mixes_no_devices_and_waits_only_where_a_mask_selects(
             seen.append(waits.copy())
             waits.clear()
 
-    monkeypatch.setattr(Run, "place", placing)
     monkeypatch.setattr(Run, "steps", counting)
-    with gpu.stand_in() as waits, gpu.no_gradients(placed):
+    with gpu.stand_in() as waits, gpu.backward_passes():
         run(method, "--out", tmp_path / "run", "--data", "toy", "--steps", 3, "--evals", 1,
             "--log-every", 9, "--device", "cuda", "--precision", "auto")
     _, second, third = seen
@@ -75,7 +97,7 @@ def test_probes_mix_no_devices(task, tmp_path):
     users = {field.name: field.metadata["only_for"] for field in dataclasses.fields(Options)}
     short = [x for flag, n in (("epochs", "1"), ("iters", "2"))
              if task in users[flag] for x in (f"--{flag}", n)]
-    with gpu.stand_in() as waits, gpu.no_gradients([]):
+    with gpu.stand_in() as waits, gpu.backward_passes():
         evaluate.main(["--task", task, "--baseline", "untrained", "--data", "toy", "--limit", "32",
                        "--device", "cuda", "--out", str(tmp_path), *short])
     assert waits and (tmp_path / "results.jsonl").exists()
