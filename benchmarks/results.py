@@ -9,10 +9,10 @@ the same network trained with labels and untrained, and raw pixels.
     python -m benchmarks.results --data cifar10 --data-root FOLDER --methods mae -- --epochs 30
                                                           # what follows -- are flags of mae.py
 
-Finished work is not repeated: a stopped run is resumed, and a probe that has a line in the run's
-results.jsonl is skipped. The numbers of a finished run are kept in benchmarks/results.yaml, so that
-seeds can be added on another day or machine. Two models are processed at a time with one thread
-each, which is faster than one model with two threads.
+Finished work is not repeated: a stopped run is resumed, and a probe that has a line with the same
+settings in the run's results.jsonl is skipped. The numbers of a finished run are kept in
+benchmarks/results.yaml, so that seeds can be added on another day or machine. Two models are
+processed at a time with one thread each, which is faster than one model with two threads.
 """
 import argparse
 import datetime
