@@ -261,8 +261,9 @@ FIGURES = {
 
 
 def count_images(results):
-    """Text with the number of images that the numbers are a mean of, if it is the same for all."""
-    counts = {r.numbers.get("images") for r in results}
+    """Text with the number of images that the numbers are a mean of, if it is the same for all.
+    Empty if evaluate.py recorded some of the numbers, from other images."""
+    counts = {r.numbers.get("images") for r in results if "settings_compared" not in r.numbers}
     return f", {counts.pop():,} images" if len(counts) == 1 and None not in counts else ""
 
 

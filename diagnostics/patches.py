@@ -141,7 +141,8 @@ def show_prompt_heatmap(model, opt, num_shown=4):
         tile.outlines.append((heatmap > THRESHOLDS[mean.index(best)], PINK))
     return dict(thresholds=THRESHOLDS, iou=mean, best=best, whole_image=whole_image, auc=auc,
                 prompts=len(scores), skipped=skipped, image_rows=[ImageRow(
-                    f"IoU {best:.2f}, whole image {whole_image:.2f}; AUC {auc:.2f}", tiles)])
+                    f"{len(scores)} prompts: IoU {best:.2f}, whole image {whole_image:.2f}; "
+                    f"AUC {auc:.2f}", tiles)])
 
 
 def object_masks(labels):

@@ -129,10 +129,11 @@ def score_retrieval(features, labels, kind):
         show = functools.partial(progress.bar, desc=f"ranking by {name}", unit="blocks",
                                  shown=distributed.rank() == 0)
         ap = metrics.retrieval(z, labels, show=show)
-        for prefix, values in ("AP", ap), ("chance", chance):
+        rows[name] = {}
+        for column, values in ("AP", ap), ("chance", chance):
             by_class = metrics.class_means(values, labels).nanmean().item()
-            rows.setdefault(name, {}).update({prefix: 100 * values.nanmean().item(),
-                                              f"{prefix} by {kind}": 100 * by_class})
+            rows[name] |= {column: 100 * values.nanmean().item(),
+                           f"{column} by {kind}": 100 * by_class}
     alone = int(ap.isnan().sum())
     if alone == len(labels):
         raise ValueError(f"no two items have the same {kind}, so nothing can be retrieved: raise "

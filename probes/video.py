@@ -80,11 +80,10 @@ def video(model, opt):
         save_image_grid(rows, Path(opt.out) / f"video-{Path(opt.data).name}-{model.name}.png",
                         names=["annotation", "prediction"] * (len(rows) // 2))
     means = metrics.video_scores(scores)
-    objects, notes = torch.cat([(j.mean(1) + f.mean(1)) / 2 for j, f in scores]), []     # J&F
-    if len(objects) > 1:
-        error = 100 * objects.std().item() / len(objects) ** 0.5
-        notes.append(f"{model.name}: standard error of J&F, by the differences between the "
-                     f"objects: {error:.1f}")
+    by_object, notes = torch.cat([(j.mean(1) + f.mean(1)) / 2 for j, f in scores]), []
+    if len(by_object) > 1:
+        error = 100 * by_object.std().item() / len(by_object) ** 0.5
+        notes.append(f"{model.name}: standard error of J&F over the objects: {error:.1f}")
     columns = {"J&F": "j&f", "J": "j", "F": "f", "J recall": "j_recall", "J decay": "j_decay",
                "F recall": "f_recall", "F decay": "f_decay"}
     return Report(
@@ -92,7 +91,7 @@ def video(model, opt):
         f"first frame and the previous {MEMORY}, the {NEIGHBORS} most similar patches of all of "
         f"them within {radius} patches, temperature {TEMPERATURE}; last block, after the final "
         f"norm; frames with a short side of {side} px, patches of {p}; first and last frame not "
-        f"scored", dict(videos=len(scores), frames=n_frames, objects=len(objects)),
+        f"scored", dict(videos=len(scores), frames=n_frames, objects=len(by_object)),
         notes)
 
 

@@ -143,6 +143,39 @@ def test_every_class_of_tsne_has_its_own_color(count):
     assert len(set(colors)) == len(colors) == count
 
 
+def test_titles_have_the_number_of_images_where_it_is_the_same_for_all_numbers():
+    count = figures.count_images
+    assert count(make_results(dict(images=1256), dict(images=1256))) == ", 1,256 images"
+    assert count(make_results(dict(images=8), dict(images=9))) == ""
+    assert count(make_results(dict(prompts=8))) == ""
+    assert count(make_results(dict(images=8, settings_compared={}))) == ""   # partly recorded
+
+
+def test_the_axis_of_the_nmi_shows_that_small_values_are_small():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    for values, high in (([0.01, 0.02], 0.6), ([0.5, 0.9], 0.9)):
+        fig = figures.FIGURES["nmi"].draw(plt, make_results(dict(
+            block=[1, 2], nmi=values, std_over_heads=values, heads=4, density_at=[0, 1],
+            density=[1, 1], density_of=torch.tensor([0.1] * 4))))
+        low, top = fig.axes[0].get_ylim()
+        assert low <= 0 and high <= top < 1.2 * high
+        assert fig.legends[0].get_texts()[0].get_text().endswith(", 4 heads")
+        plt.close(fig)
+
+
+def test_the_mean_shape_bias_is_a_line_beside_the_bars_of_the_classes():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    fig = figures.FIGURES["shape_bias"].draw(plt, make_results(
+        dict(bars={"cat": 80.0, "dog": 60.0}, shape_bias=70.0, either=40.0),
+        dict(bars={}, shape_bias=None, either=0.0)))
+    ax = fig.axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["cat", "dog"]
+    assert [line.get_ydata()[0] for line in ax.lines] == [70, 50]
+    assert ", decided 40%" in " ".join(t.get_text().replace("\n", " ")
+                                        for t in fig.legends[0].get_texts())
+    plt.close(fig)
+
+
 @pytest.mark.slow
 def test_figures_of_a_run(tmp_path):
     pytest.importorskip("matplotlib")
