@@ -10,6 +10,7 @@ from test_methods import METHODS, few, run  # noqa: F401 (fixtures)
 import analysis
 import evaluate
 from lib.run import Run
+from probes import common
 from probes.common import Options
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(),
@@ -60,6 +61,12 @@ def test_backward_passes_are_those_of_torch_and_mix_no_devices():
         assert x.grad.shape == x.shape and x.grad.device.type == "cuda"
         with pytest.raises(RuntimeError, match="a gradient on device cpu, expected on cuda"):
             Wrong.apply(x).sum().backward()
+
+
+def test_the_chosen_gpu_is_the_current_one():
+    with gpu.stand_in():
+        common.load_models(Options(baseline=("untrained",), device="cuda"))
+        torch.cuda.set_device.assert_called_once_with(torch.device("cuda", 0))
 
 
 @pytest.mark.slow

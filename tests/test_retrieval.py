@@ -135,7 +135,7 @@ def test_part_retrieval_of_an_oracle_and_of_noise(monkeypatch):
         else:
             assert row["AP"] == pytest.approx(row["chance"], abs=2.5)
             assert row["AP by part"] == pytest.approx(row["chance by part"], abs=2.5)
-            assert row["chance by part"] < row["chance"] - 5         # most crops are heads
+        assert row["chance by part"] < row["chance"] - 5 < 40            # most crops are heads
 
 
 def test_part_retrieval_ranks_at_most_max_items(monkeypatch):

@@ -3,6 +3,7 @@ crops and thresholds agree with brute force and with numbers worked out by hand.
 import colorsys
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -280,6 +281,7 @@ def test_planted_classes_are_found_and_none_in_shuffled_patches(monkeypatch, rec
         [row] = report.rows.values()
         scores.append(row["mIoU"])
         assert shuffle or "lr 0.1;" in report.notes[0]       # held-out images choose the larger
+        assert re.search(r"mIoU on \d+ held-out images: ", report.notes[0])
     assert scores[0] > 80 and scores[1] < 35
 
 
