@@ -5,6 +5,7 @@ the same network trained with labels and untrained, and raw pixels.
     python -m benchmarks.results --table                  # print what results.yaml holds
     python -m benchmarks.results                          # train and evaluate: hours on 2 CPU cores
     python -m benchmarks.results --methods mae mmc --seeds 0
+    python -m benchmarks.results --methods mmc_rec mmc_cls mmc_cls_rec mmc_cls_patch mmc  # ablation
     python -m benchmarks.results --data toy-scenes        # train on toy-scenes, evaluate on toy
     python -m benchmarks.results --data cifar10 --data-root FOLDER --methods mae -- --epochs 30
                                                           # what follows -- are flags of mae.py
@@ -37,6 +38,16 @@ ROOT = Path(__file__).parent.parent
 VARIANTS = {"selfpatch_moby": "SelfPatch on MoBY"}
 BASELINES = {"supervised": "supervised", "untrained": "untrained (MMC's)", "pixels": "raw pixels"}
 ROWS = METHODS | VARIANTS | BASELINES
+ABLATIONS = {"mmc_rec": "L_rec", "mmc_cls": "L_cls", "mmc_cls_rec": "L_cls + L_rec",
+             "mmc_cls_patch": "L_cls + L_patch"}          # MMC, Table 4
+SCRIPTS = {
+    "selfpatch_moby": ["selfpatch.py", "--base", "moby"],
+    "mmc_rec": ["mmc.py", "--lambda-cls", "0", "--lambda-patch", "0"],
+    "mmc_cls": ["mmc.py", "--lambda-rec", "0", "--lambda-patch", "0"],
+    "mmc_cls_rec": ["mmc.py", "--lambda-patch", "0"],
+    "mmc_cls_patch": ["mmc.py", "--lambda-rec", "0"],
+    "supervised": ["-m", "benchmarks.supervised"],
+    "untrained": ["mmc.py"]}
 # flags of evaluate.py: {column of the table: (feature, None: the first; metric)}
 CLASSIFICATION = {
     "knn": {"kNN, class token": ("cls", "k=10"), "kNN, mean patch token": ("patch", "k=10")},
@@ -74,10 +85,8 @@ def list_runs(args):
 
 def train_command(args, method, seed, folder):
     """The command that trains a run; --resume if it was stopped."""
-    script = {"selfpatch_moby": ["selfpatch.py", "--base", "moby"],
-              "supervised": ["-m", "benchmarks.supervised"], "untrained": ["mmc.py"]}
     flags = ["--steps", "1", "--lr", "0", "--evals", "0"] if method == "untrained" else args.flags
-    return [*script.get(method, [f"{method}.py"]), "--data", args.data, *data_root(args), "--seed",
+    return [*SCRIPTS.get(method, [f"{method}.py"]), "--data", args.data, *data_root(args), "--seed",
             str(seed), "--out", str(folder), *flags,
             *["--resume"] * (folder / "last.pt").is_file()]
 
@@ -222,15 +231,15 @@ def print_table(methods, seeds, results):
     print(f"| method | seeds | {' | '.join(columns)} |\n{'|---' * (2 + len(columns))}|")
     for method, row in rows.items():
         if row:
-            print("| " + " | ".join(format_row(ROWS[method], row, columns)) + " |")
+            print("| " + " | ".join(format_row((ROWS | ABLATIONS)[method], row, columns)) + " |")
 
 
 def main():
     argv, flags = split_argv(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=ROWS,
-                        help="rows of the table [all]")
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=ROWS | ABLATIONS,
+                        help="rows of the table [all but the ablations mmc_*]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data", default="toy", choices=("toy", "toy-scenes", "cifar10"),
                         help="training data [%(default)s]")

@@ -19,7 +19,7 @@ from torch import nn
 import data
 import mmc
 import vit
-from lib import checkpoints, config, datasets, distributed
+from lib import checkpoints, config, datasets, distributed, progress
 from lib.run import cosine, grad_norm, param_groups, set_lr
 
 BATCH, PEAK_LR, WEIGHT_DECAY = 64, 1e-3, 0.05            # 2e-3: 3 points less, 4e-3: 19 less
@@ -47,8 +47,9 @@ def train(steps, seed, out, name="toy", root=None):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             return net["head"](encoder.split(encoder(x))[1].mean(1)).float()    # mean patch token
 
+    print(f"{precision} on 1 x {distributed.device_name(device)}, torch {torch.__version__}")
     begin = time.perf_counter()
-    for step, batch in zip(range(steps), loader.batches()):
+    for step, batch in zip(progress.bar(range(steps), "training", unit="steps"), loader.batches()):
         set_lr(opt, cosine(step, steps, PEAK_LR, 0.0, warmup=0.05 * steps))
         F.cross_entropy(logits(batch.views[0]), batch.label).backward()
         torch.nn.utils.clip_grads_with_norm_(net.parameters(), 3.0, grad_norm(net))

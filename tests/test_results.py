@@ -129,6 +129,7 @@ def test_commands_that_train(tmp_path):
     rest = f"--seed 2 --out {tmp_path}"
     assert command("supervised") == f"-m benchmarks.supervised --data toy {rest}"
     assert command("selfpatch_moby") == f"selfpatch.py --base moby --data toy {rest}"
+    assert command("mmc_cls_rec") == f"mmc.py --lambda-patch 0 --data toy {rest}"
     assert command("untrained").startswith("mmc.py ") and "--steps 1 --lr 0" in command("untrained")
     assert (command("mae", "cifar10", "folder", ["--epochs", "3"]) ==
             f"mae.py --data cifar10 --data-root folder {rest} --epochs 3")

@@ -1,7 +1,7 @@
 """benchmarks/world.py and supervised.py: what is measured of the built-in data set."""
 import torch
 
-from benchmarks import supervised, world
+from benchmarks import results, supervised, world
 from lib import checkpoints, datasets
 
 
@@ -25,13 +25,16 @@ def test_pixel_baselines_find_classes_of_color_and_none_in_noise():
         assert 20 < row["kNN"] < 80
 
 
-def test_the_supervised_network_is_saved_as_a_checkpoint(tmp_path, monkeypatch):
+def test_the_supervised_network_is_saved_like_a_run(tmp_path, monkeypatch, capsys):
     load = datasets.load_images
     monkeypatch.setattr(datasets, "load_images", lambda *given, **k: load(*given, limit=128, **k))
     accuracy, seconds = supervised.train(3, 0, tmp_path)
     assert 0 <= accuracy <= 100 and seconds > 0
     encoder = checkpoints.load_encoder(tmp_path / "encoder.pt", quiet=True)
     assert encoder.source.method == "supervised" and encoder.source.step == 3
+    (tmp_path / "results.log").write_text(capsys.readouterr().out)
+    described = results.describe_run(tmp_path)                       # its row of the tables
+    assert described["steps"] == 3 and described["precision"] in ("bf16", "fp32")
 
 
 def test_a_classifier_is_learned(tmp_path, monkeypatch):
