@@ -83,7 +83,8 @@ class Config(config.Settings):
     mask_ratio: Fraction = 0.75     # fraction of the patches that are removed (our choice: MAE)
     norm_pix_loss: bool = True      # normalize each target patch (our choice: the MAE of Table 5)
     lambda_sem: float = 1.0         # weight of L_SEM (paper, eq. 11)
-    cosine: bool = False            # L_SEM with 1 - cosine instead of L1 (paper's ablation)
+    cosine: bool = False            # L_SEM with 1 - cosine instead of L1 (paper's ablation;
+                                    # its form for patches is our choice)
     align_cls: bool = False         # L_SEM also of the class token (paper's ablation: it hurts)
     mae_both: bool = False          # L_MAE: mean over a and b, instead of a alone (our choice)
     # the view

@@ -70,7 +70,7 @@ class Config(config.Settings):
     tokenizer_kind: Literal["vq", "dvae"] = "vq"   # kind to train; dvae as DALL-E's (our choice)
     tokenizer_steps: Size = 10000   # steps of the tokenizer's training (our choice)
     vocab_size: Several = 8192      # codes of a trained tokenizer (paper; smaller data: our choice)
-    second_input_size: Size = 112   # side of the tokenizer's view in pixels (paper)
+    second_input_size: Size = 112   # side of the tokenizer's view in pixels (code)
     # the mask
     num_mask_patches: Size = 75     # masked patches per image, at most (paper: about 40% of 196)
     min_mask_patches_per_block: Size = 16  # smallest block in patches (paper)

@@ -68,7 +68,8 @@ class Config(config.Settings):
     embed_dim: Size = 768           # encoder width, D (paper)
     depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads, in all parts (paper)
-    layer_scale: float = 0.1        # initial scale of residual branches (code; ViT-L: 1e-5); 0: off
+    layer_scale: float = 0.1        # initial scale of residual branches (code; ViT-L: 1e-5, and
+                                    # other initial weights than here); 0: off
     drop_path: Fraction = 0.1       # stochastic depth, in each of the three parts (code)
     regressor_depth: int = 4        # regressor blocks, with cross-attention (paper)
     decoder_depth: int = 4          # decoder blocks, with self-attention (paper)
@@ -80,7 +81,7 @@ class Config(config.Settings):
     tokenizer_kind: Literal["vq", "dvae"] = "vq"   # kind to train; dvae as DALL-E's (our choice)
     tokenizer_steps: Size = 10000   # steps of the tokenizer's training (our choice)
     vocab_size: Several = 8192      # codes of a trained tokenizer (paper; smaller data: our choice)
-    second_input_size: Size = 112   # side of the tokenizer's view in pixels (paper)
+    second_input_size: Size = 112   # side of the tokenizer's view in pixels (code)
     # the mask
     num_mask_patches: Size = 98     # masked patches of every image (paper: half of 196)
     min_mask_patches_per_block: Size = 16  # smallest block in patches (code)

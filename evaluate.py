@@ -216,6 +216,10 @@ def run_tasks(opt, models, is_first):
             try:
                 with progress.activity(f"{task}: checking the data", is_first):
                     check_fit(task, model, options_for_task(opt, task))
+                    if run_all and task == "pose" and opt.data == "coco" and not opt.iters:
+                        raise ValueError(f"pose trains with batches of 512 boxes, {ALL_ITERS} of "
+                                         f"which are too few and take too long for --task all: "
+                                         f"run --task pose alone")
                 jobs.append((task, model, path))
             except (ValueError, FileNotFoundError) as error:
                 if not run_all:
@@ -324,9 +328,6 @@ def check_fit(task, model, opt):
         level = dict(level=opt.level) if kind == "segmentation" else {}
         read = getattr(annotations, kind)
         next(iter(read(opt.data, opt.data_root, split, limit=1, **level)), None)
-    if task == "pose" and opt.data == "coco" and opt.iters == ALL_ITERS:
-        raise ValueError(f"pose trains with batches of 512 boxes, {ALL_ITERS} of which are too few "
-                         f"and take too long for --task all: run --task pose alone")
 
 
 def print_plan(opt, jobs):
@@ -354,6 +355,9 @@ def add_notes(report, task, model, opt):
         report.notes.append("pixels: the image averaged to at most 32 x 32, no encoder")
     elif not model.encoder.num_prefix and task not in DENSE:
         report.notes.append(f"{model.name} has no class token: cls is its mean patch token")
+    elif "cls" in report.rows and model.source.method in ("simmim", "beit"):
+        report.notes.append(f"{model.name}: the loss does not use the class token: compare the "
+                            f"mean patch token (--feature patch)")
 
 
 def result_files(opt, models):

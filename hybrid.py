@@ -64,7 +64,7 @@ from lib.run import Run, cosine, ema_update, param_groups, set_lr
 class Config(config.Settings):
     """ImageNet's settings; configs/hybrid.yaml overrides them per data set (default: toy)."""
     # the network (paper, appendix A: SimMIM's ViT-B/16)
-    img_size: Size = 224            # side of all views in pixels (paper)
+    img_size: Size = 224            # side of all views in pixels (our choice: both methods)
     patch_size: Size = 16           # pixels per patch side (paper)
     embed_dim: Size = 768           # encoder width (paper)
     depth: Size = 12                # encoder blocks (paper)
@@ -184,7 +184,7 @@ class Network(nn.Module):
         D, hidden, out, p = cfg.embed_dim, cfg.mlp_dim, cfg.out_dim, cfg.patch_size
         self.backbone = vit.ViT(cfg.img_size, p, D, cfg.depth, cfg.num_heads, pos=cfg.pos,
                                 rel_pos="shared", layer_scale=cfg.layer_scale or None,
-                                qkv_bias="split", init=cfg.init,
+                                qkv_bias="split", init=cfg.init, resize="size",
                                 drop_path=0.0 if teacher else cfg.drop_path)
         if cfg.lambda_cl < 1 and not teacher:                                # decoder of MIM
             self.mask_token = nn.Parameter(torch.zeros(1, 1, D))

@@ -31,7 +31,8 @@ Where the paper differs from the official code, or does not specify a detail, we
 the teacher is updated before the keys are computed, not after the step; batch norm only within the
 heads, not behind their last layer; after the warmup the learning rate continues on the cosine that
 began at step 0. We do not copy that the code's learning rate is one step late, that its queues
-differ between processes at first, and that a resumed run starts again with the first momentum.
+differ between processes at first (with PyTorch 2.1 or later), and that a resumed run starts again
+with the first momentum.
 
     python moby.py                                       minutes on a laptop, offline
     python moby.py --drop-path 0.1                       with the asymmetry that is new, which the
@@ -141,7 +142,7 @@ class Network(nn.Module):
         drop_path = 0.0 if teacher else cfg.drop_path
         if cfg.backbone == "vit":
             self.backbone = vit.ViT(cfg.img_size, cfg.patch_size, D, cfg.depth, cfg.num_heads,
-                                    pos=cfg.pos, init=cfg.init, drop_path=drop_path)
+                                    pos=cfg.pos, init=cfg.init, drop_path=drop_path, resize="size")
         else:
             self.backbone = swin.make_swin(cfg.backbone, cfg.img_size, drop_path=drop_path)
         self.projector = mlp(D, hidden, out)

@@ -30,7 +30,8 @@ starts from Xavier weights, without layer scale and drop path; --pos none --init
 Where the paper and the released configuration differ, we follow the configuration: a learning rate
 that is constant after the warmup, 4e-4 at batch 2048, and a tenth of that after 7/8 of the run
 (paper: 8e-4 at batch 2048, and for ViT-B a cosine). We do not copy that the first two steps of the
-official code have the same learning rate, nor the 1e-5 that it adds to the number of masked pixels.
+official code have the same learning rate, nor the 1e-5 that it adds to the number of masked pixels,
+nor that it clips gradients after each micro-batch.
 
     python simmim.py                                       minutes on a laptop, offline
     torchrun --nproc_per_node=8 simmim.py --data imagenet  released ViT-B/16 setup (not run by us)

@@ -14,10 +14,11 @@ Shapes in all files of this repository:
     B batch, N patches (in raster order), L tokens (class and register tokens, patches), D width,
     H heads, S image side, p patch side, K prototypes or codes, V global views, C classes
 
-Arguments of the published backbones, ViT(**SIZES["base"], ...):
+Arguments of the published backbones, ViT(**SIZES["base"], ...); all but DINO, iBOT, SelfPatch and
+DINOv2 also resize="size", which matters at other image sizes:
 
     DeiT, DINO, iBOT      the defaults
-    DeiT III              layer_scale=1e-4, resize="size"
+    DeiT III              layer_scale=1e-4
     DINOv2                patch_size=14, img_size=518, layer_scale=1e-5; with registers also
                           registers=4, resize="antialias"; the largest one swiglu=True
     MoCo v3               pos="sincos_row", init="moco"               (ViT-S also has 12 heads)

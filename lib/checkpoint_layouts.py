@@ -83,10 +83,11 @@ LAYOUTS = {
                   num_heads=published(768, 1024, 1280)),
     "fine-tuned MAE": Layout("mae", init="mae", num_heads=published(768, 1024, 1280)),
     "BEiT": Layout("beit", **BEIT),
-    "BEiT 1k": Layout("beit", **BEIT | dict(normalization="imagenet")),
+    "BEiT 1k": Layout("beit", **BEIT | dict(normalization="imagenet"),
+                      unsure="models that were trained as BEiT's 22k ones"),
     "BEiT v2": Layout("beit", **BEIT | dict(normalization="imagenet")),
     "BEiT or SimMIM": Layout("beit", **BEIT, unsure="SimMIM and BEiT v2"),
-    "fine-tuned BEiT": Layout("beit", **BEIT, unsure="BEiT v2 and SimMIM"),
+    "fine-tuned BEiT": Layout("beit", **BEIT, unsure="BEiT 1k, BEiT v2 and SimMIM"),
     "CAE": Layout("cae", drop=r"\.\./(mask_token|rd_pos_embed$|(alignment_encoder|teacher|regresser"
                               r"|decoder|pretext_neck|encoder_to_\w+)\.)",
                   num_heads=CAE_HEADS, init="cae"),

@@ -198,8 +198,8 @@ def load_encoder(path, branch=None, img_size=None, quiet=False, num_heads=None, 
                    else as published for its method
 
     The ViT's attribute `source` has path, layout, branch, method, data, step, mean, std,
-    interpolation (of the input in training), img_size (side of the images in evaluation) and heads
-    {name: state dict} (projectors, decoder, classifier).
+    interpolation and img_size (of the input in evaluation) and heads {name: state dict}
+    (projectors, decoder, classifier).
 
     A simplification of ours for timm's augreg: probes resize images to 256, not 248, before the
     center crop of 224.

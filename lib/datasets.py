@@ -348,9 +348,10 @@ def find_folder(name):
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Unpickles numpy arrays and nothing else. A pickle file can call any function by name, so all
-    other functions are refused."""
+    """Unpickles numpy arrays and numbers and nothing else. A pickle file can call any function by
+    name, so all other functions are refused."""
     allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode, "bytes": bytes,
+               "scalar": np.float64(0).__reduce__()[0],
                "_reconstruct": np.zeros(1).__reduce__()[0],
                "_frombuffer": np.zeros(1).__reduce_ex__(5)[0]}
 

@@ -31,8 +31,8 @@ TEST = ("val", "valid", "validation", "validate", "dev", "eval", "val_set", "val
         "test", "testing", "test_set")
 # Folders of images beside folders of their label maps, in any case.
 IMAGES = ("images", "image", "img", "imgs", "img_dir", "jpegimages")
-LABELS = ("labels", "label", "masks", "mask", "annotations", "annotation", "ann_dir", "annot",
-          "segmentationclass")
+LABELS = ("labels", "label", "masks", "mask", "annotations", "annotation", "ann", "ann_dir",
+          "annot", "segmentationclass")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from probes.common import (
     Report,
     all_tokens,
     block_features,
+    describe_norm,
     describe_output,
     describe_view,
     extract_features,
@@ -124,8 +125,8 @@ def linear(model: Model, opt: Options) -> Report:
     name, head, num_train = train_linear_classifier(model, opt, names, encode, recipe)
     tests, truth, _ = extract_features(model, opt, "test", names, encode)
     return Report({name: head.evaluate(*tests.values(), truth)},
-                  f"linear head, recipe {recipe_name} ({head.training})"
-                  f"{', after the final norm' * bool(model.encoder)}; {describe_view(model, opt)}"
+                  f"linear head, recipe {recipe_name} ({head.training}){describe_norm(model)}; "
+                  f"{describe_view(model, opt)}"
                   f"{describe_training(recipe)}", dict(train=num_train, test=len(truth)),
                   [f"{model.name}: {note}" for note in head.notes])
 
@@ -190,7 +191,7 @@ def attentive(model: Model, opt: Options) -> Report:
     head = train_classifier(features["tokens"], labels, num_classes, recipe, opt.epochs, opt.seed,
                             functools.partial(AttentiveHeads, bn=opt.bn))
     return Report({"tokens": head.evaluate(tests["tokens"], truth)},
-                  f"one query attends to all tokens after the final norm, batch norm"
+                  f"one query attends to all tokens{describe_norm(model)}, batch norm"
                   f"{' of the test batch' * (opt.bn == 'batch')}, linear; recipe cae "
                   f"({head.training}); {describe_view(model, opt)}{describe_training(recipe)}",
                   dict(train=len(labels), test=len(truth)),

@@ -115,8 +115,8 @@ class Options(CommonOptions):
         "effect on dense tasks and on tasks that train the encoder", group="output")
     reference: bool = flag(False, "also print the numbers of the papers", group="output")
     save: bool = flag(
-        False, "store the fine-tuned network in --out: for --task classify, or to use elsewhere",
-        group="output", only_for=("finetune",))
+        False, "store in --out the fine-tuned network, for --task classify or to use elsewhere; of "
+        "video the propagated masks", group="output", only_for=("finetune", "video"))
     show: bool = flag(False, "write figures of what a task used or predicted to --out",
                       group="output",
                       only_for=("part_retrieval", "shape_bias", "segmentation", "detection",
@@ -649,11 +649,16 @@ def extract_features(model, opt, split, names=("cls", "patch", "hyber"), encode=
     return features, images.labels.to(index.device)[index], num_classes
 
 
-def describe_output(model, output="last block, after the final norm"):
+def describe_output(model):
     """What the features are taken from, in words for a protocol; of pixels: nothing."""
-    if model.encoder and not model.encoder.config["final_norm"]:
-        output = output.replace("after the final norm", "which no norm follows")
-    return f"{output}; " if model.encoder else ""
+    return f"last block{describe_norm(model)}; " if model.encoder else ""
+
+
+def describe_norm(model):
+    """Whether the final norm is applied: an encoder without one is used as it is (our choice)."""
+    if not model.encoder:
+        return ""
+    return f", {'after the' if model.encoder.config['final_norm'] else 'without'} final norm"
 
 
 def describe_view(model, opt, whole=False):
@@ -664,9 +669,11 @@ def describe_view(model, opt, whole=False):
     and lose its border. whole: files are not cropped either.
     """
     images = load_split(opt.data, opt.data_root, "test", model.img_size, opt.limit, model.device)
+    resize = f" ({model.interpolation})" * (model.interpolation != "bicubic")
     if images.paths and not whole:
-        return (f"short side {model.img_size * 256 // 224} px, center crop of {model.img_size} px")
-    return f"whole image at {model.img_size} px"
+        return (f"short side {model.img_size * 256 // 224} px{resize}, center crop of "
+                f"{model.img_size} px")
+    return f"whole image at {model.img_size} px{resize}"
 
 
 # ---- input and output ----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from probes import annotations
 from probes.common import (
     Report,
     choose_recipe,
+    describe_norm,
     input_side,
     is_toy,
     progress_bar,
@@ -295,7 +296,7 @@ def zero_shot_segmentation(model, opt):
         {"mean over targets": row((iou, fine)) | whole,
          "mean over categories": row((by_category(iou), by_category(fine)))},
         f"IoU of the patches with cosine > T to the {opt.prompt} patch of {target[opt.target]}"
-        f"{f' ({opt.level})' if opt.level else ''}, after the final norm, {side} x {side} px, "
+        f"{f' ({opt.level})' if opt.level else ''}{describe_norm(model)}, {side} x {side} px, "
         f"{side // p} x {side // p} patches{', centered' * opt.center}; Opt: best T of 0, 0.1 ... "
         f"0.9 for the whole set, fine: of {len(FINE_THRESHOLDS)} from -1 to 0.9999; MMC: "
         f"480 x 480 px of COCO, targets not stated",

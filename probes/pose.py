@@ -18,6 +18,7 @@ from lib import metrics, rng, toy
 from probes import annotations
 from probes.common import (
     Report,
+    describe_output,
     input_side,
     is_toy,
     progress_bar,
@@ -135,7 +136,7 @@ def pose(model, opt):
         {"patches": row},
         f"linear heat maps of {len(names)} joints in the true box, {shape[0]} x {shape[1]} px, "
         f"maps of {shape[0] // STRIDE} x {shape[1] // STRIDE}, Gaussians of sigma {sigma:g} cells; "
-        f"last block, after the final norm; {iters:,} iterations with {batch_size} boxes "
+        f"{describe_output(model)}{iters:,} iterations with {batch_size} boxes "
         f"each, AdamW, lr {lr:g}; averaged over the flipped image; OKS"
         + (" with COCO's sigmas" if sigmas is metrics.SIGMAS else
            f" with sigma {SIGMA} for all parts"),

@@ -27,6 +27,7 @@ from probes.common import (
     Report,
     all_tokens,
     choose_recipe,
+    describe_norm,
     describe_output,
     describe_view,
     encode_batches,
@@ -227,8 +228,7 @@ def part_classification(model: Model, opt: Options) -> Report:
         del row["top-5"]                                 # of three or four parts
     training = next(iter(heads.values())).training
     batch_norm = " with batch norm of the test batch" * (head == "attentive" and opt.bn == "batch")
-    norm = ", after the final norm" * bool(model.encoder)
-    return Report(rows, f"{head} head{batch_norm} ({training}){norm}; "
+    return Report(rows, f"{head} head{batch_norm} ({training}){describe_norm(model)}; "
                   f"{', '.join(parts)} of {opt.data}; squares as in the study's {opt.crop}, "
                   f"without their border in training; "
                   f"{describe_choice('C' if recipe.get('logreg') else 'lr')}",

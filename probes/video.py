@@ -11,10 +11,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from lib import augment, datasets, metrics, progress, toy
 from probes import annotations
-from probes.common import Report, input_side, is_toy, progress_bar, require_tokens
+from probes.common import (
+    Report,
+    describe_output,
+    input_side,
+    is_toy,
+    progress_bar,
+    require_tokens,
+)
 from probes.figures import save_image_grid
 from probes.patches import (
     extract_patches,
@@ -70,6 +78,9 @@ def video(model, opt):
             bad[item.name] = str(error)
             continue
         scores.append(metrics.score_video(masks, item.masks))
+        if opt.save:
+            save_masks(Path(opt.out) / f"video-{Path(opt.data).name}-{model.name}" / item.name,
+                       masks)
         n_frames += len(masks)
         if opt.show and len(rows) < 8:
             rows += draw_video(item, masks)
@@ -89,8 +100,8 @@ def video(model, opt):
     return Report(
         {"patches": {column: 100 * means[name] for column, name in columns.items()}},
         f"first frame and the previous {MEMORY}, the {NEIGHBORS} most similar patches of all of "
-        f"them within {radius} patches, temperature {TEMPERATURE}; last block, after the final "
-        f"norm; frames with a short side of {side} px, patches of {p}; first and last frame not "
+        f"them within {radius} patches, temperature {TEMPERATURE}; {describe_output(model)}"
+        f"frames with a short side of {side} px, patches of {p}; first and last frame not "
         f"scored", dict(videos=len(scores), frames=n_frames, objects=len(by_object)),
         notes)
 
@@ -154,6 +165,19 @@ def labels_to_mask(labels, p, shape):
     stretch = (high > 0) & (high > low)
     maps = torch.where(stretch, (maps - low) / (high - low).where(stretch, 1), maps)
     return resize_labels(maps.argmax(0).to(torch.uint8), shape).cpu()
+
+
+def save_masks(folder, masks):
+    """Writes masks (frames, height, width) as 00000.png, 00001.png ..., object numbers with the
+    palette of DAVIS, as its official evaluation reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bits = torch.arange(256)[:, None] >> torch.arange(24)                    # (256, 24)
+    palette = [sum((bits[:, 3 * k + channel] & 1) << (7 - k) for k in range(8))
+               for channel in range(3)]                  # every third bit, the highest first
+    for t, mask in enumerate(masks.numpy()):
+        image = Image.fromarray(mask)
+        image.putpalette(torch.stack(palette, 1).flatten().tolist())
+        image.save(folder / f"{t:05}.png")
 
 
 def draw_video(item, masks, n_frames=6):

@@ -294,7 +294,7 @@ def test_official_files_load_bit_for_bit(name, files, tmp_path, capsys):
     first, *notes = capsys.readouterr().out.splitlines()
     assert f"file.pth: {layout}, {branch}" in first and f"heads {model.config['num_heads']} (" in (
         first)
-    assert len(notes) == (layout in {"BEiT or SimMIM", "fine-tuned BEiT", "timm", "DeiT",
+    assert len(notes) == (layout in {"BEiT 1k", "BEiT or SimMIM", "fine-tuned BEiT", "timm", "DeiT",
                                      "plain ViT"} or (
         layout in {"DINO", "iBOT"} and "teacher" not in content))
 

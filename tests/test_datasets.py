@@ -302,6 +302,13 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
             datasets.ArraysOnly(io.BytesIO(f"c{module}\n{name}\n.".encode())).load()
 
 
+def test_numbers_of_numpy_are_unpickled():
+    content = {"box": [np.float32(1.5), np.int64(7)], "ids": np.arange(3)}
+    for protocol in range(2, 6):
+        found = datasets.ArraysOnly(io.BytesIO(pickle.dumps(content, protocol))).load()
+        assert found["box"] == content["box"] and found["ids"].tolist() == [0, 1, 2]
+
+
 def test_a_damaged_or_incomplete_cifar_is_an_error(tmp_path):
     write_cifar(tmp_path)
     folder = tmp_path / "cifar-10-batches-py"

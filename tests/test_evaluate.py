@@ -402,6 +402,30 @@ def test_pose_of_cub_is_refused_before_any_work():
         evaluate.check_fit("pose", model, opt)
 
 
+def no_result(model, opt):
+    """Nothing."""
+    return Report({"patches": {"AP": 1.0}}, "")
+
+
+def test_pose_on_coco_is_left_out_of_all_and_runs_alone(monkeypatch, tmp_path):
+    """--iters 20 is also what --task all would take."""
+    monkeypatch.setattr(evaluate, "check_fit", lambda *_: None)
+    monkeypatch.setattr(evaluate, "FROZEN", ["pose"])
+    monkeypatch.setitem(evaluate.TASKS, "pose", no_result)
+    monkeypatch.setattr(evaluate, "print_plan", lambda *_: None)
+    models = [make_model(make_encoder())]
+
+    def run(*flags):
+        opt = evaluate.parse(["--data", "coco", "--json", str(tmp_path / "all.jsonl"), *flags])
+        results, notes, _, failure = evaluate.run_tasks(opt, models, True)
+        return len(results), " ".join(notes), failure
+
+    assert run("--task", "pose", "--iters", "20") == (1, "", None)
+    assert run("--task", "all", "--iters", "20") == (1, "", None)
+    left_out, notes, _ = run("--task", "all")
+    assert left_out == 0 and "too long for --task all: run --task pose alone" in notes
+
+
 def test_all_uses_logistic_regressions_and_short_training(monkeypatch):
     def options(task, *flags, data="imagenet"):
         return evaluate.options_for_task(evaluate.parse(["--task", "all", "--data", data, *flags]),

@@ -53,6 +53,7 @@ def labels_of(folder, split):
     ("images/{split}/{name}.jpg", "labels/{split}/{name}.png"),
     ("{split}/images/{name}.jpg", "{split}/masks/{name}.png"),
     ("img_dir/{split}/{name}.png", "ann_dir/{split}/{name}.png"),
+    ("img/{split}/{name}.png", "ann/{split}/{name}.png"),
     ("{split}/{name}.png", "{split}annot/{name}.png"),
     ("{split}/{name}.png", "{split}_labels/{name}_L.png"),
 ])

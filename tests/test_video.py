@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from small_models import make_encoder, make_model, make_options, unpack_real
 
 import evaluate
@@ -173,6 +174,21 @@ def test_it_runs_on_toy_and_counts_the_frames(tmp_path, monkeypatch):
     assert all(0 <= row["J&F"] <= 100 for row in line["metrics"].values())
     assert line["images"] == {"videos": 1, "frames": 24, "objects": 3} and line["protocol"]
     assert list(tmp_path.glob("video-toy*.png")) and (23, "frames") in bars
+
+
+def test_saved_masks_are_png_files_with_the_palette_of_davis(tmp_path):
+    video.video(small_model(), make_options("video", "--limit", "1", "--img-size", "32", "--save",
+                                            "--out", str(tmp_path)))
+    [folder] = (tmp_path / "video-toy-small").iterdir()
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == [f"{t:05}.png" for t in range(24)]
+    [item] = annotations.videos("toy", None, "test", 1, 32)
+    with Image.open(files[0]) as image:                  # of the first frame: the given masks
+        assert image.mode == "P"
+        assert (numpy.array(image) == item.masks[0].numpy()).all() and item.masks[0].any()
+        colors = [image.getpalette()[3 * n:3 * n + 3] for n in (0, 1, 2, 3, 4, 8, 255)]
+    assert colors == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [64, 0, 0],
+                      [224, 224, 192]]
 
 
 def test_the_real_davis(tmp_path):
