@@ -85,7 +85,7 @@ sv_tokens fourier attention_maps pca kmeans prompt_heatmap""".split())
 def run_diagnostics(model, opt):
     """Runs opt.what on one model -> {name: numbers}, {name: why it could not be run}."""
     statistics = {name for what in opt.what for name in DIAGNOSTICS[what][1].split()}
-    if opt.center and "token_similarity" in statistics:
+    if opt.subtract_mean and "token_similarity" in statistics:
         statistics.add("centered_similarity")
     with progress.activity(f"{model.name}: {', '.join(sorted(statistics))}"):
         shared = run_shared_pass(model, opt, statistics) if statistics else None
@@ -130,7 +130,7 @@ class Options(CommonOptions):
         None, "patches attend only within a square window with this side in patches (odd "
         "number; Park et al., appendix D.1)", at_least=1, group="settings of a diagnostic",
         only_for=CURVES)
-    center: bool = flag(
+    subtract_mean: bool = flag(
         False, "measure it also after the mean token of all images is subtracted",
         group="settings of a diagnostic", only_for=("token_similarity",))
     copies: int = flag(128, "number of views per image", at_least=2,
@@ -275,7 +275,7 @@ def main(argv=None):
     for note in notes:
         print(f"note: {note}")
     if not results:
-        raise ValueError("no diagnostic could be run: the notes above say what is missing")
+        raise ValueError("no diagnostic could be run: the notes above list what is missing")
     if not plt:
         print("figures need matplotlib: pip install matplotlib; the numbers are complete")
     print(f"{time.perf_counter() - begin:.1f} s; {folder}/index.html; a .json, .csv"

@@ -104,7 +104,7 @@ ALL_LRS, ALL_CROP, ALL_CROPS = (2e-3, 1e-2, 5e-2), 256, 4
 ALL_LIMITS = dict(linear_segmentation=50, zero_shot_segmentation=100, pose=50, video=3,
                   part_retrieval=500, part_classification=500)
 LOGREG = ("linear", "layerwise", "part_classification", "frequency_noise", "shape_bias")
-LONG_MINUTES = 30                        # from here on the plan says how to shorten it
+LONG_MINUTES = 30                        # from here on the plan states how to shorten it
 
 
 @dataclass

@@ -101,7 +101,7 @@ class Config(config.Settings):
                                               # without local crops: SiT)
     local_crops_scale: tuple = (0.05, 0.25)   # area of a local crop (our choice: MC-SSL)
     local_crops_number: int = 10    # uncorrupted local crops for the student (our choice: MC-SSL,
-                                    # DINO; the paper gives no number, and says "for the teacher",
+                                    # DINO; the paper gives no number, only "for the teacher",
                                     # which would make small crops the targets)
     local_crops_size: Size = 96     # side of a local crop in pixels (our choice: MC-SSL, DINO)
     color_jitter: tuple = (0.4, 0.4, 0.4, 0.0)    # brightness, contrast, saturation (paper); hue

@@ -47,9 +47,10 @@ def show_attention_maps(model, opt):
     block (Park et al., fig. 2; of fewer than 6 blocks: the last), and of the class token in the
     last block.
 
-    Maps of queries are means over heads (our choice; the notebook shows one head, and its frames
-    drift because they are 14 pixels wide and patches 16). Of the class token the first four heads
-    are drawn (DINO: all). Our choice: the image size of pretraining (DINO: --img-size 480).
+    The places of the queries are our choice. Maps of queries are means over heads (our choice; the
+    notebook shows one head, and its frames drift because they are 14 pixels wide and patches 16).
+    Of the class token the first four heads are drawn (DINO: all). Our choice: the image size of
+    pretraining (DINO: --img-size 480).
     """
     x = inputs.load_first_images(model, opt, 1)
     encoder = model.encoder

@@ -33,12 +33,14 @@ HIGHEST = line_plot("depth", "highest", "depth (blocks)",
                      "\u0394 log amplitude at {highest_at:.2f} \u03c0")
 SPECTRUM = (
     line_plot("depth", "at_first", "depth (blocks)", "\u0394 log singular value {ranks[0]}"),
-    line_plot("depth", "at_second", "depth (blocks)", "\u0394 log singular value {ranks[1]}"))
+    line_plot("depth", "at_second", "depth (blocks)", "\u0394 log singular value {ranks[1]}"),
+    line_plot("depth", "log_second_value", "depth (blocks)", "log singular value 2"))
 RANKS = depth_plot("rank", "delta", "rank", "\u0394 log singular value")
 COMPARABLE = "Only models with the same grid and width are comparable."
 DEPTH_LINES = ("The first plots, one for each model, have a line for each depth, from the "
                "embedding (dark) to the last block (light).")
-SPECTRUM_CURVES = "The last two plots show two of these ranks over depth."
+SPECTRUM_CURVES = ("The next two plots show two of these ranks over depth, the last plot the "
+                   "second value itself.")
 
 FIGURES = {
     "attention_distance": Figure(
@@ -79,7 +81,7 @@ FIGURES = {
         "Similarity of tokens of one image",
         "The curves are the mean cosine of two patch tokens of an image, after attention (first "
         "plot) and after each block (second plot). Park et al. report that it rises in late blocks "
-        "of contrastive models, above that of MIM models. Dashed lines (with --center) are "
+        "of contrastive models, above that of MIM models. Dashed lines (with --subtract-mean) are "
         "computed after the mean token of all images is subtracted.",
         axes_figure(line_plot("block", "after_attention", "block, after attention",
                              "cosine of two tokens"),

@@ -204,10 +204,12 @@ def relative_to_second(log_values):
     return log_values - log_values[..., 1:2]
 
 
-def plotted_ranks(count):
-    """The two ranks that are plotted over depth: 64 and 128 (Park et al.); with fewer than 129
-    values, one third and two thirds of their number."""
-    return (64, 128) if count >= 129 else (max(1, count // 3), max(1, 2 * count // 3))
+def plotted_ranks(size, count):
+    """The two ranks, of `count`, that are plotted over depth: 64 and 128 (Park et al.). If there
+    are fewer than 129 patches or, over images, dimensions (`size`), a third and two thirds of them
+    (our choice)."""
+    ranks = (64, 128) if size >= 129 else (size // 3, 2 * size // 3)
+    return tuple(min(max(1, rank), count) for rank in ranks)
 
 
 def diagonal_frequencies(grid):

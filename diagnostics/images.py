@@ -33,19 +33,22 @@ def show_layer_reconstruction(model, opt, num_blocks=6):
 
 
 def show_views(model, opt):
-    """What the pretext tasks of the methods give to a network; no network is involved."""
+    """What the pretext tasks of the methods give to a network; no network is involved. Single
+    patches are hidden as in MAE, rectangles of noise or of another image as in MMC (its fig. 8)."""
     x = inputs.load_first_images(model, opt, 2)
     x, other, S, p = x[:1], x[-1:], x.shape[-1], model.encoder.patch_size
     g, index = S // p, torch.tensor([opt.image])
     rank = rng.uniform(index, g * g, opt.seed, "hide").argsort(1).argsort(1)
-    mask, small_mask = (inputs.expand_mask(rank < round(ratio * g * g), S).to(x.device)
-                        for ratio in (0.75, 0.3))
+    mask = inputs.expand_mask(rank < round(0.75 * g * g), S).to(x.device)
+    corners = rng.uniform(index, (255, 4), opt.seed, "rectangles")[0]
+    for_noise, to_paste = (decoders.draw_rectangles(corners, S, ratio).to(x.device)
+                           for ratio in (0.75, 0.3))
     noise = rng.normal(index, (3, S, S), opt.seed, "noise").to(x.device)
     patches = F.pad(x.unflatten(3, (g, p)).unflatten(2, (g, p)), (0, 1, 0, 0, 0, 1), value=9.0)
     views = {"image": x, "patches": patches.flatten(4).flatten(2, 3),                # white gaps
              "visible, 25%": x.masked_fill(mask, 0), "masked, 75%": x.masked_fill(~mask, 0),
-             "75% noise": x.where(~mask, noise),
-             "30% of another image": x.where(~small_mask, other)}
+             "75% noise": x.where(~for_noise, noise),
+             "30% of another image": x.where(~to_paste, other)}
     shown = {name: inputs.to_uint8(model, z)[0] for name, z in views.items()}
     for i, crop in enumerate(inputs.sample_crops(model, x[0], 2, (0.2, 0.6), opt.seed), 1):
         shown[f"crop {i}"] = crop.permute(1, 2, 0).cpu().numpy()

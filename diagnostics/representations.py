@@ -3,6 +3,8 @@
 Each function returns {name: numbers} of one model. `shared` is the SharedPass with the statistics
 that analysis.DIAGNOSTICS lists for it.
 """
+import math
+
 import torch
 
 from diagnostics import formulas, inputs
@@ -53,10 +55,11 @@ def measure_token_transform(model, opt, shared):
 # ---- spectra -------------------------------------------------------------------------------------
 
 
-def summarize_spectra(log_spectra):
-    """log_spectra: (depth + 1, ranks), means over images, of the embedding and each block."""
+def summarize_spectra(log_spectra, size):
+    """log_spectra: (depth + 1, ranks), means over images, of the embedding and each block. size:
+    see plotted_ranks."""
     delta = formulas.relative_to_second(log_spectra)
-    first, second = formulas.plotted_ranks(log_spectra.shape[1])
+    first, second = formulas.plotted_ranks(size, log_spectra.shape[1])
     return dict(rank=list(range(1, log_spectra.shape[1] + 1)), delta=delta,
                 depth=list(range(len(log_spectra))), ranks=[first, second],
                 at_first=delta[:, first - 1], at_second=delta[:, second - 1],
@@ -64,7 +67,7 @@ def summarize_spectra(log_spectra):
 
 
 def measure_sv_tokens(model, opt, shared):
-    return summarize_spectra(shared.means["sv_tokens"][::2])
+    return summarize_spectra(shared.means["sv_tokens"][::2], math.prod(shared.grid))
 
 
 def measure_sv_images(model, opt):
@@ -86,7 +89,7 @@ def measure_sv_images(model, opt):
     if n < 3:
         raise MissingInput(f"at least 3 images are needed, not {n}: raise --limit")
     log_spectra = torch.stack([covariance.log_spectrum() for covariance in covariances])
-    return summarize_spectra(log_spectra) | dict(images=n)
+    return summarize_spectra(log_spectra, encoder.embed_dim) | dict(images=n)
 
 
 def measure_fourier(model, opt, shared):
@@ -121,9 +124,10 @@ def measure_feature_variance(model, opt):
     """Variance of the class token over random crops, and of the patch tokens over masked views: of
     all patches, each of which is masked in about half of the views.
 
-    MMC, table 10: 128 views per image. Our choices: no final norm; crops of 0.4 to 1 of the area,
-    no flip; masked patches are noise, half of the patches of each view, drawn independently where
-    MMC masks blocks; 64 images, not all. Without a class token the mean patch token is used.
+    MMC, table 10: 128 views per image. Our choices: no final norm; crops of 0.4 to 1 of the input
+    (the center crop of the file), no flip; masked patches are noise, half of the patches of each
+    view, drawn independently where MMC masks blocks; 64 images, not all. Without a class token the
+    mean patch token is used.
     """
     V, encoder = opt.copies, model.encoder
     variances = []

@@ -6,7 +6,7 @@
 
 The output of a block is measured as soon as it is computed, then discarded. Sums over images are
 kept in float64, so memory does not grow with the number of images. Each statistic is an entry of
-STATISTICS. --center needs a second pass; sv_images, feature_variance, the scatter plots of
+STATISTICS. --subtract-mean needs a second pass; sv_images, feature_variance, the scatter plots of
 token_transform and the diagnostics that show images have passes of their own.
 """
 import functools

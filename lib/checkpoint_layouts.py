@@ -447,8 +447,8 @@ def choose_num_heads(path, name, config, raw, state, given):
 def choose_normalization(name, raw, given):
     """Mean and std of the input normalization, and a list: a sentence if they are only assumed.
 
-    given: a key of NORMALIZATIONS, or None for what the file's arguments say (the codes of BEiT and
-    CAE store them), else for what its layout was published with.
+    given: a key of NORMALIZATIONS, or None for the file's arguments (the codes of BEiT and CAE
+    store it), else for what its layout was published with.
     """
     layout, args = LAYOUTS[name], raw.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args

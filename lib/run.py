@@ -384,7 +384,7 @@ class Run:
     def evaluation(self, *modules):
         """For computations next to training: paused(), these modules in eval mode, no gradients.
         If most images are unreadable (datasets.UnreadableImage), the evaluation ends with a
-        message, but not the run. Raises ValueError if the loss is not finite: no picture can be
+        message, but not the run. Raises ValueError if the loss is not finite: no figure can be
         drawn then."""
         self._check_finite()
         for module in modules:

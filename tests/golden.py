@@ -3,7 +3,7 @@ one thread, drawn creatures) lie in golden.yaml, and test_golden.py holds the co
 
     python tests/golden.py                       # rewrites golden.yaml
 
-Regenerate golden.yaml only when a change of numerics is meant, and say so in the commit: which
+Regenerate golden.yaml only when a change of numerics is meant, and state it in the commit: which
 methods move, how far, and why. A method that moves unasked has a bug, or had one.
 """
 import importlib

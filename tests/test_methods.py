@@ -515,8 +515,8 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
     assert (killed / "encoder.pt").read_bytes() == (whole / "encoder.pt").read_bytes()
     assert records(killed) == records(whole) and len(records(whole)) == 5
 
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
     for one, both in zip(records(whole), records(two), strict=True):
         assert one.keys() == both.keys()
         for key in one:

@@ -232,12 +232,12 @@ def test_busy_cores_are_left_to_other_processes(monkeypatch, tmp_path, capsys, s
     assert (f"other processes use {used:.1f} of" in out) == (threads < usual)
 
 
-@pytest.mark.parametrize("used, cores, given, threads, said", [
+@pytest.mark.parametrize("used, cores, given, threads, advice", [
     (0.0, 4, "", 3, False), (2.0, 4, "", 3, False),      # as before
     (0.0, 4, "4", 4, True), (0.0, 4, "3", 3, False),     # as the user wants
     (0.0, 2, "", 2, True)])                              # on a smaller machine
 def test_a_resumed_run_has_as_many_threads_as_before(monkeypatch, tmp_path, capsys, set_machine,
-                                                     used, cores, given, threads, said):
+                                                     used, cores, given, threads, advice):
     set_machine(cores=4, used=1.0, threads=4)            # three are left
     run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 1)
     for _ in run.steps(loader):
@@ -247,7 +247,7 @@ def test_a_resumed_run_has_as_many_threads_as_before(monkeypatch, tmp_path, caps
     run, loader, _ = small_run(monkeypatch, tmp_path, "--steps", 2, "--resume")
     assert now == [threads]
     found = "OMP_NUM_THREADS=3 in front of the command prevents this" in capsys.readouterr().out
-    assert found == said
+    assert found == advice
     for _ in run.steps(loader):
         run.save()
     assert torch.load(tmp_path / "last.pt")["threads"] == threads
