@@ -188,10 +188,14 @@ def test_a_stopped_training_is_not_evaluated_and_the_other_runs_continue(
     assert "dino-toy was stopped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data", ["toy", "cifar10"])
-def test_docs_show_the_tables_of_results_yaml(data, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["results.py", "--table", "--data", data])
+@pytest.mark.parametrize("data, methods", [
+    ("toy", list(results.ROWS)), ("toy", [*results.ABLATIONS, "mmc"]),
+    ("toy-scenes", list(results.ROWS)), ("cifar10", list(results.ROWS))],
+    ids=["toy", "ablation", "scenes", "cifar10"])
+def test_docs_show_the_tables_of_results_yaml(data, methods, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["results.py", "--table", "--data", data,
+                                      "--methods", *methods])
     results.main()
     table = capsys.readouterr().out
-    assert len(table.splitlines()) == 2 + len(results.ROWS.keys() & results.read_results()[data].keys())
+    assert len(table.splitlines()) == 2 + len(results.read_results()[data].keys() & set(methods))
     assert table in (results.ROOT / "docs" / "results.md").read_text()
