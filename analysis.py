@@ -68,15 +68,13 @@ DIAGNOSTICS = {
     "frequency_noise": (recorded.read_frequency_noise, ""),
     "shape_bias": (recorded.read_shape_bias, ""),
     "reinit": (recorded.read_reinit, ""),
+    "local_attention": (recorded.read_local_attention, ""),
     "knn": (recorded.read_knn, ""),
     "accuracy_similarity": (recorded.read_accuracy_similarity, "final_similarity"),
 }
-# Those that --image and --window affect.
+# Those that --image affects.
 FIGURES_OF_IMAGES = tuple("""attention_maps pca kmeans prompt_heatmap patch_retrieval
 layer_reconstruction tsne views token_transform""".split())
-CURVES = tuple("""attention_distance nmi head_similarity depth_similarity token_similarity
-token_transform sv_tokens sv_images fourier adjacent_count intra_inter
-accuracy_similarity""".split())
 STANDARD = tuple("""attention_distance nmi head_similarity depth_similarity token_similarity
 sv_tokens fourier attention_maps pca kmeans prompt_heatmap""".split())
 
@@ -126,10 +124,6 @@ class Options(CommonOptions):
         only_for=FIGURES_OF_IMAGES)
     seed: int = flag(0, "random seed of masks, crops, k-means, t-SNE and untrained weights",
                      group="models")
-    window: int | None = flag(
-        None, "patches attend only within a square window with this side in patches (odd "
-        "number; Park et al., appendix D.1)", at_least=1, group="settings of a diagnostic",
-        only_for=CURVES)
     subtract_mean: bool = flag(
         False, "measure it also after the mean token of all images is subtracted",
         group="settings of a diagnostic", only_for=("token_similarity",))
@@ -244,7 +238,8 @@ def main(argv=None):
                              f"earlier checkpoint")
     opt = dataclasses.replace(opt, data=opt.data or default_data(models))
     names = ", ".join(model.name for model in models)
-    head = f"{names}; test images of {opt.data}; {models[0].precision}"
+    window = f"attention within {opt.window} x {opt.window} patches; " if opt.window else ""
+    head = f"{names}; test images of {opt.data}; {window}{models[0].precision}"
     print(f"{head} on {distributed.device_name(models[0].device)}")
     if note:
         print(note)

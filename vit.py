@@ -183,12 +183,13 @@ class ViT(nn.Module):
     registers    number of register tokens (DINOv2): learned tokens without position after the class
                  token; split() leaves them out
     swiglu       whether MLPs have the gated activation SwiGLU instead of GELU (DINOv2 giant)
+    window       patches attend only to window x window patches (see local_mask); None: to all
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6,
                  mlp_ratio=4.0, in_chans=3, class_token=True, pos="learned", rel_pos=None,
                  layer_scale=None, qkv_bias="fused", drop_path=0.0, norm_eps=1e-6, final_norm=True,
-                 resize="dino", init="trunc", registers=0, swiglu=False):
+                 resize="dino", init="trunc", registers=0, swiglu=False, window=None):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         for name, choice in (("pos", ("learned", "sincos_row", "sincos_col", "none")),
@@ -332,6 +333,8 @@ class ViT(nn.Module):
         Its shape is (1, H or 1, L, L), or with `keep` (B, H or 1, L, L).
         """
         bias = None
+        if attn_mask is None and self.config["window"]:
+            attn_mask = self.local_mask(self.config["window"], grid)
         if self.config["rel_pos"]:
             owner = block.attn if self.config["rel_pos"] == "block" else self.rel_pos_bias
             table, index = owner.relative_position_bias_table, self.index

@@ -245,6 +245,16 @@ FIGURES = {
                              "change of top-1 (points)"),
                   line_plot("last_count", "last_change", "re-initialized last blocks",
                              "change of top-1 (points)"))),
+    "local_attention": Figure(
+        "Attention within windows",
+        "The last point of a curve is attention to all patches. Park et al. report for MoCo v3 "
+        "that smaller windows lower the accuracy of the linear probe and raise that of "
+        "fine-tuning; they do not state whether windows were also used in pretraining, here they "
+        "were not.",
+        axes_figure(line_plot("linear_window", "linear", "window (patches)",
+                             "linear probe, top-1 (%)"),
+                  line_plot("finetune_window", "finetune", "window (patches)",
+                             "fine-tuned, top-1 (%)"))),
     "knn": Figure(
         "kNN accuracy of class token and mean patch token",
         "MMC reports that its mean patch token classifies as well as its class token, and that "

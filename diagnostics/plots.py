@@ -79,7 +79,7 @@ def line_plot(x, y, xlabel, ylabel, level=None, at_least=None):
         if at_least:
             low, high = ax.get_ylim()
             ax.set_ylim(min(low, at_least[0]), max(high, at_least[1]))
-        if x in ("block", "depth") or x.endswith("count"):
+        if x in ("block", "depth") or x.endswith(("count", "window")):
             ax.xaxis.get_major_locator().set_params(integer=True)
         labels = dict.fromkeys(ylabel.format(**r.numbers) for r in results)  # ranks vary with width
         ax.set(xlabel=xlabel, ylabel=" /\n".join(labels))

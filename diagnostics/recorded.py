@@ -109,6 +109,31 @@ def read_accuracy_similarity(model, opt, shared):
                 settings_compared=settings)
 
 
+def read_local_attention(model, opt):
+    """Accuracy of a linear probe and of fine-tuning with attention within windows (Park et al.,
+    fig. D.1), for each --window that has a result. Only runs with the settings of the latest run of
+    their task are compared. Our choice: the windows are not used in pretraining; attention without
+    a window is drawn at 2g - 1 patches, which is the same, g: patches on a side."""
+    g, out = model.img_size // model.encoder.patch_size, {}
+    for task, metric in (("linear", "top-1"), ("finetune", "last epoch")):
+        try:
+            lines = read_results(model, opt, task)
+        except MissingInput:
+            continue
+        windows = [line["settings_compared"].pop("window", None) for line in lines]
+        latest = lines[-1]["settings_compared"]
+        found = {window or 2 * g - 1: next(iter(line["metrics"].values()))[metric]
+                 for window, line in zip(windows, lines) if line["settings_compared"] == latest}
+        if len(found) > 1:
+            found = dict(sorted(found.items()))
+            out |= {f"{task}_window": list(found), task: list(found.values()),
+                    "settings_compared": latest}
+    if not out:
+        raise MissingInput("run evaluate.py --task linear, or finetune, with --window 3, 5 ... and "
+                           "without it, all with the settings of the latest run")
+    return out
+
+
 def read_reinit(model, opt):
     """Accuracy after fine-tuning with the first or last m blocks re-initialized, minus the accuracy
     for m = 0 (a run without --reinit counts as m = 0), for each m that has a result. Only runs with

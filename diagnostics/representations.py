@@ -41,10 +41,9 @@ def measure_token_transform(model, opt, shared):
     """
     update, encoder = shared.means["common_update"], model.encoder
     tokens, grid = encoder.embed(inputs.load_first_images(model, opt, 2))
-    mask = encoder.local_mask(opt.window, grid) if opt.window else None
     *_, last = iterate_blocks(
         model, encoder.blocks, tokens, encoder.num_prefix,
-        lambda block: encoder.attention_bias(block, grid, attn_mask=mask), with_weights=False)
+        lambda block: encoder.attention_bias(block, grid), with_weights=False)
     states = last.before, last.after_attention                                       # (2, N, D)
     before, after = (z[0].mean(0) - z[-1].mean(0) for z in states)
     return dict(block=list(range(1, len(update) + 1)), common=update[:, 0],
@@ -80,9 +79,8 @@ def measure_sv_images(model, opt):
     covariances = [formulas.RunningCovariance() for _ in range(encoder.depth + 1)]
     for x, *_ in inputs.iterate_images(model, opt, opt.limit or max(2048, 4 * encoder.embed_dim)):
         with model.autocast():
-            tokens, grid = encoder.embed(x)
-            mask = encoder.local_mask(opt.window, grid) if opt.window else None
-            states = [tokens, *encoder.layers(x, norm=False, attn_mask=mask)[0]]
+            tokens, _ = encoder.embed(x)
+            states = [tokens, *encoder.layers(x, norm=False)[0]]
         for covariance, z in zip(covariances, states):
             covariance.add(encoder.split(z)[1].float().mean(1).cpu())
     n = covariances[0].n

@@ -183,8 +183,7 @@ def run_shared_pass(model, opt, names):
         tokens, grid = encoder.embed(x)
         distances = formulas.patch_distances(grid, encoder.patch_size).to(x.device)
         context = Context(encoder.num_prefix, grid, distances, opt.threshold, mean_tokens)
-        mask = encoder.local_mask(opt.window, grid) if opt.window else None
-        get_bias = functools.partial(encoder.attention_bias, grid=grid, attn_mask=mask)
+        get_bias = functools.partial(encoder.attention_bias, grid=grid)
         tokens = encoder.norm(means.add_blocks(model, encoder.blocks, tokens, context, get_bias))
         patches = encoder.split(tokens)[1]
         means.add("final", 0, patches, context)

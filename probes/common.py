@@ -84,6 +84,10 @@ class CommonOptions:
         "landmark_retrieval. Of linear_segmentation and segmentation it is the side of a crop, and "
         "images are scaled with it; of pose the height of a box",
         at_least=1, group="models")
+    window: int | None = flag(
+        None, "patches attend only within a square window with this side in patches (an odd "
+        "number; Park et al., appendix D.1), also where the model was pretrained without it",
+        at_least=1, group="models")
     precision: str = flag("auto", "precision of the encoder; auto: bf16 if the device supports it",
                           choices=("auto", "bf16", "fp32"), group="models")
     device: str = flag("auto", "cuda, cuda:1, cpu or auto (a GPU if there is one)", group="models")
@@ -312,6 +316,12 @@ def load_models(opt: CommonOptions) -> list[Model]:
         if encoder and img_size % encoder.patch_size:
             raise ValueError(f"image size {img_size} is not a multiple of patch size "
                              f"{encoder.patch_size} of {name}")
+        if encoder and opt.window:
+            if isinstance(encoder, swin.Swin):
+                raise ValueError(f"{name} is a Swin, which has windows of its own: leave out "
+                                 f"--window")
+            encoder.local_mask(opt.window)               # refuses even numbers
+            encoder.config["window"] = opt.window
         models.append(Model(name, encoder and encoder.to(device), img_size, source.mean, source.std,
                             source.interpolation, source, device, precision))
     return models
@@ -670,6 +680,8 @@ def describe_view(model, opt, whole=False):
     """
     images = load_split(opt.data, opt.data_root, "test", model.img_size, opt.limit, model.device)
     resize = f" ({model.interpolation})" * (model.interpolation != "bicubic")
+    if opt.window:
+        resize += f", attention within {opt.window} x {opt.window} patches"
     if images.paths and not whole:
         return (f"short side {model.img_size * 256 // 224} px{resize}, center crop of "
                 f"{model.img_size} px")

@@ -119,6 +119,8 @@ def detection(model, opt):
         raise ValueError(f"detection needs masks or boxes of objects, and {opt.data} has none; "
                          f"choose --data {' or '.join(annotations.BOXES)} or a folder "
                          "(docs/own-data.md)")
+    if opt.window:
+        raise ValueError("detection has windows of its own: leave out --window")
     masks = annotations.has("masks", opt.data)
     metrics.coco_ap([])                                  # reports a missing pycocotools
     if model.encoder.depth != 4 or (opt.recipe or "1x") != "1x":             # four stages of a Swin

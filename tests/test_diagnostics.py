@@ -257,9 +257,9 @@ def test_curves_continue_through_the_decoder():
 
 def test_token_transform_uses_the_window():
     """With a window of one patch and no class token the last block transforms each token alone."""
-    model, windowed = tiny_model(class_token=False), options("--limit", "2", "--window", "1")
-    opt, shared = options("--limit", "2"), run_shared_pass(model, windowed, {"common_update"})
-    found = representations.measure_token_transform(model, windowed, shared)
+    model, opt = tiny_model(class_token=False, window=1), options("--limit", "2")
+    shared = run_shared_pass(model, opt, {"common_update"})
+    found = representations.measure_token_transform(model, opt, shared)
     for block in model.encoder.blocks:                       # each patch attends to itself
         block.attn.forward = lambda x, *_, own=block.attn: own.proj(
             F.linear(x, own.qkv.weight, own.qkv.bias).chunk(3, 2)[2])
@@ -540,6 +540,26 @@ def test_knn_of_results_is_that_of_the_smallest_k_and_of_no_baseline(run):
         recorded.read_knn(model, options())
     write([line])
     assert recorded.read_knn(model, options())["bars"] == {"cls": 30}
+
+
+def test_local_attention_compares_windows_with_the_settings_of_the_latest(run):
+    model, write = run                                       # tiny_model: 8 x 8 patches
+
+    def line(top1, task="linear", metric="top-1", **settings):
+        return dict(task=task, metrics={"cls": {metric: top1}},
+                    settings=dict(window=None, epochs=None, workers=2) | settings)
+
+    write([line(60.0), line(50.0, "finetune", "last epoch")])
+    with pytest.raises(MissingInput, match="--window 3, 5"):
+        recorded.read_local_attention(model, options())
+    write([line(10.0, epochs=1, window=7), line(61.0), line(40.0, window=3), line(60.0, workers=4),
+           line(50.0, "finetune", "last epoch")])
+    found = recorded.read_local_attention(model, options())
+    assert found["linear_window"] == [3, 15] and found["linear"] == [40, 60]     # 60: the latest
+    assert "finetune" not in found and found["settings_compared"] == {"epochs": None}
+    write([line(70.0, "finetune", "last epoch"), line(80.0, "finetune", "last epoch", window=5)])
+    found = recorded.read_local_attention(model, options())
+    assert found["finetune_window"] == [5, 15] and found["finetune"] == [80, 70]
 
 
 def test_reinit_compares_runs_with_the_settings_of_the_latest(run):

@@ -84,7 +84,7 @@ def test_every_flag_is_for_all_tasks_or_for_some_that_exist():
     for_all = {f.name for f in dataclasses.fields(Options) if not f.metadata["only_for"]}
     assert for_all == set("""task checkpoint baseline branch num_heads normalization data data_root
                           img_size limit out json seed device precision batch_size workers cache
-                          reference""".split())
+                          reference window""".split())
     for f in dataclasses.fields(Options):
         assert set(f.metadata["only_for"]) <= set(evaluate.TASKS)
 
@@ -133,6 +133,17 @@ def test_without_a_run_an_untrained_model_is_evaluated(tmp_path, capsys):
     assert line["images"] == {"train": 30, "test": 30} and line["settings"]["limit"] == 30
     for words in ("cosine", "0.07", "last block", "final norm", "48 px", "whole image"):
         assert words in line["protocol"] and words in text
+
+
+def test_attention_within_windows_changes_features_and_is_in_the_protocol(tmp_path):
+    [line] = run(tmp_path / "whole", "--task", "linear", "--epochs", "1")
+    [windowed] = run(tmp_path / "window", "--task", "linear", "--epochs", "1", "--window", "1")
+    assert "attention within 1 x 1 patches" in windowed["protocol"]
+    assert "attention within" not in line["protocol"] and windowed["settings"]["window"] == 1
+    models = [common.load_models(Options(baseline=("untrained",), window=window, device="cpu"))[0]
+              for window in (None, 1)]
+    x = torch.randn(2, 3, 48, 48)
+    assert not torch.allclose(*(model.encoder(x) for model in models), atol=1e-3)
 
 
 def test_the_newest_run_is_evaluated_and_results_are_written_next_to_it(tmp_path):
@@ -728,6 +739,8 @@ def test_impossible_combinations_are_refused_before_any_work(tmp_path, capsys, m
     (["--data", "synthetic"], "knn needs labels, and synthetic has none"),
     (["--json", "/dev/null/x.jsonl"], "cannot write /dev/null/x.jsonl ("),
     (["--img-size", "60"], "is not a multiple of patch size 8"),
+    (["--window", "4"], "the window must be an odd number of patches, not 4"),
+    (["--task", "detection", "--window", "3"], "detection has windows of its own"),
     (["--task", "part_retrieval", "--data", "stl10"], "no keypoints in stl10; choose --data toy"),
     (["--task", "part_retrieval", "--parts", "hed"], "toy has no part 'hed'; did you mean head?"),
     (["--task", "part_retrieval", "--parts", "tail"], "tail is the only one: name two or more"),

@@ -67,6 +67,11 @@ def test_tasks_that_need_a_vit_refuse_in_one_sentence(run, task):
     assert "\n" not in str(error.value)
 
 
+def test_a_window_is_refused(run):
+    with pytest.raises(ValueError, match="is a Swin, which has windows of its own"):
+        evaluate.main([*flags(run), "--task", "knn", "--window", "3"])
+
+
 def test_linear_segmentation_of_a_swin_is_refused_before_any_work(run, monkeypatch):
     def begin(*_):
         """Must not be called."""

@@ -114,6 +114,20 @@ def test_local_mask_is_a_window_around_each_patch_and_does_not_restrict_the_clas
         model.local_mask(4)
 
 
+@pytest.mark.parametrize("rel_pos", [None, "shared", "block"])
+def test_a_vit_with_a_window_applies_the_local_mask_at_every_size(rel_pos):
+    model = build(rel_pos=rel_pos)
+    windowed, whole = (vit.ViT(**model.config | dict(window=window)).eval() for window in (3, 7))
+    for other in windowed, whole:
+        other.load_state_dict(model.state_dict())
+    for size in 32, 48:                                       # 4 x 4 and 6 x 6 patches
+        x = images(size=size)
+        mask = model.local_mask(3, (size // 8,) * 2)
+        close(windowed(x), model(x, attn_mask=mask))
+        assert (windowed(x) - model(x)).abs().max() > 1e-3
+    close(whole(images()), model(images()))                   # 7 = 2 * 4 - 1: all patches
+
+
 def test_local_mask_removes_the_influence_of_distant_patches():
     model, a = build(class_token=False, depth=1), images()
     b = a.clone()
