@@ -68,6 +68,7 @@ DIAGNOSTICS = {
     "frequency_noise": (recorded.read_frequency_noise, ""),
     "shape_bias": (recorded.read_shape_bias, ""),
     "reinit": (recorded.read_reinit, ""),
+    "linear_finetune": (recorded.read_linear_finetune, ""),
     "local_attention": (recorded.read_local_attention, ""),
     "knn": (recorded.read_knn, ""),
     "accuracy_similarity": (recorded.read_accuracy_similarity, "final_similarity"),

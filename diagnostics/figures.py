@@ -245,6 +245,12 @@ FIGURES = {
                              "change of top-1 (points)"),
                   line_plot("last_count", "last_change", "re-initialized last blocks",
                              "change of top-1 (points)"))),
+    "linear_finetune": Figure(
+        "Linear probe and fine-tuning",
+        "Each point is a model. Park et al. report that contrastive models are ahead by a linear "
+        "probe, MIM models after fine-tuning, and models with both losses in both.",
+        axes_figure(line_plot("linear", "finetuned", "linear probe, top-1 (%)",
+                             "fine-tuned, top-1 (%)"))),
     "local_attention": Figure(
         "Attention within windows",
         "The last point of a curve is attention to all patches. Park et al. report for MoCo v3 "

@@ -109,6 +109,17 @@ def read_accuracy_similarity(model, opt, shared):
                 settings_compared=settings)
 
 
+def read_linear_finetune(model, opt):
+    """Accuracy of a linear probe and after fine-tuning, a point for each model (Park et al.,
+    fig. 1, 12a)."""
+    (linear, how), (finetuned, how_finetuned) = (read_latest(model, opt, task)
+                                                 for task in ("linear", "finetune"))
+    [linear], [finetuned] = linear.values(), finetuned.values()
+    return dict(linear=[linear["top-1"]], finetuned=[finetuned["last epoch"]],
+                settings_compared={key: (how.get(key), value)
+                                   for key, value in how_finetuned.items()})
+
+
 def read_local_attention(model, opt):
     """Accuracy of a linear probe and of fine-tuning with attention within windows (Park et al.,
     fig. D.1), for each --window that has a result. Only runs with the settings of the latest run of

@@ -542,6 +542,19 @@ def test_knn_of_results_is_that_of_the_smallest_k_and_of_no_baseline(run):
     assert recorded.read_knn(model, options())["bars"] == {"cls": 30}
 
 
+def test_linear_and_fine_tuned_accuracies_are_of_the_latest_results(run):
+    model, write = run
+    lines = [dict(task="linear", metrics={"cls": {"top-1": 40.0}}, settings=dict(recipe="mae")),
+             dict(task="linear", metrics={"cls": {"top-1": 50.0}}, settings=dict(recipe="dino"))]
+    write(lines)
+    with pytest.raises(MissingInput, match="--task finetune"):
+        recorded.read_linear_finetune(model, options())
+    write([*lines, dict(task="finetune", metrics={"patch": {"top-1": 80.0, "last epoch": 70.0}},
+                        settings=dict(recipe="light"))])
+    assert recorded.read_linear_finetune(model, options()) == dict(
+        linear=[50.0], finetuned=[70.0], settings_compared={"recipe": ("dino", "light")})
+
+
 def test_local_attention_compares_windows_with_the_settings_of_the_latest(run):
     model, write = run                                       # tiny_model: 8 x 8 patches
 
