@@ -215,11 +215,11 @@ def run_tasks(opt, models, is_first):
         for task in tasks:
             try:
                 with progress.activity(f"{task}: checking the data", is_first):
-                    check_fit(task, model, options_for_task(opt, task))
                     if run_all and task == "pose" and opt.data == "coco" and not opt.iters:
                         raise ValueError(f"pose trains with batches of 512 boxes, {ALL_ITERS} of "
                                          f"which are too few and take too long for --task all: "
-                                         f"run --task pose alone")
+                                         f"run --task pose alone, or give --iters")
+                    check_fit(task, model, options_for_task(opt, task))
                 jobs.append((task, model, path))
             except (ValueError, FileNotFoundError) as error:
                 if not run_all:
@@ -310,6 +310,8 @@ def check_fit(task, model, opt):
         require_vit(model, task)
     if task == "pose":
         pose.require_areas(opt)
+    if task == "detection":
+        detection.require_whole_attention(model, opt)
     if task == "shape_bias":
         annotations.cue_conflict(opt.data, opt.data_root, limit=1)
     if task in ("part_retrieval", "part_classification"):
@@ -355,9 +357,12 @@ def add_notes(report, task, model, opt):
         report.notes.append("pixels: the image averaged to at most 32 x 32, no encoder")
     elif not model.encoder.num_prefix and task not in DENSE:
         report.notes.append(f"{model.name} has no class token: cls is its mean patch token")
-    elif "cls" in report.rows and model.source.method in ("simmim", "beit"):
-        report.notes.append(f"{model.name}: the loss does not use the class token: compare the "
-                            f"mean patch token (--feature patch)")
+    elif report.rows.keys() == {"cls"} and model.source.method in ("simmim", "beit", "cae") and (
+            model.source.layout in ("ours", "BEiT", "BEiT 1k", "CAE", "SimMIM")):
+        report.notes.append(f"{model.name}: the loss of its pretraining does not use the class "
+                            f"token: compare the mean patch token (--feature patch)")
+    if window := model.encoder and model.encoder.config.get("window"):
+        report.protocol += f"; attention within {window} x {window} patches"
 
 
 def result_files(opt, models):

@@ -232,6 +232,8 @@ class ViT(nn.Module):
         self.register_buffer("index", index, persistent=False)
         rates = torch.linspace(0, drop_path, depth).repeat_interleave(2)
         self.register_buffer("drop_rates", rates, persistent=False)
+        if window is not None:
+            self.local_mask(window)                                # refuses even numbers
         init_vit(self, init)
 
     def forward(self, x, keep=None, mask=None, mask_token=None, drop=None, attn_mask=None):

@@ -2,7 +2,7 @@
 model with the same probes, print the mean and standard deviation over the seeds. For comparison:
 the same network trained with labels and untrained, and raw pixels.
 
-    python -m benchmarks.results --table                  # print what results.yaml holds
+    python -m benchmarks.results --table                  # print the table of results.yaml
     python -m benchmarks.results                          # train and evaluate: hours on 2 CPU cores
     python -m benchmarks.results --methods mae mmc --seeds 0
     python -m benchmarks.results --methods mmc_rec mmc_cls mmc_cls_rec mmc_cls_patch mmc  # ablation
@@ -32,7 +32,7 @@ import yaml
 import evaluate
 from benchmarks import METHODS, split_argv
 from lib import checkpoints, config
-from probes.common import WITHOUT_EFFECT
+from probes.common import WITHOUT_EFFECT, complete_settings
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {"selfpatch_moby": "SelfPatch on MoBY"}
@@ -120,7 +120,8 @@ def read_metrics(folder, data, probe):
     for line in reversed(file.read_text().splitlines() if file.is_file() else []):
         line = json.loads(line)
         if (line["task"], line["data"], line["step"], not line["checkpoint"]) == (
-                *opt.task, data, step, pixels) and wanted.items() <= line["settings"].items():
+                *opt.task, data, step, pixels) and (
+                wanted.items() <= complete_settings(line["settings"]).items()):
             return line["metrics"]
 
 

@@ -206,10 +206,12 @@ def relative_to_second(log_values):
 
 def plotted_ranks(size, count):
     """The two ranks, of `count`, that are plotted over depth: 64 and 128 (Park et al.). If there
-    are fewer than 129 patches or, over images, dimensions (`size`), a third and two thirds of them
-    (our choice)."""
+    are fewer than 129 patches or, over images, dimensions (`size`), a third and two thirds of them,
+    or of the values, if these are fewer still (our choice)."""
     ranks = (64, 128) if size >= 129 else (size // 3, 2 * size // 3)
-    return tuple(min(max(1, rank), count) for rank in ranks)
+    if count < ranks[1]:
+        ranks = count // 3, 2 * count // 3
+    return tuple(max(1, rank) for rank in ranks)
 
 
 def diagonal_frequencies(grid):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diagnostics.inputs import MissingInput
 from lib import config
-from probes.common import WITHOUT_EFFECT
+from probes.common import WITHOUT_EFFECT, complete_settings
 
 
 def read_loss(model, opt):
@@ -41,19 +41,22 @@ def read_lines(file):
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def read_results(model, opt, task, more_flags=""):
-    """Lines of results.jsonl next to the checkpoint whose file, branch, step, task and data set
-    match, the latest last; each with `settings_compared`, in which the models of a figure should
-    agree. MissingInput if there is none."""
+def read_results(model, opt, task, more_flags="", any_window=False):
+    """Lines of results.jsonl next to the checkpoint whose file, branch, step, task, data set and
+    --window match, the latest last; each with `settings_compared`, in which the models of a figure
+    should agree. MissingInput if there is none."""
     path = Path(model.source.path or "")
     weights = model.source.branch, model.source.step
     file = path.with_name("results.jsonl") if model.source.path else None
-    lines = [line for line in read_lines(file) if line["task"] == task and line["data"] == opt.data
+    lines = [line | dict(settings=complete_settings(line["settings"])) for line in read_lines(file)
+             if line["task"] == task and line["data"] == opt.data
              and line["checkpoint"] and Path(line["checkpoint"]).name == path.name
              and (line["branch"], line["step"]) == weights]
+    lines = [line for line in lines if any_window or line["settings"]["window"] == opt.window]
     if not lines:
         raise MissingInput(f"no result on {opt.data} yet: run python evaluate.py --task "
                            f"{task}{more_flags} --data {opt.data}"
+                           f"{f' --window {opt.window}' if opt.window else ''}"
                            f"{f' --checkpoint {path}' * bool(model.source.path)}")
     return [line | dict(settings_compared={
         name: value for name, value in line["settings"].items()
@@ -112,12 +115,20 @@ def read_accuracy_similarity(model, opt, shared):
 def read_linear_finetune(model, opt):
     """Accuracy of a linear probe and after fine-tuning, a point for each model (Park et al.,
     fig. 1, 12a)."""
-    (linear, how), (finetuned, how_finetuned) = (read_latest(model, opt, task)
-                                                 for task in ("linear", "finetune"))
-    [linear], [finetuned] = linear.values(), finetuned.values()
-    return dict(linear=[linear["top-1"]], finetuned=[finetuned["last epoch"]],
-                settings_compared={key: (how.get(key), value)
-                                   for key, value in how_finetuned.items()})
+    linear = read_results(model, opt, "linear")[-1]
+    finetuned = [line for line in read_results(model, opt, "finetune")
+                 if (line["settings"]["reinit"] or "first:0").endswith(":0")]
+    if not finetuned:
+        raise MissingInput("all results of finetune are with --reinit: run it without")
+    accuracies = [next(iter(line["metrics"].values())) for line in (linear, finetuned[-1])]
+    return dict(linear=[accuracies[0]["top-1"]], finetuned=[accuracies[1]["last epoch"]],
+                settings_compared=join_settings(linear, finetuned[-1]))
+
+
+def join_settings(linear, finetuned):
+    """settings_compared of two lines together."""
+    other = finetuned["settings_compared"]
+    return {key: (value, other[key]) for key, value in linear["settings_compared"].items()}
 
 
 def read_local_attention(model, opt):
@@ -125,21 +136,25 @@ def read_local_attention(model, opt):
     fig. D.1), for each --window that has a result. Only runs with the settings of the latest run of
     their task are compared. Our choice: the windows are not used in pretraining; attention without
     a window is drawn at 2g - 1 patches, which is the same, g: patches on a side."""
-    g, out = model.img_size // model.encoder.patch_size, {}
+    out, settings = {}, {}
     for task, metric in (("linear", "top-1"), ("finetune", "last epoch")):
         try:
-            lines = read_results(model, opt, task)
+            lines = read_results(model, opt, task, any_window=True)
         except MissingInput:
             continue
-        windows = [line["settings_compared"].pop("window", None) for line in lines]
+        windows = [line["settings_compared"].pop("window") for line in lines]
         latest = lines[-1]["settings_compared"]
-        found = {window or 2 * g - 1: next(iter(line["metrics"].values()))[metric]
+        found = {window: next(iter(line["metrics"].values()))[metric]
                  for window, line in zip(windows, lines) if line["settings_compared"] == latest}
-        if len(found) > 1:
-            found = dict(sorted(found.items()))
-            out |= {f"{task}_window": list(found), task: list(found.values()),
-                    "settings_compared": latest}
-    if not out:
+        if None in found and len(found) > 1:
+            side = latest["img_size"] or model.source.img_size
+            full = 2 * (side // model.encoder.patch_size) - 1
+            found = dict(sorted((min(window or full, full), x) for window, x in found.items()))
+            out |= {f"{task}_window": list(found), task: list(found.values())}
+            settings |= {f"{key} of {task}": value for key, value in latest.items()}
+    if out:
+        out["settings_compared"] = settings
+    else:
         raise MissingInput("run evaluate.py --task linear, or finetune, with --window 3, 5 ... and "
                            "without it, all with the settings of the latest run")
     return out

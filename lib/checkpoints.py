@@ -249,6 +249,8 @@ def print_description(net, img_size):
     registers = f"registers {registers}, " * bool(registers)
     resized = f" interpolated to {img_size // p}" if img_size != side * p else ""
     norm = "" if net.config["final_norm"] else "no final norm, "
+    window = net.config.get("window")                    # a Swin has none
+    norm += f"attention within {window} x {window} patches, " * bool(window)
     print(f"{name}: {source.layout}, {source.branch}{also}; "
           f"{len(net.state_dict())} tensors, width {net.embed_dim}, depth {net.depth}, heads "
           f"{net.config['num_heads']}{heads}, patch {p}, {registers}grid {side}{resized}; {norm}"

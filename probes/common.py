@@ -18,8 +18,9 @@ and no result has to be sent.
 import contextlib
 import functools
 import hashlib
+import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,8 +86,8 @@ class CommonOptions:
         "images are scaled with it; of pose the height of a box",
         at_least=1, group="models")
     window: int | None = flag(
-        None, "patches attend only within a square window with this side in patches (an odd "
-        "number; Park et al., appendix D.1), also where the model was pretrained without it",
+        None, "each patch attends only to the patches in a square window around it, with this side "
+        "in patches (an odd number; Park et al., appendix D.1), and to the class token",
         at_least=1, group="models")
     precision: str = flag("auto", "precision of the encoder; auto: bf16 if the device supports it",
                           choices=("auto", "bf16", "fp32"), group="models")
@@ -325,6 +326,12 @@ def load_models(opt: CommonOptions) -> list[Model]:
         models.append(Model(name, encoder and encoder.to(device), img_size, source.mean, source.std,
                             source.interpolation, source, device, precision))
     return models
+
+
+def complete_settings(settings):
+    """The settings of a line of results.jsonl. A flag that is newer than the line has its default,
+    as the line was made without it."""
+    return json.loads(json.dumps(asdict(Options()))) | settings
 
 
 def default_data(models):
@@ -680,8 +687,6 @@ def describe_view(model, opt, whole=False):
     """
     images = load_split(opt.data, opt.data_root, "test", model.img_size, opt.limit, model.device)
     resize = f" ({model.interpolation})" * (model.interpolation != "bicubic")
-    if opt.window:
-        resize += f", attention within {opt.window} x {opt.window} patches"
     if images.paths and not whole:
         return (f"short side {model.img_size * 256 // 224} px{resize}, center crop of "
                 f"{model.img_size} px")

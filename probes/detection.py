@@ -100,6 +100,15 @@ NORMS = {None: None, "BN": nn.BatchNorm2d, "GN": functools.partial(nn.GroupNorm,
          "LN": functools.partial(LayerNorm2d, eps=1e-6)}
 
 
+def require_whole_attention(model, opt):
+    """ValueError if both the recipe and the model have windows."""
+    recipe = opt.recipe or "1x"
+    if model.encoder and model.encoder.config.get("window") and (
+            DETECTION_RECIPES.get(recipe, {}).get("windows")):
+        raise ValueError(f"recipe {recipe} has windows of its own: leave out --window, or take "
+                         f"--recipe 1x")
+
+
 def detection(model, opt):
     """Mask R-CNN, fine-tuned end to end: average precision of boxes and masks of objects.
 
@@ -119,8 +128,7 @@ def detection(model, opt):
         raise ValueError(f"detection needs masks or boxes of objects, and {opt.data} has none; "
                          f"choose --data {' or '.join(annotations.BOXES)} or a folder "
                          "(docs/own-data.md)")
-    if opt.window:
-        raise ValueError("detection has windows of its own: leave out --window")
+    require_whole_attention(model, opt)
     masks = annotations.has("masks", opt.data)
     metrics.coco_ap([])                                  # reports a missing pycocotools
     if model.encoder.depth != 4 or (opt.recipe or "1x") != "1x":             # four stages of a Swin

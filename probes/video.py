@@ -7,13 +7,14 @@
     this frame       -> ViT -> patch tokens   -+      -> labels of its patches -> masks
 """
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lib import augment, datasets, metrics, progress, toy
+from lib import augment, checkpoints, datasets, metrics, progress, toy
 from probes import annotations
 from probes.common import (
     Report,
@@ -67,7 +68,13 @@ def video(model, opt):
         x = normalize_images(model, x[None], std)
         return F.normalize(extract_patches(model, x)[0], dim=2)
 
-    scores, rows, n_frames, bad = [], [], 0, {}
+    folder = Path(opt.out) / f"video-{Path(opt.data).name}-{model.name}"     # for --save
+    if opt.save and folder.exists():
+        folder.rename(kept := checkpoints.free_name(folder))
+        print(f"the earlier {folder} is kept as {kept}", flush=True)
+    if opt.save:
+        checkpoints.make_folder(folder)
+    scores, rows, n_frames, bad, unsaved = [], [], 0, {}, None
     videos = annotations.videos(opt.data, opt.data_root, "test", limit, side)
     for item in progress_bar(videos, model):
         try:
@@ -78,9 +85,11 @@ def video(model, opt):
             bad[item.name] = str(error)
             continue
         scores.append(metrics.score_video(masks, item.masks))
-        if opt.save:
-            save_masks(Path(opt.out) / f"video-{Path(opt.data).name}-{model.name}" / item.name,
-                       masks)
+        if opt.save and not unsaved:
+            try:
+                save_masks(folder / item.name, masks)
+            except OSError as error:                     # the scores are not lost
+                unsaved = f"masks of {item.name} and later videos are not saved: {error}"
         n_frames += len(masks)
         if opt.show and len(rows) < 8:
             rows += draw_video(item, masks)
@@ -91,7 +100,8 @@ def video(model, opt):
         save_image_grid(rows, Path(opt.out) / f"video-{Path(opt.data).name}-{model.name}.png",
                         names=["annotation", "prediction"] * (len(rows) // 2))
     means = metrics.video_scores(scores)
-    by_object, notes = torch.cat([(j.mean(1) + f.mean(1)) / 2 for j, f in scores]), []
+    by_object = torch.cat([(j.mean(1) + f.mean(1)) / 2 for j, f in scores])
+    notes = [unsaved] if unsaved else []
     if len(by_object) > 1:
         error = 100 * by_object.std().item() / len(by_object) ** 0.5
         notes.append(f"{model.name}: standard error of J&F over the objects: {error:.1f}")
@@ -177,7 +187,7 @@ def save_masks(folder, masks):
     for t, mask in enumerate(masks.numpy()):
         image = Image.fromarray(mask)
         image.putpalette(torch.stack(palette, 1).flatten().tolist())
-        image.save(folder / f"{t:05}.png")
+        checkpoints.write_atomic(folder / f"{t:05}.png", partial(image.save, format="PNG"))
 
 
 def draw_video(item, masks, n_frames=6):

@@ -215,7 +215,7 @@ def test_spectra_are_relative_to_the_second_value():
     assert found["ranks"] == [2, 4]
     assert formulas.plotted_ranks(36, 35) == (12, 24) and formulas.plotted_ranks(4, 3) == (1, 2)
     assert formulas.plotted_ranks(129, 128) == formulas.plotted_ranks(196, 195) == (64, 128)
-    assert formulas.plotted_ranks(196, 95) == (64, 95)       # a narrow network
+    assert formulas.plotted_ranks(196, 95) == (31, 63)       # a narrow network
     assert found["at_first"].tolist() == [0] * 4             # rank 2: the one that is subtracted
     assert found["at_second"].tolist() == [0, -6, -12, -18]
     assert found["log_second_value"].tolist() == [0, -2, -4, -6]
@@ -549,10 +549,16 @@ def test_linear_and_fine_tuned_accuracies_are_of_the_latest_results(run):
     write(lines)
     with pytest.raises(MissingInput, match="--task finetune"):
         recorded.read_linear_finetune(model, options())
-    write([*lines, dict(task="finetune", metrics={"patch": {"top-1": 80.0, "last epoch": 70.0}},
-                        settings=dict(recipe="light"))])
-    assert recorded.read_linear_finetune(model, options()) == dict(
-        linear=[50.0], finetuned=[70.0], settings_compared={"recipe": ("dino", "light")})
+    tuned = [dict(task="finetune", metrics={"patch": {"top-1": 80.0, "last epoch": x}},
+                  settings=dict(recipe="light", reinit=reinit))
+             for x, reinit in ((70.0, None), (10.0, "last:2"))]
+    write([*lines, tuned[1]])
+    with pytest.raises(MissingInput, match="with --reinit"):
+        recorded.read_linear_finetune(model, options())
+    write([*lines, *tuned])
+    found = recorded.read_linear_finetune(model, options())
+    assert (found["linear"], found["finetuned"]) == ([50.0], [70.0])
+    assert found["settings_compared"]["recipe"] == ("dino", "light")
 
 
 def test_local_attention_compares_windows_with_the_settings_of_the_latest(run):
@@ -560,19 +566,33 @@ def test_local_attention_compares_windows_with_the_settings_of_the_latest(run):
 
     def line(top1, task="linear", metric="top-1", **settings):
         return dict(task=task, metrics={"cls": {metric: top1}},
-                    settings=dict(window=None, epochs=None, workers=2) | settings)
+                    settings=dict(epochs=None, img_size=32, workers=2) | settings)
 
-    write([line(60.0), line(50.0, "finetune", "last epoch")])
-    with pytest.raises(MissingInput, match="--window 3, 5"):
-        recorded.read_local_attention(model, options())
+    for lines in ([line(60.0), line(50.0, "finetune", "last epoch")],
+                  [line(60.0, window=3), line(50.0, window=5)]):         # none without a window
+        write(lines)
+        with pytest.raises(MissingInput, match="--window 3, 5"):
+            recorded.read_local_attention(model, options())
     write([line(10.0, epochs=1, window=7), line(61.0), line(40.0, window=3), line(60.0, workers=4),
            line(50.0, "finetune", "last epoch")])
     found = recorded.read_local_attention(model, options())
     assert found["linear_window"] == [3, 15] and found["linear"] == [40, 60]     # 60: the latest
-    assert "finetune" not in found and found["settings_compared"] == {"epochs": None}
-    write([line(70.0, "finetune", "last epoch"), line(80.0, "finetune", "last epoch", window=5)])
+    assert "finetune" not in found and found["settings_compared"]["img_size of linear"] == 32
+    write([line(x, "finetune", "last epoch", img_size=64, window=w)
+           for w, x in ((None, 70.0), (5, 80.0))])
     found = recorded.read_local_attention(model, options())
-    assert found["finetune_window"] == [5, 15] and found["finetune"] == [80, 70]
+    assert found["finetune_window"] == [5, 31] and found["finetune"] == [80, 70]
+
+
+def test_results_of_another_window_are_left_out(run):
+    model, write = run
+    lines = [dict(task="knn", metrics={"cls": {"k=10": x}}, settings=settings) for x, settings in (
+        (30.0, {}), (20.0, {"window": 3}))]              # the first line is older than --window
+    write(lines)
+    assert recorded.read_knn(model, options())["bars"] == {"cls": 30}
+    assert recorded.read_knn(model, options("--window", "3"))["bars"] == {"cls": 20}
+    with pytest.raises(MissingInput, match="--task knn --data toy --window 5"):
+        recorded.read_knn(model, options("--window", "5"))
 
 
 def test_reinit_compares_runs_with_the_settings_of_the_latest(run):

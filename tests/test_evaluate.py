@@ -22,7 +22,7 @@ import mmc
 import moco_v3
 import vit
 from lib import augment, checkpoints, config, datasets, flags, metrics, toy
-from probes import common, heads, plan
+from probes import annotations, common, heads, plan
 from probes.common import UNTRAINED, Options, Report, extract_features
 
 ROOT = Path(evaluate.__file__).parent
@@ -135,11 +135,16 @@ def test_without_a_run_an_untrained_model_is_evaluated(tmp_path, capsys):
         assert words in line["protocol"] and words in text
 
 
-def test_attention_within_windows_changes_features_and_is_in_the_protocol(tmp_path):
-    [line] = run(tmp_path / "whole", "--task", "linear", "--epochs", "1")
-    [windowed] = run(tmp_path / "window", "--task", "linear", "--epochs", "1", "--window", "1")
-    assert "attention within 1 x 1 patches" in windowed["protocol"]
-    assert "attention within" not in line["protocol"] and windowed["settings"]["window"] == 1
+@pytest.mark.parametrize("task", ["knn", "part_retrieval", "zero_shot_segmentation"])
+def test_attention_within_windows_is_in_the_protocol_of_every_task(tmp_path, task):
+    baselines = ["--baseline", "untrained", *["pixels"] * (task == "knn")]
+    whole = run(tmp_path / "whole", "--task", task, *baselines)
+    for line in whole + run(tmp_path / "window", "--task", task, "--window", "1", *baselines):
+        windowed = line["settings"]["window"] == 1 and line["model"] == "untrained"
+        assert windowed == ("attention within 1 x 1 patches" in line["protocol"])
+
+
+def test_attention_within_windows_changes_features():
     models = [common.load_models(Options(baseline=("untrained",), window=window, device="cpu"))[0]
               for window in (None, 1)]
     x = torch.randn(2, 3, 48, 48)
@@ -420,7 +425,7 @@ def no_result(model, opt):
 
 def test_pose_on_coco_is_left_out_of_all_and_runs_alone(monkeypatch, tmp_path):
     """--iters 20 is also what --task all would take."""
-    monkeypatch.setattr(evaluate, "check_fit", lambda *_: None)
+    monkeypatch.setattr(annotations, "keypoints", lambda *_, **__: iter(()))
     monkeypatch.setattr(evaluate, "FROZEN", ["pose"])
     monkeypatch.setitem(evaluate.TASKS, "pose", no_result)
     monkeypatch.setattr(evaluate, "print_plan", lambda *_: None)
@@ -434,7 +439,7 @@ def test_pose_on_coco_is_left_out_of_all_and_runs_alone(monkeypatch, tmp_path):
     assert run("--task", "pose", "--iters", "20") == (1, "", None)
     assert run("--task", "all", "--iters", "20") == (1, "", None)
     left_out, notes, _ = run("--task", "all")
-    assert left_out == 0 and "too long for --task all: run --task pose alone" in notes
+    assert left_out == 0 and "too long for --task all: run --task pose alone, or give" in notes
 
 
 def test_all_uses_logistic_regressions_and_short_training(monkeypatch):
@@ -740,7 +745,8 @@ def test_impossible_combinations_are_refused_before_any_work(tmp_path, capsys, m
     (["--json", "/dev/null/x.jsonl"], "cannot write /dev/null/x.jsonl ("),
     (["--img-size", "60"], "is not a multiple of patch size 8"),
     (["--window", "4"], "the window must be an odd number of patches, not 4"),
-    (["--task", "detection", "--window", "3"], "detection has windows of its own"),
+    (["--task", "detection", "--recipe", "vitdet", "--window", "3"],
+     "recipe vitdet has windows of its own: leave out --window"),
     (["--task", "part_retrieval", "--data", "stl10"], "no keypoints in stl10; choose --data toy"),
     (["--task", "part_retrieval", "--parts", "hed"], "toy has no part 'hed'; did you mean head?"),
     (["--task", "part_retrieval", "--parts", "tail"], "tail is the only one: name two or more"),

@@ -199,3 +199,16 @@ def test_docs_show_the_tables_of_results_yaml(data, methods, monkeypatch, capsys
     table = capsys.readouterr().out
     assert len(table.splitlines()) == 2 + len(results.read_results()[data].keys() & set(methods))
     assert table in (results.ROOT / "docs" / "results.md").read_text()
+
+
+def test_a_line_that_is_older_than_a_flag_counts(tmp_path):
+    write_finished_run(tmp_path / "mae-toy", 60.0)
+    file = tmp_path / "mae-toy" / "results.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        del line["settings"]["window"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert results.read_metrics(tmp_path / "mae-toy", "toy", "knn")["cls"] == {"k=10": 60.0}
+    file.write_text("".join(json.dumps({**line, "settings": {**line["settings"], "window": 3}})
+                            + "\n" for line in lines))
+    assert results.read_metrics(tmp_path / "mae-toy", "toy", "knn") is None

@@ -176,7 +176,9 @@ def test_it_runs_on_toy_and_counts_the_frames(tmp_path, monkeypatch):
     assert list(tmp_path.glob("video-toy*.png")) and (23, "frames") in bars
 
 
-def test_saved_masks_are_png_files_with_the_palette_of_davis(tmp_path):
+def test_saved_masks_are_png_files_with_the_palette_of_davis(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(video, "propagate_masks",        # object 1 everywhere
+                        lambda item, *_: (torch.ones_like(mask) for mask in item.masks[1:]))
     video.video(small_model(), make_options("video", "--limit", "1", "--img-size", "32", "--save",
                                             "--out", str(tmp_path)))
     [folder] = (tmp_path / "video-toy-small").iterdir()
@@ -189,6 +191,18 @@ def test_saved_masks_are_png_files_with_the_palette_of_davis(tmp_path):
         colors = [image.getpalette()[3 * n:3 * n + 3] for n in (0, 1, 2, 3, 4, 8, 255)]
     assert colors == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [64, 0, 0],
                       [224, 224, 192]]
+    with Image.open(files[-1]) as image:
+        assert (numpy.array(image) == 1).all()
+    flags = "--limit", "1", "--img-size", "32", "--save", "--out", str(tmp_path)
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(video, "save_masks", fail)
+    report = video.video(small_model(), make_options("video", *flags))
+    assert report.rows and "are not saved: No space left" in report.notes[0]
+    assert len(list((tmp_path / "video-toy-small.1" / folder.name).iterdir())) == 24
+    assert "is kept as" in capsys.readouterr().out
 
 
 def test_the_real_davis(tmp_path):
