@@ -214,7 +214,15 @@ def test_a_probe_that_was_killed_is_resumed(task, monkeypatch, tmp_path, capsys)
         assert report.rows == whole.rows and report.notes == whole.notes
 
 
-def test_ctrl_c_saves_and_the_same_command_continues(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def interruptible():
+    """Tests that were started in the background inherit that SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(monkeypatch, tmp_path, capsys, interruptible):
     whole, before = run_probe("finetune", tmp_path / "whole", "--epochs", "4"), signal.getsignal(
         signal.SIGINT)
     step, calls = torch.optim.AdamW.step, []

@@ -121,10 +121,10 @@ def test_attention_weights_are_computed_only_if_needed(monkeypatch):
 
 def test_window_of_one_patch_makes_attention_local():
     names = {"attention_distance", "nmi"}
-    found = means(tiny_model(), names, "--limit", "2", "--window", "1")
+    found = means(tiny_model(window=1), names, "--limit", "2")
     assert found["attention_distance"].max() < 1e-6 and found["nmi"].min() > 0.999
     free = means(tiny_model(), names, "--limit", "2")["nmi"]
-    wide = means(tiny_model(), names, "--limit", "2", "--window", "15")["nmi"]   # 2g - 1: all
+    wide = means(tiny_model(window=15), names, "--limit", "2")["nmi"]            # 2g - 1: all
     assert torch.allclose(wide, free, atol=1e-7) and wide.max() < 0.999
 
 
