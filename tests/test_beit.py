@@ -193,6 +193,7 @@ def test_number_of_parameters_of_the_released_network_is_the_published_one():
     assert sum(p.numel() for p in net.parameters()) == 91_965_776
 
 
+@pytest.mark.slow
 def test_initial_loss_is_the_published_one():
     torch.manual_seed(0)
     flags = "--embed-dim 768 --num-heads 12 --depth 1".split()

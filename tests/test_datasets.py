@@ -563,6 +563,7 @@ torch.save([images.pixels, images.labels], os.environ["FILE"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere toy is drawn in the process")
 def test_toy_drawn_in_processes_is_the_same(tmp_path):
     alone = datasets.load_images("toy", split="test", size=16, limit=1100)

@@ -543,6 +543,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
         in_micro_batches(plain, use_bn_in_head=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, name, std", [
     ("mae", "Network", 0.02), ("asl", "Network", 0.02), ("simmim", "Network", 0.0108),
     ("hybrid", "Network", 0.0108), ("beit", "Network", 0.0108), ("cae", "Network", 0.0108)])

@@ -38,6 +38,7 @@ def run_main(monkeypatch, *argv):
     official.main()
 
 
+@pytest.mark.slow
 def test_a_clone_is_measured_with_the_sizes_of_the_flags(monkeypatch, tmp_path, capfd):
     pytest.importorskip("timm")
     for name, text in STAND_INS.items():

@@ -118,6 +118,7 @@ def test_of_several_processes_one_shows_progress(terminal):
         assert progress.running == []
 
 
+@pytest.mark.slow
 def test_a_step_of_minutes_is_not_silent():
     """The thread itself, in a process whose only step takes longer than the interval."""
     code = ("import time; from lib import progress; progress.INTERVAL = 1\n"

@@ -283,6 +283,7 @@ def test_a_loss_that_does_not_fall_is_reported_with_a_cause():
                          "rate (up to 2.0e-03)")
 
 
+@pytest.mark.slow
 def test_a_run_without_learning_reports_it_and_one_that_learns_does_not(tmp_path):
     frozen = finish(run("--steps", 3, "--lr", 0, "--min-lr", 0, "--out", tmp_path / "a"))
     learned = finish(run("--steps", 9, "--lr", 0.05, "--warmup-epochs", 0,
@@ -639,6 +640,7 @@ time.sleep(30)                           # the child: like a worker that outlive
 """
 
 
+@pytest.mark.slow
 def test_a_folder_is_locked_until_its_run_ends_even_if_workers_live_on(tmp_path):
     with subprocess.Popen([sys.executable, "-c", OTHER, str(tmp_path)], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, start_new_session=True) as other:
