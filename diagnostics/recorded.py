@@ -128,7 +128,7 @@ def read_linear_finetune(model, opt):
 def join_settings(linear, finetuned):
     """settings_compared of two lines together."""
     other = finetuned["settings_compared"]
-    return {key: (value, other[key]) for key, value in linear["settings_compared"].items()}
+    return {key: (value, other.get(key)) for key, value in linear["settings_compared"].items()}
 
 
 def read_local_attention(model, opt):
