@@ -128,7 +128,6 @@ def detection(model, opt):
         raise ValueError(f"detection needs masks or boxes of objects, and {opt.data} has none; "
                          f"choose --data {' or '.join(annotations.BOXES)} or a folder "
                          "(docs/own-data.md)")
-    require_whole_attention(model, opt)
     masks = annotations.has("masks", opt.data)
     metrics.coco_ap([])                                  # reports a missing pycocotools
     if model.encoder.depth != 4 or (opt.recipe or "1x") != "1x":             # four stages of a Swin
