@@ -598,6 +598,40 @@ def test_all_caches_files_only_if_asked(tmp_path, checkpoint, monkeypatch):
     assert len(list((tmp_path / "features").iterdir())) == 4               # train and test
 
 
+@pytest.mark.parametrize("task", ["knn", "linear", "part_retrieval", "part_classification",
+                                  "attentive", "zero_shot_segmentation", "video"])
+def test_protocols_tell_whether_a_norm_follows_the_last_block(tmp_path, task):
+    """An encoder without one, as SelfPatch's, is used as it is."""
+    for final_norm, words in ((True, "after the final norm"), (False, "without final norm")):
+        folder = tmp_path / str(final_norm)
+        folder.mkdir()
+        encoder = make_encoder(img_size=48, final_norm=final_norm)
+        checkpoints.save_encoder(folder / "encoder.pt", encoder, method="mae", data="toy")
+        [line] = run_checkpoint(folder, [folder / "encoder.pt"], "--task", task, "--limit", "2",
+                                *["--limit", "40"] * (task in EPOCHS or task == "knn"))
+        assert words in line["protocol"]
+
+
+@pytest.mark.parametrize("method, noted", [("simmim", True), ("beit", True), ("cae", True),
+                                           ("mae", False), ("dino", False)])
+def test_a_class_token_that_no_loss_used_is_noted(tmp_path, method, noted):
+    checkpoints.save_encoder(tmp_path / "encoder.pt", make_encoder(img_size=48), method=method,
+                             data="toy")
+    flags = [tmp_path / "encoder.pt"], "--task", "linear", "--recipe"
+    *_, line = run_checkpoint(tmp_path, *flags, "mae")
+    assert noted == any("does not use the class token" in note for note in line["notes"])
+    *_, line = run_checkpoint(tmp_path, *flags, "mae", "--feature", "patch")
+    assert not any("does not use the class token" in note for note in line["notes"])
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_bilinear_resizing_is_in_the_protocol(tmp_path, interpolation):
+    checkpoints.save_encoder(tmp_path / "encoder.pt", make_encoder(img_size=48), data="toy",
+                             interpolation=interpolation)
+    [line] = run_checkpoint(tmp_path, [tmp_path / "encoder.pt"])
+    assert ("bilinear" in line["protocol"]) == (interpolation == "bilinear")
+
+
 def test_all_prints_one_table_and_why_tasks_were_skipped(tmp_path, checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "FROZEN", ["knn", "object_retrieval", "attentive", "classify"])
     lines = run_checkpoint(tmp_path, [checkpoint], "--task", "all", "--baseline", "pixels",

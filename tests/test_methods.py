@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import vit
 from lib import checkpoints, config, datasets, tokenizer, toy, visualize
 from lib.run import Run, cosine
 
@@ -556,6 +557,17 @@ def test_mask_tokens_are_initialized_as_published(method, name, std):
         net = getattr(module, name)(cfg, *[16] * (method in ("beit", "cae")))
         drawn += [x for key, x in net.named_parameters() if key.endswith("mask_token")]
     assert len(drawn) == 4 and torch.cat(drawn).std().item() == pytest.approx(std, rel=0.03)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_positions_are_resized_by_the_rule_of_the_published_backbone(method):
+    """DINO's rule for its family, by the size for all others; MMC's is our choice."""
+    module = importlib.import_module(method)
+    cfg = config.parse(module.Config, flags(method))
+    net = module.Network(cfg, *[16] * (method in ("beit", "cae")))
+    encoder = next(part for part in net.modules() if isinstance(part, vit.ViT))
+    by_dino = method in ("dino", "ibot", "selfpatch", "mmc")
+    assert encoder.config["resize"] == ("dino" if by_dino else "size")
 
 
 @pytest.mark.parametrize("method, name", [("beit", "Network"), ("cae", "Network"),
