@@ -283,11 +283,11 @@ def main(function):
     """Runs a script's main, and ends several processes together.
 
     A ValueError or OSError counts as a user error, as do a full GPU memory, a killed DataLoader
-    worker and a lost connection to another process: one line on stderr, exit code 2. Ctrl-C: one
-    line, exit code 130. Any other exception is not caught. If $TRACEBACK is not empty, user errors
-    are not caught either, so that Python prints the traceback. Characters that the terminal cannot
-    print, as in the path of an image, are printed as escapes. Every line is written at once, also
-    to a pipe."""
+    worker, a failed torch.compile and a lost connection to another process: one line on stderr,
+    exit code 2. Ctrl-C: one line, exit code 130. Any other exception is not caught. If $TRACEBACK
+    is not empty, user errors are not caught either, so that Python prints the traceback. Characters
+    that the terminal cannot print, as in the path of an image, are printed as escapes. Every line
+    is written at once, also to a pipe."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):          # not in notebooks
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -304,6 +304,10 @@ def main(function):
         elif re.search("Connection (reset|closed) by peer", str(e)) and dist.is_initialized():
             e = ("the connection to another process was lost: see its message, unless the network "
                  "failed")
+        elif type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = " ".join(str(e).split("\n\n")[0].split())
+            e = (f"torch.compile failed ({reason}); it needs a C++ compiler (g++, or that of "
+                 f"$CXX), on a GPU also Triton; everything runs without --compile")
         elif isinstance(e, RuntimeError):
             raise
         if os.environ.get("TRACEBACK"):

@@ -260,6 +260,7 @@ class Run:
                     self.flops = counter.get_total_flops() * self.world / self.cfg.batch_size
                 if self.cfg.compile and not compiled and self.flops is not None:
                     compiled = True                      # not before: FLOPs are counted uncompiled
+                    self.print0("compiling the networks: the next steps can take minutes")
                     for module in self.modules:
                         module.compile()
                 if loader.skipped > skipped and (step + 1) % self.cfg.log_every == 0:

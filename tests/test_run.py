@@ -125,6 +125,28 @@ def test_compiled_networks_learn_the_same(method, monkeypatch, tmp_path):
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
+def test_without_a_compiler_the_error_is_one_sentence(monkeypatch, tmp_path, capsys):
+    """A C++ compiler is not installed everywhere."""
+    def no_compiler(*_):
+        raise RuntimeError("No working C++ compiler found\nin (None, 'g++')")
+
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda net: real(net, backend=no_compiler))
+    run, loader, net = small_run(monkeypatch, tmp_path, "--steps", 3, "--compile", "--evals", 0)
+
+    def train():
+        for _, batch in run.steps(loader):
+            net(batch.views[0].flatten(1))
+
+    with pytest.raises(SystemExit) as stop:
+        config.main(train)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert "compiling the networks: the next steps can take minutes" in out
+    error, = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "No working C++ compiler found in (None, 'g++')); it needs a C++ compiler" in error
+
+
 @pytest.mark.parametrize("start", [0, 4])
 def test_flops_are_counted_before_networks_are_compiled(start, monkeypatch, tmp_path):
     """Steps 4 and 9 have an evaluation, in which they are not counted."""
