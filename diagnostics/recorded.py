@@ -9,9 +9,9 @@ from probes.common import WITHOUT_EFFECT, complete_settings
 
 
 def read_loss(model, opt):
-    """Loss and kNN accuracy from the log of the run. For a run on toy also those of its method's
-    default run, from curves.yaml, and relative_distance: the mean of |loss - default| / default
-    over the steps that both have (our choice)."""
+    """Loss and kNN accuracy from the log of the run. For a run on toy or CIFAR-10 also those of its
+    method's default run, from curves.yaml, and relative_distance: the mean of |loss - default| /
+    default over the steps that both have (our choice)."""
     log = Path(model.source.path).with_name("metrics.jsonl") if model.source.path else None
     lines = [line for line in read_lines(log) if isinstance(line.get("loss"), float)]
     if not lines:
@@ -23,8 +23,8 @@ def read_loss(model, opt):
     curves, settings = (config.read_yaml(file) if file.is_file() else {}
                         for file in (curves, settings))
     on_default = settings.get("base", "dino") == "dino"      # of selfpatch.py: the same loss
-    if model.source.data == "toy" and model.source.method in curves and on_default:
-        default = curves[model.source.method]
+    default = curves.get(model.source.data, {}).get(model.source.method)
+    if default and on_default:
         out |= {f"reference_{name}": default[name] for name in out}
         losses = dict(zip(default["step"], default["loss"]))
         distances = [abs(loss - losses[step]) / losses[step]
