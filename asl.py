@@ -73,7 +73,7 @@ class Config(config.Settings):
     num_heads: Size = 12            # attention heads (paper)
     # the decoder, the same for both versions
     decoder_embed_dim: Size = 512   # decoder width, E (our choice: MAE)
-    decoder_depth: int = 8          # decoder blocks (our choice: MAE)
+    decoder_depth: Size = 8         # decoder blocks (our choice: MAE)
     decoder_num_heads: Size = 16    # attention heads of the decoder (our choice: MAE)
     # the two versions
     dle: bool = False               # make both versions by dropout in the embedding (DLE), instead
@@ -322,7 +322,7 @@ def save_visualization(run, cfg, net, images, n=8):
     patches = patchify(x, cfg.patch_size)
     mean, std = patch_stats(patches) if cfg.norm_pix_loss else (0, 1)
     with run.autocast():
-        a, b, mask = net(x, rng.uniform(index, patches.shape[1], "picture"))
+        a, b, mask = net(x, rng.uniform(index, patches.shape[1], "visualization"))
     a, b = (z[:, 1:].float() * std + mean for z in (a, b))
     columns = {"image": x, "visible": visualize.fill_patches(patches, mask, 0),
                "reconstruction": visualize.fill_patches(patches, mask, a)}

@@ -36,6 +36,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -89,11 +90,16 @@ class Config(config.Settings):
     def __post_init__(self):
         config.check_bounds(self)
         tokenizer.check_settings(self)
-        N = (self.img_size // self.patch_size)**2
+        side = self.img_size // self.patch_size
+        N = side**2
         if not self.min_mask_patches_per_block <= self.num_mask_patches < N:
             raise ValueError(f"--num-mask-patches {self.num_mask_patches} must be at least "
                              f"--min-mask-patches-per-block {self.min_mask_patches_per_block}, and "
                              f"below the {N} patches of an image")
+        if round(math.sqrt(self.min_mask_patches_per_block)) >= side:
+            raise ValueError(f"--min-mask-patches-per-block {self.min_mask_patches_per_block}: no "
+                             f"square block of so many patches is smaller than {side} x {side}, "
+                             f"all patches of an image; choose fewer")
         if self.pos == "none" and not self.rel_pos_bias:
             raise ValueError("--pos none: add --rel-pos-bias, or the network cannot tell positions "
                              "apart")
@@ -117,7 +123,7 @@ def block_mask(u, side, num_mask_patches, min_patches):
     least one rectangle). An attempt fails if height or width of the rectangle is 0 or reaches that
     of the grid, or if it adds no patches or too many. u: (attempts, 4) uniform numbers for area,
     aspect ratio, top and left. Returns (side, side) bool, True: masked."""
-    mask = torch.zeros(side, side, dtype=torch.bool).numpy()
+    mask = np.zeros((side, side), bool)                          # in a loop faster than torch
     n_masked, failed = 0, 0
     for u_area, u_aspect, u_top, u_left in u:
         remaining = num_mask_patches - n_masked
@@ -138,7 +144,8 @@ def block_mask(u, side, num_mask_patches, min_patches):
 
 
 def draw_mask(index, cfg, *key):
-    """Masks (B, N) bool, on the CPU, of the images `index`. key: seed and epoch, or "picture"."""
+    """Masks (B, N) bool, on the CPU, of the images `index`. key: seed and epoch, or
+    "visualization"."""
     side = cfg.img_size // cfg.patch_size
     u = rng.uniform(index, (100, 4), *key, "mask").tolist()      # 1500 masks: at most 32 attempts
     return torch.stack([block_mask(v, side, cfg.num_mask_patches, cfg.min_mask_patches_per_block)
@@ -205,15 +212,16 @@ def main():
         # ---- the method ----------------------------------------------------------------------
         # Images differ in their number of masked patches, and the loss is the mean over the masked
         # patches of the global batch. So all masks are drawn first: the sums of each micro-batch
-        # (loss and mlm_acc) are divided by the mean count of all of them.
-        masks = draw_mask(loader.locate(step)[1], cfg, cfg.seed, batch.epoch)    # on the CPU
+        # (loss and mlm_acc) are divided by the mean count of all of them. The loader knows the
+        # indices on the CPU, where masks are drawn; batch.index would wait for the GPU.
+        masks = draw_mask(loader.locate(step)[1], cfg, cfg.seed, batch.epoch)
         count = all_mean(masks.sum().float()) / cfg.accum_iter
         masks = masks.to(run.device, non_blocking=True).chunk(cfg.accum_iter)
         for part, mask in zip(run.micro_batches(batch), masks):
-            x, u = part.views                        # (B, 3, S, S); u: for the tokenizer
+            x, view = part.views                     # (B, 3, S, S); view: for the tokenizer
             # The tokenizer sees the whole crop; the network has to infer the token of a masked
             # patch from the visible ones.
-            ids = tok.ids(u)[mask]                               # (total_masked,), no gradient
+            ids = tok.ids(view)[mask]                            # (total_masked,), no gradient
             drop = rng.uniform(part.index, 2 * cfg.depth, cfg.seed, part.epoch, "drop")
             with run.autocast():
                 logits = model(x, mask, drop)                            # (total_masked, K)
@@ -243,10 +251,10 @@ def save_visualization(run, cfg, net, tok, images, n=8):
     """visualization.png: the image, its visible patches, and what the tokenizer decodes from the
     true tokens, and from these with the predicted tokens at masked patches."""
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
-    u, _ = next(data.batches(images, cfg.second_input_size, n, run.device, workers=0,
-                             interpolation="lanczos"))
-    mask = draw_mask(index.cpu(), cfg, "picture").to(run.device)
-    ids = tok.ids(u)
+    view, _ = next(data.batches(images, cfg.second_input_size, n, run.device, workers=0,
+                                interpolation="lanczos"))
+    mask = draw_mask(index.cpu(), cfg, "visualization").to(run.device)
+    ids = tok.ids(view)
     with run.autocast():
         logits = net(x, mask)
     predicted = ids.masked_scatter(mask, logits.argmax(1))

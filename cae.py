@@ -42,6 +42,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,7 +72,7 @@ class Config(config.Settings):
     layer_scale: float = 0.1        # initial scale of residual branches (code; ViT-L: 1e-5, and
                                     # other initial weights than here); 0: off
     drop_path: Fraction = 0.1       # stochastic depth, in each of the three parts (code)
-    regressor_depth: int = 4        # regressor blocks, with cross-attention (paper)
+    regressor_depth: Size = 4       # regressor blocks, with cross-attention (paper)
     decoder_depth: int = 4          # decoder blocks, with self-attention (paper)
     decoder_embed_dim: int = 0      # width of regressor and decoder, E (code: 768); 0: D (paper)
     # the objective
@@ -99,11 +100,16 @@ class Config(config.Settings):
     def __post_init__(self):
         config.check_bounds(self)
         tokenizer.check_settings(self)
-        N = (self.img_size // self.patch_size)**2
+        side = self.img_size // self.patch_size
+        N = side**2
         if not self.min_mask_patches_per_block <= self.num_mask_patches < N:
             raise ValueError(f"--num-mask-patches {self.num_mask_patches} must be at least "
                              f"--min-mask-patches-per-block {self.min_mask_patches_per_block}, and "
                              f"below the {N} patches of an image")
+        if round(math.sqrt(self.min_mask_patches_per_block)) >= side:
+            raise ValueError(f"--min-mask-patches-per-block {self.min_mask_patches_per_block}: no "
+                             f"square block of so many patches is smaller than {side} x {side}, "
+                             f"all patches of an image; choose fewer")
 
 
 # ---- Views ---------------------------------------------------------------------------------------
@@ -122,7 +128,7 @@ def block_mask(u, side, num_mask_patches, min_patches):
     rectangle is 0 or reaches that of the grid, or if it adds no patches or too many. u: (attempts,
     4) uniform numbers for area, aspect ratio, top and left. Returns (side, side) bool, True:
     masked."""
-    mask = torch.zeros(side, side, dtype=torch.bool).numpy()
+    mask = np.zeros((side, side), bool)                          # in a loop faster than torch
     n_masked = 0
     for u_area, u_aspect, u_top, u_left in u:
         remaining = num_mask_patches - n_masked
@@ -145,7 +151,8 @@ def block_mask(u, side, num_mask_patches, min_patches):
 
 
 def draw_mask(index, cfg, *key):
-    """Masks (B, N) bool, on the CPU, of the images `index`. key: seed and epoch, or "picture"."""
+    """Masks (B, N) bool, on the CPU, of the images `index`. key: seed and epoch, or
+    "visualization"."""
     side = cfg.img_size // cfg.patch_size
     u = rng.uniform(index, (300, 4), *key, "mask").tolist()      # 1500 masks: at most 130 attempts
     return torch.stack([block_mask(v, side, cfg.num_mask_patches, cfg.min_mask_patches_per_block)
@@ -242,8 +249,8 @@ class Network(nn.Module):
 
     def forward(self, x, visible, masked, drop=None):
         """x: (B, 3, S, S), visible (B, n_visible) and masked (B, n_masked): patch indices, drop:
-        (B, sum(drop_sizes)) random numbers that decide the drop path. Returns logits (B, n_masked,
-        K), zhat and zbar (B, n_masked, E)."""
+        (B, sum(drop_sizes)) random numbers that decide the drop path; None: from torch's generator.
+        Returns logits (B, n_masked, K), zhat and zbar (B, n_masked, E)."""
         if drop is None:
             drop = torch.rand(len(x), sum(self.drop_sizes), device=x.device)
         drop_visible, drop_masked, drop_regressor, drop_decoder = drop.split(self.drop_sizes, 1)
@@ -275,7 +282,8 @@ class Network(nn.Module):
 
     def drop_factors(self, drop, depth):
         """Drop path of regressor or decoder, with a rate that increases linearly from 0: random
-        numbers (B, 2*depth) -> for each block factors (B, 2), 0 or 1/keep."""
+        numbers (B, 2*depth) -> for each block factors (B, 2), 0 or 1/keep; None without drop path,
+        as in eval mode."""
         if drop is None or not self.training or not self.drop_path:
             return [None] * depth
         rates = torch.linspace(0, self.drop_path, depth, device=drop.device).repeat_interleave(2)
@@ -317,12 +325,14 @@ def main():
 
         # ---- the method ----------------------------------------------------------------------
         # All images have the same number of masked patches, so each part can take its own mean.
-        masks = draw_mask(loader.locate(step)[1], cfg, cfg.seed, batch.epoch)    # on the CPU
+        # The loader knows the indices on the CPU, where masks are drawn; batch.index would wait for
+        # the GPU.
+        masks = draw_mask(loader.locate(step)[1], cfg, cfg.seed, batch.epoch)
         masks = masks.to(run.device, non_blocking=True).chunk(cfg.accum_iter)
         for part, mask in zip(run.micro_batches(batch), masks):
-            x, u = part.views                        # (B, 3, S, S); u: for the tokenizer
+            x, view = part.views                     # (B, 3, S, S); view: for the tokenizer
             visible, masked = split_patches(mask, cfg.num_mask_patches)
-            ids = tok.ids(u).gather(1, masked)                       # (B, n_masked), no gradient
+            ids = tok.ids(view).gather(1, masked)                    # (B, n_masked), no gradient
             drop = rng.uniform(part.index, sum(net.drop_sizes), cfg.seed, part.epoch, "drop")
             with run.autocast():
                 logits, zhat, zbar = model(x, visible, masked, drop)
@@ -364,11 +374,11 @@ def save_visualization(run, cfg, net, tok, images, n=8):
     """visualization.png: the image, its visible patches, and what the tokenizer decodes from the
     true tokens, and from these with the predicted tokens at masked patches."""
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
-    u, _ = next(data.batches(images, cfg.second_input_size, n, run.device, workers=0,
-                             interpolation="lanczos"))
-    mask = draw_mask(index.cpu(), cfg, "picture").to(run.device)
+    view, _ = next(data.batches(images, cfg.second_input_size, n, run.device, workers=0,
+                                interpolation="lanczos"))
+    mask = draw_mask(index.cpu(), cfg, "visualization").to(run.device)
     visible, masked = split_patches(mask, cfg.num_mask_patches)
-    ids = tok.ids(u)
+    ids = tok.ids(view)
     with run.autocast():
         logits, _, _ = net(x, visible, masked)
     predicted = ids.scatter(1, masked, logits.argmax(2))

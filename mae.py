@@ -63,7 +63,7 @@ class Config(config.Settings):
     num_heads: Size = 12            # attention heads (paper)
     # the decoder, the same for every encoder
     decoder_embed_dim: Size = 512   # decoder width, E (paper, Table 1b)
-    decoder_depth: int = 8          # decoder blocks (paper, Table 1a); a shallow decoder hurts
+    decoder_depth: Size = 8         # decoder blocks (paper, Table 1a); a shallow decoder hurts
                                     # linear probing most
     decoder_num_heads: Size = 16    # attention heads of the decoder (code)
     # the objective
@@ -243,7 +243,7 @@ def save_visualization(run, cfg, net, images, n=8):
     patches = patchify(x, cfg.patch_size)
     mean, std = patch_stats(patches) if cfg.norm_pix_loss else (0, 1)
     with run.autocast():
-        pred, mask = net(x, rng.uniform(index, patches.shape[1], "picture"))
+        pred, mask = net(x, rng.uniform(index, patches.shape[1], "visualization"))
     columns = {"image": x, "visible": visualize.fill_patches(patches, mask, 0),
                "reconstruction": visualize.fill_patches(patches, mask, pred.float() * std + mean)}
     visualize.save_grid(run, {title: augment.denormalize(z) for title, z in columns.items()})

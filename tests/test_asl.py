@@ -327,6 +327,7 @@ def test_equal_predictions_get_a_warning_if_they_are_aligned(
     ("--dle --dropout 1", "must be above 0 and below 1"),
     ("--lambda-sem 0", "the second version has no loss"),
     ("--mask-ratio 1", "at least one must be removed"),
+    ("--decoder-depth 0", "must be 1 or more"),      # patches could not depend on each other
 ])
 def test_impossible_settings_are_refused(flags, sentence):
     with pytest.raises(ValueError, match=sentence):

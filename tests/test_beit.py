@@ -285,6 +285,7 @@ def test_tokenizer_and_network_have_the_same_view_in_two_sizes():
 @pytest.mark.parametrize("flags, sentence", [
     ("--num-mask-patches 64", "below the 64 patches"),
     ("--num-mask-patches 4", "at least --min-mask-patches-per-block 5"),
+    ("--num-mask-patches 60 --min-mask-patches-per-block 57", "smaller than 8 x 8"),
     ("--num-mask-patches 0", "1 or more"), ("--min-mask-patches-per-block 0", "1 or more"),
     ("--pos none", "add --rel-pos-bias"), ("--tokenizer-kind gan", "must be vq or dvae, not gan"),
     ("--vocab-size 1", "must be 2 or more, not 1"), ("--tokenizer-steps 0", "must be 1 or more"),

@@ -397,7 +397,9 @@ def test_views_are_beits_without_color_jitter():
 @pytest.mark.parametrize("flags, sentence", [
     ("--num-mask-patches 64", "below the 64 patches"),
     ("--num-mask-patches 4", "at least --min-mask-patches-per-block 5"),
+    ("--num-mask-patches 60 --min-mask-patches-per-block 57", "smaller than 8 x 8"),
     ("--num-mask-patches 0", "1 or more"), ("--min-mask-patches-per-block 0", "1 or more"),
+    ("--regressor-depth 0", "1 or more"),
 ])
 def test_impossible_settings_are_refused(flags, sentence):
     with pytest.raises(ValueError, match=sentence):

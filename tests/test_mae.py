@@ -370,7 +370,7 @@ def test_visualization_shows_image_visible_patches_and_reconstruction(monkeypatc
     x, index = next(data.batches(images, 32))
     with torch.no_grad():
         mae.save_visualization(run, settings(), net, images)
-        pred, mask = net(x, rng.uniform(index, 16, "picture"))
+        pred, mask = net(x, rng.uniform(index, 16, "visualization"))
     patches = mae.patchify(x, 8)
     removed = visualize.fill_patches(0 * patches, mask, 1).bool()                # (B, 3, S, S)
     assert list(columns) == ["image", "visible", "reconstruction"]
@@ -390,6 +390,12 @@ def test_visualization_shows_image_visible_patches_and_reconstruction(monkeypatc
 def test_impossible_mask_ratio_is_refused(ratio, sentence):
     with pytest.raises(ValueError, match=sentence):
         settings("--mask-ratio", ratio)
+
+
+def test_without_a_decoder_block_nothing_would_be_learned():
+    """The predictions of masked patches would not depend on the visible ones."""
+    with pytest.raises(ValueError, match="--decoder-depth must be 1 or more"):
+        settings("--decoder-depth", "0")
 
 
 def test_defaults_are_the_papers():
