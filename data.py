@@ -72,17 +72,17 @@ class View:
 
 @dataclass
 class Batch:
+    """The images of one process in a step, or in a micro-batch (split), in all views."""
     views: list                             # of (B, 3, S, S) float32, normalized, on the device
     index: torch.Tensor                     # (B,) int64, indices of the images in the data set
     label: torch.Tensor | None              # (B,) int64
     epoch: int
-    step: int                               # of the run, from 0
 
     def split(self, n):
         """n equal parts, for gradient accumulation."""
         labels = self.label.chunk(n) if self.label is not None else [None] * n
         for i, (index, label) in enumerate(zip(self.index.chunk(n), labels)):
-            yield Batch([v.chunk(n)[i] for v in self.views], index, label, self.epoch, self.step)
+            yield Batch([v.chunk(n)[i] for v in self.views], index, label, self.epoch)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class Loader:
             views.append(out)
         labels = self.images.labels
         label = None if labels is None else labels[index].to(self.device, non_blocking=True)
-        return Batch(views, device_index, label, epoch, step)
+        return Batch(views, device_index, label, epoch)
 
 
 def training_sets(run, views):

@@ -53,7 +53,6 @@ from lib.weights import init_linear
 
 # B images per process and micro-batch, 2 + n_local crops of each, D width, K prototypes, S and S'
 # sides of a global and a local crop; tau_t, tau_s: --teacher-temp, --student-temp
-# (paper), (code): the value is the paper's or the official code's
 
 
 @dataclass

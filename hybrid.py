@@ -156,7 +156,7 @@ def enlarge(mask, times):
 
 
 def draw_mask(index, cfg, *key):
-    """Masks (B, h, w) bool of the images `index` (B,). key: seed and epoch, or "picture"."""
+    """Masks (B, h, w) bool of the images `index` (B,). key: seed and epoch, or "visualization"."""
     side = cfg.img_size // cfg.mask_patch_size
     u = rng.uniform(index, (side, side), *key, "mask")
     return square_mask(u, cfg.mask_ratio, cfg.mask_patch_size // cfg.patch_size)
@@ -277,21 +277,21 @@ def main():
             pixels, q = student(mim, cl)
             with torch.no_grad():
                 _, k = teacher(cl=cl)                # train mode: statistics of the batch
-        parts = {}                                                           # in fp32
+        losses = {}                                                          # in fp32
         if mim:
             masked = enlarge(mask, cfg.patch_size)                           # (B, S, S)
-            parts["loss_mim"] = rec_loss(pixels.float(), x1, masked)
+            losses["loss_mim"] = rec_loss(pixels.float(), x1, masked)
         if cl:
             k2, k3 = (all_gather(z.float()) for z in k)              # (batch_size, out_dim)
-            parts["loss_cl"] = (contrastive_loss(q[0].float(), k3, cfg.temperature, first) +
-                                contrastive_loss(q[1].float(), k2, cfg.temperature, first))
-        loss = ((1 - cfg.lambda_cl) * parts.get("loss_mim", 0) +
-                cfg.lambda_cl * parts.get("loss_cl", 0))
+            losses["loss_cl"] = (contrastive_loss(q[0].float(), k3, cfg.temperature, first) +
+                                 contrastive_loss(q[1].float(), k2, cfg.temperature, first))
+        loss = ((1 - cfg.lambda_cl) * losses.get("loss_mim", 0) +
+                cfg.lambda_cl * losses.get("loss_cl", 0))
 
         loss.backward()
         # clip_grad_norm_ adds 1e-6 to the norm; 0: no clipping
         grad_norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad or math.inf)
-        run.log(loss=loss, **parts, lr=lr, grad_norm=grad_norm)
+        run.log(loss=loss, **losses, lr=lr, grad_norm=grad_norm)
         opt.step()
         opt.zero_grad()
         # ---- bookkeeping ---------------------------------------------------------------------
@@ -303,11 +303,11 @@ def main():
                 visible = x1.masked_fill(masked[:, None], torch.nan)
                 baseline = rec_loss(visible.nanmean((2, 3), keepdim=True), x1, masked)
                 found["loss_mean_color"] = baseline
-                visualize.warn_of_mean_color(run, parts["loss_mim"], baseline, "loss_mim",
+                visualize.warn_of_mean_color(run, losses["loss_mim"], baseline, "loss_mim",
                                              "a lower --lambda-cl" if cl else "another --lr")
             if cl:
                 visualize.warn_of_equal_tokens(
-                    run, found.get("feat_std", 1), "loss_cl", parts["loss_cl"],
+                    run, found.get("feat_std", 1), "loss_cl", losses["loss_cl"],
                     4 * cfg.temperature * math.log(cfg.batch_size))
             run.log(**found)
             with run.evaluation(net):
@@ -325,7 +325,7 @@ def save_visualization(run, cfg, net, images, n=8):
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
     columns, attention = {"image": x}, visualize.last_attention(run, net.backbone, x)
     if cfg.lambda_cl < 1:
-        mask = draw_mask(index, cfg, "picture")
+        mask = draw_mask(index, cfg, "visualization")
         masked = enlarge(mask, cfg.patch_size)[:, None]
         with run.autocast():
             pixels, _ = net((x, mask, None))

@@ -65,7 +65,6 @@ from lib.weights import init_linear
 
 # B images per process and micro-batch, 2 + n_local crops of each, D width, K prototypes, S and S'
 # sides of a global and a local crop; tau_t, tau_s: --teacher-temp, --student-temp
-# (paper), (code): the value is the paper's or the official code's
 # N patches of a global crop, n_masked masked ones in all global crops; tau_p: --teacher-patch-temp
 # teacher's logits t (class tokens) and u (patches), assignments P and Q; student's logits s and w
 

@@ -314,6 +314,7 @@ def patch_loss(Q, K, tau, group_size):
     patch = torch.arange(group_size * N, device=Q.device)
     ignored = (image[:, None] == image) & (patch[:, None] != patch)      # (group_size*N)^2
     Q, K = (F.normalize(z, dim=-1).view(-1, group_size * N, z.shape[-1]) for z in (Q, K))
+    # q / tau: dividing the logits would take longer.
     return torch.stack([F.cross_entropy((q / tau @ k.T).masked_fill_(ignored, -torch.inf), patch)
                         for q, k in zip(Q, K)]).mean()
 
@@ -372,25 +373,25 @@ def main():
                 k, K, _ = teacher(intact)        # train mode: statistics of the batch, as in SiT
             q, Q, pixels = student(x, crops, drop[:2 * B], drop[2 * B:])
 
-        parts = {}                                                   # losses, in fp32
+        losses = {}                                                  # in fp32
         if cfg.lambda_rec:
             # All processes divide by the same mean count: DDP's mean of their gradients is then
             # that of the mean over all corrupted pixels of the global batch.
             count = all_mean(region.sum().float())
-            parts["loss_rec"] = rec_loss(pixels.float(), intact, region, count)
+            losses["loss_rec"] = rec_loss(pixels.float(), intact, region, count)
         if cfg.lambda_cls:
             k = all_gather(k.float().unflatten(0, (2, B)).transpose(0, 1))   # (batch_size, 2, ...)
             q = q.float().unflatten(0, (-1, B))                              # (2+n_local, B, ...)
-            parts["loss_cls"] = cls_loss(q, k.transpose(0, 1), cfg.temperature, run.rank * B)
+            losses["loss_cls"] = cls_loss(q, k.transpose(0, 1), cfg.temperature, run.rank * B)
         if cfg.lambda_patch:
-            parts["loss_patch"] = patch_loss(Q.float(), K.float(), cfg.temperature, cfg.group_size)
-        loss = (cfg.lambda_rec * parts.get("loss_rec", 0) +
-                cfg.lambda_cls * parts.get("loss_cls", 0) +
-                cfg.lambda_patch * parts.get("loss_patch", 0))               # eq. 4
+            losses["loss_patch"] = patch_loss(Q.float(), K.float(), cfg.temperature, cfg.group_size)
+        loss = (cfg.lambda_rec * losses.get("loss_rec", 0) +
+                cfg.lambda_cls * losses.get("loss_cls", 0) +
+                cfg.lambda_patch * losses.get("loss_patch", 0))               # eq. 4
 
         loss.backward()
         grad_norm = clip_per_tensor(student.parameters(), cfg.clip_grad)
-        run.log(loss=loss, **parts, lr=lr, grad_norm=grad_norm)
+        run.log(loss=loss, **losses, lr=lr, grad_norm=grad_norm)
         opt.step()
         opt.zero_grad()
         ema_update(teacher, student, momentum)                               # after the step
@@ -399,11 +400,11 @@ def main():
         if run.eval_due:
             found = visualize.evaluate(run, teacher.backbone, bank, queries)
             run.log(**found)
-            with run.evaluation(student):
+            with run.evaluation(student, teacher):
                 save_visualization(run, cfg, unwrap(student), teacher, queries)
             if cfg.lambda_cls:
                 visualize.warn_of_equal_tokens(run, found.get("feat_std", 1), "loss_cls",
-                                               parts["loss_cls"], math.log(cfg.batch_size))
+                                               losses["loss_cls"], math.log(cfg.batch_size))
         if run.save_due:
             run.save_encoder(teacher.backbone, branch="teacher", heads={
                 name: head.state_dict() for name, head in
@@ -416,7 +417,7 @@ def save_visualization(run, cfg, student, teacher, images, n=8):
     reconstruction; cosine similarity of each of the teacher's patch tokens to that of the center
     patch (as in the paper's zero-shot segmentation), from the smallest in the image (blue) to 1."""
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
-    region, *fill = corruption(index, cfg, len(x), "picture")     # pastes from all n images
+    region, *fill = corruption(index, cfg, len(x), "visualization")  # pastes from all n images
     corrupted = corrupt(x, region, *fill)
     columns = {"intact": x, "corrupted": corrupted}
     with run.autocast():

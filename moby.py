@@ -57,7 +57,6 @@ from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
 # B images per process, batch_size of all processes, N patches, D width, S image side,
 # out_dim width of queries and keys
-# (paper), (code): the value is the paper's or the official code's
 
 
 @dataclass
@@ -80,9 +79,8 @@ class Config(config.Settings):
     out_dim: Size = 256             # width of queries and keys (code)
     # the objective
     temperature: Positive = 0.2     # tau (code)
-    queue_size: Size = 4096         # keys in the queue of each view (code); at most an eighth of
-                                    # the images, or it often holds the query's own image (our
-                                    # choice)
+    queue_size: Size = 4096         # keys in the queue of each view (code); choose at most an
+                                    # eighth of the images, or it often holds the query's own image
     momentum_teacher: Fraction = 0.99      # EMA momentum, increased to 1 by a cosine (paper)
     # the views
     crop_min: Fraction = 0.08       # smallest area of a crop (code)
@@ -239,7 +237,7 @@ def main():
 
         net = unwrap(student)
         if run.eval_due:
-            found = visualize.evaluate(run, net.backbone, bank, queries)
+            found = visualize.evaluate(run, net.backbone, bank, queries, "bilinear")
             run.log(**found)
             with run.evaluation(net.backbone):
                 save_visualization(run, net.backbone, batch.views, q1, k2)

@@ -68,13 +68,13 @@ class Config(config.Settings):
     # the objective
     temperature: Positive = 0.2     # tau (paper); the official script's default is for ResNets
     momentum_teacher: Fraction = 0.99      # EMA momentum (paper), increased to 1 by a cosine
-                                           # (code); 0: no momentum, constant
+                                           # (code); 0: no momentum, constant (in the other
+                                           # methods but hybrid.py 0 also increases)
     # the views
-    crop_min: Fraction = 0.08       # smallest area of a crop (official code, for ViTs)
-    color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (official
-                                                  # code)
-    blur_p: Fraction = 1.0          # probability of blur in view 1; view 2: a tenth of it (official
-                                    # code: BYOL's)
+    crop_min: Fraction = 0.08       # smallest area of a crop (code, for ViTs)
+    color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)    # brightness, contrast, saturation, hue (code)
+    blur_p: Fraction = 1.0          # probability of blur in view 1; view 2: a tenth of it (code:
+                                    # BYOL's)
     # the optimization
     epochs: Positive = 300          # epochs (paper)
     warmup_epochs: float = 40.0     # linear warmup of the learning rate from 0 (paper)
@@ -194,7 +194,7 @@ def main():
 
         net = unwrap(student)
         if run.eval_due:
-            found = visualize.evaluate(run, net.backbone, bank, queries)
+            found = visualize.evaluate(run, net.backbone, bank, queries, "bilinear")
             run.log(**found)
             with run.evaluation(net.backbone):
                 save_visualization(run, net.backbone, batch.views, q1, k2[first:first + B])

@@ -79,7 +79,6 @@ from lib.weights import init_linear
 
 # B images per process and micro-batch, 2 + n_local crops of each, D width, K prototypes, S and S'
 # sides of a global and a local crop; tau_t, tau_s: --teacher-temp, --student-temp
-# (paper), (code): the value is the paper's or the official code's
 # N patches of a crop, H heads, K_patch patch prototypes; t, u: teacher's logits; s, w: student's
 
 
@@ -123,7 +122,8 @@ class Config(config.Settings):
     center_momentum: Fraction = 0.9 # EMA momentum of centers (code)
     freeze_last_layer: float = 1.0  # epochs in which the last layer is frozen (code)
     temperature: Positive = 0.2     # moby: tau of the contrastive loss (MoBY)
-    queue_size: Size = 4096         # moby: keys in the queue of each view (MoBY)
+    queue_size: Size = 4096         # moby: keys in the queue of each view (MoBY); choose at most an
+                                    # eighth of the images
     # the views
     global_crops_scale: tuple = (0.25, 1.0)   # global crop area (code;
                                               # without local crops, code: 0.14 to 1)
@@ -504,7 +504,7 @@ def main():
                 entropy = torch.special.entr(P).sum(-1).mean()
                 run.log(entropy=entropy, kl=loss_cls - entropy)
 
-        if moby:
+        if moby:          # clip_grad_norm_ adds 1e-6 to the norm; 0: no clipping
             grad_norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad or math.inf)
         else:
             grad_norm = clip_per_tensor(student.parameters(), cfg.clip_grad)
@@ -528,8 +528,9 @@ def main():
             run.log(mi=mi)
         run.log(entropy_patch=entropy_patch, mi_patch=mi_patch, lr=lr, grad_norm=grad_norm)
         net = unwrap(student) if moby else teacher                           # the one to evaluate
+        interpolation = "bilinear" if moby else "bicubic"                    # of its resize
         if run.eval_due:
-            found = visualize.evaluate(run, net.backbone, bank, queries)
+            found = visualize.evaluate(run, net.backbone, bank, queries, interpolation)
             run.log(**found)
             with run.evaluation(net):
                 maps = []
@@ -550,7 +551,7 @@ def main():
             heads = dict(ca_head=net.ca_head, p_head=net.p_head, **(
                 dict(net.c_head.named_children()) if moby else dict(c_head=net.c_head)))
             run.save_encoder(net.backbone, branch="base" if moby else "teacher",
-                             interpolation="bilinear" if moby else "bicubic",
+                             interpolation=interpolation,
                              heads={name: head.state_dict() for name, head in heads.items()})
             run.save()
 

@@ -118,7 +118,7 @@ def enlarge(mask, times):
 
 
 def draw_mask(index, cfg, *key):
-    """Masks (B, h, w) bool of the images `index` (B,). key: seed and epoch, or "picture"."""
+    """Masks (B, h, w) bool of the images `index` (B,). key: seed and epoch, or "visualization"."""
     side = cfg.img_size // cfg.mask_patch_size
     u = rng.uniform(index, (side, side), *key, "mask")
     return square_mask(u, cfg.mask_ratio, cfg.mask_patch_size // cfg.patch_size)
@@ -221,7 +221,7 @@ def main():
 def save_visualization(run, cfg, net, images, n=8):
     """visualization.png: the image, its visible pixels, the reconstruction."""
     x, index = next(data.batches(images, cfg.img_size, n, run.device, workers=0))
-    mask = draw_mask(index, cfg, "picture")
+    mask = draw_mask(index, cfg, "visualization")
     masked_pixels = enlarge(mask, cfg.patch_size)[:, None]
     with run.autocast():
         pixels = net(x, mask)

@@ -174,7 +174,7 @@ class ViT(nn.Module):
     layer_scale  initial value of LayerScale after each branch; None: no LayerScale
     qkv_bias     "fused", "split" or "none", see Attention
     drop_path    fraction of branches dropped in the last block, increasing linearly from 0 in the
-                 first
+                 first (a single block: 0)
     final_norm   whether a LayerNorm follows the last block
     resize       rule for absolute positions, "dino", "size" or "antialias", see
                  positions.resize_positions; tables of relative positions are always resized by

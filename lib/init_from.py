@@ -4,9 +4,11 @@
     lines = initial.load(network, network.encoder, full=checkpoints.mae_names(network))
 
 The file is a published one, or encoder.pt or full.pt of a run: all that lib/checkpoints.py reads.
-Afterwards the run's encoder computes the same tokens as the encoder in the file. What the run's
-method stores in another form is converted (see `convert`), what it cannot represent is refused.
-Decoders of MAE, ASL and SimMIM are loaded too. Everything else is initialized from scratch.
+Afterwards the run's encoder computes the same tokens as the encoder in the file; if only one of
+them has a class token or a final norm (SelfPatch), these are left out or start from scratch, are
+listed, and the tokens differ. What the run's method stores in another form is converted (see
+`convert`); other kinds of positions, register tokens and SwiGLU are refused. Decoders of MAE, ASL
+and SimMIM are loaded too. Everything else is initialized from scratch.
 """
 import re
 import typing
@@ -170,7 +172,8 @@ def listed(names):
 
 def convert(loaded, encoder):
     """The state dict of the ViT `loaded` for the ViT `encoder`, which then computes the same tokens
-    from the same images; and sentences that describe what was changed."""
+    from the same images, if both have the same parts; and sentences that describe what was
+    changed."""
     state, notes = loaded.state_dict(), []
     source = loaded.source
     if (tuple(source.mean), tuple(source.std)) != (checkpoints.MEAN, checkpoints.STD):

@@ -122,8 +122,8 @@ def describe_flat_loss(log, batch_size):
 class Run:
     """The state of a run, and what its loop calls (see the top of this file).
 
-    Methods read out, device, world and, in the body of the loop, eval_due and save_due: whether
-    this step's body should evaluate, and whether it should save."""
+    Methods read cfg, device, rank, world and, in the body of the loop, eval_due and save_due:
+    whether this step's body should evaluate, and whether it should save."""
 
     def __init__(self, cfg):
         self.cfg, self.out, self.folder = cfg, Path(cfg.out), RunFolder(cfg)
@@ -244,7 +244,8 @@ class Run:
                 called = time.perf_counter()
                 batch = next(batches)
                 self.interval.waited += time.perf_counter() - called
-                torch.manual_seed(rng.key(self.cfg.seed, "step", step, self.rank))  # for dropout
+                # The methods draw from lib.rng only; this is for an evaluation's untrained network.
+                torch.manual_seed(rng.key(self.cfg.seed, "step", step, self.rank))
                 overdue, stop = self._max_over_processes(
                     time.perf_counter() - self.last_save >= 60 * self.cfg.save_every, self.signal)
                 last = step + 1 == self.total

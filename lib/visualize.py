@@ -19,7 +19,7 @@ from lib import augment, checkpoints, distributed, metrics, progress
 # Evaluation during training
 
 
-def evaluate(run, encoder, bank, queries):
+def evaluate(run, encoder, bank, queries, interpolation="bicubic"):
     """Accuracies in percent of two classifiers on frozen features, and feat_std.
 
     bank and queries: datasets.Images, in a run 2,000 and 500. Returns {"knn": weighted 10 nearest
@@ -33,29 +33,29 @@ def evaluate(run, encoder, bank, queries):
     are printed."""
     found = {}
     with run.evaluation(encoder):
-        known = embed(run, encoder, bank)
+        known = embed(run, encoder, bank, interpolation)
         if known[0].shape[1] > 1:                        # one image has no standard deviation
             tokens = known[0][0]
             found["feat_std"] = F.normalize(tokens, dim=-1).std(0).mean() * tokens.shape[1]**0.5
         labeled = bank.labels is not None and queries.labels is not None
         if labeled and bank.classes == queries.classes and bank.split != queries.split:
-            found |= accuracies(known, embed(run, encoder, queries))
+            found |= accuracies(known, embed(run, encoder, queries, interpolation))
             if run.step * run.cfg.evals // run.total == 0:       # no evaluation before this one
-                print_baselines(run, encoder, bank, queries)
+                print_baselines(run, encoder, bank, queries, interpolation)
     # All processes must log the same names, or they would wait for each other forever. If only some
     # of them can read all images, the numbers of values differ: their variance is not 0.
     n = distributed.all_mean(torch.tensor([len(found), len(found)**2.0], device=run.device))
     return found if n[1] == n[0]**2 else {}
 
 
-def embed(run, encoder, images):
+def embed(run, encoder, images, interpolation="bicubic"):
     """Class tokens and mean patch tokens (2, n, D) of the images that can be read, and their labels
     (n,), None if there are none. The mean patch token replaces a missing class token."""
     tokens, numbers = [], []
     with progress.bar(desc=f"encoding {images.split}", total=len(images), unit="images",
                       shown=distributed.rank() == 0) as bar:
         for x, index in data.batches(images, run.cfg.img_size, device=run.device,
-                                     workers=run.cfg.workers):
+                                     workers=run.cfg.workers, interpolation=interpolation):
             with run.autocast():
                 cls, patches = encoder.split(encoder(x))
             patch = patches.float().mean(1)
@@ -89,12 +89,12 @@ class Pixels(torch.nn.Module):
         return None, x[:, None]
 
 
-def print_baselines(run, encoder, bank, queries):
+def print_baselines(run, encoder, bank, queries, interpolation):
     """Prints the accuracies of raw pixels and of an untrained network with the settings of
     `encoder`."""
     untrained = type(encoder)(**encoder.config).to(run.device).eval()
     for name, baseline in (("raw pixels", Pixels()), ("an untrained network", untrained)):
-        found = accuracies(*(embed(run, baseline, images) for images in (bank, queries)))
+        found = accuracies(*(embed(run, baseline, x, interpolation) for x in (bank, queries)))
         if name == "raw pixels":
             found = {key: x for key, x in found.items() if not key.endswith("_patch")}
         run.print0(f"for comparison, {name}: " +

@@ -463,7 +463,7 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
     or indices of the images. names: the features to keep; if a model has none of them (pixels have
     no class token), all of its features are kept. encode: encoder, x -> features. total: number of
     images, for the progress bar. key: describes the images, which are then encoded once for all
-    tasks of --task all, and with --cache once for all calls.
+    tasks of a call, and with --cache once for all calls.
     ValueError: no images, features that are not finite, most images cannot be read.
     """
     encode = encode if model.encoder else pixel_features
@@ -569,7 +569,7 @@ def keep_features(model, features, names):
 # Functions of features that several tasks take; the others (of blocks, tokens) are not kept.
 OF_SEVERAL_TASKS = pooled_features, jointly_normalized, projected_features, pixel_features
 KEPT_BYTES = 2**30       # of the features in `kept`: the oldest ones are dropped
-kept = None              # {feature_name: (features, numbers)} in --task all, see `keep_in_memory`
+kept = None              # {feature_name: (features, numbers)} for several tasks: `keep_in_memory`
 
 
 @contextlib.contextmanager
@@ -607,9 +607,10 @@ def load_split(name, root, split, img_size, limit, device):
 def load_labeled(model, opt, split):
     """A split whose images have labels (datasets.Images), and its number of classes.
 
-    Splits without a common class number their own classes: both must have the same ones. few_shot
-    trains nothing and does not load the training split.
-    ValueError: no labels; no class of train is in test.
+    Splits without a common class number their own classes: both must have the same ones. With
+    split "train" both are therefore loaded.
+    ValueError: no classes; no labels; splits with different classes. A class of the test images
+    without training images is only noted.
     """
     if opt.data in LAYOUT and opt.data not in datasets.NAMES:
         labeled = [name for name in datasets.NAMES if name not in ("synthetic", "coco")]

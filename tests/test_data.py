@@ -64,7 +64,6 @@ def test_resume_from_any_step_gives_the_same_batches_bit_for_bit(folder):
         for start in (1, 4, 5):
             again = take(data.Loader(images, VIEWS, 8, seed=3, workers=0), 2, start)
             assert all(map(equal, again, whole[start:start + 2]))
-            assert [b.step for b in again] == [start, start + 1]
         assert not equal(whole[0], whole[1])
         other = take(data.Loader(images, VIEWS, 8, seed=4, workers=0), 1)[0]
         assert not equal(whole[0], other)

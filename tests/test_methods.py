@@ -427,9 +427,14 @@ def test_a_network_that_learned_nothing_gives_a_warning(
 def test_the_evaluated_network_is_saved_with_its_own_heads(
         method, run, few, tmp_path, monkeypatch):
     """Of two networks the same one, in kNN, encoder.pt and its heads."""
-    looked = []
-    monkeypatch.setattr(visualize, "evaluate", lambda _, encoder, *__: (
-        looked.append({key: x.clone() for key, x in encoder.state_dict().items()}), {})[1])
+    looked, resizes = [], []
+
+    def evaluate(run, encoder, bank, queries, interpolation="bicubic"):
+        looked.append({key: x.clone() for key, x in encoder.state_dict().items()})
+        resizes.append(interpolation)
+        return {}
+
+    monkeypatch.setattr(visualize, "evaluate", evaluate)
     run(method, "--out", tmp_path, "--steps", 1, "--evals", 1, "--lr", 0.1)
     net = checkpoints.load_encoder(tmp_path / "encoder.pt", quiet=True)
     own = torch.load(tmp_path / "last.pt")["state"]
@@ -443,8 +448,8 @@ def test_the_evaluated_network_is_saved_with_its_own_heads(
     for name, head in net.source.heads.items():
         for key, x in head.items():
             assert torch.equal(x, own[f"{HEADS[method][name]}.{key}"]), (name, key)
-    assert net.source.interpolation == (
-        "bilinear" if method in ("moco_v3", "moby") else "bicubic")
+    assert [net.source.interpolation] == resizes == [
+        "bilinear" if method in ("moco_v3", "moby") else "bicubic"]
 
 
 def test_a_resumed_run_uses_the_current_weight_decay(run, few, tmp_path):
@@ -550,7 +555,7 @@ def test_a_run_is_the_same_in_two_processes_after_a_kill_and_in_micro_batches(
     ("hybrid", "Network", 0.0108), ("beit", "Network", 0.0108), ("cae", "Network", 0.0108)])
 def test_mask_tokens_are_initialized_as_published(method, name, std):
     module, drawn = importlib.import_module(method), []       # 0.0108: 0.02, truncated at 1 sigma
-    less = dict(depth=1, decoder_depth=0, regressor_depth=0, mlp_dim=16)
+    less = dict(depth=1, decoder_depth=1, regressor_depth=1, mlp_dim=16)
     cfg = module.Config(**{k: v for k, v in less.items() if k in config.fields(module.Config)})
     for seed in range(4):
         torch.manual_seed(seed)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import data
 import vit
 from lib import augment, datasets, distributed, metrics, visualize
 from lib.run import Run
@@ -119,6 +120,19 @@ def test_knn_keeps_labels_and_images_together_if_a_file_is_unreadable(tmp_path, 
     tests = replace(bank, split="test", labels=labels[8:], paths=paths[8:])
     found = visualize.evaluate(run, net, bank, tests)
     assert (found["knn"], found["knn_patch"]) == (100, 100)
+
+
+def test_images_are_resized_as_evaluate_resizes_them_for_the_method(tmp_path):
+    """MoCo v3 and MoBY: bilinear. (A noisy image; bicubic: negative control.)"""
+    noise = torch.randint(256, (50, 50, 3), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "0.png")
+    images = datasets.Images("x", "test", None, None, paths=[str(tmp_path / "0.png")])
+    run = small_run(19, [])
+    found = {kernel: visualize.embed(run, visualize.Pixels(), images, kernel)[0]
+             for kernel in ("bilinear", "bicubic")}
+    (x, _), = data.batches(images, 16, workers=0, interpolation="bilinear")
+    assert torch.equal(found["bilinear"][0], visualize.Pixels()(x))
+    assert not torch.equal(found["bilinear"], found["bicubic"])
 
 
 @pytest.mark.parametrize("P, entropy, mi", [
