@@ -27,7 +27,7 @@ HEADER = """\
 """
 FREE = {"data_root", "out", "workers", "device", "precision", "save_every"}    # need not be default
 IMAGES = {"toy": toy.NUM_IMAGES["train"], "cifar10": 50_000}
-LINES = 200                                  # of a curve of the loss, at most
+LINES = 150                                  # of a curve of the loss, at most
 
 
 def read_curve(out):

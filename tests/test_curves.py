@@ -107,8 +107,8 @@ def test_of_a_long_log_some_lines_are_kept(tmp_path):
     lines.append(dict(step=6864, loss=1.0, knn=30.0))
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     _, _, curve = curves.read_curve(tmp_path)
-    assert curve["step"][:3] == curve["loss"][:3] == [40, 80, 120]
-    assert curve["step"][-2:] == [6840, 6864] and len(curve["step"]) == 172
+    assert curve["step"][:3] == curve["loss"][:3] == [50, 100, 150]
+    assert curve["step"][-2:] == [6850, 6864] and len(curve["step"]) == 138
 
 
 def test_curves_of_other_methods_and_data_sets_are_kept(tmp_path, monkeypatch):
