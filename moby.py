@@ -98,9 +98,9 @@ class Config(config.Settings):
     clip_grad: float = 5.0          # max norm of the gradient (code); 0: no clipping
 
     def __post_init__(self):
-        config.check_bounds(self)
-        if self.backbone != "vit":
+        if self.backbone in swin.SIZES:
             swin.set_sizes(self)
+        config.check_bounds(self)
         if self.accum_iter > 1:
             raise ValueError("MoBY's batch norms see all images of a batch: micro-batches would "
                              "change the result; leave out --accum-iter and use a smaller "

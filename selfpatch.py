@@ -147,9 +147,9 @@ class Config(config.Settings):
                                     # add --warmup-epochs 0 --freeze-last-layer 0 (in epochs)
 
     def __post_init__(self):
-        config.check_bounds(self)
-        if self.backbone != "vit":
+        if self.backbone in swin.SIZES:
             swin.set_sizes(self)
+        config.check_bounds(self)
         if not 1 <= self.num_positives <= 8:
             raise ValueError("--num-positives must be 1 to 8 of the 8 neighbors")
         if self.local_crops_number and self.local_crops_size % self.patch_size:

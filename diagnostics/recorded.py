@@ -1,10 +1,10 @@
 """Numbers that training and evaluate.py recorded: the log of a run, and results.jsonl next to a
 checkpoint. No model is run here."""
-import json
 from pathlib import Path
 
 from diagnostics.inputs import MissingInput
 from lib import config
+from lib.folder import read_lines
 from probes.common import WITHOUT_EFFECT, complete_settings
 
 
@@ -32,13 +32,6 @@ def read_loss(model, opt):
         if distances:
             out["relative_distance"] = sum(distances) / len(distances)
     return out
-
-
-def read_lines(file):
-    """The lines of a .jsonl file, as dicts; none without a file. The last line is incomplete if the
-    process was killed while it wrote it."""
-    lines = file.read_text().splitlines() if file and file.is_file() else ()
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def read_results(model, opt, task, more_flags="", any_window=False):

@@ -8,6 +8,7 @@ Files are untrusted: no code in them is run, and a missing or unexpected key is 
 of an official file is recognized from its keys, in lib/checkpoint_layouts.py.
 """
 import argparse
+import errno
 import os
 import pathlib
 import re
@@ -151,7 +152,7 @@ def read_file(path):
         raise ValueError(f"{path} is read by the package {error.name}: "
                          f"pip install {error.name}") from None
     except Exception as error:                # untrusted bytes can raise anything
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # truncated
             raise OSError(f"cannot read {path} ({error.strerror})") from None
         foreign = re.search(r"GLOBAL (\S+)|(Object arrays|Can only \w+)", str(error))
         if foreign:

@@ -47,6 +47,8 @@ class Settings:
     data_root: str = ""          # folder with the data sets; default: $DATA_ROOT, else datasets/
     out: str = ""                # folder of this run; default: out/METHOD-DATA
     init_from: str = ""          # checkpoint file whose weights the run starts from
+    normalization: typing.Literal["auto", "imagenet", "0.5"] = "auto"  # of the input of the network
+                                 # in that file; auto: as the file says, else as published
     resume: bool = False         # continue from the last checkpoint in the run's folder
     seed: int = 0                # seed of all random numbers
     steps: int = 0               # optimizer steps of the run; 0: as many as --epochs gives
@@ -96,8 +98,8 @@ def metavar(kind):
 
 
 def check_bounds(cfg):
-    """Raises ValueError for a number outside the bounds of its type (NaN is outside), and for a
-    value that is not one of the choices of a Literal."""
+    """Raises ValueError for a number outside the bounds of its type (NaN is outside), for a value
+    that is not one of the choices of a Literal, and for sizes that do not divide each other."""
     for name, hint in typing.get_type_hints(type(cfg), include_extras=True).items():
         low, high = getattr(hint, "__metadata__", [(0, math.inf)])[0]
         value = getattr(cfg, name)
@@ -108,6 +110,18 @@ def check_bounds(cfg):
         if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
             raise ValueError(f"{flag(name)} must be {' or '.join(typing.get_args(hint))}, not "
                              f"{value}")
+    for name in "drop_path", "beta2":
+        if getattr(cfg, name, 0) == 1:
+            raise ValueError(f"{flag(name)} must be below 1")
+    for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads"),
+                        ("decoder_embed_dim", "decoder_num_heads")):
+        if hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
+            raise ValueError(f"{flag(whole)} {getattr(cfg, whole)} must be a multiple of "
+                             f"{flag(part)} {getattr(cfg, part)}")
+    for name in "embed_dim", "decoder_embed_dim":
+        if getattr(cfg, "pos", "sincos").startswith("sincos") and getattr(cfg, name, 0) % 4:
+            raise ValueError(f"{flag(name)} {getattr(cfg, name)} must be a multiple of 4, for the "
+                             f"sine-cosine positions")
 
 
 def convert(name, value, kind):
@@ -131,7 +145,8 @@ def convert(name, value, kind):
     except (ValueError, TypeError, KeyError, OverflowError):
         noun = {int: "a whole number", float: "a number", bool: "true or false",
                 tuple: "numbers", str: "text"}[kind]
-        raise ValueError(f"{flag(name)} must be {noun}, not {value!r}") from None
+        hint = "; name the run's folder with --out" * (name == "resume")
+        raise ValueError(f"{flag(name)} must be {noun}, not {value!r}{hint}") from None
 
 
 def expand_home(value):
@@ -145,6 +160,8 @@ def read_yaml(path):
         content = yaml.safe_load(Path(path).read_text()) or {}
     except FileNotFoundError:
         raise FileNotFoundError(f"no config file {path}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8") from None
     except yaml.YAMLError as e:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
@@ -179,8 +196,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if found := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
-            close = difflib.get_close_matches(found[1], known, n=1, cutoff=0)
-            message = f"unknown flag {found[1]}; did you mean {close[0]}?"
+            close = [name for name in known if name.startswith(f"{found[1]}-")]
+            close += difflib.get_close_matches(found[1], known, n=1, cutoff=0.7)
+            message = f"unknown flag {found[1]}" + (f"; did you mean {close[0]}?" if close else "")
         elif found := re.search(r"unrecognized arguments: (\S+)", message):
             message = f"{found[1]!r} does not belong to a flag"
         self.exit(2, f"error: {message} (--help lists all)\n")
@@ -261,7 +279,10 @@ def parse(cls, argv=None):
                 continue
             if name not in known:
                 raise ValueError(f"unknown key {name!r} in {source}{nearest(name, known)}")
-            values[name], origin[name] = convert(name, value, known[name][0]), source
+            try:
+                values[name], origin[name] = convert(name, value, known[name][0]), source
+            except ValueError as e:
+                raise ValueError(f"{e} (from {source})" if source != "flags" else e) from None
 
     override(sections[section] or {}, f"configs/{method}.yaml [{section}]")
     override({k: v for k, v in earlier.items() if k not in known or

@@ -9,17 +9,19 @@ the folder of an earlier one that has saved something.
     visualization.png    images and what the network makes of them
     .lock                locked by the process that writes; others: TensorBoard's (--tensorboard)
 """
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
 import yaml
 
-from lib import checkpoints, config, tree
+from lib import checkpoints, config, progress, tree
 
 # Settings of a run that --resume may not change, as nothing else would notice: batch and seed give
 # every step its images, and all numbers of heads have the same shapes.
@@ -29,6 +31,22 @@ FIXED = "batch_size", "seed", "num_heads", "decoder_num_heads"
 def finite(numbers):
     """{name: number} with None (null) for what is not finite, which JSON cannot express."""
     return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+
+
+def read_lines(file):
+    """The lines of a .jsonl file, as dicts; none without a file. A last line that is incomplete, as
+    of a process that was killed while it wrote it, is left out; other damaged ones are too, and are
+    counted on stderr."""
+    lines = file.read_bytes().splitlines() if file and file.is_file() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):            # also of bytes that are not UTF-8
+            if isinstance(content := json.loads(line), dict):
+                found.append(content)
+    damaged = len(lines) - len(found) - (bool(lines) and not lines[-1].endswith(b"}"))
+    if damaged:
+        progress.write(f"note: {file}: {damaged} damaged lines left out", sys.stderr)
+    return found
 
 
 class RunFolder:
@@ -119,15 +137,13 @@ class RunFolder:
         """Removes the lines after `step`, and an incomplete one of a process that was killed."""
         log = self.path / "metrics.jsonl"
         if log.exists():
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            text = "".join(line + "\n" for line in kept).encode()
+            kept = [line for line in read_lines(log) if line["step"] <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept).encode()
             checkpoints.write_atomic(log, lambda f: f.write(text))
 
     def read_log(self):
         """The lines of metrics.jsonl, as dicts."""
-        log = self.path / "metrics.jsonl"
-        return list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
+        return read_lines(self.path / "metrics.jsonl")
 
     def tensorboard(self):
         """A SummaryWriter for this folder. Raises ValueError without the package."""
@@ -157,9 +173,10 @@ class RunFolder:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             kind, method, step = saved["format"], saved["method"], saved["step"]
             states, sums = saved["state"], saved["meter"]
-        except (OSError, MemoryError) as e:
-            raise OSError(f"cannot read {path} ({e}); nothing is lost: try again") from None
         except Exception as e:
+            truncated = getattr(e, "errno", None) == errno.EINVAL            # of torch.load
+            if isinstance(e, (OSError, MemoryError)) and not truncated:
+                raise OSError(f"cannot read {path} ({e}); nothing is lost: try again") from None
             raise ValueError(f"{path} is not a checkpoint that can be resumed "
                              f"({type(e).__name__}); start again without --resume") from None
         if (kind, method) != ("training/1", self.cfg.method):
@@ -183,7 +200,8 @@ class RunFolder:
             try:
                 x.load_state_dict(states[name])
             except (RuntimeError, ValueError, KeyError) as e:
-                reason = str(e).splitlines()[-1].strip()
+                reason = "; ".join(f"{config.flag(k)} {now[k]} (was {x})" for k, x in
+                                   changed.items() if k != "out") or str(e).splitlines()[-1].strip()
                 raise ValueError(f"{path} contains a {name} that does not fit ({reason}); compare "
                                  f"with the settings in {self.path / 'config.yaml'}") from None
             for group, current in zip(getattr(x, "param_groups", []), groups):

@@ -32,15 +32,21 @@ class InitialWeights:
         if self.path.is_dir():
             raise ValueError(f"--init-from {self.path} is a folder: name a file, such as its "
                              f"encoder.pt, or full.pt with the decoder")
+        given = dict(quiet=True)
+        if cfg.normalization != "auto":
+            given["normalization"] = cfg.normalization
         try:
-            self.encoder = checkpoints.load_encoder(self.path, quiet=True)
+            self.encoder = checkpoints.load_encoder(self.path, **given)
         except UnknownHeads:                             # then those of this run are assumed
-            self.encoder = checkpoints.load_encoder(self.path, quiet=True, num_heads=cfg.num_heads)
+            self.encoder = checkpoints.load_encoder(self.path, num_heads=cfg.num_heads, **given)
             self.encoder.source.notes.append("the file does not contain its number of attention "
                                              f"heads, {cfg.num_heads} is assumed (--num-heads)")
         if "depths" in self.encoder.config:
             raise ValueError(f"--init-from {self.path}: the file has a Swin, and runs start from a "
                              f"ViT: use another file")
+        if not all(x.isfinite().all() for x in self.encoder.state_dict().values()):
+            raise ValueError(f"--init-from {self.path}: its weights are not finite: use another "
+                             f"file, or an earlier checkpoint of that run")
         raw = checkpoints.read_file(self.path)
         self.published = published_tensors(raw)
         sizes = {name: self.encoder.config[name]

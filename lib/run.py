@@ -55,7 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lib import checkpoints, datasets, distributed, progress, rng
+from lib import checkpoints, config, datasets, distributed, progress, rng
 from lib.folder import RunFolder
 from lib.init_from import InitialWeights
 
@@ -372,6 +372,10 @@ class Run:
         if warmup >= self.total:
             self.print0(f"the run ends within its warmup of {warmup} steps: lower "
                         f"--warmup-epochs")
+        for name, what in (("freeze_last_layer", "the head's last layer is frozen to its end"),
+                           ("warmup_teacher_temp_epochs", "--teacher-temp is not reached")):
+            if round(getattr(cfg, name, 0) * per_epoch) >= self.total:
+                self.print0(f"the run is too short: {what}; lower {config.flag(name)}")
 
     @contextlib.contextmanager
     def paused(self):

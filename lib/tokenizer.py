@@ -395,9 +395,6 @@ class TokenCounts(nn.Module):
 def check_settings(cfg):
     """Raises ValueError for settings of the tokenizer that do not match the patches. For
     Config.__post_init__ of BEiT and CAE, after config.check_bounds(cfg)."""
-    if cfg.img_size % cfg.patch_size:
-        raise ValueError(f"image size {cfg.img_size} is not a multiple of patch size "
-                         f"{cfg.patch_size}")
     side = cfg.img_size // cfg.patch_size
     cell = cfg.second_input_size // side
     if cfg.second_input_size % side or cell < 2 or cell & (cell - 1):

@@ -249,7 +249,7 @@ def landmarks(name, root=None):
     The images are not checked: the lists define the set.
     """
     if name not in ("roxford5k", "rparis6k"):
-        raise ValueError(f"no landmarks of {name!r} here: choose roxford5k or rparis6k")
+        raise ValueError(f"no landmarks of {name!r} here: choose roxford5k, rparis6k or toy")
     path = find_path(name, root, f"{name}/gnd_{name}.pkl", f"gnd_{name}.pkl")
     folder = find_path(name, root, f"{name}/jpg", "jpg")
     with name_damaged_file(name, path), open(path, "rb") as file:
@@ -310,8 +310,12 @@ def find_reader(name, split, readers, what):
     no such data set, or there is no such split."""
     own = name not in readers and os.path.isdir(name)
     if own:
-        if what not in OWN_READERS or not own_data.has(name, what):
-            raise ValueError(f"no {what} in {name}: docs/own-data.md shows which files are read")
+        if what not in OWN_READERS:
+            raise ValueError(f"no {what} are read from own folders: choose {', '.join(readers)}")
+        if not own_data.has(name, what):
+            boxes = "; with boxes alone: detection, object_retrieval" * (what == "segmentation")
+            raise ValueError(f"no {what} in {name}: docs/own-data.md shows which files are "
+                             f"read{boxes}")
         readers = {name: (partial(OWN_READERS[what], name),)}
     if name not in readers:
         raise ValueError(f"no {what} of {name!r} here: choose {' or '.join(readers)}"

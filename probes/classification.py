@@ -75,7 +75,7 @@ def classify(model: Model, opt: Options) -> Report:
     head = model.encoder and checkpoint_heads.classifier(model.encoder)
     if not head:
         raise ValueError(f"{model.name} contains no classifier: take a fine-tuned or supervised "
-                         f"checkpoint, or train one with --task linear")
+                         f"checkpoint, or train one with --task finetune --save")
     _, num_classes = load_labeled(model, opt, "test")
     if num_classes != head.num_classes:
         raise ValueError(f"the classifier of {model.name} has {head.num_classes:,} classes, and "

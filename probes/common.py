@@ -101,7 +101,7 @@ class CommonOptions:
         None, "number of images of each split; default: all of them, on toy a fixed number in some "
         "tasks", at_least=1, group="data")
     batch_size: int = flag(256, "images per forward pass", at_least=1, group="data")
-    workers: int = flag(2, "processes that decode images", group="data")
+    workers: int = flag(2, "processes that decode images", at_least=0, group="data")
     out: str = flag("out", "folder of the runs, and of figures that are written", group="output")
     seed: int = flag(0, "seed of random choices in a probe, and of untrained weights",
                      group="models")
@@ -292,6 +292,11 @@ def load_models(opt: CommonOptions) -> list[Model]:
         torch.cuda.set_device(device)                # where the DataLoader's thread pins memory
     newest = sorted(Path(opt.out).glob("*/encoder.pt"), key=lambda path: path.stat().st_mtime)[-1:]
     paths, baselines = [Path(path) for path in opt.checkpoint] or newest, opt.baseline
+    for path in paths:
+        if path.is_dir() and not (path / "encoder.pt").exists() and (
+                runs := sorted(path.glob("*/encoder.pt"))):
+            raise ValueError(f"--checkpoint {path} is a folder of runs: choose one of them, such "
+                             f"as {runs[-1].parent}")
     paths = [path / "encoder.pt" if path.is_dir() else path for path in paths]
     if not paths and not baselines:
         print(f"no run in {opt.out}/ yet: evaluating an untrained ViT. To train one: python mmc.py")
@@ -474,6 +479,8 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
         features, numbers = kept[name]
         return keep_features(model, features, names), numbers
     path = Path(opt.out) / "features" / f"{name}.pt"
+    if on_disk and distributed.rank() == 0:
+        checkpoints.make_folder(path.parent)             # before the work
     if on_disk and all(gather_objects(path.is_file())):
         content = checkpoints.read_file(path)
         features = {key: z.to(model.device) for key, z in content["features"].items()}
@@ -482,7 +489,6 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
         features, numbers = encode_once(model, opt, batches, encode, total,
                                         () if in_memory or on_disk else names)
         if on_disk and distributed.rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             content = dict(features={key: z.cpu() for key, z in features.items()},
                            numbers=numbers.cpu())
             checkpoints.write_atomic(path, lambda file: torch.save(content, file))

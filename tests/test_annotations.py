@@ -425,7 +425,7 @@ def test_wrong_names_and_splits_are_errors_with_the_next_step():
         annotations.keypoints("cifar10")
     with pytest.raises(ValueError, match="no boxes of 'cub' here: choose toy or toy-scenes or co"):
         annotations.boxes("cub")
-    with pytest.raises(ValueError, match="no landmarks of 'oxford' here: choose roxford5k or rp"):
+    with pytest.raises(ValueError, match="no landmarks of 'oxford' here: choose roxford5k, rp"):
         annotations.landmarks("oxford")
     for name, split in (("coco", None), ("toy", "all"), ("cub", "dev")):
         with pytest.raises(ValueError, match=f"no split {split!r} of {name}: choose train or test"):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import mae
 import mmc
 import selfpatch
 from lib import config, distributed
@@ -123,7 +124,7 @@ def test_a_flag_that_other_settings_replace_is_refused():
         with pytest.raises(ValueError, match=f"{config.flag(name)} {value} does not go with"):
             config.parse(selfpatch.Config, ["--backbone", "swin_micro", config.flag(name), value])
     config.parse(selfpatch.Config, ["--backbone", "swin_micro", "--embed-dim", "128"])
-    config.parse(selfpatch.Config, ["--embed-dim", "64"])
+    config.parse(selfpatch.Config, ["--embed-dim", "48"])
 
 
 def test_home_is_expanded_where_the_shell_does_not(tmp_path, monkeypatch):
@@ -228,3 +229,44 @@ def test_sizes_begin_at_1_and_other_numbers_at_0():
     for wrong in (dict(size=0), dict(n=-1), dict(lr=-1e-9)):
         with pytest.raises(ValueError, match=f"--{list(wrong)[0]} must be [01] or more"):
             config.check_bounds(Bounded(**wrong))
+
+
+@pytest.mark.parametrize("method, flags, message", [
+    (mae, "--patch-size 7", "--img-size 48 must be a multiple of --patch-size 7"),
+    (mae, "--patch-size 96", "--img-size 48 must be a multiple of --patch-size 96"),
+    (mae, "--embed-dim 100", "--embed-dim 100 must be a multiple of --num-heads 3"),
+    (mae, "--decoder-num-heads 5", "--decoder-embed-dim 48 must be a multiple of --decoder-num-he"),
+    (mae, "--decoder-embed-dim 50", "--decoder-embed-dim 50 must be a multiple of 4, for the sine"),
+    (mmc, "--embed-dim 90", "--embed-dim 90 must be a multiple of 4"),
+    (mae, "--beta2 1", "--beta2 must be below 1"),
+    (mmc, "--drop-path 1", "--drop-path must be below 1")])
+def test_sizes_that_do_not_fit_are_refused_before_any_data_is_read(method, flags, message):
+    with pytest.raises(ValueError, match=message):
+        config.parse(method.Config, flags.split())
+    learned = config.parse(mmc.Config, "--embed-dim 90 --pos learned".split())       # control
+    assert learned.embed_dim == 90
+
+
+@pytest.mark.parametrize("flag, end", [
+    ("--arch", "unknown flag --arch (--help lists all)"),
+    ("--momentum", "did you mean --momentum-teacher?"), ("--lrr", "did you mean --lr?")])
+def test_only_a_similar_flag_is_suggested(flag, end, capsys):
+    with pytest.raises(SystemExit):
+        config.parse(mmc.Config, [flag, "1"])
+    assert end in capsys.readouterr().err
+
+
+def test_an_error_names_the_file_that_it_is_in(tmp_path):
+    file = tmp_path / "mine.yaml"
+    for content, message in ((b"steps: two\n", "--steps must be a whole number, not 'two' .from .*"
+                                               "mine.yaml"),
+                             (b"\x80", "mine.yaml is not a text file in UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            config.parse(mmc.Config, ["--config", str(file)])
+
+
+def test_resume_takes_no_folder():
+    with pytest.raises(ValueError, match="--resume must be true or false, not 'out/run'; name the "
+                                         "run's folder with --out"):
+        config.parse(mmc.Config, ["--resume", "out/run"])

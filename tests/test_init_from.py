@@ -51,7 +51,8 @@ def normalized(pixels, mean, std):
 def initial_weights(path, **settings):
     """InitialWeights of a file, for the settings of the models in official()."""
     sizes = dict(embed_dim=192, depth=2, num_heads=3, patch_size=8)
-    return InitialWeights(SimpleNamespace(**{**sizes, "init_from": path, **settings}))
+    return InitialWeights(SimpleNamespace(**{**sizes, "init_from": path, "normalization": "auto",
+                                            **settings}))
 
 
 # ---- the encoder ---------------------------------------------------------------------------------
@@ -98,6 +99,26 @@ def test_what_is_assumed_about_the_file_is_printed(files, tmp_path):
     assert "the file does not contain its number of attention heads, 3 is assumed" in str(lines)
     stated = initial_weights(save(tmp_path / "file.pth", {"model": content, "num_heads": 3}))
     assert "its number of attention heads" not in str(stated.load(source, source))
+
+
+def test_the_normalization_of_the_input_can_be_given(files, tmp_path):
+    """Where a file does not contain it: of the same weights, other first layers."""
+    path, found = save(tmp_path / "file.pth", files["timm"][3]), {}
+    for name in "auto", "0.5", "imagenet":
+        net = build(20)
+        lines = initial_weights(path, normalization=name).load(net, net)
+        found[name] = net.patch_embed.proj.weight
+        assert ("is assumed; timm's" in str(lines)) == (name == "auto")
+        assert ("patch embedding is adapted" in str(lines)) == (name != "imagenet")
+    assert torch.equal(found["auto"], found["0.5"])
+    assert not torch.equal(found["0.5"], found["imagenet"])
+
+
+def test_weights_that_are_not_finite_are_refused(files, tmp_path):
+    content = dict(files["timm"][3])
+    content["norm.weight"] = content["norm.weight"] * torch.nan
+    with pytest.raises(ValueError, match="file.pth: its weights are not finite: use another file"):
+        initial_weights(save(tmp_path / "file.pth", content))
 
 
 def test_without_a_class_token_or_a_final_norm_the_rest_is_loaded(files, tmp_path):

@@ -595,8 +595,8 @@ def test_impossible_settings_are_refused_before_a_tokenizer_is_trained(
 
     monkeypatch.setattr(tokenizer, "train_tokenizer", trained)
     for sentence, more, settings in (
-            ("not a multiple of 3 heads", [], dict(num_heads=3)),
-            ("not a multiple of patch size", [], dict(img_size=18)),
+            ("must be a multiple of --num-heads 3", [], dict(num_heads=3)),
+            ("must be a multiple of --patch-size", [], dict(img_size=18)),
             ("nothing to resume", ["--resume"], {})):
         with pytest.raises(ValueError, match=sentence):
             run(method, "--out", tmp_path, *more, **settings)
@@ -638,7 +638,8 @@ def test_user_errors_are_one_sentence(method, run, tmp_path):
     refused("not finite", "--out", tmp_path / "lr", "--lr", 1e30, clip_grad=0)
     assert math.isfinite(records(tmp_path / "lr")[-1]["loss"])
     run(method, "--steps", 1, "--out", tmp_path / "run")
-    refused("does not fit", "--out", tmp_path / "run", "--resume", embed_dim=32)
+    refused(r"does not fit \(--embed-dim 32 \(was 16\)\)", "--out", tmp_path / "run", "--resume",
+            embed_dim=32)
     saved = torch.load(tmp_path / "run" / "last.pt")
     torch.save({**saved, "method": "other"}, tmp_path / "run" / "last.pt")
     refused(f"is of method other, not {method}", "--out", tmp_path / "run", "--resume")

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 import data
+import dino
 import mmc
 from lib import checkpoints, config, datasets, distributed
 from lib import run as run_module
@@ -519,6 +520,42 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_invalid(tmp_path, mo
     run = Run(config.parse(mmc.Config, [*TINY, "--resume", "--out", str(tmp_path)]))
     with pytest.raises(OSError, match="Stale file handle.*nothing is lost: try again"):
         run.restore()
+
+
+@pytest.mark.parametrize("length", [0, 1000, 5000, 20000])          # torch raises EINVAL and others
+def test_a_truncated_checkpoint_is_called_so(length, tmp_path, monkeypatch):
+    torch.save({"x": torch.randn(100, 100)}, tmp_path / "last.pt")
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:length])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    run = Run(config.parse(mmc.Config, [*TINY, "--resume", "--out", str(tmp_path)]))
+    with pytest.raises(ValueError, match="is not a checkpoint that can be resumed .*start again"):
+        run.restore()
+    with pytest.raises(ValueError, match="damaged, truncated or not a PyTorch file"):
+        checkpoints.load_encoder(tmp_path / "last.pt")
+
+
+def test_damaged_lines_of_a_log_are_left_out_and_counted(tmp_path, capsys):
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b'{"step": 10}\n\0\0{"step": 20}\n{"step": 30}\n{"step": 40}\n{"step": 5')
+    folder = RunFolder(config.parse(mmc.Config, [*TINY, "--out", str(tmp_path)]))
+    assert [line["step"] for line in folder.read_log()] == [10, 30, 40]
+    assert "metrics.jsonl: 1 damaged lines left out" in capsys.readouterr().err
+    folder.trim_log(30)
+    assert log.read_text() == '{"step": 10}\n{"step": 30}\n'
+    capsys.readouterr()
+    log.write_bytes(b'{"step": 10}\n{"step": 5')          # of a killed process: nothing unusual
+    assert folder.read_log() == [{"step": 10}] and not capsys.readouterr().err
+
+
+def test_a_run_that_ends_before_its_schedules_says_so(monkeypatch, tmp_path, capsys):
+    for flags, notes in (("--freeze-last-layer 10 --warmup-teacher-temp-epochs 30", 2),
+                         ("--freeze-last-layer 1 --warmup-teacher-temp-epochs 2", 0)):
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        run = Run(config.parse(dino.Config, ["--out", str(tmp_path), "--warmup-epochs", "0",
+                                             *flags.split()]))
+        run.total = 3
+        run._print_settings(per_epoch=1)
+        assert capsys.readouterr().out.count("the run is too short") == notes
 
 
 def test_a_run_is_not_resumed_with_settings_that_nothing_else_would_notice(tmp_path, monkeypatch,
