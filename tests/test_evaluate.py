@@ -766,6 +766,20 @@ def test_impossible_combinations_are_refused_before_any_work(tmp_path, capsys, m
     assert not (tmp_path / "results.jsonl").exists()
 
 
+def test_a_folder_of_runs_is_no_checkpoint(tmp_path, capsys):
+    (tmp_path / "mae-toy").mkdir()
+    (tmp_path / "mae-toy/encoder.pt").touch()
+    error = error_of(capsys, "--checkpoint", str(tmp_path), "--device", "cpu")
+    assert f"is a folder of runs: choose one of them, such as {tmp_path / 'mae-toy'}" in error
+
+
+def test_tasks_that_no_own_folder_can_serve_name_their_data_sets(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    error = error_of(capsys, "--task", "video", "--data", str(tmp_path), "--baseline", "untrained",
+                     "--device", "cpu")
+    assert "no videos are read from own folders: choose " in error and "davis" in error
+
+
 @pytest.mark.parametrize("flags, expected", [
     (["--task", "lineer"], "unknown task 'lineer'; did you mean linear?"),
     (["--task", "knn", "linaer"], "unknown task 'linaer'; did you mean linear?"),
@@ -773,6 +787,7 @@ def test_impossible_combinations_are_refused_before_any_work(tmp_path, capsys, m
     (["--task", "knn", "linear", "--iters", "9"], "knn and linear do not use --iters: leave it"),
     (["--chekpoint", "x"], "unknown flag --chekpoint; did you mean --checkpoint?"),
     (["--checkpoint", "nowhere.pt"], "no checkpoint file nowhere.pt"),
+    (["--workers", "-1"], "expected an integer of at least 0, not '-1'"),
     (["--limit", "0"], "expected an integer of at least 1, not '0'"),
     (["--data", "toyy"], "did you mean 'toy'?"),
     (["--data", "synthetic"], "knn needs labels, and synthetic has none"),
