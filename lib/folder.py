@@ -200,8 +200,9 @@ class RunFolder:
             try:
                 x.load_state_dict(states[name])
             except (RuntimeError, ValueError, KeyError) as e:
-                reason = "; ".join(f"{config.flag(k)} {now[k]} (was {x})" for k, x in
-                                   changed.items() if k != "out") or str(e).splitlines()[-1].strip()
+                others = ", ".join(f"{config.flag(k)} {now[k]}, not {x}" for k, x in changed.items()
+                                   if k != "out")
+                reason = f"settings: {others}" if others else str(e).splitlines()[-1].strip()
                 raise ValueError(f"{path} contains a {name} that does not fit ({reason}); compare "
                                  f"with the settings in {self.path / 'config.yaml'}") from None
             for group, current in zip(getattr(x, "param_groups", []), groups):
