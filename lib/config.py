@@ -110,6 +110,8 @@ def check_bounds(cfg):
         if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
             raise ValueError(f"{flag(name)} must be {' or '.join(typing.get_args(hint))}, not "
                              f"{value}")
+    if cfg.normalization != "auto" and not cfg.init_from:
+        raise ValueError("--normalization is of the network of --init-from: leave it out")
     for name in "drop_path", "beta2":
         if getattr(cfg, name, 0) == 1:
             raise ValueError(f"{flag(name)} must be below 1")

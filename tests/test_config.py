@@ -239,8 +239,9 @@ def test_sizes_begin_at_1_and_other_numbers_at_0():
     (mae, "--decoder-embed-dim 50", "--decoder-embed-dim 50 must be a multiple of 4, for the sine"),
     (mmc, "--embed-dim 90", "--embed-dim 90 must be a multiple of 4"),
     (mae, "--beta2 1", "--beta2 must be below 1"),
+    (mae, "--normalization 0.5", "--normalization is of the network of --init-from: leave it out"),
     (mmc, "--drop-path 1", "--drop-path must be below 1")])
-def test_sizes_that_do_not_fit_are_refused_before_any_data_is_read(method, flags, message):
+def test_settings_that_do_not_fit_are_refused_before_any_data_is_read(method, flags, message):
     with pytest.raises(ValueError, match=message):
         config.parse(method.Config, flags.split())
     learned = config.parse(mmc.Config, "--embed-dim 90 --pos learned".split())       # control
