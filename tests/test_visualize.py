@@ -135,6 +135,19 @@ def test_images_are_resized_as_evaluate_resizes_them_for_the_method(tmp_path):
     assert not torch.equal(found["bilinear"], found["bicubic"])
 
 
+def test_all_images_of_an_evaluation_are_resized_in_the_same_way(monkeypatch):
+    """Of the network and of what it is compared with; bicubic: the default."""
+    pixels, used = torch.zeros(20, 3, 16, 16, dtype=torch.uint8), []
+    bank = datasets.Images("x", "train", ["a", "b"], torch.arange(20) % 2, pixels)
+    embed = visualize.embed
+    monkeypatch.setattr(visualize, "embed", lambda run, encoder, images, interpolation: (
+        used.append(interpolation), embed(run, encoder, images, interpolation))[1])
+    for given in ("bilinear",), ():
+        visualize.evaluate(small_run(9, []), vit.ViT(16, 8, 32, 1, 2), bank,
+                           replace(bank, split="test"), *given)
+    assert used == ["bilinear"] * 6 + ["bicubic"] * 6
+
+
 @pytest.mark.parametrize("P, entropy, mi", [
     (torch.full((3, 4), 0.25), math.log(4), 0.0),                            # uniform
     (torch.eye(4)[[2, 2, 2]], 0.0, 0.0),                                     # one for all
