@@ -32,9 +32,8 @@ class InitialWeights:
         if self.path.is_dir():
             raise ValueError(f"--init-from {self.path} is a folder: name a file, such as its "
                              f"encoder.pt, or full.pt with the decoder")
-        given = dict(quiet=True)
-        if cfg.normalization != "auto":
-            given["normalization"] = cfg.normalization
+        given = dict(quiet=True,
+                     normalization=None if cfg.normalization == "auto" else cfg.normalization)
         try:
             self.encoder = checkpoints.load_encoder(self.path, **given)
         except UnknownHeads:                             # then those of this run are assumed
