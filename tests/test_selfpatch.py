@@ -155,6 +155,17 @@ def test_on_moby_a_collapse_of_the_images_gives_a_warning(
         assert ("collapsed: all class tokens" in capsys.readouterr().out) == (fraction == 1)
 
 
+@pytest.mark.parametrize("base, kernel", [([], "bicubic"), (MOBY, "bilinear")])
+def test_images_are_resized_in_evaluation_as_for_its_base(
+        base, kernel, train, monkeypatch):  # noqa: F811
+    used = []
+    monkeypatch.setattr("lib.visualize.evaluate", lambda *args: (used.append(args[4]), {})[1])
+    monkeypatch.setattr("lib.run.Run.save_encoder",
+                        lambda *_, interpolation, **__: used.append(interpolation))
+    train("selfpatch", *SMALL, *base, "--steps", 1, "--evals", 1)
+    assert used == [kernel, kernel]
+
+
 @pytest.mark.parametrize("flags, sentence", [
     ("--local-crops-number 2", "pass --local-crops-number 0"),
     ("--accum-iter 2", "leave out --accum-iter"),
