@@ -339,12 +339,12 @@ def find_folder(name):
         raise ValueError(f"{name} is a file: give the folder that contains the images, and unpack "
                          f"archives first")
     if os.sep in name or name.startswith("."):
-        raise FileNotFoundError(f"No folder {name}: give the path of a folder of images, or one of "
-                                f"{', '.join(NAMES)}")
+        raise FileNotFoundError(f"No folder {os.path.abspath(name)}: give the path of a folder of "
+                                f"images, or one of {', '.join(NAMES)}")
     close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
     hint = f", did you mean {close[0]!r}?" if close else "."
-    raise ValueError(f"Unknown data set {name!r}{hint} Give one of {', '.join(NAMES)}, or the path "
-                     "of a folder of images")
+    raise ValueError(f"No data set, and no folder in {os.getcwd()}, has the name {name!r}{hint} "
+                     f"Give one of {', '.join(NAMES)}, or the path of a folder of images")
 
 
 class ArraysOnly(pickle.Unpickler):
