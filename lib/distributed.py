@@ -100,6 +100,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def total_memory(device):
+    """Memory of the GPU, or of the machine, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
 def choose_threads(device):
     """On a CPU, unless $OMP_NUM_THREADS is set: lets torch compute with no more threads than there
     are cores that other processes leave idle, at least with one. After every operation the threads

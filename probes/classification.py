@@ -174,16 +174,9 @@ def attentive(model: Model, opt: Options) -> Report:
     uses those of the test batch, so that a prediction depends on the other images in it: --bn
     batch, with batches of 256 to 511 in the order of the data set. All tokens are kept in memory,
     in 16 bits, by each process, and twice while they are sorted or divided into folds. ValueError:
-    pixels as a baseline; more than 48 GiB of tokens.
+    pixels as a baseline; tokens that do not fit.
     """
     require_tokens(model, opt.task)
-    images, _ = load_labeled(model, opt, "train")
-    tokens = (model.img_size // model.encoder.patch_size) ** 2 + 1
-    numbers = 2 * len(images) * tokens * model.encoder.embed_dim            # 2 views of an image
-    gib = 2 * 2 * numbers / 2**30                                           # 2 bytes, sorted copy
-    if gib > 48:
-        raise ValueError(f"attentive keeps the tokens of {len(images):,} images in memory, "
-                         f"{gib:.0f} GiB: use fewer with --limit")
     features, labels, num_classes = extract_features(model, opt, "train", ["tokens"], all_tokens,
                                                      mirror=True)
     tests, truth, _ = extract_features(model, opt, "test", ["tokens"], all_tokens)

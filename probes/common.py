@@ -469,7 +469,8 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
     no class token), all of its features are kept. encode: encoder, x -> features. total: number of
     images, for the progress bar. key: describes the images, which are then encoded once for all
     tasks of a call, and with --cache once for all calls.
-    ValueError: no images, features that are not finite, most images cannot be read.
+    ValueError: no images, features that are not finite or do not fit in the memory, most images
+    cannot be read.
     """
     encode = encode if model.encoder else pixel_features
     in_memory = kept is not None and key is not None and encode in OF_SEVERAL_TASKS
@@ -501,7 +502,7 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
 
 def encode_once(model, opt, batches, encode, total, names):
     """The pass of `encode_batches`. names: () for all features."""
-    features, error = {}, None
+    features, error, size, count = {}, None, 0, 0
     bar = progress.bar(desc=f"{model.name}: encoding", total=total, unit="images",
                        shown=distributed.rank() == 0)
     try:
@@ -511,6 +512,9 @@ def encode_once(model, opt, batches, encode, total, names):
             for name, value in keep_features(model, z, names).items():
                 features.setdefault(name, []).append(value if name == "tokens" else value.float())
             features.setdefault("numbers", []).append(number.to(x.device))
+            size += sum(values[-1].nbytes for values in features.values())
+            count += len(x)
+            check_memory(model, size / count, max(total or 0, count * distributed.world_size()))
             bar.update(len(x) * distributed.world_size())
     except (ValueError, FileNotFoundError) as e:         # images that cannot be read
         error = e
@@ -525,6 +529,17 @@ def encode_once(model, opt, batches, encode, total, names):
     if not all(z.isfinite().all() for z in features.values()):
         raise not_finite(model)
     return features, numbers
+
+
+def check_memory(model, size, count):
+    """ValueError if the features of `count` images, each of `size` bytes, and the copy in which
+    they are joined, do not fit in the memory. On a CPU the processes share it."""
+    copies = 2 * (1 if model.device.type == "cuda" else distributed.world_size())
+    need, memory = copies * size * count / 2**30, distributed.total_memory(model.device)
+    if need > memory:
+        raise ValueError(f"{model.name}: the features of {count:,} images (mirror images count) "
+                         f"need {need:.0f} GiB of memory, of which there are {memory:.0f}: use "
+                         f"fewer images (--limit), or one --feature")
 
 
 def not_finite(model):

@@ -110,7 +110,7 @@ def stand_in():
     """Within this context the device "cuda" can be used. Yields the counter of waits."""
     answers = dict(_lazy_init=None, is_bf16_supported=True, synchronize=None, device_count=1,
                  get_device_name="NVIDIA H100", get_device_capability=(9, 0), set_device=None,
-                 max_memory_allocated=0)
+                 max_memory_allocated=0, mem_get_info=(0, 80 * 2**30))
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=answer))

@@ -98,13 +98,6 @@ def test_classifiers_are_trained_on_train_and_evaluated_on_test(monkeypatch, tas
     assert report.images == {"train": 64, "test": 48}
 
 
-def test_attentive_reports_how_much_memory_it_would_need(monkeypatch):
-    images = type("Images", (), {"__len__": lambda self: 20_000_000})()     # 40 GiB, and a copy
-    monkeypatch.setattr(classification, "load_labeled", lambda *_: (images, 2))
-    with pytest.raises(ValueError, match="20,000,000 images in memory, 81 GiB: use fewer"):
-        run("attentive")
-
-
 # ---- few-shot ------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Features of the probes against one forward pass per image, the cache, and several processes."""
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -433,6 +434,36 @@ def test_kept_features_take_a_bounded_memory_and_end_with_the_call(monkeypatch):
         assert count(5, 5, encode=common.block_features) == 2 and common.kept == {}
         assert count(5, 5) == 1 and count(5, whole=True) == 0        # toy is never cropped
     assert common.kept is None and count(5) == 1
+
+
+def test_features_that_will_not_fit_are_refused_after_the_first_batch(monkeypatch):
+    """Of 48 bytes for the class token and 8 for the number of an image, twice."""
+    model, encoded = make_model(make_encoder()), []
+
+    def encode(encoder, x):
+        encoded.append(len(x))
+        return {"cls": torch.zeros(len(x), 12)}
+
+    def run(total, memory):
+        encoded.clear()
+        monkeypatch.setattr(distributed, "total_memory", lambda _: memory / 2**30)
+        batches = ((torch.zeros(4, 3, 8, 8), torch.arange(4)) for _ in range(5))
+        common.encode_batches(model, make_options("knn"), batches, ["cls"], encode, total)
+
+    run(20, 20 * 112)
+    with pytest.raises(ValueError, match="20 images .*: use fewer images .--limit"):
+        run(20, 20 * 112 - 1)
+    assert len(encoded) == 1
+    with pytest.raises(ValueError, match="12 images"):   # of crops the number is not known before
+        run(None, 12 * 112 - 1)
+    assert len(encoded) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")
+def test_the_memory_of_this_machine():
+    with open("/proc/meminfo") as file:
+        kib = int(file.readline().split()[1])
+    assert distributed.total_memory(torch.device("cpu")) == pytest.approx(kib / 2**20, rel=1e-3)
 
 
 # ---- several processes ---------------------------------------------------------------------------
