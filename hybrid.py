@@ -31,9 +31,9 @@ The training code was never published. The paper gives the loss, SimMIM's backbo
 the first author's answer in a GitHub issue describes the three views and the modules. The rest is
 taken from SimMIM and MoCo v3, and marked "our choice". Also our choice: the decoder is one 1x1
 convolution (SimMIM; the author's sketch has a ViT), the patch projection is trained (SimMIM; MoCo
-v3 freezes it), and the contrastive loss uses the class token (MoCo v3). Table A.1 also lists
-RandAug, mixup, cutmix and label smoothing; SimMIM's pretraining ignores these fields, and so do we
-(our choice).
+v3 freezes it), the contrastive loss uses the class token, and layers, norms and initial weights of
+its heads and the average before the keys are MoCo v3's. Table A.1 also lists RandAug, mixup, cutmix
+and label smoothing; SimMIM's pretraining ignores these fields, and so do we (our choice).
 
 simmim.py and moco_v3.py explain the parts that are repeated here.
 

@@ -32,9 +32,9 @@ crops: c_head is a projector to keys t and, in the student, a predictor to queri
 
     L_cls = ctr(s_1, t_2, queue of t_2) + ctr(s_2, t_1, queue of t_1)
 
-Optimizer, schedules and drop path are then MoBY's (the warmup starts at 0), and the student is
-evaluated, as in MoBY. With --backbone swin_tiny, patches are those of the last stage, of 32 pixels:
-add --num-positives 2 (supplement G).
+On ImageNet and COCO optimizer, schedules and drop path are then MoBY's (the warmup starts at 0).
+The student is evaluated, as in MoBY. With --backbone swin_tiny, patches are those of the last
+stage, of 32 pixels: add --num-positives 2 (supplement G).
 
 The paper (ViT-S/16, ImageNet; DINO -> SelfPatch): COCO box AP 40.8 -> 42.1, ADE20K mIoU (Semantic
 FPN) 38.3 -> 41.2 (300 -> 200 epochs, supplement A), linear 75.1 -> 75.6 (300 epochs, supplement D).

@@ -44,13 +44,12 @@ def measure_head_similarity(model, opt, shared):
 
 def show_attention_maps(model, opt):
     """Attention maps of one image: of two queries in the first, the middle and the second to last
-    block (Park et al., fig. 2; of fewer than 6 blocks: the last), and of the class token in the
-    last block.
+    block (of fewer than 6 blocks: the last), and of the class token in the last block.
 
-    The places of the queries are our choice. Maps of queries are means over heads (our choice; the
-    notebook shows one head, and its frames drift because they are 14 pixels wide and patches 16).
-    Of the class token the first four heads are drawn (DINO: all). Our choice: the image size of
-    pretraining (DINO: --img-size 480).
+    Park et al., fig. 2; the blocks and the places of the queries are our choice. Maps of queries
+    are means over heads (our choice; the notebook shows one head, and its frames drift because they
+    are 14 pixels wide and patches 16). Of the class token the first four heads are drawn (DINO:
+    all). Our choice: the image size of pretraining (DINO: --img-size 480).
     """
     x = inputs.load_first_images(model, opt, 1)
     encoder = model.encoder

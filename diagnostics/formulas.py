@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from lib import rng
+from lib import augment, rng
 from lib.positions import coordinates
 
 # ---- attention: which keys does a query attend to? -----------------------------------------------
@@ -200,7 +200,7 @@ class RunningCovariance:
 
 def relative_to_second(log_values):
     """(..., R) minus the second largest; the first is often a common offset. Park et al. write "the
-    (second) largest", their fig. E.3 uses the second, their notebook subtracts nothing."""
+    (second) largest", their fig. E.3 uses the second; they did not publish the code of it."""
     return log_values - log_values[..., 1:2]
 
 
@@ -350,13 +350,14 @@ def kmeans(x, k=3, restarts=10, iterations=100, seed=0):
 
 
 def extract_windows(x):
-    """(B, 3, S, S) -> (49 B, 3, S, S): windows of side S/4 at stride S/8, enlarged to side S.
+    """(B, 3, S, S) uint8 -> (49 B, 3, S, S) in [0, 1]: windows of side S/4 at stride S/8, enlarged
+    to side S.
 
     Window i of an image is in row i // 7, column i % 7. As in the code of Zhu et al. (2023), the
-    image is enlarged four times, then cut.
+    image is enlarged four times, by the bicubic kernel of Pillow, then cut.
     """
     S = x.shape[-1]
-    windows = F.interpolate(x, scale_factor=4, mode="bicubic")
+    windows = augment.crop(x, torch.tensor([[0, 0, S, S]], device=x.device), 4 * S)
     windows = windows.unfold(2, S, S // 2).unfold(3, S, S // 2)                # (B, 3, 7, 7, S, S)
     return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 

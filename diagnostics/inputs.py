@@ -1,6 +1,7 @@
 """Inputs of the diagnostics: test images, a class for every pixel, encoded patches, masks, crops.
 
-The same images are used for every model; only their size and normalization are those of the model
+The same images are used for every model, with the same bicubic resizing, as models are compared
+also by their response to frequencies; only size and normalization are those of the model
 (probes.common.Model).
 """
 import functools
@@ -45,7 +46,7 @@ def iterate_images(model, opt, limit, pixel_labels=False):
 
 def iterate_batches(model, opt, images):
     return data.batches(images, model.img_size, opt.batch_size, model.device, mean=model.mean,
-                        std=model.std, workers=opt.workers, interpolation=model.interpolation)
+                        std=model.std, workers=opt.workers)
 
 
 def annotation_level(name):
@@ -81,7 +82,7 @@ def iterate_annotated_images(model, opt, limit):
     done = 0
     with progress.bar(desc=f"{model.name}: images", unit="images") as bar:
         while batch := list(itertools.islice(items, opt.batch_size)):
-            x = torch.stack([resize_and_crop(item.image, model.interpolation) for item in batch])
+            x = torch.stack([resize_and_crop(item.image, "bicubic") for item in batch])
             y = torch.cat([resize_and_crop(item.labels[None], "nearest-exact") for item in batch])
             y = torch.where(y == 255, -1, y.long() + (first != "background"))
             index = torch.arange(done, done + len(batch), device=model.device)
@@ -129,6 +130,25 @@ def encode_patches(model, x, batch_size):
 
 
 # ---- masks and crops -----------------------------------------------------------------------------
+
+
+def sample_block_masks(count, g, *seed):
+    """Masks (count, g * g) bool of a g x g grid, True: masked, g * g // 2 patches in each.
+
+    Rectangles with sides of g/4 to g/2 patches, one after the other until there are enough; of the
+    last one the upper rows. They may extend beyond the grid, whose borders are thus masked as often
+    as its center.
+    """
+    u = rng.uniform(torch.arange(count), (32, 2, 2), *seed, "rectangles")    # count, which, axis, _
+    low, high = max(1, g // 4), max(1, g // 2)
+    length = low + (u[..., 0] * (high - low + 1)).floor()
+    start = (u[..., 1] * (g + length - 1)).floor() - length + 1
+    place = torch.arange(g)
+    rows, columns = ((place >= start[:, :, axis, None]) &
+                     (place < (start + length)[:, :, axis, None]) for axis in (0, 1))
+    covered = (rows[:, :, :, None] & columns[:, :, None]).flatten(2)         # (count, 32, g * g)
+    first = torch.where(covered.any(1), covered.int().argmax(1), covered.shape[1])
+    return first.argsort(dim=1, stable=True).argsort(1) < g * g // 2
 
 
 def expand_mask(mask, S):

@@ -182,9 +182,11 @@ def show_patch_retrieval(model, opt, num_queries=3):
     images, bank = [], {}
     limit = max(opt.limit or 1000, opt.image + num_queries)
     for x, *_ in inputs.iterate_images(model, opt, limit):
-        images.append(augment.denormalize(x, model.mean, model.std).cpu())
+        x = augment.denormalize(x, model.mean, model.std)
+        images.append(x.cpu())
         for part in x.split(8):
-            tokens = inputs.encode(model, formulas.extract_windows(part), opt.batch_size)
+            windows = augment.normalize(formulas.extract_windows(part), model.mean, model.std)
+            tokens = inputs.encode(model, windows, opt.batch_size)
             features = {"encoded": model.encoder.split(tokens)[1].mean(1)}
             if head:
                 features["projected"] = head(tokens)
@@ -211,11 +213,11 @@ def retrieval_tile(images, query, nearest):
     """One tile: the image with its query crop framed, the query crop, the nearest crops. query,
     nearest: indices of crops, 49 per image."""
     S = images.shape[-1]
-    crops = [formulas.extract_windows(images[i // 49, None].float())[i % 49]
+    crops = [255 * formulas.extract_windows(images[i // 49, None])[i % 49]
              for i in (query, *nearest)]
     parts = F.pad(torch.stack([images[query // 49].float(), *crops]), (0, S // 8), value=255)
     row, column = divmod(query % 49, 7)
-    return Tile(torch.cat([*parts], 2).clamp(0, 255).byte().permute(1, 2, 0), boxes=[
+    return Tile(torch.cat([*parts], 2).round().byte().permute(1, 2, 0), boxes=[
         (S // 8 * column, S // 8 * row, S // 4, QUERY_COLORS[0]),
         (S + S // 8, 0, S - 1, QUERY_COLORS[0])])
 

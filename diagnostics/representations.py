@@ -120,12 +120,12 @@ def measure_decoder(model, opt, shared):
 
 def measure_feature_variance(model, opt):
     """Variance of the class token over random crops, and of the patch tokens over masked views: of
-    all patches, each of which is masked in about half of the views.
+    all patches, each of which is masked in about half of the views (in blocks).
 
     MMC, table 10: 128 views per image. Our choices: no final norm; crops of 0.4 to 1 of the input
     (the center crop of the file), no flip; masked patches are noise, half of the patches of each
-    view, drawn independently where MMC masks blocks; 64 images, not all. Without a class token the
-    mean patch token is used.
+    view (inputs.sample_block_masks; MMC states only blocks); 64 images, not all. Without a class
+    token the mean patch token is used.
     """
     V, encoder = opt.copies, model.encoder
     variances = []
@@ -142,9 +142,9 @@ def measure_feature_variance(model, opt):
         for image, i in zip(x, index.tolist()):
             crops = inputs.sample_crops(model, image, V, (0.4, 1.0), opt.seed, i)
             cls, patches = encode_last_block(augment.normalize(crops, model.mean, model.std))
-            order = rng.uniform(views, g * g, opt.seed, i, "hide").argsort(1)
+            hidden = inputs.sample_block_masks(V, g, opt.seed, i)
             noise = rng.normal(views, (3, S, S), opt.seed, i, "noise").to(x.device)
-            mask = inputs.expand_mask(order < g * g // 2, S).to(x.device)
+            mask = inputs.expand_mask(hidden, S).to(x.device)
             masked = encode_last_block(torch.where(mask, noise, image))[1]
             variances.append((*formulas.view_variance(patches.mean(1) if cls is None else cls),
                               *formulas.view_variance(masked)))

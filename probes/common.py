@@ -282,7 +282,8 @@ NO_SOURCE = SimpleNamespace(path=None, method=None, branch=None, step=None, data
 def load_models(opt: CommonOptions) -> list[Model]:
     """The given checkpoints, or the newest run in --out; then the baselines, on the device.
 
-    Baselines have the architecture of the first checkpoint. Without any checkpoint and baseline the
+    Baselines have the architecture of the first checkpoint and its size, normalization and resizing
+    of images. Without any checkpoint and baseline the
     model is an untrained ViT. ValueError: an image size that is not a multiple of the patch size;
     also the errors of checkpoints.load_encoder.
     """
@@ -311,14 +312,15 @@ def load_models(opt: CommonOptions) -> list[Model]:
              for i, name in enumerate(names)]
     config = encoders[0].config if encoders else UNTRAINED
     first = encoders[0].source if encoders else NO_SOURCE
+    inputs = {name: getattr(first, name) for name in ("img_size", "mean", "std", "interpolation")}
     for baseline in baselines:
         torch.manual_seed(opt.seed)
         encoders.append(checkpoints.build_encoder(config).eval() if baseline == "untrained" else
                         None)
     models = []
     for name, encoder in zip([*names, *baselines], encoders):
-        source = getattr(encoder, "source", NO_SOURCE)
-        img_size = opt.img_size or (first if source is NO_SOURCE else source).img_size
+        source = getattr(encoder, "source", SimpleNamespace(**vars(NO_SOURCE) | inputs))
+        img_size = opt.img_size or source.img_size
         if encoder and img_size % encoder.patch_size:
             raise ValueError(f"image size {img_size} is not a multiple of patch size "
                              f"{encoder.patch_size} of {name}")

@@ -72,6 +72,7 @@ def finetune(model, opt):
     if not model.encoder:
         raise ValueError("finetune trains an encoder, and pixels have none: leave out that "
                          "--baseline, or take untrained")
+    model = replace(model, interpolation="bicubic")      # in training and test, as all recipes
     reinit = parse_reinit(opt.reinit, model.encoder.depth)
     (images, classes), (tests, _) = (load_labeled(model, opt, s) for s in ("train", "test"))
     chosen_light = not opt.recipe and len(images) < FEW_IMAGES and not is_toy(opt.data)

@@ -313,11 +313,11 @@ def landmark_retrieval(model: Model, opt: Options) -> Report:
     (--crop-queries). Images keep their aspect ratio; sides are cut to multiples of the patch.
 
     toy and toy-scenes, our synthetic substitute: 40 videos of 16 frames, each frame cropped to a
-    random half or more of the image around a point on a creature; the query is the ninth frame of
-    each video, and the other frames of the video are to be retrieved. Those within 4 frames of it
-    are easy, the others hard, and junk are those of which less than a fifth shows a creature;
-    distractors are the frames of all other videos. Creatures do not turn in depth, so viewpoints
-    differ less than on Oxford: compare with --baseline pixels untrained.
+    random square around a point on a creature, with half of the side of the image or more; the
+    query is the ninth frame of each video, and the other frames of the video are to be retrieved.
+    Those within 4 frames of it are easy, the others hard, and junk are those of which less than a
+    fifth shows a creature; distractors are the frames of all other videos. Creatures do not turn in
+    depth, so viewpoints differ less than on Oxford: compare with --baseline pixels untrained.
     """
     synthetic = is_toy(opt.data)
     if opt.crop_queries and synthetic:

@@ -410,6 +410,20 @@ def test_cached_features_are_those_of_the_loaded_weights_and_of_the_present_file
     assert len(features[1]) == 2 and len(common.extract_features(new, opt, "test")[1]) == 3
 
 
+def test_baselines_get_the_images_of_the_first_checkpoint(tmp_path):
+    half = [0.5, 0.5, 0.5]
+    checkpoints.save_encoder(tmp_path / "encoder.pt", make_encoder(img_size=48), data="toy",
+                             interpolation="bilinear", mean=half, std=half)
+    flags = "--device", "cpu", "--baseline", "untrained", "pixels"
+    models = common.load_models(make_options("knn", *flags, "--checkpoint", str(tmp_path)))
+    assert [model.name for model in models[1:]] == ["untrained", "pixels"]
+    for model in models:
+        assert (model.img_size, model.interpolation) == (48, "bilinear")
+        assert list(model.mean) == list(model.std) == half
+    [alone] = common.load_models(make_options("knn", *flags[:-1], "--out", str(tmp_path / "none")))
+    assert (alone.interpolation, alone.mean) == ("bicubic", augment.MEAN)
+
+
 def test_kept_features_take_a_bounded_memory_and_end_with_the_call(monkeypatch):
     model, passes = make_model(make_encoder()), []
     original = common.encode_once

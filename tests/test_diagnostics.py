@@ -23,7 +23,7 @@ from diagnostics import (
 )
 from diagnostics.inputs import MissingInput
 from diagnostics.shared_pass import SharedPass, run_shared_pass
-from lib import datasets, toy
+from lib import augment, datasets, toy
 from probes import annotations, common
 
 
@@ -84,6 +84,19 @@ def test_classes_of_a_data_set_without_background_start_at_1(monkeypatch):
 def test_a_data_set_without_pixel_labels_names_those_that_have_them():
     assert "choose --data toy or" in inputs.why_no_pixel_labels("cifar10", None)
     assert inputs.why_no_pixel_labels("toy", None) is None
+
+
+def test_all_models_get_the_same_images(tmp_path):
+    """With bicubic resizing, also of methods whose images evaluate.py resizes bilinearly."""
+    write_voc(tmp_path)
+    for i in range(10):
+        noise = np.random.default_rng(i).integers(256, size=(60, 90, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    model = tiny_model()
+    for flags in (("--data", str(tmp_path)), ("--data", "voc", "--data-root", str(tmp_path))):
+        x, other = (next(inputs.iterate_images(m, options(*flags), 2))[0]
+                    for m in (model, replace(model, interpolation="bilinear")))
+        assert torch.equal(x, other) and x.std() > 0.1
 
 
 def test_number_of_images_is_the_limit_or_the_default_of_the_diagnostic(monkeypatch):
@@ -291,10 +304,24 @@ def test_feature_variance_views_are_crops_and_half_masked_images(monkeypatch):
     representations.measure_feature_variance(model, opt)
     [(x, *_)] = inputs.iterate_images(model, opt, 1)
     crops, masked = seen
+    hidden = F.interpolate((masked != x).all(1, keepdim=True).float(), (8, 8)).flatten(1) > 0
+    assert torch.equal(hidden, inputs.sample_block_masks(6, 8, opt.seed, 0))
     assert (masked == x).all(1).float().mean((1, 2)).tolist() == [0.5] * 6
     assert not torch.equal(masked[0] == x[0], masked[1] == x[0])         # not the same half
     assert all((crop != other).any() for crop, other in zip(crops, crops[1:]))
     assert crops.std((2, 3)).mean() > 0.6 * x.std((2, 3)).mean()         # large parts of the image
+
+
+def test_masks_are_blocks_and_even_over_the_grid():
+    for g in (1, 3, 8, 14):
+        masks = inputs.sample_block_masks(2000, g, 0)
+        assert masks.shape == (2000, g * g) and (masks.sum(1) == g * g // 2).all()
+    mask = masks.view(-1, 14, 14)
+    assert (mask.float().mean(0) - 0.5).abs().max() < 0.06               # also at the border
+    edges = (mask[:, :, 1:] != mask[:, :, :-1]).float().mean()
+    shuffled = masks[:, torch.randperm(196, generator=torch.Generator().manual_seed(0))]
+    shuffled = shuffled.view(-1, 14, 14)
+    assert edges < 0.25 and (shuffled[:, :, 1:] != shuffled[:, :, :-1]).float().mean() > 0.4
 
 
 def test_feature_variance_uses_all_images_and_names_the_token():
@@ -410,7 +437,8 @@ def test_retrieved_crops_are_the_nearest_of_other_images():
     model, opt = tiny_model(), options("--limit", "6")
     found = patches.show_patch_retrieval(model, opt)
     assert found["queries"] == [24, 49 + 24, 98 + 24]        # the centers of the first three
-    crops = formulas.extract_windows(inputs.load_first_images(model, opt, 6))
+    images = augment.denormalize(inputs.load_first_images(model, opt, 6))
+    crops = augment.normalize(formulas.extract_windows(images))
     crops = model.encoder.split(model.encoder(crops))[1].mean(1)
     owner = torch.arange(6 * 49) // 49
     for query, rows, similarity in zip(

@@ -279,6 +279,23 @@ def test_the_stored_network_classifies_as_at_the_end_of_its_training(monkeypatch
     assert not path.exists()
 
 
+@pytest.mark.slow
+def test_training_and_test_images_are_resized_alike(monkeypatch, tmp_path):
+    """With bicubic resizing, as in the recipes, and so is the stored network evaluated."""
+    plant_two_classes(monkeypatch)
+    used, View = [], finetune.data.View
+    batches = finetune.data.batches
+    monkeypatch.setattr(finetune.data, "batches", lambda *given, interpolation, **more: (
+        used.append(interpolation), batches(*given, interpolation=interpolation, **more))[1])
+    monkeypatch.setattr(finetune.data, "View", lambda *given, **more: (
+        used.append(View(*given, **more).interpolation), View(*given, **more))[1])
+    model = make_model(make_encoder(), interpolation="bilinear")
+    finetune.finetune(model, finetune_options("--epochs", "1", "--recipe", "light", "--save",
+                                              "--out", str(tmp_path)))
+    stored = checkpoints.load_encoder(tmp_path / "finetuned-small-cifar10.pt", quiet=True)
+    assert used == ["bicubic"] * 2 and stored.source.interpolation == "bicubic"
+
+
 def test_toy_is_fine_tuned_for_few_epochs_on_crops_of_most_of_the_image(monkeypatch):
     plant_two_classes(monkeypatch)
     monkeypatch.setattr(finetune, "test_accuracy", lambda *_: (0.0, 0.0))

@@ -1,10 +1,12 @@
 """Formulas of the diagnostics against closed forms, most with a control."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diagnostics_helpers import random
+from PIL import Image
 
 from diagnostics import formulas
 from lib.positions import coordinates
@@ -353,12 +355,24 @@ def test_kmeans_keeps_the_best_of_its_restarts():
 
 
 def test_extract_windows():
-    x = torch.arange(224.0).expand(1, 3, 224, 224)           # the value of a pixel is its column
-    crops = formulas.extract_windows(x)
+    x = torch.arange(224).byte().expand(1, 3, 224, 224)      # the value of a pixel is its column
+    crops = 255 * formulas.extract_windows(x)
     assert crops.shape == (49, 3, 224, 224)
     mean = crops[:, 0].mean((1, 2)).view(7, 7)
     assert torch.allclose(mean[0], 27.5 + 28 * torch.arange(7.0), atol=0.2)
     assert crops[48, 0, 0, 0].item() == pytest.approx(168 - 0.375, abs=0.3)
+
+
+def test_windows_are_enlarged_as_by_pillow():
+    """torch's own bicubic kernel is another one. (Overshoots Pillow clips once for each axis.)"""
+    x = torch.randint(60, 196, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    image = Image.fromarray(x[1].permute(1, 2, 0).numpy()).resize((128, 128), Image.BICUBIC)
+    window = torch.tensor(np.array(image)[16:48, 80:112]).permute(2, 0, 1)       # row 1, column 5
+    assert (255 * formulas.extract_windows(x)[49 + 12] - window).abs().max() < 1.5
+    other = F.interpolate(x[1:].float(), scale_factor=4, mode="bicubic")[0, :, 16:48, 80:112]
+    assert (other - window).abs().max() > 5
+    extreme = formulas.extract_windows(255 * (x > 128).byte())
+    assert extreme.min() == 0 and extreme.max() == 1
 
 
 def test_nearest_rows():
