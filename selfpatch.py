@@ -47,19 +47,19 @@ From DINO's official code, not its paper: the division by n, the gradient clippe
 and the last layer frozen in the first epoch. Ours: random numbers derived per image (lib/rng.py).
 From SelfPatch's official code, not its paper: local crops go to the teacher and into both centers;
 L_patch does not train the aggregation blocks, only L_cls does; the teacher also applies their
-moving average to the positives. Ours: neighbors end at the border, where a patch has 5 (in a
-corner 3) and no more positives than neighbors; in the code they wrap around: a positive of a patch
-at the left edge may lie at the right edge (--borders official). Keys and values of a patch are
-computed once for all its neighbors; one pass of attention computes the image vector and the patch
-targets together; batch norms take (B, N, D), where the code's fail. All of --base moby but the fact
-that they trained it (supplement A) is ours, as there is no code: the image vector, lambda and the
-head of the patches are those of SelfPatch on DINO.
+moving average to the positives; and neighbors wrap around the border: a positive of a patch at the
+left edge may lie at the right edge. Ours, but not on ImageNet and COCO: neighbors end at the
+border, where a patch has 5 (in a corner 3) and no more positives than these (--borders correct).
+Also ours: keys and values of a patch are computed once for all its neighbors; one pass of attention
+computes the image vector and the patch targets together; batch norms take (B, N, D), where the
+code's fail. All of --base moby but the fact that they trained it (supplement A) is ours, as there
+is no code: the image vector, lambda and the head of the patches are those of SelfPatch on DINO.
 
     python selfpatch.py   toy (configs/selfpatch.yaml): minutes on a laptop, offline, no local crops
     python selfpatch.py --lambda-patch 0   DINO without a class token (local crops also centered)
     python selfpatch.py --base moby        MoBY without a class token, and the loss of patches
     python selfpatch.py --base moby --backbone swin_micro     the same with a small Swin
-    torchrun --nproc_per_node=8 selfpatch.py --data imagenet  as published except --borders, not run
+    torchrun --nproc_per_node=8 selfpatch.py --data imagenet  as published, not run
 """
 import math
 from dataclasses import dataclass
@@ -112,8 +112,8 @@ class Config(config.Settings):
     # the objective
     lambda_patch: float = 0.1       # weight of L_patch (code)
     num_positives: int = 4          # positives per patch (paper; 2 for patches of 32 pixels)
-    borders: Literal["correct", "official"] = "correct"  # neighbors end at the border (our choice);
-                                                         # official: they wrap around it (code)
+    borders: Literal["official", "correct"] = "official" # neighbors wrap around the border (code);
+                                                         # correct: they end there (our choice)
     student_temp: Positive = 0.1    # softmax temperature of the student (code)
     warmup_teacher_temp: Positive = 0.04   # initial teacher temperature (code); lower if loss_cls
                                            # stays at ln K; used if --warmup-teacher-temp-epochs > 0

@@ -239,6 +239,12 @@ def test_correct_neighbors_end_at_the_border():
     assert (neighbors <= selfpatch.neighbor_mask(14, "official")).all()
 
 
+def test_neighbors_wrap_around_as_published_on_imagenet_and_coco():
+    found = {data: config.parse(selfpatch.Config, ["--data", data]).borders
+             for data in ("imagenet", "coco", "toy", "cifar10", "imagenet100")}
+    assert [*found.values()] == ["official"] * 2 + ["correct"] * 3
+
+
 def test_positives_are_the_most_similar_neighbors():
     y = normal(2, 36, 8)
     for borders in ("official", "correct"):
