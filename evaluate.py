@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lib import config, distributed, progress
+from lib import checkpoints, config, distributed, progress
 from lib.flags import parse_flags, refuse_unused
 from lib.folder import finite
 from probes import (
@@ -225,8 +225,11 @@ def run_tasks(opt, models, is_first):
                 if not run_all:
                     raise
                 skipped.setdefault((model.name, why_skipped(task, error)), []).append(task)
-    for path in dict.fromkeys(path for _, _, path in jobs):          # before any work
-        open_for_append(path if is_first else Path(os.devnull)).close()
+    if is_first:                                         # before any work
+        for path in dict.fromkeys(path for _, _, path in jobs):
+            append(path, "")
+        if opt.show or opt.save:
+            checkpoints.make_folder(opt.out)
     if run_all and jobs:
         print_plan(opt, jobs)
     # The first process runs some tasks alone: they come last, and the others wait at the end.
@@ -236,38 +239,42 @@ def run_tasks(opt, models, is_first):
         if task in FIRST_PROCESS and not is_first:
             continue
         task_opt, begin = options_for_task(opt, task), time.perf_counter()
-        with open_for_append(path if is_first else Path(os.devnull)) as file:
-            try:
-                with progress.activity(f"{model.name}: {task}", is_first):
-                    report = TASKS[task](model, task_opt)
-            except KeyboardInterrupt as interrupt:
-                failure = KeyboardInterrupt(
-                    f"interrupted during {task} of {model.name}: {len(results)} of {len(jobs)} "
-                    f"tasks are done{', and their results are above' * bool(results)}"
-                    f"{f'; {interrupt}' * bool(str(interrupt))}")
+        try:
+            with progress.activity(f"{model.name}: {task}", is_first):
+                report = TASKS[task](model, task_opt)
+        except KeyboardInterrupt as interrupt:
+            failure = KeyboardInterrupt(
+                f"interrupted during {task} of {model.name}: {len(results)} of {len(jobs)} "
+                f"tasks are done{', and their results are above' * bool(results)}"
+                f"{f'; {interrupt}' * bool(str(interrupt))}")
+            break
+        except Exception as error:
+            is_user_error = isinstance(error, (ValueError, FileNotFoundError))
+            # A named task is expected to fit: the error is perhaps in this process only, and the
+            # others wait for it.
+            shared = distributed.world_size() > 1 and task not in FIRST_PROCESS
+            if not is_user_error or shared and not run_all:
+                failure = error
                 break
-            except Exception as error:
-                is_user_error = isinstance(error, (ValueError, FileNotFoundError))
-                # A named task is expected to fit: the error is perhaps in this process only, and
-                # the others wait for it.
-                shared = distributed.world_size() > 1 and task not in FIRST_PROCESS
-                if not is_user_error or shared and not run_all:
-                    failure = error
-                    break
-                if run_all:
-                    skipped.setdefault((model.name, why_skipped(task, error)), []).append(task)
-                else:
-                    failure = failure or error
-                    if len(jobs) > 1:
-                        print(f"{model.name}: {task} failed: {error}", flush=True)
-                continue
-            add_notes(report, task, model, task_opt)
-            seconds = time.perf_counter() - begin
-            file.write(json_line(report, model, task_opt, seconds))
-        written[str(path)] = True                        # each file once, in order
+            if run_all:
+                skipped.setdefault((model.name, why_skipped(task, error)), []).append(task)
+            else:
+                failure = failure or error
+                if len(jobs) > 1:
+                    print(f"{model.name}: {task} failed: {error}", flush=True)
+            continue
+        add_notes(report, task, model, task_opt)
+        seconds = time.perf_counter() - begin
         results.append(Result(task, model.name, report))
         if len(jobs) > 1:
             print(f"{model.name}: {task}, {seconds:.1f} s; {headline(report)}", flush=True)
+        if is_first:
+            try:
+                append(path, json_line(report, model, task_opt, seconds))
+            except OSError as error:                     # the results are printed nevertheless
+                failure = error
+                break
+            written[str(path)] = True                    # each file once, in order
     if wait and not failure:
         dist.barrier(wait)
     notes = [f"{name}: skipped {', '.join(names)}: {why}" for (name, why), names in skipped.items()]
@@ -375,10 +382,20 @@ def result_files(opt, models):
     return files
 
 
-def open_for_append(path):
+def append(path, line):
+    """Writes a line at the end of a file of results. Its last line may be incomplete, if a process
+    was killed while it wrote. OSError if that fails, ValueError for a file of something else."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "a")
+        with open(path, "a+b") as file:
+            if end := file.tell():
+                file.seek(0)
+                if file.read(1) not in b"{\n":
+                    raise ValueError(f"{path} is not a file of results: name another one with "
+                                     f"--json")
+                file.seek(end - 1)
+                line = "\n" * (bool(line) and file.read(1) != b"\n") + line
+            file.write(line.encode())
     except OSError as e:
         raise OSError(f"cannot write {path} ({e.strerror}); name a file with --json") from None
 

@@ -7,6 +7,8 @@ from lib import config
 from lib.folder import read_lines
 from probes.common import WITHOUT_EFFECT, complete_settings
 
+RESULT_KEYS = "task data checkpoint branch step settings metrics".split()
+
 
 def read_loss(model, opt):
     """Loss and kNN accuracy from the log of the run. For a run on toy or CIFAR-10 also those of its
@@ -41,7 +43,8 @@ def read_results(model, opt, task, more_flags="", any_window=False):
     path = Path(model.source.path or "")
     weights = model.source.branch, model.source.step
     file = path.with_name("results.jsonl") if model.source.path else None
-    lines = [line | dict(settings=complete_settings(line["settings"])) for line in read_lines(file)
+    lines = [line | dict(settings=complete_settings(line["settings"]))
+             for line in read_lines(file, RESULT_KEYS)
              if line["task"] == task and line["data"] == opt.data
              and line["checkpoint"] and Path(line["checkpoint"]).name == path.name
              and (line["branch"], line["step"]) == weights]

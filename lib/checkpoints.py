@@ -83,9 +83,12 @@ def write_atomic(path, write):
 
 
 def make_folder(path):
-    """Creates a folder for results -> Path. OSError with a readable message if it cannot."""
+    """Creates a folder for results -> Path. OSError with a readable message if it cannot, or if
+    nothing can be written there."""
     try:
         pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as error:
         raise OSError(f"cannot write to {path} ({error.strerror}); choose another --out") from None
     return pathlib.Path(path)

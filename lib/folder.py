@@ -33,15 +33,15 @@ def finite(numbers):
     return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
 
 
-def read_lines(file):
+def read_lines(file, keys=()):
     """The lines of a .jsonl file, as dicts; none without a file. A last line that is incomplete, as
-    of a process that was killed while it wrote it, is left out; other damaged ones are too, and are
-    counted on stderr."""
+    of a process that was killed while it wrote it, is left out; other damaged ones, and those
+    without `keys`, are too, and are counted on stderr."""
     lines = file.read_bytes().splitlines() if file and file.is_file() else []
     found = []
     for line in lines:
         with contextlib.suppress(ValueError):            # also of bytes that are not UTF-8
-            if isinstance(content := json.loads(line), dict):
+            if isinstance(content := json.loads(line), dict) and content.keys() >= set(keys):
                 found.append(content)
     damaged = len(lines) - len(found) - (bool(lines) and not lines[-1].endswith(b"}"))
     if damaged:
@@ -137,13 +137,13 @@ class RunFolder:
         """Removes the lines after `step`, and an incomplete one of a process that was killed."""
         log = self.path / "metrics.jsonl"
         if log.exists():
-            kept = [line for line in read_lines(log) if line["step"] <= step]
+            kept = [line for line in self.read_log() if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept).encode()
             checkpoints.write_atomic(log, lambda f: f.write(text))
 
     def read_log(self):
         """The lines of metrics.jsonl, as dicts."""
-        return read_lines(self.path / "metrics.jsonl")
+        return read_lines(self.path / "metrics.jsonl", ["step"])
 
     def tensorboard(self):
         """A SummaryWriter for this folder. Raises ValueError without the package."""

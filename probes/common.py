@@ -298,6 +298,9 @@ def load_models(opt: CommonOptions) -> list[Model]:
                 runs := sorted(path.glob("*/encoder.pt"))):
             raise ValueError(f"--checkpoint {path} is a folder of runs: choose one of them, such "
                              f"as {runs[-1].parent}")
+        if (path / "config.yaml").exists() and not (path / "encoder.pt").exists():
+            raise FileNotFoundError(f"{path} has no encoder.pt: the run ended before its first "
+                                    f"checkpoint; start it again")
     paths = [path / "encoder.pt" if path.is_dir() else path for path in paths]
     if not paths and not baselines:
         print(f"no run in {opt.out}/ yet: evaluating an untrained ViT. To train one: python mmc.py")
@@ -484,7 +487,8 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
     path = Path(opt.out) / "features" / f"{name}.pt"
     if on_disk and distributed.rank() == 0:
         checkpoints.make_folder(path.parent)             # before the work
-    if on_disk and all(gather_objects(path.is_file())):
+    if on_disk and all(gather_objects(is_stored(path))):
+        datasets.print_once(f"note: {model.name}: stored features, {path}", sys.stdout)
         content = checkpoints.read_file(path)
         features = {key: z.to(model.device) for key, z in content["features"].items()}
         numbers = content["numbers"].to(model.device)
@@ -500,6 +504,19 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
         while sum(z.nbytes for tensors, _ in kept.values() for z in tensors.values()) > KEPT_BYTES:
             del kept[next(iter(kept))]
     return keep_features(model, features, names), numbers
+
+
+def is_stored(path):
+    """Whether a file of features is there; a damaged one, as of a full disk, does not count."""
+    if not path.is_file():
+        return False
+    try:
+        if checkpoints.read_file(path).keys() >= {"features", "numbers"}:
+            return True
+    except (ValueError, OSError):
+        pass
+    datasets.print_once(f"note: {path} is damaged: its features are computed again", sys.stdout)
+    return False
 
 
 def encode_once(model, opt, batches, encode, total, names):
@@ -545,6 +562,9 @@ def check_memory(model, size, count):
 
 
 def not_finite(model):
+    if not all(p.isfinite().all() for p in model.encoder.parameters()):
+        return ValueError(f"{model.name}: its weights are not finite: leave it out, or take an "
+                          f"earlier checkpoint")
     return ValueError(f"{model.name}: its features are not finite; try --precision fp32, or an "
                       f"earlier checkpoint")
 

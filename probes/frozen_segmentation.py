@@ -288,7 +288,7 @@ def zero_shot_segmentation(model, opt):
     notes.append(f"{model.name}: 90% of the cosines are between about {low:.4g} and {high:.4g}; "
                  f"Opt fine is at T = {best_fine:.4g}")
     if opt_iou < floor + 1:
-        notes.append(f"{model.name}: Opt ({opt_iou:.1f}) is not above the whole image "
+        notes.append(f"{model.name}: Opt ({opt_iou:.1f}) is not a point above the whole image "
                      f"({floor:.1f}), which any model reaches by predicting every patch: see Opt "
                      f"fine" + ", or try --center" * (not opt.center))
     whole = {"whole image": floor}

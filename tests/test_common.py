@@ -280,7 +280,11 @@ def test_projected_features_without_a_projection_head_are_an_error():
 def test_features_that_are_not_finite_are_an_error():
     model = make_model(make_encoder())
     model.encoder.norm.weight[0] = torch.nan
-    with pytest.raises(ValueError, match="small: its features are not finite"):
+    with pytest.raises(ValueError, match="small: its weights are not finite: leave it out"):
+        common.extract_features(model, make_options("knn", "--limit", "4"), "test")
+    model.encoder.norm.weight[0] = 3e38                  # finite, and too large
+    model.encoder.norm.bias[0] = 3e38
+    with pytest.raises(ValueError, match="small: its features are not finite; try --precision"):
         common.extract_features(model, make_options("knn", "--limit", "4"), "test")
 
 
@@ -389,6 +393,22 @@ def test_what_only_other_images_would_show_is_in_the_name_of_kept_features(monke
     assert len({*names}) == len(names)
 
 
+def test_a_damaged_cache_is_computed_again(tmp_path, capsys):
+    model = make_model(make_encoder())
+    opt = make_options("knn", "--limit", "4", "--cache", "--out", str(tmp_path))
+    features = [common.extract_features(model, opt, "test")[0]["cls"]]
+    [path] = (tmp_path / "features").iterdir()
+    for damaged in (path.read_bytes()[:500], b"text"):
+        path.write_bytes(damaged)
+        features += [common.extract_features(model, opt, "test")[0]["cls"]]
+    torch.save({"other": torch.zeros(2)}, path)
+    features += [common.extract_features(model, opt, "test")[0]["cls"] for _ in range(2)]
+    assert all(z.equal(features[0]) for z in features)
+    out = capsys.readouterr().out
+    assert f"{path} is damaged: its features are computed again" in out
+    assert f"small: stored features, {path}" in out
+
+
 def test_cached_features_are_those_of_the_loaded_weights_and_of_the_present_files(tmp_path):
     folder, path = save_images(tmp_path / "data"), tmp_path / "encoder.pt"
     opt = make_options("knn", "--data", folder, "--out", str(tmp_path), "--cache", "--checkpoint",
@@ -408,6 +428,12 @@ def test_cached_features_are_those_of_the_loaded_weights_and_of_the_present_file
         Image.new("RGB", (40, 80)).save(f"{folder}/{name}")              # and 10
     common.load_split.cache_clear()                      # of an earlier call
     assert len(features[1]) == 2 and len(common.extract_features(new, opt, "test")[1]) == 3
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_called_so(tmp_path):
+    (tmp_path / "config.yaml").write_text("method: mae\n")
+    with pytest.raises(FileNotFoundError, match="ended before its first checkpoint; start it"):
+        common.load_models(make_options("knn", "--checkpoint", str(tmp_path)))
 
 
 def test_baselines_get_the_images_of_the_first_checkpoint(tmp_path):

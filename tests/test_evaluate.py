@@ -571,6 +571,44 @@ def test_an_error_in_one_of_several_tasks_keeps_what_is_done(
     assert [line["task"] for line in lines] == done
 
 
+def test_results_follow_an_incomplete_line_on_a_line_of_their_own(tmp_path, checkpoint):
+    file = tmp_path / "all.jsonl"
+    file.write_text('{"task": "kn')                      # its process was killed
+    flags = [checkpoint], "--task", "knn"
+    with pytest.raises(json.JSONDecodeError):            # of this line
+        run_checkpoint(tmp_path, *flags)
+    broken, line = file.read_text().splitlines()
+    assert broken == '{"task": "kn' and json.loads(line)["task"] == "knn"
+
+
+def test_results_are_not_appended_to_other_files(tmp_path, checkpoint):
+    before = checkpoint.read_bytes()
+    with pytest.raises(ValueError, match="encoder.pt is not a file of results: name another"):
+        evaluate.main(["--checkpoint", str(checkpoint), "--json", str(checkpoint), "--device",
+                       "cpu", "--out", str(tmp_path)])
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux")
+def test_on_a_full_disk_the_results_are_printed(capsys):
+    flags = "--task knn --limit 30 --baseline pixels --device cpu --json /dev/full"
+    with pytest.raises(OSError, match=r"write /dev/full \(No space left on device\); name a file"):
+        evaluate.main(flags.split())
+    assert "\npixels " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("--show", "--task", "part_retrieval"),
+                                   ("--save", "--task", "finetune")])
+def test_an_output_folder_that_is_read_only_is_refused_before_any_work(
+        tmp_path, checkpoint, monkeypatch, flags):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))      # as not root
+    monkeypatch.setitem(evaluate.TASKS, flags[-1], Mock())
+    with pytest.raises(OSError, match="cannot write to .*Permission denied.; choose another --out"):
+        evaluate.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(tmp_path),
+                       "--json", str(tmp_path / "a.jsonl"), *flags])
+    evaluate.TASKS[flags[-1]].assert_not_called()
+
+
 def test_a_broken_checkpoint_does_not_stop_the_comparison_with_others(
         tmp_path, checkpoint, capsys):
     broken = tmp_path / "broken" / "encoder.pt"
@@ -578,7 +616,7 @@ def test_a_broken_checkpoint_does_not_stop_the_comparison_with_others(
     content = torch.load(checkpoint, weights_only=True)
     content["model"]["norm.weight"][0] = math.nan
     torch.save(content, broken)
-    with pytest.raises(ValueError, match="broken: its features are not finite"):
+    with pytest.raises(ValueError, match="broken: its weights are not finite: leave it out"):
         run_checkpoint(tmp_path, [broken, checkpoint], "--task", "knn")
     [line] = map(json.loads, (tmp_path / "all.jsonl").read_text().splitlines())
     assert line["model"] == checkpoint.parent.name and "\nmodel " in capsys.readouterr().out

@@ -543,10 +543,10 @@ def test_a_truncated_checkpoint_is_called_so(length, tmp_path, monkeypatch):
 
 def test_damaged_lines_of_a_log_are_left_out_and_counted(tmp_path, capsys):
     log = tmp_path / "metrics.jsonl"
-    log.write_bytes(b'{"step": 10}\n\0\0{"step": 20}\n{"step": 30}\n{"step": 40}\n{"step": 5')
+    log.write_bytes(b'{"step": 10}\n\0\0{"step": 20}\n{"step": 30}\n{}\n{"step": 40}\n{"step": 5')
     folder = RunFolder(config.parse(mmc.Config, [*TINY, "--out", str(tmp_path)]))
     assert [line["step"] for line in folder.read_log()] == [10, 30, 40]
-    assert "metrics.jsonl: 1 damaged lines left out" in capsys.readouterr().err
+    assert "metrics.jsonl: 2 damaged lines left out" in capsys.readouterr().err
     folder.trim_log(30)
     assert log.read_text() == '{"step": 10}\n{"step": 30}\n'
     capsys.readouterr()

@@ -435,7 +435,7 @@ def test_high_cosines_are_told_apart_by_fine_thresholds_or_after_centering(monke
     row, notes = report.rows["mean over targets"], " ".join(report.notes)
     assert row["whole image"] == pytest.approx(25) and row["Opt fine"] == pytest.approx(100)
     assert row["Opt"] == pytest.approx(100 if flags else 25)
-    assert ("is not above the whole image (25.0)" in notes) == (not flags)
+    assert ("is not a point above the whole image (25.0)" in notes) == (not flags)
 
 
 def test_the_best_threshold_is_one_for_all_and_categories_weigh_the_same(monkeypatch):
