@@ -210,13 +210,14 @@ def zero_shot_segmentation(model, opt):
     cosine). Targets that cover less than half of their deepest patch (random: of every patch) are
     left out and counted. In data sets with a class map instead of masks, and with --level part or
     scene, each class except background is a target; void pixels and crowds are not counted. The
-    column "whole image" is the baseline that predicts every patch.
+    columns "whole image" and "query patch" are the baselines that predict every patch, and the
+    prompt only, which is always right.
     """
     require_tokens(model, opt.task)
     side = input_side(model, opt, 480)
     p = model.encoder.patch_size
     skipped = 0
-    ious, fine, above, baseline, categories = [], [], [], [], []
+    ious, fine, above, trivial, categories = [], [], [], [], []
     figure = FigureRows(8 if opt.show else 0)
     items = iter(progress_bar(segmentation_targets(opt, side), model))
     while batch := list(itertools.islice(items, min(MAX_BATCH, opt.batch_size))):
@@ -243,7 +244,8 @@ def zero_shot_segmentation(model, opt):
                 fine.append(threshold_ious(similarity, n_target, n_valid, FINE_THRESHOLDS))
                 above.append(torch.stack([(similarity > t).double().mean()
                                           for t in FINE_THRESHOLDS]))
-                baseline.append((n_target.sum() / n_valid.sum()).item())
+                total, hit, patch = n_target.sum(), n_target[prompt], n_valid[prompt]
+                trivial.append(torch.stack([total / n_valid.sum(), hit / (total + patch - hit)]))
                 categories.append(category)
                 candidates.append((category, (image, mask, similarity, prompt)))
             if candidates:
@@ -258,7 +260,8 @@ def zero_shot_segmentation(model, opt):
     notes = []
     if skipped:
         patch = "their deepest" if opt.prompt == "deepest" else "every"
-        notes.append(f"{skipped} targets cover less than half of {patch} patch and are left out")
+        notes.append(f"{model.name}: {skipped} targets cover less than half of {patch} patch and "
+                     f"are left out")
     target = {"category": "a category", "instance": "an instance", "stuff": "a stuff class"}
     iou, categories = 100 * torch.stack(ious), torch.tensor(categories)          # (targets, 10)
     fine = 100 * torch.stack(fine)                                               # (targets, 54)
@@ -282,18 +285,19 @@ def zero_shot_segmentation(model, opt):
     def by_category(x):
         return torch.stack([x[categories == c].mean(0) for c in categories.unique()])
 
-    floor, opt_iou = 100 * sum(baseline) / len(baseline), iou.mean(0).max().item()
+    whole, alone = (100 * torch.stack(trivial).double().mean(0)).tolist()
+    opt_iou = iou.mean(0).max().item()
     low, high = (FINE_THRESHOLDS[max(0, int((torch.stack(above).mean(0) > part).sum()) - 1)]
                  for part in (0.95, 0.05))
     notes.append(f"{model.name}: 90% of the cosines are between about {low:.4g} and {high:.4g}; "
                  f"Opt fine is at T = {best_fine:.4g}")
-    if opt_iou < floor + 1:
+    if opt_iou < max(whole, alone) + 1:
         notes.append(f"{model.name}: Opt ({opt_iou:.1f}) is not a point above the whole image "
-                     f"({floor:.1f}), which any model reaches by predicting every patch: see Opt "
-                     f"fine" + ", or try --center" * (not opt.center))
-    whole = {"whole image": floor}
+                     f"({whole:.1f}) and the query patch ({alone:.1f}), which any model reaches by "
+                     f"predicting every patch, or that one: see Opt fine"
+                     + ", or try --center" * (not opt.center))
     return Report(
-        {"mean over targets": row((iou, fine)) | whole,
+        {"mean over targets": row((iou, fine)) | {"whole image": whole, "query patch": alone},
          "mean over categories": row((by_category(iou), by_category(fine)))},
         f"IoU of the patches with cosine > T to the {opt.prompt} patch of {target[opt.target]}"
         f"{f' ({opt.level})' if opt.level else ''}{describe_norm(model)}, {side} x {side} px, "

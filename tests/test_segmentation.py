@@ -413,6 +413,7 @@ def test_similar_patches_are_segmented(monkeypatch):
     found = scores(True)
     assert found["Opt"] == found["T=0.4"] == pytest.approx(100)
     assert found["whole image"] == pytest.approx(18.75) and scores(False)["Opt"] < 40
+    assert found["query patch"] == pytest.approx(100 * 8 * 8 / (24 * 32))
 
 
 @pytest.mark.parametrize("flags", [[], ["--center"]])
@@ -435,7 +436,8 @@ def test_high_cosines_are_told_apart_by_fine_thresholds_or_after_centering(monke
     row, notes = report.rows["mean over targets"], " ".join(report.notes)
     assert row["whole image"] == pytest.approx(25) and row["Opt fine"] == pytest.approx(100)
     assert row["Opt"] == pytest.approx(100 if flags else 25)
-    assert ("is not a point above the whole image (25.0)" in notes) == (not flags)
+    words = "is not a point above the whole image (25.0) and the query patch (6.2)"
+    assert (words in notes) == (not flags)
 
 
 def test_the_best_threshold_is_one_for_all_and_categories_weigh_the_same(monkeypatch):
@@ -452,7 +454,8 @@ def test_the_best_threshold_is_one_for_all_and_categories_weigh_the_same(monkeyp
                                                  zero_shot_options("--img-size", "64"))
     over_targets, over_categories = report.rows.values()
     assert over_targets == pytest.approx({"Opt": 50, "Opt fine": 70, "T=0.1": 50, "T=0.2": 30,
-                                          "T=0.3": 0, "T=0.4": 0, "whole image": 100})
+                                          "T=0.3": 0, "T=0.4": 0, "whole image": 100,
+                                          "query patch": 100 / 64})
     assert over_categories == pytest.approx({"Opt": 60, "Opt fine": 70, "T=0.1": 60, "T=0.2": 30,
                                              "T=0.3": 0, "T=0.4": 0})
     assert "Opt is T = 0.1" in report.notes[0]
