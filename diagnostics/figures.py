@@ -170,7 +170,9 @@ FIGURES = {
         "The map is the cosine with the patch at the star. On data with masks, it should be high "
         "(light) inside the blue outline and low outside. The pink outline is the region above the "
         "best of ten thresholds. The IoU is that at this threshold, mean over all prompts (one for "
-        "each class in each image); its baseline is the IoU of the whole image. The AUC is the "
+        "each class in each image, without objects that cover less than half of a patch, so that "
+        "models with large patches have other prompts); its baselines are the IoU of the whole "
+        "image and that of the prompt alone. The AUC is the "
         "probability that a point of the object has a higher cosine than a point outside; 0.5 is "
         "chance level.",
         image_figure(colorbar="cosine")),

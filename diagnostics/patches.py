@@ -98,9 +98,10 @@ def show_prompt_heatmap(model, opt, num_shown=4):
     Our choice: the image size of pretraining, center crop. MMC has whole images of 480 x 480
     (--img-size 480); the protocol of its table 1 is evaluate.py --task zero_shot_segmentation,
     whose numbers are not comparable. The prompt is the patch deepest in the object (our choice); an
-    object that covers less than half of it is skipped. The baseline is the IoU of the whole image,
-    which a model reaches whose tokens are all equal. The AUC does not need a threshold. Without
-    pixel labels the prompt is the center patch, and there are no scores.
+    object that covers less than half of it is skipped. The baselines are the IoU of the whole
+    image, which a model reaches whose tokens are all equal, and that of the prompt alone. The AUC
+    does not need a threshold. Without pixel labels the prompt is the center patch, and there are no
+    scores.
     """
     limit = max(opt.limit or 256, opt.image + num_shown)
     p = model.encoder.patch_size
@@ -135,13 +136,15 @@ def show_prompt_heatmap(model, opt, num_shown=4):
                            "from there on has an object that covers half a patch")
     if not scores:
         return dict(image_rows=[ImageRow("", tiles)])
-    *mean, whole_image, auc = torch.tensor(scores).double().nanmean(0).tolist()
+    *mean, whole_image, prompt_alone, auc = torch.tensor(scores).double().nanmean(0).tolist()
     best = max(mean)
     for tile, heatmap in zip(tiles[::2], heatmaps):
         tile.outlines.append((heatmap > THRESHOLDS[mean.index(best)], PINK))
-    return dict(thresholds=THRESHOLDS, iou=mean, best=best, whole_image=whole_image, auc=auc,
-                prompts=len(scores), skipped=skipped, image_rows=[ImageRow(
-                    f"{len(scores)} prompts: IoU {best:.2f}, whole image {whole_image:.2f}; "
+    return dict(thresholds=THRESHOLDS, iou=mean, best=best, whole_image=whole_image,
+                prompt_alone=prompt_alone, auc=auc, prompts=len(scores), skipped=skipped,
+                image_rows=[ImageRow(
+                    f"{len(scores)} prompts{f', {skipped} skipped' * bool(skipped)}: IoU "
+                    f"{best:.2f}, whole image {whole_image:.2f}, prompt alone {prompt_alone:.2f}; "
                     f"AUC {auc:.2f}", tiles)])
 
 
@@ -154,14 +157,15 @@ def object_masks(labels):
 
 
 def score_heatmap(heatmap, prompt, target, known, p):
-    """-> IoU at each of THRESHOLDS, IoU of the whole image, AUC. heatmap: (N,) cosines; prompt:
-    index of its patch; target, known: (S, S) bool; unknown pixels are not counted."""
+    """-> IoU at each of THRESHOLDS, of the whole image, of the prompt; AUC. heatmap: (N,) cosines;
+    prompt: index of its patch; target, known: (S, S) bool; unknown pixels are not counted."""
     pixels = inputs.expand_patches(heatmap, p)
     inside, outside = (F.avg_pool2d(part[None].float(), p).flatten()
                        for part in (target, known & ~target))
     others = torch.arange(len(heatmap)) != prompt            # its cosine with itself is 1
     return [*(formulas.iou((pixels > t) & known, target) for t in THRESHOLDS),
             formulas.iou(known, target),
+            formulas.iou(inputs.expand_patches(~others, p) & known, target),
             formulas.roc_auc(heatmap[others], inside[others], outside[others])]
 
 

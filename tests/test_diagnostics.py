@@ -389,10 +389,13 @@ def test_prompt_scores_of_equal_tokens_are_those_of_the_whole_image(tmp_path, mo
 
     found = scores(torch.ones(1, 64, 4).expand(2, 64, 4) / 2)
     assert found["best"] == pytest.approx(found["whole_image"]) and found["auc"] == 0.5
-    assert scores(torch.eye(64).expand(2, 64, 64))["auc"] == 0.5         # the prompt is left out
+    alone = scores(torch.eye(64).expand(2, 64, 64))
+    assert alone["auc"] == 0.5                           # the prompt is left out
+    assert alone["best"] == pytest.approx(alone["prompt_alone"])
     [(*_, labels)] = inputs.iterate_images(model, opt, 2, pixel_labels=True)
     expected = (labels[0] == 1).sum() / (labels[0] >= 0).sum()           # void does not count
     assert found["whole_image"] == pytest.approx(expected.item())
+    assert found["prompt_alone"] == pytest.approx(4 * 4 / (labels[0] == 1).sum().item())
     cover = F.avg_pool2d((labels == 1).float(), 4).flatten(1)            # (2, 64)
     perfect = F.normalize(torch.stack([cover, 1 - cover], 2), dim=2)
     found = scores(perfect)                                              # control
