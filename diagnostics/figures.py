@@ -212,7 +212,7 @@ FIGURES = {
     "loss": Figure(
         "Loss and kNN accuracy of the run",
         "Dotted lines show the default run of the method on the same data set (seed 0; on toy for "
-        "all methods, on CIFAR-10 for some, trained with 20,000 of the images). A run with the "
+        "all methods, on CIFAR-10 for most, trained with 20,000 of the images). A run with the "
         "same settings, seed, images and number of threads on the same kind of CPU has the same "
         "curve. With another seed losses on toy differ by 0.7 (MAE) to 11% (SelfPatch) on average, "
         "and kNN accuracies by up to 23 points. Losses of different methods are not comparable; "
