@@ -292,6 +292,11 @@ def load_models(opt: CommonOptions) -> list[Model]:
     if device.type == "cuda":
         torch.cuda.set_device(device)                # where the DataLoader's thread pins memory
     newest = sorted(Path(opt.out).glob("*/encoder.pt"), key=lambda path: path.stat().st_mtime)[-1:]
+    for file in Path(opt.out).glob("*/config.yaml") if newest and not opt.checkpoint else ():
+        if not file.with_name("encoder.pt").exists() and (
+                file.stat().st_mtime > newest[0].stat().st_mtime):
+            datasets.print_once(f"note: {file.parent} is newer and has no encoder.pt yet; this is "
+                                f"{newest[0].parent}", sys.stdout)
     paths, baselines = [Path(path) for path in opt.checkpoint] or newest, opt.baseline
     for path in paths:
         if path.is_dir() and not (path / "encoder.pt").exists() and (

@@ -1,5 +1,6 @@
 """Features of the probes against one forward pass per image, the cache, and several processes."""
 import dataclasses
+import os
 import sys
 from types import SimpleNamespace
 
@@ -428,6 +429,22 @@ def test_cached_features_are_those_of_the_loaded_weights_and_of_the_present_file
         Image.new("RGB", (40, 80)).save(f"{folder}/{name}")              # and 10
     common.load_split.cache_clear()                      # of an earlier call
     assert len(features[1]) == 2 and len(common.extract_features(new, opt, "test")[1]) == 3
+
+
+def test_a_newer_run_without_an_encoder_is_named(tmp_path, capsys):
+    """It has just begun, or was killed: the newest of the others is evaluated."""
+    for name, time in (("old", 1000), ("saved", 2000), ("begun", 3000)):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "config.yaml"
+        file.write_text("method: mae\n")
+        if name == "saved":
+            file = tmp_path / name / "encoder.pt"
+            checkpoints.save_encoder(file, make_encoder(), data="toy")
+        os.utime(file, (time, time))
+    [model] = common.load_models(make_options("knn", "--out", str(tmp_path)))
+    out = capsys.readouterr().out
+    assert model.name == "saved" and f"note: {tmp_path}/begun is newer and has no encoder" in out
+    assert f"{tmp_path}/old" not in out
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_called_so(tmp_path):
