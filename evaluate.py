@@ -421,9 +421,11 @@ def print_results(opt, models, results, skipped):
     run_all, tasks = opt.task == ("all",), list(dict.fromkeys(r.task for r in results))
     for task in tasks:
         mine = [r for r in results if r.task == task]
-        counts = ", ".join(f"{n:,} {role}" for role, n in mine[-1].report.images.items())
-        print(f"\n{task} on {opt.data} ({counts}), {models[0].precision}, {models[0].device.type}; "
-              f"percent")
+        images = [", ".join(f"{n:,} {role}" for role, n in r.report.images.items()) for r in mine]
+        if len(set(images)) > 1:                         # some targets are too small for a model
+            images = ["; ".join(f"{r.model}: {numbers}" for r, numbers in zip(mine, images))]
+        print(f"\n{task} on {opt.data} ({images[0]}), {models[0].precision}, "
+              f"{models[0].device.type}; percent")
         for protocol in dict.fromkeys(r.report.protocol for r in mine):     # input sizes may differ
             names = [r.model for r in mine if r.report.protocol == protocol]
             print(f"{', '.join(names)}: {protocol}")

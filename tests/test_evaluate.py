@@ -571,6 +571,15 @@ def test_an_error_in_one_of_several_tasks_keeps_what_is_done(
     assert [line["task"] for line in lines] == done
 
 
+def test_numbers_of_images_that_differ_are_given_for_each_model(capsys):
+    models = [SimpleNamespace(precision="fp32", device=torch.device("cpu"))]
+    for numbers, words in (((9, 9), "9 targets"), ((9, 8), "a: 9 targets; b: 8 targets")):
+        reports = [Report({"cls": {"k": 1.0}}, "", {"targets": n}) for n in numbers]
+        results = [evaluate.Result("knn", *pair) for pair in zip("ab", reports)]
+        evaluate.print_results(Options(task=("knn",), data="toy"), models, results, [])
+        assert f"knn on toy ({words}), fp32" in capsys.readouterr().out
+
+
 def test_results_follow_an_incomplete_line_on_a_line_of_their_own(tmp_path, checkpoint):
     file = tmp_path / "all.jsonl"
     file.write_text('{"task": "kn')                      # its process was killed
