@@ -178,7 +178,7 @@ REFUSED = dict(
     selfpatch=[*DISTILLATION, ("--out-dim-selfpatch 1", "2 or more"),
                ("--num-positives 0", "of the 8 neighbors"),
                ("--num-positives 9", "of the 8 neighbors"),
-               ("--borders none", "correct or official")],
+               ("--borders none", "official or correct")],
     mmc=[("--accum-iter 2", "leave out --accum-iter"), ("--group-size 1", "2 or more"),
          ("--group-size 3", "must divide the 16 images"), ("--noise-ratio 0.9", "at most 0.8"),
          ("--paste-ratio 0.9", "at most 0.8"), ("--drop-align 0", "a sixth of --img-size"),

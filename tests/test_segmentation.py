@@ -478,7 +478,7 @@ def test_small_targets_are_reported_if_there_are_any(monkeypatch, target, prompt
 
     assert f"{prompt} patch of {phrase}" in report(32).protocol
     assert not any("left out" in note for note in report(32).notes)
-    assert f"2 targets cover less than half of {which} patch and are left out" in report(
+    assert f"small: 2 targets cover less than half of {which} patch and are left out" in report(
         32, 2, 3).notes
 
 
