@@ -387,15 +387,15 @@ def append(path, line):
     was killed while it wrote. OSError if that fails, ValueError for a file of something else."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            if end := file.tell():
-                file.seek(0)
+        if path.is_file() and path.stat().st_size:       # not a pipe
+            with open(path, "rb") as file:
                 if file.read(1) not in b"{\n":
                     raise ValueError(f"{path} is not a file of results: name another one with "
                                      f"--json")
-                file.seek(end - 1)
+                file.seek(-1, os.SEEK_END)
                 line = "\n" * (bool(line) and file.read(1) != b"\n") + line
-            file.write(line.encode())
+        with open(path, "a") as file:
+            file.write(line)
     except OSError as e:
         raise OSError(f"cannot write {path} ({e.strerror}); name a file with --json") from None
 

@@ -590,6 +590,14 @@ def test_results_follow_an_incomplete_line_on_a_line_of_their_own(tmp_path, chec
     assert broken == '{"task": "kn' and json.loads(line)["task"] == "knn"
 
 
+def test_results_can_be_written_into_a_pipe():
+    read, write = os.pipe()
+    evaluate.append(Path(f"/dev/fd/{write}"), '{"task": "knn"}\n')
+    os.close(write)
+    with open(read) as file:
+        assert json.load(file) == {"task": "knn"}
+
+
 def test_results_are_not_appended_to_other_files(tmp_path, checkpoint):
     before = checkpoint.read_bytes()
     with pytest.raises(ValueError, match="encoder.pt is not a file of results: name another"):
