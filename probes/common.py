@@ -492,9 +492,9 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
     path = Path(opt.out) / "features" / f"{name}.pt"
     if on_disk and distributed.rank() == 0:
         checkpoints.make_folder(path.parent)             # before the work
-    if on_disk and all(gather_objects(is_stored(path))):
+    content = read_stored(path) if on_disk else None
+    if on_disk and all(gather_objects(content is not None)):
         datasets.print_once(f"note: {model.name}: stored features, {path}", sys.stdout)
-        content = checkpoints.read_file(path)
         features = {key: z.to(model.device) for key, z in content["features"].items()}
         numbers = content["numbers"].to(model.device)
     else:
@@ -511,17 +511,16 @@ def encode_batches(model, opt, batches, names=("cls", "patch", "hyber"), encode=
     return keep_features(model, features, names), numbers
 
 
-def is_stored(path):
-    """Whether a file of features is there; a damaged one, as of a full disk, does not count."""
+def read_stored(path):
+    """The dict in a file of features; None without one, or if it is damaged, which is noted."""
     if not path.is_file():
-        return False
-    try:
-        if checkpoints.read_file(path).keys() >= {"features", "numbers"}:
-            return True
-    except (ValueError, OSError):
-        pass
+        return None
+    with contextlib.suppress(ValueError, OSError):
+        content = checkpoints.read_file(path)
+        if content.keys() >= {"features", "numbers"}:
+            return content
     datasets.print_once(f"note: {path} is damaged: its features are computed again", sys.stdout)
-    return False
+    return None
 
 
 def encode_once(model, opt, batches, encode, total, names):
