@@ -139,7 +139,8 @@ def sample_block_masks(count, g, *seed):
     last one the upper rows. They may extend beyond the grid, whose borders are thus masked as often
     as its center.
     """
-    u = rng.uniform(torch.arange(count), (32, 2, 2), *seed, "rectangles")    # count, which, axis, _
+    # (mask, rectangle, axis, length and start); 32 rectangles cover half of the grid in practice
+    u = rng.uniform(torch.arange(count), (32, 2, 2), *seed, "rectangles")
     low, high = max(1, g // 4), max(1, g // 2)
     length = low + (u[..., 0] * (high - low + 1)).floor()
     start = (u[..., 1] * (g + length - 1)).floor() - length + 1

@@ -62,11 +62,10 @@ def pose(model, opt):
     joint, upsampled to cells of 4 px; squared error to a Gaussian (sigma 2 cells, at another size
     than 256 px in proportion to it: 1 cell at 128 px) at joints with v > 0; flips, scales of 0.75
     to 1.25 and rotations by up to 30 degrees in training; averaged over the flipped image at test
-    time.
-    Score on COCO: OKS AP by pycocotools. On toy (boxes become squares of twice the encoder's size)
-    and on COCO: mean OKS (on toy with the same sigma for all parts) and PCK, the fraction of joints
-    within a tenth of the longer side of the box. ValueError: a data set without keypoints and
-    areas, the pixels baseline, COCO without pycocotools.
+    time. Score on COCO: OKS AP by pycocotools. On toy (boxes become squares of twice the encoder's
+    size) and on COCO: mean OKS (on toy with the same sigma for all parts) and PCK, the fraction of
+    joints within a tenth of the longer side of the box. ValueError: a data set without keypoints
+    and areas, the pixels baseline, COCO without pycocotools.
     """
     require_tokens(model, opt.task)
     on_toy = is_toy(opt.data)
