@@ -440,6 +440,23 @@ def test_high_cosines_are_told_apart_by_fine_thresholds_or_after_centering(monke
     assert (words in notes) == (not flags)
 
 
+def test_predicting_only_the_query_patch_is_no_segmentation(monkeypatch):
+    """Tokens that are all orthogonal. The target covers three quarters of its patch, and no other:
+    were the rest of the patch not counted, its IoU would be 100."""
+    def masks(*_):
+        mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+        mask[0, 8:16, 16:22] = True
+        yield SimpleNamespace(image=torch.zeros(3, 64, 64).byte(), masks=mask,
+                              labels=torch.tensor([3]), crowd=torch.tensor([False]))
+
+    monkeypatch.setattr(annotations, "masks", masks)
+    monkeypatch.setattr(frozen, "extract_patches", lambda *_: torch.eye(64).view(1, 8, 8, 64))
+    report = frozen.zero_shot_segmentation(small_model(), zero_shot_options("--img-size", "64"))
+    row = report.rows["mean over targets"]
+    assert row["Opt"] == row["query patch"] == pytest.approx(75) and row["whole image"] < 2
+    assert any("Opt (75.0) is not a point above" in note for note in report.notes)
+
+
 def test_the_best_threshold_is_one_for_all_and_categories_weigh_the_same(monkeypatch):
     """Two targets of category 3, each with its own best threshold, and one of category 5."""
     iou = torch.zeros(3, 10, dtype=torch.float64)            # at T = 0, 0.1 ... 0.9
