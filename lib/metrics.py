@@ -82,12 +82,14 @@ def ridge(bank, bank_labels, queries):
 
 
 def accuracy(scores, labels, top=(1, 5)):
-    """Top-n accuracies in percent, one for each n in `top`. If C < n, top-n is top-C.
+    """Top-n accuracies {"top-1": percent ...}, for each n in `top`. Without those that are 100 for
+    any scores, of n >= C, except top-1.
 
     scores: (queries, C), labels: (queries,).
     """
-    best = scores.topk(min(max(top), scores.shape[1]), dim=1).indices == labels[:, None]
-    return [100 * best[:, :n].any(1).double().mean().item() for n in top]
+    top = [n for n in top if n == 1 or n < scores.shape[1]]
+    best = scores.topk(max(top), dim=1).indices == labels[:, None]
+    return {f"top-{n}": 100 * best[:, :n].any(1).double().mean().item() for n in top}
 
 
 def average_precision(scores, relevant):

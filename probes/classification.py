@@ -88,12 +88,11 @@ def classify(model: Model, opt: Options) -> Report:
             return {"classifier": head(tokens.float())}
 
     scores, truth, _ = extract_features(model, opt, "test", ["classifier"], classifier_scores)
-    top = metrics.accuracy(scores["classifier"], truth)
     feature = "class token" if head.fc_norm is None else "mean patch token"
     trained_on = model.source.data
     notes = [f"{model.name} was trained on {trained_on}: its classes must be those of {opt.data}, "
              f"in the same order"] * (trained_on not in (None, opt.data))
-    return Report({"classifier": dict(zip(("top-1", "top-5"), top))},
+    return Report({"classifier": metrics.accuracy(scores["classifier"], truth)},
                   f"the classifier in the checkpoint, of the {feature}; {num_classes:,} classes in "
                   f"the order of {opt.data}; {describe_view(model, opt)}", dict(test=len(truth)),
                   notes)

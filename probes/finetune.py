@@ -124,7 +124,7 @@ def finetune(model, opt):
     parallel = distributed.wrap_ddp(net, model.device)
     transform = AUGMENTATIONS[recipe["augment"]] if recipe["augment"] else None
     mix, smoothing = make_mixing(classes), recipe.get("smoothing", SMOOTHING)
-    curve = progress.curve                               # (top-1, top-5) of every epoch
+    curve = progress.curve                               # accuracies of every epoch
     losses = []
     for step, batch in progress.steps(loader.batches(progress.step), total):
         torch.manual_seed(rng.key(opt.seed, "finetune", step, rank))         # augment, drop path
@@ -158,14 +158,15 @@ def finetune(model, opt):
         if epoch_ends:
             curve.append(test_accuracy(net, tests, model, opt))
             progress.print(f"epoch {len(curve)}/{epochs}  loss {mean:.3f}  lr {lr:.1e}  top-1 "
-                           f"{curve[-1][0]:.1f}%")
+                           f"{curve[-1]['top-1']:.1f}%")
             losses = []
     if opt.save and rank == 0:
         save_network(net, model, opt)
     progress.delete()
 
-    best, last = max(curve), curve[-1]
-    row = {"top-1": best[0], "top-5": best[1], "last epoch": last[0], "last top-5": last[1]}
+    best, last = max(curve, key=lambda found: found["top-1"]), curve[-1]
+    row = best | {{"top-1": "last epoch", "top-5": "last top-5"}[name]: x
+                  for name, x in last.items()}
     start = f", blocks {opt.reinit} re-initialized" if opt.reinit else ""
     few_images = batch_size < published["batch"] // world * world
     augmentation = (f"{recipe['augment']}, mixup, cutmix, erasing" if recipe["augment"] else
@@ -177,7 +178,7 @@ def finetune(model, opt):
                   f"{' (both our choice, for few images)' * (few_images and not opt.lr)}, "
                   f"label smoothing {smoothing}, layer decay "
                   f"{LAYER_DECAY}, {epochs} epochs, {augmentation}, drop path {DROP_PATH}; "
-                  f"top-1, top-5 of the epoch that is best on the test images, and of the last; "
+                  f"accuracy of the epoch that is best on the test images, and of the last; "
                   f"{describe_view(model, opt)}", dict(train=len(images), test=len(tests)),
                   [f"{model.name}: best epoch {curve.index(best) + 1} of {epochs}"])
 
@@ -255,7 +256,7 @@ def soft_cross_entropy(scores, targets, smoothing=SMOOTHING):
 
 @torch.no_grad()
 def test_accuracy(net, tests, model, opt):
-    """Top-1 and top-5 on the test images in percent; each process evaluates its part of them."""
+    """metrics.accuracy on the test images; each process evaluates its part of them."""
     part = slice(distributed.rank(), None, distributed.world_size())
     images = replace(tests, labels=tests.labels[part], paths=tests.paths and tests.paths[part],
                      pixels=None if tests.paths else tests.pixels[part])
@@ -270,9 +271,10 @@ def test_accuracy(net, tests, model, opt):
     net.train()
     labels = images.labels.to(model.device)[torch.cat(numbers)]
     percent = metrics.accuracy(torch.cat(scores), labels)
-    correct = torch.tensor([*percent, 1.0], dtype=torch.float64, device=model.device) * len(labels)
+    correct = torch.tensor([*percent.values(), 1.0], dtype=torch.float64,
+                           device=model.device) * len(labels)
     correct = distributed.all_mean(correct)
-    return (correct[:2] / correct[2]).tolist()
+    return dict(zip(percent, (correct[:-1] / correct[-1]).tolist()))
 
 
 # ---- augmentation --------------------------------------------------------------------------------

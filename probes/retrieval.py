@@ -224,8 +224,6 @@ def part_classification(model: Model, opt: Options) -> Report:
     heads = {name: train_classifier(x[:, None], labels, len(parts), recipe, opt.epochs, opt.seed,
                                     make_heads) for name, x in features.items()}
     rows = {name: heads[name].evaluate(tests[name], truth) for name in heads}
-    for row in rows.values():
-        del row["top-5"]                                 # of three or four parts
     training = next(iter(heads.values())).training
     batch_norm = " with batch norm of the test batch" * (head == "attentive" and opt.bn == "batch")
     return Report(rows, f"{head} head{batch_norm} ({training}){describe_norm(model)}; "
@@ -292,13 +290,13 @@ def crop_parts(items, names, parts, size, rule="code"):
 
 
 def group_crops(crops, parts, count=16):
-    """The first crops of each part as rows of an image, filled up with black."""
+    """The first crops of each part as rows of an image, filled up with white."""
     rows = [[] for _ in parts]
     for crop, label in crops:
         rows[label].append(crop)
         if min(map(len, rows)) == count:
             break
-    return [(row + [torch.zeros_like(crop)] * count)[:count] for row in rows]
+    return [(row + [torch.full_like(crop, 255)] * count)[:count] for row in rows]
 
 
 # ---- landmarks -----------------------------------------------------------------------------------

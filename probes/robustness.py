@@ -142,7 +142,7 @@ def frequency_noise(model: Model, opt: Options) -> Report:
 
     def top1(change):
         tests, truth, _ = extract_features(model, opt, "test", names, encode, change=change)
-        return metrics.accuracy(head.scores(*tests.values()), truth)[0], len(truth)
+        return metrics.accuracy(head.scores(*tests.values()), truth)["top-1"], len(truth)
 
     clean, num_test = top1(None)
     drops, sizes, notes = {}, [], []

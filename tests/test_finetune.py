@@ -70,7 +70,7 @@ def test_recipes_are_the_published_ones():
 def test_mmc_has_a_recipe_for_imagenet_and_one_for_other_data_sets(monkeypatch, name, words):
     plant_two_classes(monkeypatch)
     monkeypatch.setattr(finetune, "Progress", lambda *_: SimpleNamespace(    # all steps are done
-        step=0, curve=[(0.0, 0.0)], steps=lambda *_: (), delete=lambda: None))
+        step=0, curve=[{"top-1": 0.0}], steps=lambda *_: (), delete=lambda: None))
     opt = finetune_options("--data", name, "--recipe", "mmc")
     assert words in finetune.finetune(make_model(make_encoder()), opt).protocol
 
@@ -298,7 +298,7 @@ def test_training_and_test_images_are_resized_alike(monkeypatch, tmp_path):
 
 def test_toy_is_fine_tuned_for_few_epochs_on_crops_of_most_of_the_image(monkeypatch):
     plant_two_classes(monkeypatch)
-    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: {"top-1": 0.0})
     targets, loss = [], finetune.soft_cross_entropy
     monkeypatch.setattr(finetune, "soft_cross_entropy",
                         lambda z, y, smoothing: targets.append(y) or loss(z, y, smoothing))
@@ -322,7 +322,7 @@ def test_toy_is_fine_tuned_for_few_epochs_on_crops_of_most_of_the_image(monkeypa
 def test_few_images_are_fine_tuned_lightly(monkeypatch, capsys, flags, recipe, smoothing, lr):
     """256 images. Only a recipe that was not chosen by the user is announced."""
     plant_two_classes(monkeypatch)
-    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: {"top-1": 0.0})
     seen, scales, view, loss = [], [], data.View, finetune.soft_cross_entropy
     monkeypatch.setattr(data, "View", lambda *a, **b: scales.append(b["scale"]) or view(*a, **b))
     monkeypatch.setattr(finetune, "soft_cross_entropy", lambda z, y, smoothing: seen.append(
@@ -342,7 +342,7 @@ def test_gradient_accumulation_makes_the_same_step(monkeypatch):
         plant_two_classes(monkeypatch)
         seen = []
         monkeypatch.setattr(finetune, "test_accuracy", lambda net, *_: seen.append(
-            [p.detach().clone() for p in net.parameters()]) or (0.0, 0.0))
+            [p.detach().clone() for p in net.parameters()]) or {"top-1": 0.0})
         monkeypatch.setattr(finetune, "DROP_PATH", 0.0)  # its random numbers depend on the parts
         report = finetune.finetune(make_model(make_encoder()), finetune_options(
             "--epochs", "1", "--batch-size", batch_size))
@@ -368,7 +368,9 @@ def test_every_step_follows_the_recipe(monkeypatch, recipe, clip):
         monkeypatch.setattr(finetune, name, recording(calls, getattr(finetune, name)))
     monkeypatch.setitem(finetune.AUGMENTATIONS, "RandAugment", lambda x: x / 255)
     monkeypatch.setattr(data, "Loader", recording(seen.loaders, data.Loader))
-    curve = [(20.0, 80.0), (30.0, 60.0)][::-1 if recipe == "mae" else 1]     # of the epochs
+    curve = [{"top-1": 20.0, "top-5": 80.0}, {"top-1": 30.0, "top-5": 60.0}]     # of the epochs
+    if recipe == "mae":
+        curve.reverse()
     accuracies = iter(curve)
     monkeypatch.setattr(finetune, "test_accuracy", lambda *_: next(accuracies))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda _, norm: seen.clips.append(norm))
@@ -381,9 +383,9 @@ def test_every_step_follows_the_recipe(monkeypatch, recipe, clip):
 
     [(_, [crop], *_)] = seen.loaders
     assert crop.scale == (0.08, 1.0)
-    assert report.rows == {"patch": {"top-1": 30, "top-5": 60, "last epoch": curve[1][0],
-                                     "last top-5": curve[1][1]}}
-    assert report.notes == [f"small: best epoch {curve.index((30, 60)) + 1} of 2"]
+    assert report.rows == {"patch": {"top-1": 30, "top-5": 60, "last epoch": curve[1]["top-1"],
+                                     "last top-5": curve[1]["top-5"]}}
+    assert report.notes == [f"small: best epoch {2 - (recipe == 'mae')} of 2"]
     peak = {"mae": 2e-3 * (16 / 1024)**0.5, "simmim": 5e-3 * (16 / 2048)**0.5}[recipe]
 
     def lr_at(step, factor):
@@ -497,4 +499,4 @@ def test_the_processes_share_the_test_images(monkeypatch):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         finetune.test_accuracy(net, tests, model, opt)
     correct = sum(sums)
-    assert correct[2] == 256 and (correct[:2] / correct[2]).tolist() == pytest.approx(whole)
+    assert correct[1] == 256 and (correct[:1] / correct[1]).tolist() == pytest.approx([whole["top-1"]])

@@ -397,4 +397,4 @@ def test_the_attentive_head_learns_from_few_images():
 
         found = train_heads(x[:n, None], y[:n], 2, LINEAR_RECIPES["cae"], [0.4], 10, 0, Counting)
         assert sizes == expected                         # no batch of a single image
-        assert metrics.accuracy(found(x[n:])[:, 0], y[n:])[0] > 90
+        assert metrics.accuracy(found(x[n:])[:, 0], y[n:])["top-1"] > 90

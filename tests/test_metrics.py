@@ -116,10 +116,12 @@ def test_ridge_of_features_without_information_predicts_the_most_frequent_class(
 
 # --------------------------------------------------------------------------- accuracy
 
-def test_accuracy_counts_the_top_n_and_clips_n_to_the_number_of_classes():
+def test_accuracy_counts_the_top_n_and_leaves_out_those_that_are_always_100():
     scores = torch.tensor([[.1, .7, .2], [.5, .3, .2], [.2, .3, .5], [.1, .2, .7]])
     labels = torch.tensor([1, 1, 2, 0])
-    assert metrics.accuracy(scores, labels, top=(1, 2, 5)) == [50.0, 75.0, 100.0]
+    assert metrics.accuracy(scores, labels, top=(1, 2, 3, 5)) == {"top-1": 50.0,
+                                                                      "top-2": 75.0}
+    assert metrics.accuracy(scores[:, :1], labels.mul(0)) == {"top-1": 100.0}
 
 
 # --------------------------------------------------------------------------- average precision
