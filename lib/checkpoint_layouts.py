@@ -210,7 +210,8 @@ def refuse_unsupported(path, keys):
                          "or timm's of the same model")
     if has("dist_token", "head_dist"):
         raise ValueError(f"{path} is a distilled DeiT, which has two class tokens: use plain DeiT")
-    if has("rope", "storage_tokens") or any(key.endswith("bias_mask") for key in keys):
+    if has("rope", "storage_tokens") or any(key.endswith("bias_mask") for key in keys) or (
+            has("register_tokens") and not has("pos_embed")):            # timm's files
         raise ValueError(f"{path} is a DINOv3 or another model with rotary positions, which vit.py "
                          "does not have: use DINOv2")
     if torch.is_tensor(patches) and patches.dim() == 4 and patches.shape[1] != 3:

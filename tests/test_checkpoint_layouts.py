@@ -788,13 +788,14 @@ def test_errors_of_unknown_layouts_list_the_keys_and_the_known_layouts(files, tm
 def test_unsupported_models_are_rejected_with_a_reason(files, tmp_path):
     plain = files["deit"][3]["model"]
     distilled = {**plain, "dist_token": torch.zeros(1, 1, 192), "head_dist.bias": torch.zeros(10)}
-    dinov3 = {**{key: x for key, x in files["dinov2"][3].items() if key != "pos_embed"},
-              "storage_tokens": torch.zeros(1, 4, 192), "rope_embed.periods": torch.zeros(16),
+    rotary = {key: x for key, x in files["dinov2"][3].items() if key != "pos_embed"}
+    dinov3 = {**rotary, "storage_tokens": torch.zeros(1, 4, 192), "rope_embed.periods": torch.zeros(16),
               "blocks.0.attn.qkv.bias_mask": torch.zeros(576)}
     aerial = {**plain, "patch_embed.proj.weight": torch.zeros(192, 5, 8, 8)}
     for content, message in (
             ({"model": distilled}, "distilled DeiT"), (dinov3, "DINOv3 .* use DINOv2"),
             (add_prefix("module.", dinov3), "DINOv3"),
+            ({**rotary, "reg_token": torch.zeros(1, 4, 192)}, "DINOv3"),      # timm's
             ({"model": {"vit.encoder.layer.0.output.dense.weight": torch.ones(1)}}, "transformers"),
             ({"model": aerial}, "images with 5 channels, and all data sets here have 3"),
             ({"teacher": add_prefix("backbone.", aerial)}, "images with 5 channels")):
