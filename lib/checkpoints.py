@@ -248,6 +248,7 @@ def print_description(net, img_size):
     path = pathlib.Path(source.path)
     name = f"{path.resolve().parent.name}/{path.name}" if path.name == "encoder.pt" else path.name
     also = f" (also in the file: {', '.join(source.other_branches)})" * bool(source.other_branches)
+    step = f" after step {source.step}" if source.step else ""
     heads = f" ({source.num_heads_from})" * bool(source.num_heads_from)
     registers = net.config.get("registers")              # a Swin has none
     registers = f"registers {registers}, " * bool(registers)
@@ -255,7 +256,7 @@ def print_description(net, img_size):
     norm = "" if net.config["final_norm"] else "no final norm, "
     window = net.config.get("window")                    # a Swin has none
     norm += f"attention within {window} x {window} patches, " * bool(window)
-    print(f"{name}: {source.layout}, {source.branch}{also}; "
+    print(f"{name}: {source.layout}, {source.branch}{also}{step}; "
           f"{len(net.state_dict())} tensors, width {net.embed_dim}, depth {net.depth}, heads "
           f"{net.config['num_heads']}{heads}, patch {p}, {registers}grid {side}{resized}; {norm}"
           f"input mean {source.mean[0]:g}; with {', '.join(source.heads) or 'no heads'}")

@@ -98,7 +98,8 @@ def video(model, opt):
         raise ValueError(f"{opt.task}: no video with an object; raise --limit or change --data")
     if rows:
         save_image_grid(rows, Path(opt.out) / f"video-{Path(opt.data).name}-{model.name}.png",
-                        names=["annotation", "prediction"] * (len(rows) // 2))
+                        names=["annotation", "prediction"] * (len(rows) // 2),
+                        titles=("first frame, given", "later frames"))
     means = metrics.video_scores(scores)
     by_object = torch.cat([(j.mean(1) + f.mean(1)) / 2 for j, f in scores])
     notes = [unsaved] if unsaved else []
