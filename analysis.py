@@ -189,16 +189,6 @@ def write_numbers(folder, name, results, opt):
             writer.writerows([r.model.name, *row] for row in csv_rows(to_json_data(r.numbers)))
 
 
-def different_settings(results):
-    """Texts: the settings of evaluate.py in which the recorded results of the models differ."""
-    used = {r.model.name: r.numbers["settings_compared"] for r in results
-            if "settings_compared" in r.numbers}
-    return [f"--{key.replace('_', '-')} " + ", ".join(
-                f"{settings.get(key)} ({name})" for name, settings in used.items())
-            for key in dict.fromkeys(key for settings in used.values() for key in settings)
-            if len({str(settings.get(key)) for settings in used.values()}) > 1]
-
-
 def import_pyplot():
     """matplotlib.pyplot; None if it is not installed."""
     try:
@@ -264,9 +254,8 @@ def main(argv=None):
             print_numbers(name, result)
     notes = [f"{name} left out ({', '.join(model_names)}): {reason}"
              for (name, reason), model_names in missing.items()]
-    notes += [f"{name}: measured with different settings: {', '.join(differences)}"
-              for name, model_results in results.items()
-              if (differences := different_settings(model_results))]
+    notes += [f"{name}: {difference}" for name, model_results in results.items()
+              if (difference := figures.describe_differences(model_results))]
     figures.write_page(folder / "index.html", head, results, notes, bool(plt))
     for note in notes:
         print(f"note: {note}")

@@ -288,14 +288,28 @@ def count_images(results):
     return f", {counts.pop():,} images" if len(counts) == 1 and None not in counts else ""
 
 
+def describe_differences(results):
+    """Text: the settings of evaluate.py in which the recorded results of the models differ; empty
+    if there are none."""
+    used = {r.model.name: r.numbers["settings_compared"] for r in results
+            if "settings_compared" in r.numbers}
+    differences = [f"--{key.replace('_', '-')} " + ", ".join(
+                       f"{settings.get(key)} ({name})" for name, settings in used.items())
+                   for key in dict.fromkeys(key for settings in used.values() for key in settings)
+                   if len({str(settings.get(key)) for settings in used.values()}) > 1]
+    return f"measured with different settings: {', '.join(differences)}" if differences else ""
+
+
 def save_figure(plt, path, name, results):
     figure = FIGURES[name]
     fig = figure.draw(plt, results)
     title = figure.title + count_images(results)
     fig.suptitle(textwrap.fill(title, int(10 * fig.get_size_inches()[0])), fontsize=12, x=0.01,
                  ha="left")
-    reading = textwrap.wrap(figure.reading, int(13 * fig.get_size_inches()[0]))
-    fig.supxlabel("\n".join(reading), fontsize=8, color="0.3")
+    width, difference = int(13 * fig.get_size_inches()[0]), describe_differences(results)
+    below = textwrap.wrap(f"note: {difference}", width) * bool(difference) + textwrap.wrap(
+        figure.reading, width)
+    fig.supxlabel("\n".join(below), fontsize=8, color="0.3")
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

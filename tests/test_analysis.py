@@ -89,7 +89,8 @@ def test_without_any_result_the_report_is_an_error(tmp_path, capsys):
     assert "note: loss left out (untrained): no losses found" in capsys.readouterr().out
 
 
-def test_results_with_different_settings_get_a_note(tmp_path, capsys):
+def test_results_with_different_settings_get_a_note(tmp_path, capsys, monkeypatch):
+    Figure = pytest.importorskip("matplotlib.figure").Figure
     folders = []
     for name, top1, limit, k in (("a", 30.0, None, [10]), ("b", 40.0, 2000, [10])):
         model, _ = save_mae(tmp_path / name)
@@ -98,6 +99,8 @@ def test_results_with_different_settings_get_a_note(tmp_path, capsys):
             task="knn", data="toy", checkpoint=model.source.path, branch="base", step=3,
             metrics={"cls": {"k=10": top1}}, settings=dict(limit=limit, k=k, device="cpu"))) + "\n")
     flags = ["--out", str(tmp_path), "--device", "cpu", "--what", "knn", "--checkpoint"]
+    drawn = []
+    monkeypatch.setattr(Figure, "supxlabel", lambda figure, text, **_: drawn.append(text))
     analysis.main([*flags, *folders])
     note = "knn: measured with different settings: --limit None (a), 2000 (b)"
     assert f"note: {note}\n" in capsys.readouterr().out
@@ -105,6 +108,7 @@ def test_results_with_different_settings_get_a_note(tmp_path, capsys):
     assert f"note: {note}</p>" in page
     analysis.main([*flags, *folders[:1]])
     assert "different settings" not in capsys.readouterr().out           # control
+    assert ["note: measured" in text for text in drawn] == [True, False]     # and in the figures
 
 
 # ---- figures -------------------------------------------------------------------------------------
