@@ -101,7 +101,7 @@ class Config(config.Settings):
     clip_grad: float = 3.0          # max gradient norm of each tensor (code; ViT-B: 0.3); 0: off
     momentum_teacher: Fraction = 0.996     # teacher's EMA momentum, rises to 1 by a cosine (paper)
     overfit_one_batch: bool = False # train on the first batch only, as a check; on large data sets
-                                    # add --warmup-epochs 0 --freeze-last-layer 0 (in epochs)
+                                    # add --warmup-epochs 0 --freeze-last-layer 0
 
     def __post_init__(self):
         config.check_bounds(self)
@@ -132,10 +132,10 @@ class Prototypes(nn.Module):
     """A Linear whose K rows have norms weight_g, learned or fixed at 1 (weight norm). For a unit
     vector z, logits are these norms times cosines."""
 
-    def __init__(self, dim, K, frozen):
+    def __init__(self, dim, K, unit_norm):
         super().__init__()
         self.weight_v = nn.Linear(dim, K, bias=False).weight                 # (K, dim)
-        self.weight_g = nn.Parameter(torch.ones(K, 1), requires_grad=not frozen)
+        self.weight_g = nn.Parameter(torch.ones(K, 1), requires_grad=not unit_norm)
 
     def forward(self, z):
         return F.linear(z, self.weight_g * F.normalize(self.weight_v, dim=1))
@@ -291,7 +291,7 @@ def main():
         center.update(means)
         # ---- bookkeeping ---------------------------------------------------------------------
 
-        mean_entropy, mi = stats.compute()
+        entropy, mi = stats.compute()
         run.log(mi=mi, lr=lr, grad_norm=grad_norm)
         if run.eval_due:
             run.log(**visualize.evaluate(run, teacher.backbone, bank, queries))
@@ -299,7 +299,7 @@ def main():
                 attention = visualize.last_attention(run, teacher.backbone, part.views[0][:8])
                 visualize.save_self_distillation(
                     run, part.views, attention, P[0], (s[1] / cfg.student_temp).softmax(-1))
-            visualize.warn_of_equal_assignments(run, "images", mean_entropy, mi, cfg.out_dim)
+            visualize.warn_of_equal_assignments(run, "images", entropy, mi, cfg.out_dim)
         if run.save_due:
             run.save_encoder(teacher.backbone, branch="teacher",
                              heads={"head": teacher.head.state_dict()})

@@ -32,8 +32,9 @@ the first author's answer in a GitHub issue describes the three views and the mo
 taken from SimMIM and MoCo v3, and marked "our choice". Also our choice: the decoder is one 1x1
 convolution (SimMIM; the author's sketch has a ViT), the patch projection is trained (SimMIM; MoCo
 v3 freezes it), the contrastive loss uses the class token, and layers, norms and initial weights of
-its heads and the average before the keys are MoCo v3's. Table A.1 also lists RandAug, mixup, cutmix
-and label smoothing; SimMIM's pretraining ignores these fields, and so do we (our choice).
+its heads are MoCo v3's, as is the teacher's update before the keys are computed. Table A.1 also
+lists RandAug, mixup, cutmix and label smoothing; SimMIM's pretraining ignores these fields, and so
+do we (our choice).
 
 simmim.py and moco_v3.py explain the parts that are repeated here.
 
@@ -56,8 +57,9 @@ from lib.config import Fraction, Positive, Size
 from lib.distributed import BatchNorm, all_gather, unwrap
 from lib.run import Run, cosine, ema_update, param_groups, set_lr
 
-# B images per process, batch_size of all processes, N = side x side patches, D width, S image
-# side, p patch side, out_dim width of queries and keys
+# B images per process, batch_size of all processes, N = h x w patches, D width, S image side, p
+# patch side, out_dim width of queries and keys; mask: (B, h, w), of patches; masked_pixels:
+# (B, S, S), the same mask of pixels
 
 
 @dataclass
@@ -73,8 +75,8 @@ class Config(config.Settings):
                                     # relative ones (paper: SimMIM's, none; sincos_row, fixed: our
                                     # choice)
     layer_scale: float = 0.1        # initial scale of residual branches (paper: SimMIM's); 0: off
-    init: Literal["beit", "moco"] = "beit"        # initial weights as in BEiT (our choice: SimMIM)
-                                                  # or MoCo v3
+    init: Literal["beit", "moco"] = "beit"        # initial weights of the backbone: BEiT's (our
+                                                  # choice: SimMIM) or MoCo v3's
     drop_path: Fraction = 0.1       # stochastic depth rate (paper), in all passes of the student
                                     # (our choice)
     mlp_dim: Size = 4096            # hidden width of projector, predictor (our choice: MoCo v3)
@@ -271,16 +273,16 @@ def main():
             cl = *batch.views[-2:], drop[1:].flatten(0, 1)                   # x2, x3, (2B, 2*depth)
             ema_update(teacher, student, momentum)
 
-        # The masked image has no contrastive loss: its class token depends on 40 % of the image
-        # only. The views of the contrastive loss contain no mask tokens.
+        # As in the author's sketch, x1 has no contrastive loss, and x2 and x3 are not masked. (In
+        # iBOT and MMC the masked image has both losses.)
         with run.autocast():
             pixels, q = student(mim, cl)
             with torch.no_grad():
                 _, k = teacher(cl=cl)                # train mode: statistics of the batch
         losses = {}                                                          # in fp32
         if mim:
-            masked = enlarge(mask, cfg.patch_size)                           # (B, S, S)
-            losses["loss_mim"] = rec_loss(pixels.float(), x1, masked)
+            masked_pixels = enlarge(mask, cfg.patch_size)                    # (B, S, S)
+            losses["loss_mim"] = rec_loss(pixels.float(), x1, masked_pixels)
         if cl:
             k2, k3 = (all_gather(z.float()) for z in k)              # (batch_size, out_dim)
             losses["loss_cl"] = (contrastive_loss(q[0].float(), k3, cfg.temperature, first) +
@@ -296,14 +298,14 @@ def main():
         opt.zero_grad()
         # ---- bookkeeping ---------------------------------------------------------------------
 
-        net = unwrap(student)
+        net = unwrap(student)                # the one to evaluate and save (our choice: MoCo v3)
         if run.eval_due:
             found = visualize.evaluate(run, net.backbone, bank, queries)
             if mim:
-                visible = x1.masked_fill(masked[:, None], torch.nan)
-                baseline = rec_loss(visible.nanmean((2, 3), keepdim=True), x1, masked)
-                found["loss_mean_color"] = baseline
-                visualize.warn_of_mean_color(run, losses["loss_mim"], baseline, "loss_mim",
+                visible = x1.masked_fill(masked_pixels[:, None], torch.nan)
+                mean_color = rec_loss(visible.nanmean((2, 3), keepdim=True), x1, masked_pixels)
+                found["loss_mean_color"] = mean_color
+                visualize.warn_of_mean_color(run, losses["loss_mim"], mean_color, "loss_mim",
                                              "a lower --lambda-cl" if cl else "another --lr")
             if cl:
                 visualize.warn_of_equal_tokens(
@@ -326,11 +328,11 @@ def save_visualization(run, cfg, net, images, n=8):
     columns, attention = {"image": x}, visualize.last_attention(run, net.backbone, x)
     if cfg.lambda_cl < 1:
         mask = draw_mask(index, cfg, "visualization")
-        masked = enlarge(mask, cfg.patch_size)[:, None]
+        masked_pixels = enlarge(mask, cfg.patch_size)[:, None]
         with run.autocast():
             pixels, _ = net((x, mask, None))
-        columns["visible"] = x * ~masked
-        columns["reconstruction"] = torch.where(masked, pixels.float(), x)
+        columns["visible"] = x * ~masked_pixels
+        columns["reconstruction"] = torch.where(masked_pixels, pixels.float(), x)
     columns = {title: augment.denormalize(z) for title, z in columns.items()}
     columns["attention"] = visualize.attention_map(attention, cfg.img_size)
     visualize.save_grid(run, columns)

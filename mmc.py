@@ -25,7 +25,8 @@ arrows give the effect that the authors intend):
     L_cls   = mean over pairs of views of -log e^(q.k/tau) / sum over images j of e^(q.k_j/tau)
                                                                                        (eq. 3)
 
-All Q, K, q, k are L2-normalized. As in SiT, there is no predictor (our choice).
+All Q, K, q, k are L2-normalized, as in MoCo v3 and SiT, and as in SiT there is no predictor (both
+our choice).
 
 The paper (Table 4: ViT-S, ImageNet-100, 200 epochs; kNN on class token / on the mean patch token):
 L_rec alone 17.2 / 14.7, L_cls alone 75.0 / 63.9, L_cls + L_rec 72.5 / 53.7, L_cls + L_patch 75.6 /
@@ -34,7 +35,8 @@ L_rec alone 17.2 / 14.7, L_cls alone 75.0 / 63.9, L_cls + L_rec 72.5 / 53.7, L_c
 We found no code by the authors. What the paper leaves open is marked "our choice", with the method
 that we followed: GMML, SiT and MC-SSL (the same group: arXiv 2205.14986, 2104.03602, 2111.15340),
 MoCo v3, DINO or iBOT. Also our choice: the patch projection is trained (SiT; MoCo v3 freezes it),
-and the teacher is the network that is evaluated and saved (DINO, iBOT).
+the heads have PyTorch's initial weights (MoCo v3; SiT: normal, std 0.02), and the teacher is the
+network that is evaluated and saved (DINO, iBOT).
 
     python mmc.py                                         minutes on a laptop, offline
     python mmc.py --lambda-rec 0 --lambda-patch 0         L_cls alone, as in Table 4
@@ -61,8 +63,8 @@ from lib.run import Run, cosine, ema_update, param_groups, set_lr
 # tokens of the student, K, k: of the teacher
 
 
-CANDIDATES = 255                        # rectangles drawn per image and view: enough for Area
-Area = Annotated[float, (0, 0.8)]       # fraction of an image
+CANDIDATES = 255                        # rectangles drawn per image and view: enough for 80%
+Area = Annotated[float, (0, 0.8)]       # fraction of an image that they cover
 
 
 @dataclass
@@ -75,8 +77,8 @@ class Config(config.Settings):
     depth: Size = 12                # encoder blocks (paper)
     num_heads: Size = 12            # attention heads (paper)
     pos: Literal["learned", "sincos_row"] = "learned"     # position embedding (our choice: SiT)
-    init: Literal["trunc", "moco"] = "trunc"      # trunc: normal, std 0.02 (our choice: SiT);
-                                                  # moco: Xavier uniform
+    init: Literal["trunc", "moco"] = "trunc"      # initial weights of the backbone; trunc: normal,
+                                                  # std 0.02 (our choice: SiT); moco: Xavier uniform
     drop_path: Fraction = 0.1       # stochastic depth rate of the student (our choice: SiT)
     mlp_dim: Size = 4096            # hidden width of the heads, MLPs of 3 layers (paper)
     out_dim: Size = 256             # width of queries and keys (our choice: MoCo v3, SiT)
@@ -268,7 +270,7 @@ class Network(nn.Module):
             local, _ = self.backbone.split(self.backbone(crops, drop=drop_crops))
             cls = torch.cat([cls, local])                                    # ((V+n_local)*B, D)
         q = self.head_cls(cls) if self.head_cls else None
-        Q = self.head_patch(patches) if self.head_patch else None            # over B*N patches
+        Q = self.head_patch(patches) if self.head_patch else None            # norms over V*B*N
         pixels = unpatchify(self.head_rec(patches)) if self.head_rec else None
         return q, Q, pixels
 
@@ -358,10 +360,10 @@ def main():
 
         # ---- the method ----------------------------------------------------------------------
         key = cfg.seed, batch.epoch
-        random = [corruption(batch.index, cfg, cfg.group_size, *key, v) for v in range(2)]
-        x = torch.cat([corrupt(view, *r) for view, r in zip(batch.views, random)])  # (2B, 3, S, S)
-        region = torch.cat([region for region, *_ in random])                # (2B, S, S)
+        corruptions = [corruption(batch.index, cfg, cfg.group_size, *key, v) for v in range(2)]
         intact = torch.cat(batch.views[:2])                                  # (2B, 3, S, S)
+        x = torch.cat([corrupt(view, *c) for view, c in zip(batch.views, corruptions)])
+        region = torch.cat([c[0] for c in corruptions])                      # (2B, S, S)
         crops = torch.cat(batch.views[2:]) if batch.views[2:] else None  # (n_local*B, 3, S', S')
         drop = rng.uniform(batch.index, (2 + cfg.local_crops_number, 2 * cfg.depth), *key, "drop")
         drop = drop.transpose(0, 1).flatten(0, 1)                    # ((2+n_local)*B, 2*depth)

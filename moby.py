@@ -18,10 +18,10 @@ Transformers: the student drops residual branches at random (drop path), the tea
     ctr(q, k, Q) = mean over images i of
                    -log e^(q_i.k_i/tau) / (e^(q_i.k_i/tau) + sum over keys j of e^(q_i.Q_j/tau))
 
-All q, k are L2-normalized. The negatives of a query are the keys in the queue, of the other view
-only: neither its own batch nor the queries. At chance level L = 2 ln(1 + queue size): 16.6 for
-4096. At first the queue holds random vectors, from which a key is easily distinguished; the loss
-may rise until queue size / batch size steps have filled it.
+All q, k are L2-normalized. The negatives of a query are the keys in the queue of the other view,
+not the other keys of its batch, nor other queries. At chance level L = 2 ln(1 + queue size): 16.6
+for 4096. At first the queue holds random vectors, from which a key is easily distinguished; the
+loss may rise until queue size / batch size steps have filled it.
 
 The paper (ImageNet, linear probe, 300 epochs): DeiT-S 72.8, where MoCo v3 and DINO without local
 crops have 72.5; Swin-T 75.0. The images of a batch are not negatives of each other, so a batch of
@@ -72,8 +72,8 @@ class Config(config.Settings):
     num_heads: Size = 6             # attention heads (paper); MoCo v3's ViT-S has 12
     pos: Literal["learned", "sincos_row"] = "learned"  # position embeddings (paper);
                                                        # sincos_row, fixed: our choice
-    init: Literal["trunc", "moco"] = "trunc"  # initial weights; trunc: normal, std 0.02 (code);
-                                              # moco: Xavier (our choice)
+    init: Literal["trunc", "moco"] = "trunc"  # initial weights of the backbone; trunc: normal, std
+                                              # 0.02 (code); moco: Xavier uniform (our choice)
     drop_path: Fraction = 0.2       # rate of stochastic depth, student only (code)
     mlp_dim: Size = 4096            # hidden width of projector and predictor (code)
     out_dim: Size = 256             # width of queries and keys (code)
@@ -172,8 +172,8 @@ class Queue(nn.Module):
 
 def contrastive_loss(q, k, queue, tau):
     """InfoNCE. q: (B, out_dim) of the student; k: (B, out_dim) of the teacher, of the other view;
-    queue: (queue_size, out_dim), earlier keys of that view, L2-normalized. Only the queue holds
-    negatives, so that no process needs the keys of another one's batch."""
+    queue: (queue_size, out_dim), earlier keys of that view, L2-normalized. The negatives are those
+    of the queue only, not the other keys of the batch."""
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     positive = (q * k).sum(-1, keepdim=True)                         # (B, 1)
     logits = torch.cat([positive, q @ queue.T], 1) / tau             # (B, 1 + queue_size)
@@ -235,7 +235,7 @@ def main():
         queue.append(all_gather(k1), all_gather(k2))                 # keys of the global batch
         # ---- bookkeeping ---------------------------------------------------------------------
 
-        net = unwrap(student)
+        net = unwrap(student)                # the one to evaluate and save (code), not the teacher
         if run.eval_due:
             found = visualize.evaluate(run, net.backbone, bank, queries, "bilinear")
             run.log(**found)

@@ -192,7 +192,7 @@ def main():
         opt.zero_grad()
         # ---- bookkeeping ---------------------------------------------------------------------
 
-        net = unwrap(student)
+        net = unwrap(student)                # the one to evaluate and save (code), not the teacher
         if run.eval_due:
             found = visualize.evaluate(run, net.backbone, bank, queries, "bilinear")
             run.log(**found)

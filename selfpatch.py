@@ -32,9 +32,10 @@ crops: c_head is a projector to keys t and, in the student, a predictor to queri
 
     L_cls = ctr(s_1, t_2, queue of t_2) + ctr(s_2, t_1, queue of t_1)
 
-On ImageNet and COCO optimizer, schedules and drop path are then MoBY's (the warmup starts at 0).
-The student is evaluated, as in MoBY. With --backbone swin_tiny, patches are those of the last
-stage, of 32 pixels: add --num-positives 2 (supplement G).
+The learning rate (warmup from 0), the clipping and the place of the EMA update are then MoBY's, on
+ImageNet, ImageNet-100 and COCO also the settings of the optimization and the drop path. The student
+is evaluated, as in MoBY. With --backbone swin_tiny, patches are those of the last stage, of 32
+pixels: add --num-positives 2 (supplement G).
 
 The paper (ViT-S/16, ImageNet; DINO -> SelfPatch): COCO box AP 40.8 -> 42.1, ADE20K mIoU (Semantic
 FPN) 38.3 -> 41.2 (300 -> 200 epochs, supplement A), linear 75.1 -> 75.6 (300 epochs, supplement D).
@@ -56,7 +57,7 @@ code's fail. All of --base moby but the fact that they trained it (supplement A)
 is no code: the image vector, lambda and the head of the patches are those of SelfPatch on DINO.
 
     python selfpatch.py   toy (configs/selfpatch.yaml): minutes on a laptop, offline, no local crops
-    python selfpatch.py --lambda-patch 0   DINO without a class token (local crops also centered)
+    python selfpatch.py --lambda-patch 0   DINO without a class token (local crops enter c)
     python selfpatch.py --base moby        MoBY without a class token, and the loss of patches
     python selfpatch.py --base moby --backbone swin_micro     the same with a small Swin
     torchrun --nproc_per_node=8 selfpatch.py --data imagenet  as published, not run
@@ -144,7 +145,7 @@ class Config(config.Settings):
                                     # together, 5 (MoBY); 0: off
     momentum_teacher: Fraction = 0.996     # teacher's EMA momentum, rises to 1 by a cosine (code)
     overfit_one_batch: bool = False # train on the first batch only, as a check; on large data sets
-                                    # add --warmup-epochs 0 --freeze-last-layer 0 (in epochs)
+                                    # add --warmup-epochs 0 --freeze-last-layer 0
 
     def __post_init__(self):
         if self.backbone in swin.SIZES:
@@ -189,10 +190,10 @@ class Prototypes(nn.Module):
     """A Linear whose K rows have norms weight_g, learned or fixed at 1 (weight norm). For a unit
     vector z, logits are these norms times cosines."""
 
-    def __init__(self, dim, K, frozen):
+    def __init__(self, dim, K, unit_norm):
         super().__init__()
         self.weight_v = nn.Linear(dim, K, bias=False).weight                 # (K, dim)
-        self.weight_g = nn.Parameter(torch.ones(K, 1), requires_grad=not frozen)
+        self.weight_g = nn.Parameter(torch.ones(K, 1), requires_grad=not unit_norm)
 
     def forward(self, z):
         return F.linear(z, self.weight_g * F.normalize(self.weight_v, dim=1))
@@ -524,11 +525,11 @@ def main():
 
         entropy_patch, mi_patch = stats_patch.compute()
         if not moby:
-            mean_entropy, mi = stats.compute()
+            entropy, mi = stats.compute()
             run.log(mi=mi)
         run.log(entropy_patch=entropy_patch, mi_patch=mi_patch, lr=lr, grad_norm=grad_norm)
         net = unwrap(student) if moby else teacher                           # the one to evaluate
-        interpolation = "bilinear" if moby else "bicubic"                    # of its resize
+        interpolation = "bilinear" if moby else "bicubic"                    # in evaluation
         if run.eval_due:
             found = visualize.evaluate(run, net.backbone, bank, queries, interpolation)
             run.log(**found)
@@ -544,7 +545,7 @@ def main():
                 visualize.warn_of_equal_tokens(run, found.get("feat_std", 1), "loss_cls", loss_cls,
                                                chance)
             else:
-                visualize.warn_of_equal_assignments(run, "images", mean_entropy, mi, cfg.out_dim)
+                visualize.warn_of_equal_assignments(run, "images", entropy, mi, cfg.out_dim)
             visualize.warn_of_equal_assignments(run, "patches", entropy_patch, mi_patch,
                                                 cfg.out_dim_selfpatch)
         if run.save_due:
