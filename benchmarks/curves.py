@@ -3,7 +3,7 @@ and on CIFAR-10, `python METHOD.py --data cifar10`. `python analysis.py --what l
 together with the curves of a user's run. When the default settings of a method change, run it again
 and write its curve.
 
-    python -m benchmarks.curves out/*-toy out/*-cifar10
+    python -m benchmarks.curves out/mae-toy out/mae-cifar10
 
 writes the curves of these runs to diagnostics/curves.yaml and keeps those of other methods there.
 """
