@@ -309,7 +309,8 @@ def batches(images, size, batch_size=256, device="cpu", resize=None, mean=augmen
     Sets in memory: the whole image at `size`; if `resize` is given, resized to it, then center
     crop. rank, world: only every world-th batch, from batch `rank` on; other files are not opened.
     Files that cannot be read are left out and listed on stderr at the end: take the labels at the
-    indices. Raises datasets.UnreadableImage, a ValueError, if they are more than half.
+    indices. Raises datasets.UnreadableImage, a ValueError, if they are more than half; not with
+    `world`, as the processes must agree.
     """
     device, files = torch.device(device), images.paths is not None
     resize = resize or (size * 256 // 224 if files else size)
@@ -341,7 +342,8 @@ def batches(images, size, batch_size=256, device="cpu", resize=None, mean=augmen
     finally:                                               # also if only some batches are taken
         if rank == distributed.rank():                     # all processes may read the same files
             datasets.report_unreadable(images.name, bad, seen)
-    datasets.check_readable(images.name, bad, seen)
+    if world == 1:
+        datasets.check_readable(images.name, bad, seen)
 
 
 def read_center_crops(paths, size, resize, interpolation, index):
@@ -380,4 +382,6 @@ def in_workers(function, items, count, device):
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return DataLoader(items, batch_size=None, collate_fn=function, num_workers=count,
                       worker_init_fn=distributed.start_worker, pin_memory=device.type == "cuda",
+                      # Python 3.14 has another default, with which a worker takes seconds to start
+                      multiprocessing_context="fork" if count and sys.platform == "linux" else None,
                       generator=torch.Generator())         # else it uses the global one

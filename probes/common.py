@@ -304,8 +304,8 @@ def load_models(opt: CommonOptions) -> list[Model]:
             raise ValueError(f"--checkpoint {path} is a folder of runs: choose one of them, such "
                              f"as {runs[-1].parent}")
         if (path / "config.yaml").exists() and not (path / "encoder.pt").exists():
-            raise FileNotFoundError(f"{path} has no encoder.pt: the run ended before its first "
-                                    f"checkpoint; start it again")
+            raise FileNotFoundError(f"{path} has no encoder.pt yet: a run writes it every "
+                                    f"--save-every minutes and at its end")
     paths = [path / "encoder.pt" if path.is_dir() else path for path in paths]
     if not paths and not baselines:
         print(f"no run in {opt.out}/ yet: evaluating an untrained ViT. To train one: python mmc.py")
@@ -546,6 +546,9 @@ def encode_once(model, opt, batches, encode, total, names):
     for problem in filter(None, gather_objects(error)):  # in all processes, or some would wait
         raise problem
     features = gather_batches(features, model.device)
+    if features and total and 2 * len(features["numbers"]) < total:
+        raise datasets.UnreadableImage(f"{opt.task}: most images cannot be read, see the list "
+                                       f"above: are these images?")
     if not features:
         raise ValueError(f"{opt.task}: no images to evaluate; raise --limit or change --data")
     numbers = features.pop("numbers")

@@ -124,7 +124,7 @@ def finetune(model, opt):
     parallel = distributed.wrap_ddp(net, model.device)
     transform = AUGMENTATIONS[recipe["augment"]] if recipe["augment"] else None
     mix, smoothing = make_mixing(classes), recipe.get("smoothing", SMOOTHING)
-    curve = progress.curve                               # accuracies of every epoch
+    curve = progress.curve             # accuracies and number of test images, of every epoch
     losses = []
     for step, batch in progress.steps(loader.batches(progress.step), total):
         torch.manual_seed(rng.key(opt.seed, "finetune", step, rank))         # augment, drop path
@@ -156,15 +156,17 @@ def finetune(model, opt):
         if epoch_ends or step % 50 == 0:
             mean = progress.mean_loss(losses, lr)
         if epoch_ends:
-            curve.append(test_accuracy(net, tests, model, opt))
+            found, count = test_accuracy(net, tests, model, opt)
+            curve.append((found, count))
             progress.print(f"epoch {len(curve)}/{epochs}  loss {mean:.3f}  lr {lr:.1e}  top-1 "
-                           f"{curve[-1]['top-1']:.1f}%")
+                           f"{found['top-1']:.1f}%")
             losses = []
     if opt.save and rank == 0:
         save_network(net, model, opt)
     progress.delete()
 
-    best, last = max(curve, key=lambda found: found["top-1"]), curve[-1]
+    found = [accuracies for accuracies, _ in curve]
+    best, (last, num_tests) = max(found, key=lambda accuracies: accuracies["top-1"]), curve[-1]
     row = best | {{"top-1": "last epoch", "top-5": "last top-5"}[name]: x
                   for name, x in last.items()}
     start = f", blocks {opt.reinit} re-initialized" if opt.reinit else ""
@@ -179,8 +181,8 @@ def finetune(model, opt):
                   f"label smoothing {smoothing}, layer decay "
                   f"{LAYER_DECAY}, {epochs} epochs, {augmentation}, drop path {DROP_PATH}; "
                   f"accuracy of the epoch that is best on the test images, and of the last; "
-                  f"{describe_view(model, opt)}", dict(train=len(images), test=len(tests)),
-                  [f"{model.name}: best epoch {curve.index(best) + 1} of {epochs}"])
+                  f"{describe_view(model, opt)}", dict(train=len(images), test=num_tests),
+                  [f"{model.name}: best epoch {found.index(best) + 1} of {epochs}"])
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -256,25 +258,27 @@ def soft_cross_entropy(scores, targets, smoothing=SMOOTHING):
 
 @torch.no_grad()
 def test_accuracy(net, tests, model, opt):
-    """metrics.accuracy on the test images; each process evaluates its part of them."""
-    part = slice(distributed.rank(), None, distributed.world_size())
-    images = replace(tests, labels=tests.labels[part], paths=tests.paths and tests.paths[part],
-                     pixels=None if tests.paths else tests.pixels[part])
+    """metrics.accuracy on the test images that can be read, and their number; each process
+    evaluates its part of them."""
+    world = distributed.world_size()
+    batch_size = max(1, min(opt.batch_size, len(tests) // world))        # some for each process
     net.eval()
     scores, numbers = [], []
-    for x, index in data.batches(images, model.img_size, opt.batch_size, model.device,
-                                 mean=model.mean, std=model.std, workers=opt.workers,
-                                 interpolation=model.interpolation):
+    for x, index in data.batches(tests, model.img_size, batch_size, model.device, mean=model.mean,
+                                 std=model.std, workers=opt.workers,
+                                 interpolation=model.interpolation, rank=distributed.rank(),
+                                 world=world):
         with model.autocast():
             scores.append(net(x).float())
         numbers.append(index)
     net.train()
-    labels = images.labels.to(model.device)[torch.cat(numbers)]
+    labels = tests.labels.to(model.device)[torch.cat(numbers)]
     percent = metrics.accuracy(torch.cat(scores), labels)
     correct = torch.tensor([*percent.values(), 1.0], dtype=torch.float64,
                            device=model.device) * len(labels)
     correct = distributed.all_mean(correct)
-    return dict(zip(percent, (correct[:-1] / correct[-1]).tolist()))
+    return dict(zip(percent, (correct[:-1] / correct[-1]).tolist())), round(
+        correct[-1].item() * world)
 
 
 # ---- augmentation --------------------------------------------------------------------------------

@@ -447,9 +447,9 @@ def test_a_newer_run_without_an_encoder_is_named(tmp_path, capsys):
     assert f"{tmp_path}/old" not in out
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_is_called_so(tmp_path):
+def test_a_run_without_a_checkpoint_is_told_when_there_is_one(tmp_path):
     (tmp_path / "config.yaml").write_text("method: mae\n")
-    with pytest.raises(FileNotFoundError, match="ended before its first checkpoint; start it"):
+    with pytest.raises(FileNotFoundError, match="no encoder.pt yet: a run writes it every"):
         common.load_models(make_options("knn", "--checkpoint", str(tmp_path)))
 
 

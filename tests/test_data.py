@@ -316,3 +316,5 @@ def test_batches_leave_out_unreadable_files_and_list_all_of_them(tmp_path, capsy
         open(images.paths[number], "wb").write(b"")
     with pytest.raises(datasets.UnreadableImage, match="7 of 12 images of .* cannot be read, for"):
         list(data.batches(images, 16, batch_size=2, workers=workers))
+    shared = [data.batches(images, 16, 2, workers=workers, rank=rank, world=2) for rank in (0, 1)]
+    assert sum(len(index) for part in shared for _, index in part) == 5      # the caller decides

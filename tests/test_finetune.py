@@ -70,7 +70,7 @@ def test_recipes_are_the_published_ones():
 def test_mmc_has_a_recipe_for_imagenet_and_one_for_other_data_sets(monkeypatch, name, words):
     plant_two_classes(monkeypatch)
     monkeypatch.setattr(finetune, "Progress", lambda *_: SimpleNamespace(    # all steps are done
-        step=0, curve=[{"top-1": 0.0}], steps=lambda *_: (), delete=lambda: None))
+        step=0, curve=[({"top-1": 0.0}, 5)], steps=lambda *_: (), delete=lambda: None))
     opt = finetune_options("--data", name, "--recipe", "mmc")
     assert words in finetune.finetune(make_model(make_encoder()), opt).protocol
 
@@ -298,7 +298,7 @@ def test_training_and_test_images_are_resized_alike(monkeypatch, tmp_path):
 
 def test_toy_is_fine_tuned_for_few_epochs_on_crops_of_most_of_the_image(monkeypatch):
     plant_two_classes(monkeypatch)
-    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: {"top-1": 0.0})
+    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: ({"top-1": 0.0}, 5))
     targets, loss = [], finetune.soft_cross_entropy
     monkeypatch.setattr(finetune, "soft_cross_entropy",
                         lambda z, y, smoothing: targets.append(y) or loss(z, y, smoothing))
@@ -322,7 +322,7 @@ def test_toy_is_fine_tuned_for_few_epochs_on_crops_of_most_of_the_image(monkeypa
 def test_few_images_are_fine_tuned_lightly(monkeypatch, capsys, flags, recipe, smoothing, lr):
     """256 images. Only a recipe that was not chosen by the user is announced."""
     plant_two_classes(monkeypatch)
-    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: {"top-1": 0.0})
+    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: ({"top-1": 0.0}, 5))
     seen, scales, view, loss = [], [], data.View, finetune.soft_cross_entropy
     monkeypatch.setattr(data, "View", lambda *a, **b: scales.append(b["scale"]) or view(*a, **b))
     monkeypatch.setattr(finetune, "soft_cross_entropy", lambda z, y, smoothing: seen.append(
@@ -342,7 +342,7 @@ def test_gradient_accumulation_makes_the_same_step(monkeypatch):
         plant_two_classes(monkeypatch)
         seen = []
         monkeypatch.setattr(finetune, "test_accuracy", lambda net, *_: seen.append(
-            [p.detach().clone() for p in net.parameters()]) or {"top-1": 0.0})
+            [p.detach().clone() for p in net.parameters()]) or ({"top-1": 0.0}, 5))
         monkeypatch.setattr(finetune, "DROP_PATH", 0.0)  # its random numbers depend on the parts
         report = finetune.finetune(make_model(make_encoder()), finetune_options(
             "--epochs", "1", "--batch-size", batch_size))
@@ -372,7 +372,7 @@ def test_every_step_follows_the_recipe(monkeypatch, recipe, clip):
     if recipe == "mae":
         curve.reverse()
     accuracies = iter(curve)
-    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: next(accuracies))
+    monkeypatch.setattr(finetune, "test_accuracy", lambda *_: (next(accuracies), 5))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda _, norm: seen.clips.append(norm))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: seen.lrs.append(
         {group["factor"]: group["lr"] for group in optimizer.param_groups}))     # no update
@@ -491,7 +491,7 @@ def test_the_processes_share_the_test_images(monkeypatch):
     tests = common.load_split("toy", None, "test", 32, None, None)
     model, opt = make_model(net.encoder), finetune_options()
     net.head.register_forward_hook(lambda head, *_: training_modes.append(head.training))
-    whole = finetune.test_accuracy(net, tests, model, opt)
+    whole, count = finetune.test_accuracy(net, tests, model, opt)
     assert training_modes == [False] and net.training    # no drop path at test time
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_mean", lambda x: sums.append(x) or x)
@@ -499,4 +499,4 @@ def test_the_processes_share_the_test_images(monkeypatch):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         finetune.test_accuracy(net, tests, model, opt)
     correct = sum(sums)
-    assert correct[1] == 256 and (correct[:1] / correct[1]).tolist() == pytest.approx([whole["top-1"]])
+    assert correct[1] == count == 256 and correct[0] / 256 == pytest.approx(whole["top-1"])
