@@ -64,7 +64,7 @@ def write_atomic(path, write):
     So the file is either complete or as before. OSError with a readable message if it cannot be
     written, for example on a full disk.
     """
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"              # another process may write the same file
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -44,7 +44,7 @@ def read_lines(file, keys=()):
             if isinstance(content := json.loads(line), dict) and content.keys() >= set(keys):
                 found.append(content)
     damaged = len(lines) - len(found) - (bool(lines) and not lines[-1].endswith(b"}"))
-    if damaged:
+    if damaged > 0:
         progress.write(f"note: {file}: {damaged} damaged lines left out", sys.stderr)
     return found
 
@@ -75,7 +75,7 @@ class RunFolder:
         new_path = None
         try:
             if not resume and self.path.exists():
-                self._refuse_images()
+                self._refuse_other_files()
             self._lock()
             files = {file.name for file in self.path.iterdir()}
             if not resume and files & {"last.pt", "encoder.pt"}:
@@ -95,6 +95,8 @@ class RunFolder:
                 self._lock()
             if not resume:
                 (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            for file in self.path.glob("*.tmp"):         # of a process that was killed
+                file.unlink()
         except OSError as e:
             raise OSError(f"cannot write to {self.path} ({e.strerror or e}); choose a folder with "
                           f"--out") from None
@@ -113,11 +115,15 @@ class RunFolder:
             if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise                                    # a file system without locks is accepted
 
-    def _refuse_images(self):
-        """Raises ValueError for a folder of images: the files of the run would be among them."""
+    def _refuse_other_files(self):
+        """Raises ValueError for a folder of images, as the files of the run would be among them,
+        and for one whose files the run would replace."""
         files = {file.name for file in self.path.iterdir()}
-        if files & {*tree.RUN_FILES, "config.yaml"}:     # a run's, perhaps with its visualization
+        if files & {"last.pt", "encoder.pt", ".lock"}:   # a run's, perhaps with its visualization
             return
+        if found := sorted(files & {"metrics.jsonl", "config.yaml"}):
+            raise ValueError(f"{self.path} contains {', '.join(found)}, but is not a run's folder; "
+                             f"choose another one with --out")
         if images := tree.list_images(str(self.path))[0]:
             raise ValueError(f"{self.path} contains images, such as {images[0]}, and the files of "
                              f"the run would be among them; choose another folder with --out")
@@ -145,13 +151,14 @@ class RunFolder:
         """The lines of metrics.jsonl, as dicts."""
         return read_lines(self.path / "metrics.jsonl", ["step"])
 
-    def tensorboard(self):
-        """A SummaryWriter for this folder. Raises ValueError without the package."""
+    def tensorboard(self, step):
+        """A SummaryWriter for this folder; what an earlier process wrote after `step` is hidden.
+        Raises ValueError without the package."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
-        return SummaryWriter(self.path)
+        return SummaryWriter(self.path, purge_step=step + 1)
 
     def save(self, state, step, sums, images, threads):
         """Writes last.pt. state: {name: module or optimizer}; sums: {name: (sum, count)} of what

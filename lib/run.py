@@ -101,15 +101,14 @@ def ema_update(teacher, student, momentum):
     torch._foreach_lerp_(target, [source[name] for name in names], 1 - momentum)
 
 
-def describe_flat_loss(log, batch_size):
+def describe_flat_loss(log):
     """A sentence with the likely cause if the loss at the end of a log is that of its first line;
     else None."""
     losses = [line["loss"] for line in log if "loss" in line]
     if len(losses) < 2 or losses[-1] < 0.99 * losses[0]:
         return None
     peak = max(line.get("lr", 0) for line in log)
-    cause = (f"a learning rate of at most {peak:.1e} (--lr, scaled with --batch-size "
-             f"{batch_size}): raise --lr" if peak < 1e-4 else
+    cause = (f"a learning rate of at most {peak:.1e}: raise --lr" if peak < 1e-4 else
              f"too few steps, or too high a learning rate (up to {peak:.1e})")
     return (f"the loss did not fall: {losses[0]:.3f} at first, {losses[-1]:.3f} at the end; likely "
             f"cause: {cause}")
@@ -278,7 +277,7 @@ class Run:
                     distributed.exit_together()
                     sys.exit(0)
         if self.rank == 0:
-            if warning := describe_flat_loss(self.folder.read_log(), self.cfg.batch_size):
+            if warning := describe_flat_loss(self.folder.read_log()):
                 self.print0(warning)
             files = ", ".join(sorted(p.name for p in self.out.glob("[!.]*")))
             self.print0(f"done after {self.total} steps; {self.out}/ contains {files}")
@@ -431,7 +430,7 @@ class Run:
                 self.print0(note)
         if self.rank == 0:
             self.folder.trim_log(self.step)              # removes lines later than last.pt
-            self.writer = self.folder.tensorboard() if self.cfg.tensorboard else None
+            self.writer = self.folder.tensorboard(self.step) if self.cfg.tensorboard else None
 
     def _computes_alone(self):
         """Whether the number of threads is that of choose_threads()."""

@@ -302,13 +302,12 @@ def test_used_cores_are_the_ticks_between_two_looks(monkeypatch, tmp_path):
 def test_a_loss_that_does_not_fall_is_reported_with_a_cause():
     def describe(*losses, lr):
         log = [dict(step=1, knn=3.0), *(dict(loss=loss, lr=lr) for loss in losses)]
-        return run_module.describe_flat_loss(log, 16)
+        return run_module.describe_flat_loss(log)
 
     assert describe(1.0, 1.2, 0.98, lr=1e-5) is None and describe(1.0, lr=1e-5) is None
     low, high = describe(1.0, 0.8, 1.0, lr=1e-5), describe(1.0, 1.01, lr=2e-3)
     assert low == ("the loss did not fall: 1.000 at first, 1.000 at the end; likely cause: a "
-                   "learning rate of at most 1.0e-05 (--lr, scaled with --batch-size 16): raise "
-                   "--lr")
+                   "learning rate of at most 1.0e-05: raise --lr")
     assert high.endswith("1.010 at the end; likely cause: too few steps, or too high a learning "
                          "rate (up to 2.0e-03)")
 
@@ -612,8 +611,32 @@ def test_a_folder_of_images_is_not_the_folder_of_a_run(tmp_path):
     earlier = tmp_path / "earlier"                         # ended after its first visualization
     earlier.mkdir()
     (earlier / "config.yaml").write_text("")
+    (earlier / ".lock").touch()
     Image.new("RGB", (8, 8)).save(earlier / "visualization.png")
     opened(earlier, resume=False).lock.close()
+
+
+def test_the_files_of_another_program_are_not_replaced(tmp_path):
+    for name in ("metrics.jsonl", "config.yaml"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("of another program")
+        with pytest.raises(ValueError, match=f"contains {name}, but is not a run's folder; choose"):
+            opened(folder, resume=False)
+        assert (folder / name).read_text() == "of another program"
+        assert not (folder / ".lock").exists()
+
+
+def test_tensorboard_hides_the_steps_after_the_one_that_is_resumed(tmp_path, monkeypatch):
+    writer = SimpleNamespace(SummaryWriter=lambda path, purge_step: (path, purge_step))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+    assert opened(tmp_path, resume=False).tensorboard(7) == (tmp_path, 8)
+
+
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
+    (tmp_path / "last.pt.123.tmp").write_bytes(b"half")
+    opened(tmp_path, resume=False).lock.close()
+    assert {file.name for file in tmp_path.iterdir()} == {".lock"}
 
 
 def test_a_folder_with_other_files_is_not_moved_away(tmp_path, monkeypatch):
