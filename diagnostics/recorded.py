@@ -1,11 +1,12 @@
 """Numbers that training and evaluate.py recorded: the log of a run, and results.jsonl next to a
 checkpoint. No model is run here."""
+from dataclasses import fields
 from pathlib import Path
 
 from diagnostics.inputs import MissingInput
 from lib import config
 from lib.folder import read_lines
-from probes.common import WITHOUT_EFFECT, complete_settings
+from probes.common import WITHOUT_EFFECT, Options, complete_settings
 
 RESULT_KEYS = "task data checkpoint branch step settings metrics".split()
 
@@ -40,9 +41,12 @@ def read_results(model, opt, task, more_flags="", any_window=False):
     """Lines of results.jsonl next to the checkpoint whose file, branch, step, task, data set and
     --window match, the latest last; each with `settings_compared`, in which the models of a figure
     should agree. MissingInput if there is none."""
-    path = Path(model.source.path or "")
+    if not model.source.path:
+        raise MissingInput("results of evaluate.py are read next to a checkpoint, which this model "
+                           "does not have")
+    path = Path(model.source.path)
     weights = model.source.branch, model.source.step
-    file = path.with_name("results.jsonl") if model.source.path else None
+    file = path.with_name("results.jsonl")
     lines = [line | dict(settings=complete_settings(line["settings"]))
              for line in read_lines(file, RESULT_KEYS)
              if line["task"] == task and line["data"] == opt.data
@@ -53,10 +57,12 @@ def read_results(model, opt, task, more_flags="", any_window=False):
         raise MissingInput(f"no result on {opt.data} yet: run python evaluate.py --task "
                            f"{task}{more_flags} --data {opt.data}"
                            f"{f' --window {opt.window}' if opt.window else ''}"
-                           f"{f' --checkpoint {path}' * bool(model.source.path)}")
+                           f" --checkpoint {path}")
+    of_others = {field.name for field in fields(Options) if field.metadata["only_for"]
+                 and task not in field.metadata["only_for"]}
     return [line | dict(settings_compared={
         name: value for name, value in line["settings"].items()
-        if name not in WITHOUT_EFFECT and name != "branch"}) for line in lines]
+        if name not in {*WITHOUT_EFFECT, *of_others, "branch"}}) for line in lines]
 
 
 def read_latest(model, opt, task):

@@ -613,6 +613,8 @@ def test_local_attention_compares_windows_with_the_settings_of_the_latest(run):
            for w, x in ((None, 70.0), (5, 80.0))])
     found = recorded.read_local_attention(model, options())
     assert found["finetune_window"] == [5, 31] and found["finetune"] == [80, 70]
+    write([line(60.0, k=[5]), line(40.0, window=3)])         # --k is a flag of other tasks
+    assert recorded.read_local_attention(model, options())["linear"] == [40, 60]
 
 
 def test_results_of_another_window_are_left_out(run):
