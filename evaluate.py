@@ -119,7 +119,7 @@ def parse(argv=None) -> Options:
     lines.append(f"  {'all':<24}All tasks with a frozen encoder that fit the model and the data.")
     lines.append(f"{'':<26}Linear heads are logistic regressions, other training is short "
                  f"({ALL_EPOCHS} epochs,\n{'':<26}{ALL_ITERS} iterations), and fewer images are "
-                 f"used, unless the flags are given.")
+                 f"used, unless the flags are given\n{'':<26}(not in the dense tasks on toy).")
     opt = parse_flags(Options, argv, description=__doc__, epilog="\n".join(["tasks:", *lines]))
     for task in opt.task:
         if task not in (*TASKS, "all"):
@@ -301,7 +301,6 @@ def options_for_task(opt, task):
     else:
         limit = ALL_LIMITS.get(task)
         changes["iters"] = opt.iters or ALL_ITERS
-        changes["lr"] = opt.lr
         if task == "linear_segmentation":
             changes.update(lr=opt.lr or ALL_LRS, img_size=opt.img_size or ALL_CROP,
                            train_batch_size=opt.train_batch_size or ALL_CROPS)
@@ -434,7 +433,7 @@ def print_results(opt, models, results, skipped):
     if run_all:
         print()
         print_summary(results)
-        print("note: with shorter training and fewer images than the tasks alone (see the "
+        print("note: most with shorter training and fewer images than the tasks alone (see the "
               "protocols above): not comparable with those")
     notes = [f"{r.task}: {note}" if len(tasks) > 1 else note
              for r in results for note in r.report.notes]

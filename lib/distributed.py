@@ -16,6 +16,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
 # Devices
@@ -201,6 +203,7 @@ def init_distributed(device):
 def start_worker(_):
     """Settings of a worker process. Only the main process reacts to signals."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())    # a thread of the main process may hold the inherited one
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -208,7 +208,7 @@ def cross_validate(fit, x, labels, candidates, seed):
         held_out = (part == number).nonzero()[:, 0]
         heads = fit((part != number).nonzero()[:, 0], candidates)
         correct += [heads(x[rows, 0]).argmax(2) == labels[rows, None]
-                    for rows in held_out.split(256)]
+                    for rows in held_out.tensor_split(max(1, len(held_out) // 256))]
     correct = torch.cat(correct)
     how = f"{FOLDS} folds of the" if held_out_parts > 1 else f"{len(correct):,} held-out"
     return correct, f"{how} training images"
