@@ -790,7 +790,8 @@ def test_unsupported_models_are_rejected_with_a_reason(files, tmp_path):
     distilled = {**plain, "dist_token": torch.zeros(1, 1, 192), "head_dist.bias": torch.zeros(10)}
     rotary = {key: x for key, x in files["dinov2"][3].items() if key != "pos_embed"}
     dinov3 = {**rotary, "storage_tokens": torch.zeros(1, 4, 192),
-              "rope_embed.periods": torch.zeros(16), "blocks.0.attn.qkv.bias_mask": torch.zeros(576)}
+              "rope_embed.periods": torch.zeros(16),
+              "blocks.0.attn.qkv.bias_mask": torch.zeros(576)}
     aerial = {**plain, "patch_embed.proj.weight": torch.zeros(192, 5, 8, 8)}
     for content, message in (
             ({"model": distilled}, "distilled DeiT"), (dinov3, "DINOv3 .* use DINOv2"),
