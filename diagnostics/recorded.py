@@ -129,8 +129,8 @@ def read_linear_finetune(model, opt):
 
 def join_settings(linear, finetuned):
     """settings_compared of two lines together."""
-    other = finetuned["settings_compared"]
-    return {key: (value, other.get(key)) for key, value in linear["settings_compared"].items()}
+    one, other = linear["settings_compared"], finetuned["settings_compared"]
+    return {key: (one.get(key), other.get(key)) for key in one | other}
 
 
 def read_local_attention(model, opt):

@@ -590,6 +590,7 @@ def test_linear_and_fine_tuned_accuracies_are_of_the_latest_results(run):
     found = recorded.read_linear_finetune(model, options())
     assert (found["linear"], found["finetuned"]) == ([50.0], [70.0])
     assert found["settings_compared"]["recipe"] == ("dino", "light")
+    assert "reinit" in found["settings_compared"]            # a flag of finetune only
 
 
 def test_local_attention_compares_windows_with_the_settings_of_the_latest(run):
