@@ -95,7 +95,7 @@ class RunFolder:
                 self._lock()
             if not resume:
                 (self.path / "metrics.jsonl").unlink(missing_ok=True)
-            for file in self.path.glob("*.tmp"):         # of a process that was killed
+            for file in self.path.glob("*.pt.*.tmp"):    # of a process that was killed
                 file.unlink()
         except OSError as e:
             raise OSError(f"cannot write to {self.path} ({e.strerror or e}); choose a folder with "

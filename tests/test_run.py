@@ -634,9 +634,10 @@ def test_tensorboard_hides_the_steps_after_the_one_that_is_resumed(tmp_path, mon
 
 
 def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
-    (tmp_path / "last.pt.123.tmp").write_bytes(b"half")
+    for name in ("last.pt.123.tmp", "notes.tmp"):
+        (tmp_path / name).write_bytes(b"half")
     opened(tmp_path, resume=False).lock.close()
-    assert {file.name for file in tmp_path.iterdir()} == {".lock"}
+    assert {file.name for file in tmp_path.iterdir()} == {".lock", "notes.tmp"}
 
 
 def test_a_folder_with_other_files_is_not_moved_away(tmp_path, monkeypatch):
