@@ -521,6 +521,14 @@ def report_unreadable(name, bad, total, what="images"):
         print_once(f"left out {len(bad)} of {total} {what} of {name} that cannot be read: {files}")
 
 
+def check_count(name, count, total):
+    """As check_readable, in a pass that several processes shared, of which each listed its own:
+    `count` of `total` images could be read."""
+    if 2 * count < total:
+        raise UnreadableImage(f"{total - count} of {total} images of {name} cannot be read, see "
+                              f"the lists above: are these images?")
+
+
 def check_readable(name, bad, total):
     """Raises UnreadableImage if more than half of the image files of a pass cannot be read."""
     if 2 * len(bad) > total:

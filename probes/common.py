@@ -546,9 +546,8 @@ def encode_once(model, opt, batches, encode, total, names):
     for problem in filter(None, gather_objects(error)):  # in all processes, or some would wait
         raise problem
     features = gather_batches(features, model.device)
-    if features and total and 2 * len(features["numbers"]) < total:
-        raise datasets.UnreadableImage(f"{opt.task}: most images cannot be read, see the list "
-                                       f"above: are these images?")
+    if total:
+        datasets.check_count(opt.data, len(features.get("numbers", ())), total)
     if not features:
         raise ValueError(f"{opt.task}: no images to evaluate; raise --limit or change --data")
     numbers = features.pop("numbers")

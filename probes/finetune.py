@@ -17,9 +17,16 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from lib import augment, checkpoints, distributed, metrics, rng
+from lib import augment, checkpoints, datasets, distributed, metrics, rng
 from lib.run import cosine
-from probes.common import Report, choose_recipe, describe_view, is_toy, load_labeled
+from probes.common import (
+    Report,
+    choose_recipe,
+    describe_view,
+    gather_batches,
+    is_toy,
+    load_labeled,
+)
 from probes.training import Progress, copy_encoder, layer_decay_groups
 
 # Shapes: B images, N patches, D width, C classes, S image side
@@ -262,23 +269,21 @@ def test_accuracy(net, tests, model, opt):
     evaluates its part of them."""
     world = distributed.world_size()
     batch_size = max(1, min(opt.batch_size, len(tests) // world))        # some for each process
+    found = {"scores": [], "labels": []}
     net.eval()
-    scores, numbers = [], []
     for x, index in data.batches(tests, model.img_size, batch_size, model.device, mean=model.mean,
                                  std=model.std, workers=opt.workers,
                                  interpolation=model.interpolation, rank=distributed.rank(),
                                  world=world):
         with model.autocast():
-            scores.append(net(x).float())
-        numbers.append(index)
+            found["scores"].append(net(x).float())
+        found["labels"].append(tests.labels.to(model.device)[index])
     net.train()
-    labels = tests.labels.to(model.device)[torch.cat(numbers)]
-    percent = metrics.accuracy(torch.cat(scores), labels)
-    correct = torch.tensor([*percent.values(), 1.0], dtype=torch.float64,
-                           device=model.device) * len(labels)
-    correct = distributed.all_mean(correct)
-    return dict(zip(percent, (correct[:-1] / correct[-1]).tolist())), round(
-        correct[-1].item() * world)
+    found = gather_batches({name: batches for name, batches in found.items() if batches},
+                           model.device)
+    count = len(found.get("labels", ()))
+    datasets.check_count(tests.name, count, len(tests))
+    return metrics.accuracy(found["scores"], found["labels"]), count
 
 
 # ---- augmentation --------------------------------------------------------------------------------

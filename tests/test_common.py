@@ -516,6 +516,18 @@ def test_features_that_will_not_fit_are_refused_after_the_first_batch(monkeypatc
     assert len(encoded) == 3
 
 
+def test_most_images_of_all_processes_must_be_readable():
+    """Each process lists its own; the number is judged once, for all."""
+    def run(total):
+        batches = [(torch.zeros(4, 3, 8, 8), torch.arange(4))]
+        common.encode_batches(make_model(make_encoder()), make_options("knn", data="toy"), batches,
+                              ["cls"], lambda _, x: {"cls": torch.zeros(len(x), 2)}, total)
+
+    run(8)
+    with pytest.raises(datasets.UnreadableImage, match="5 of 9 images of toy cannot be read, see"):
+        run(9)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")
 def test_the_memory_of_this_machine():
     with open("/proc/meminfo") as file:

@@ -1,5 +1,6 @@
 """Fine-tuning: schedules and targets against the published numbers, augmentations against
 torchvision's and timm's, and a small run with shuffled labels as a control."""
+import contextlib
 import functools
 import json
 import math
@@ -19,7 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 import evaluate
-from lib import augment, checkpoint_heads, checkpoints, config, datasets, distributed, swin
+from lib import augment, checkpoint_heads, checkpoints, config, datasets, distributed, metrics, swin
 from probes import classification, common, finetune, training
 
 BEIT = dict(pos="none", rel_pos="shared", layer_scale=0.1, qkv_bias="split", init="beit")
@@ -486,7 +487,7 @@ def test_two_processes_write_one_line(tmp_path, torchrun):
 
 
 def test_the_processes_share_the_test_images(monkeypatch):
-    net, sums, training_modes = make_classifier(make_encoder(), 2), [], []
+    net, parts, training_modes = make_classifier(make_encoder(), 2), [], []
     plant_two_classes(monkeypatch)
     tests = common.load_split("toy", None, "test", 32, None, None)
     model, opt = make_model(net.encoder), finetune_options()
@@ -494,9 +495,16 @@ def test_the_processes_share_the_test_images(monkeypatch):
     whole, count = finetune.test_accuracy(net, tests, model, opt)
     assert training_modes == [False] and net.training    # no drop path at test time
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_mean", lambda x: sums.append(x) or x)
+    monkeypatch.setattr(finetune, "gather_batches", lambda found, _: parts.append(
+        {name: torch.cat(batches) for name, batches in found.items()}) or parts[-1])
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        with contextlib.suppress(datasets.UnreadableImage):      # half of the images are missing
+            finetune.test_accuracy(net, tests, model, opt)
+    scores, labels = (torch.cat([part[name] for part in parts]) for name in ("scores", "labels"))
+    assert len(labels) == count == 256 and len(parts[0]["labels"]) == 128
+    assert metrics.accuracy(scores, labels) == pytest.approx(whole)
+    monkeypatch.setattr(finetune, "gather_batches",
+                        lambda found, _: {name: torch.cat(x)[:127] for name, x in found.items()})
+    with pytest.raises(datasets.UnreadableImage, match="129 of 256 images of toy cannot be read"):
         finetune.test_accuracy(net, tests, model, opt)
-    correct = sum(sums)
-    assert correct[1] == count == 256 and correct[0] / 256 == pytest.approx(whole["top-1"])
