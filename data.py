@@ -382,6 +382,5 @@ def in_workers(function, items, count, device):
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return DataLoader(items, batch_size=None, collate_fn=function, num_workers=count,
                       worker_init_fn=distributed.start_worker, pin_memory=device.type == "cuda",
-                      # Python 3.14 has another default, with which a worker takes seconds to start
-                      multiprocessing_context="fork" if count and sys.platform == "linux" else None,
+                      multiprocessing_context=distributed.worker_context(count),
                       generator=torch.Generator())         # else it uses the global one

@@ -199,7 +199,7 @@ def draw_toy(name, split, size, n):
         processes = 0                                    # in this one
     parts = DataLoader(torch.arange(n).split(256), batch_size=None, collate_fn=draw,
                        num_workers=processes, worker_init_fn=distributed.start_worker,
-                       multiprocessing_context="fork" if processes else None,
+                       multiprocessing_context=distributed.worker_context(processes),
                        generator=torch.Generator())      # else it uses the global one
     labels = []
     with progress.bar(desc=f"drawing {name}, {split}", total=n, unit="images",

@@ -200,6 +200,12 @@ def init_distributed(device):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
+def worker_context(count):
+    """How a DataLoader starts `count` workers: on Linux by fork. Python 3.14 has another default,
+    with which every worker imports torch, for seconds."""
+    return "fork" if count and sys.platform == "linux" else None
+
+
 def start_worker(_):
     """Settings of a worker process. Only the main process reacts to signals."""
     torch.set_num_threads(1)

@@ -156,9 +156,11 @@ def detection(model, opt):
     views = TrainingViews(read, recipe, side, model.mean, opt.seed, keep=on_toy)
     next(iter(views))                                    # reports a bad data set before training
     iters = count_iters(recipe, views.n_images, opt)
-    batches = DataLoader(views, recipe["batch"] // world, collate_fn=list,
-                         num_workers=0 if on_toy else opt.workers,
-                         worker_init_fn=distributed.start_worker, generator=torch.Generator())
+    workers = 0 if on_toy else opt.workers
+    batches = DataLoader(views, recipe["batch"] // world, collate_fn=list, num_workers=workers,
+                         worker_init_fn=distributed.start_worker,
+                         multiprocessing_context=distributed.worker_context(workers),
+                         generator=torch.Generator())
     torch.manual_seed(opt.seed)
     net = make_mask_rcnn(model, len(names), recipe, side, masks).to(model.device)
     if world > 1 and model.device.type == "cuda":

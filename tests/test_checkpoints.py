@@ -193,11 +193,15 @@ def test_our_files_that_are_not_encoders_are_rejected(tmp_path):
             checkpoints.load_encoder(put(tmp_path, {**good, **change}))
 
 
-def test_another_image_size_is_printed(tmp_path, capsys):
+def test_another_image_size_and_the_step_are_printed(tmp_path, capsys):
     checkpoints.save_encoder(tmp_path / "encoder.pt", build())
     checkpoints.load_encoder(tmp_path / "encoder.pt", img_size=48)
     assert "grid 4 interpolated to 6" in capsys.readouterr().out
     checkpoints.load_encoder(tmp_path / "encoder.pt", img_size=32)
-    assert "interpolated" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "interpolated" not in printed and "after step" not in printed
+    checkpoints.save_encoder(tmp_path / "encoder.pt", build(), step=300)
+    checkpoints.load_encoder(tmp_path / "encoder.pt")
+    assert "ours, untrained after step 300; " in capsys.readouterr().out
     with pytest.raises(ValueError, match="image size 50 is not a multiple of patch size 8"):
         checkpoints.load_encoder(tmp_path / "encoder.pt", img_size=50)

@@ -1,15 +1,19 @@
 """Progress off a terminal: which line is printed, and that nothing stays open."""
 import io
+import multiprocessing
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from small_models import make_encoder, make_model, make_options
+from tqdm import tqdm
 
-from lib import config, progress
+import data
+from lib import config, distributed, progress
 from probes import common
 
 
@@ -148,3 +152,43 @@ def test_ctrl_c_is_one_sentence(capsys, text, expected):
     with pytest.raises(SystemExit) as stop:
         config.main(interrupted)
     assert stop.value.code == 130 and capsys.readouterr().err == expected
+
+
+# ---- worker processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+def test_a_worker_prints_although_the_main_process_held_the_lock_when_it_was_forked():
+    is_held, may_end = threading.Event(), threading.Event()
+
+    def hold():                                          # as the thread that draws the bars
+        with tqdm.get_lock():
+            is_held.set()
+            may_end.wait()
+
+    def work():
+        distributed.start_worker(0)
+        progress.write("a line")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait()
+    worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    worker.start()
+    worker.join(20)
+    ended = worker.exitcode
+    worker.kill()
+    may_end.set()
+    thread.join()
+    assert ended == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+def test_workers_are_forked_whatever_the_default():
+    """Only a forked worker can be given a lambda."""
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)       # Python 3.14's
+    try:
+        assert list(data.in_workers(lambda x: x + 1, [1, 2], 2, torch.device("cpu"))) == [2, 3]
+    finally:
+        multiprocessing.set_start_method(default, force=True)
