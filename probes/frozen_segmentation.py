@@ -273,7 +273,7 @@ def zero_shot_segmentation(model, opt):
                 *["centered"] * opt.center, model.name]
         save_image_grid([draw_similarity(*row, best_fine, p) for row in figure.rows()],
                         Path(opt.out) / f"{'-'.join(name)}.png",
-                        titles=("query patch", "target", "similarity, blue: low, yellow: high",
+                        titles=("query patch", "target", "yellow: similar",
                                 f"cosine > {best_fine:.4g}"))
 
     def row(rows):
